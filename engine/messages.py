@@ -1,0 +1,187 @@
+"""The typed messages that cross the border between the API process and the engine process.
+
+Each is a `msgspec.Struct`, encoded as msgpack and tagged with its class name, so that nothing but
+data can ever arrive (no pickle) and a reader finds the whole protocol on this page.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from .errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 128
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of everything that crosses the process border."""
+
+
+class SamplingParams(Message, frozen=True, kw_only=True):
+    """How one sequence is sampled and when it ends.
+
+    Raises `RequestError` naming the field when a value is out of its range.
+
+    Attributes:
+        max_tokens: most tokens to generate; None means the rest of the context.
+        temperature: 0 is greedy; else logits are divided by it.
+        top_k: keep the k most likely tokens (0 or -1: all).
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this.
+        min_p: drop tokens less likely than this share of the most likely one.
+        presence_penalty: subtracted once from the logit of every token already generated.
+        frequency_penalty: subtracted once per occurrence among the generated tokens.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
+        seed: makes the draws repeatable, whatever else is in the batch; None draws a fresh one.
+        stop: strings that end the text (held back, removed unless `include_stop_str_in_output`).
+        stop_token_ids: token ids that end the sequence, beside the model's own end-of-sequence ids.
+        ignore_eos: go on past the model's end-of-sequence ids.
+        min_tokens: no end-of-sequence or stop id before this many tokens.
+        logprobs: None for none; else the number of most likely tokens reported beside the chosen one.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, param: str, text: str) -> None:
+            if not condition:
+                raise RequestError(f"{param} must be {text}, got {getattr(self, param)!r}.", param=param)
+
+        def within(param: str, low: float, high: float) -> None:
+            value = getattr(self, param)
+            require(math.isfinite(value) and low <= value <= high, param, f"between {low:g} and {high:g}")
+
+        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        within("temperature", 0.0, 2.0)
+        require(self.top_k >= -1, "top_k", "-1 or 0 (off) or a positive number")
+        require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        within("min_p", 0.0, 1.0)
+        within("presence_penalty", -2.0, 2.0)
+        within("frequency_penalty", -2.0, 2.0)
+        require(0.0 < self.repetition_penalty < math.inf, "repetition_penalty", "a finite number above 0")
+        require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        require(all(self.stop), "stop", "without empty strings")
+        require(len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
+        require(self.min_tokens >= 0, "min_tokens", "0 or more")
+        require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "no larger than max_tokens"
+        )
+        require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}"
+        )
+
+
+class EngineRequest(Message, frozen=True, kw_only=True):
+    """A new sequence to generate. `seed` in `params` is already drawn; `max_tokens` already resolved."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Forget these requests, in whatever state they are; unknown ids are fine."""
+
+    request_ids: list[str]
+
+
+class Shutdown(Message, frozen=True, kw_only=True):
+    """End the engine process now."""
+
+
+class EngineInfo(Message, frozen=True, kw_only=True):
+    """What the engine says of itself once it is ready."""
+
+    era: str
+    dtype: str
+    device: str
+    parameters: int
+    load_seconds: float
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_blocks * self.block_size
+
+
+class StartFailed(Message, frozen=True, kw_only=True):
+    """The engine could not start; one plain sentence."""
+
+    message: str
+
+
+class TokenLogprobs(Message, frozen=True, kw_only=True, array_like=True):
+    """Log-probabilities at one generated position, of the raw distribution (before penalties and temperature)."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token id, log-probability) of the most likely tokens, best first."""
+
+
+class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
+    """What one step added to one request."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The stop id that ended the sequence, when one did; it is the last of `token_ids`."""
+    num_cached_tokens: int = 0
+    scheduled_time: float = 0.0
+    """When the request was first scheduled, in seconds of `time.monotonic()` (shared by the processes of a machine)."""
+    error: str | None = None
+
+
+class EngineStats(Message, frozen=True, kw_only=True):
+    """The engine's state after a step, and what that step did."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """Share of the KV blocks in use, 0 to 1."""
+    num_preemptions: int = 0
+    """Since the start."""
+    step_seconds: float = 0.0
+    step_prompt_tokens: int = 0
+    step_generated_tokens: int = 0
+
+
+class StepOutputs(Message, frozen=True, kw_only=True):
+    """All that one engine step produced: one message, so one wake-up of the API process."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+ToEngine = EngineRequest | Abort | Shutdown
+FromEngine = EngineInfo | StartFailed | StepOutputs

@@ -1,0 +1,353 @@
+"""The Complexity-Deep network, written once over flat tokens.
+
+The tokens of all sequences of a step lie one after the other in `[T, H]`; who attends to whom is in
+the attention metadata. What differs by device is behind `Backend`; what differs by era of checkpoint
+is a parameter that is there or not. The residual stream, norms, velocity, the dynamics' element-wise
+part and the routing are FP32 in every mode; products run in the weights' dtype.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backend import AttentionMetadata, Backend
+from .config import Architecture, DeepConfig
+from .sampling import SamplingBatch, sample
+
+QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
+MAX_BETA = 2.0
+MAX_VELOCITY = 10.0
+BASE_EXPERT_SCORE = 10.0
+HIGHWAY_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """What one layer did, for those who watch.
+
+    Attributes:
+        layer: index of the layer.
+        hidden: [T, H], the residual stream after the layer.
+        mu: [T, H], this layer's mu; None where the era has none.
+        velocity: [T, H], after this layer; None where the era has none.
+        experts: int64 [T], the expert used; None for a dense MLP.
+    """
+
+    layer: int
+    hidden: Tensor
+    mu: Tensor | None
+    velocity: Tensor | None
+    experts: Tensor | None
+
+
+Observer = Callable[[LayerState], None]
+
+
+class DeepLayer(nn.Module):
+    """One layer's parameters, stacked so that each input is multiplied once, and its forward pass."""
+
+    token_to_expert: Tensor | None
+
+    def __init__(
+        self, config: DeepConfig, arch: Architecture, index: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.kv_size = config.num_key_value_heads * head_dim
+        self.q_size = config.num_attention_heads * head_dim
+        self.config = config
+        self.index = index
+
+        def big(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        def small(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+
+        # The first layer of a network with dynamics has no mu from below.
+        takes_mu = arch.mu_attention and (index > 0 or arch.mu_guidance)
+        self.input_norm = small(hidden)
+        self.kqv_proj = big(2 * self.kv_size + self.q_size, (2 if takes_mu else 1) * hidden)
+        self.q_norm = small(head_dim) if config.use_qk_norm else None
+        self.k_norm = small(head_dim) if config.use_qk_norm else None
+        self.o_proj = big(hidden, self.q_size)
+        self.post_norm = small(hidden)
+
+        inner = config.dynamics_controller_hidden
+        self.contextual_mu = arch.contextual_mu
+        self.highway = arch.mu_highway
+        self.mu = small(hidden) if arch.dynamics or arch.mu_guidance else None
+        self.dynamics_in = big(inner + (hidden if arch.contextual_mu else 0), hidden) if arch.dynamics else None
+        self.controller_v = big(inner, hidden) if arch.dynamics else None
+        self.controller_bias = small(inner) if arch.dynamics else None
+        self.controller_out = big(3 * hidden, inner) if arch.dynamics else None
+        self.controller_out_bias = small(3 * hidden) if arch.dynamics else None
+        self.mu_guidance_proj = big(hidden, hidden) if arch.mu_guidance else None
+
+        self.router = small(config.experts, hidden) if arch.mu_router else None
+        table = torch.empty(config.vocab_size, dtype=torch.int64, device=device)
+        self.register_buffer("token_to_expert", table if config.use_token_routed_mlp else None)
+        self.gate_up = big(config.experts, 2 * config.expert_size, hidden)
+        self.down = big(config.experts, hidden, config.expert_size)
+        shared = arch.shared_expert_size
+        self.shared_gate_up = big(2 * shared, hidden) if shared else None
+        self.shared_down = big(hidden, shared) if shared else None
+
+    def attention(
+        self,
+        ops: Backend,
+        x: Tensor,
+        mu_below: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        cache: Tensor | None,
+    ) -> Tensor:
+        """Mu-guided attention of x [T, H], before the residual -> [T, H]."""
+        a = ops.rms_norm(x, self.input_norm, self.config.rms_norm_eps)
+        if self.kqv_proj.shape[1] > a.shape[1]:
+            assert mu_below is not None  # for the type checker
+            a = torch.cat((a, mu_below), dim=-1)
+        kqv = ops.linear(a, self.kqv_proj).unflatten(-1, (-1, self.config.head_dim))
+        kv_heads, heads = self.config.num_key_value_heads, self.config.num_attention_heads
+        k, q, v = kqv.split((kv_heads, heads, kv_heads), dim=1)  # [T, heads, D] each
+        if self.q_norm is not None and self.k_norm is not None:
+            q = ops.rms_norm(q, self.q_norm, QK_NORM_EPS)
+            k = ops.rms_norm(k, self.k_norm, QK_NORM_EPS)
+        q, k = ops.rope(q, *rope), ops.rope(k, *rope)
+        dtype = self.kqv_proj.dtype
+        out = ops.attention(q.to(dtype), k.to(dtype), v.to(dtype), cache, metadata, self.config.sliding_window)
+        return ops.linear(out.flatten(1), self.o_proj)
+
+    def dynamics(self, ops: Backend, h: Tensor, velocity: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """INL dynamics on the attention output h [T, H] -> (h, velocity, mu), each FP32 [T, H]."""
+        # For the type checker: an era has all of these or none.
+        assert self.mu is not None
+        assert self.dynamics_in is not None
+        assert self.controller_v is not None
+        assert self.controller_bias is not None
+        assert self.controller_out is not None
+        assert self.controller_out_bias is not None
+        hidden = h.shape[-1]
+        products = ops.linear(h, self.dynamics_in)
+        mu = self.mu + products[:, :hidden] if self.contextual_mu else self.mu.expand_as(h)
+        inner = products[:, -self.controller_bias.shape[0] :] + self.controller_bias
+        if velocity is not None:
+            inner = inner + ops.linear(velocity, self.controller_v)
+        control = ops.linear(F.silu(inner), self.controller_out) + self.controller_out_bias
+        alpha = control[:, :hidden].sigmoid()
+        beta = F.softplus(control[:, hidden : 2 * hidden]).clamp(max=MAX_BETA)
+        gate = control[:, 2 * hidden :].sigmoid()
+        velocity = -beta * (h - mu) if velocity is None else alpha * velocity - beta * (h - mu)
+        velocity = velocity.clamp(-MAX_VELOCITY, MAX_VELOCITY)
+        return h + self.config.dynamics_dt * gate * velocity, velocity, mu
+
+    def route(self, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
+        """The expert of each token: its id's own, unless mu speaks louder -> int64 [T]."""
+        if self.token_to_expert is None:
+            return None
+        own = self.token_to_expert[input_ids]
+        if self.router is None or mu is None:
+            return own
+        scores = F.linear(mu, self.router)
+        return (scores + BASE_EXPERT_SCORE * F.one_hot(own, scores.shape[-1])).argmax(dim=-1)
+
+
+class DeepForCausalLM(nn.Module):
+    """A Complexity-Deep language model.
+
+    Parameters are created uninitialised; `from_pretrained` and the loader fill them.
+
+    Args:
+        config: sizes and constants.
+        architecture: what the era of the checkpoint has; by default the latest.
+        dtype: of the large matrices and of their products; norms, biases and routing are FP32 always.
+        device: where the parameters live.
+    """
+
+    def __init__(
+        self,
+        config: DeepConfig,
+        architecture: Architecture | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        device = torch.device(device)
+        arch = architecture or Architecture.latest(config)
+        self.config = config
+        self.architecture = arch
+        self.ops = Backend()
+        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
+        self.lm_head = self.embed_tokens if arch.tied else nn.Parameter(torch.empty_like(self.embed_tokens))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size, device=device))
+        self.mu_init = nn.Parameter(torch.empty(config.hidden_size, device=device)) if arch.mu_guidance else None
+        self.layers = nn.ModuleList(
+            DeepLayer(config, arch, index, dtype, device) for index in range(config.num_hidden_layers)
+        )
+        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        self.register_buffer("inv_freq", 1.0 / config.rope_theta**half, persistent=False)
+        self.inv_freq: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and products."""
+        return self.embed_tokens.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.embed_tokens.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: AttentionMetadata,
+        kv_cache: Tensor | None = None,
+        observer: Observer | None = None,
+    ) -> Tensor:
+        """Run the network over the flat tokens of one step.
+
+        Args:
+            input_ids: int64 [T].
+            positions: int64 [T], of each token in its own sequence.
+            attention: which tokens belong to which sequence and page.
+            kv_cache: pages [layers, 2, blocks, block_size, kv_heads, D]; None for whole sequences without a cache.
+            observer: called after each layer with what it did.
+
+        Returns:
+            FP32 [T, H], after the final norm; `logits` makes scores of it.
+        """
+        ops, arch = self.ops, self.architecture
+        angles = positions[:, None].float() * self.inv_freq  # [T, D/2]
+        rope = angles.cos()[:, None], angles.sin()[:, None]
+        x = F.embedding(input_ids, self.embed_tokens).float()
+        velocity: Tensor | None = None  # zero for every token
+        mu: Tensor | None = None
+        mu_below = None if self.mu_init is None else self.mu_init.expand_as(x)
+        residual_mu: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DeepLayer)  # nn.ModuleList forgets its type
+            h = layer.attention(ops, x, mu_below, rope, attention, None if kv_cache is None else kv_cache[index])
+            if arch.dynamics:
+                h, velocity, mu = layer.dynamics(ops, h, velocity)
+            x = x + h
+            b = ops.rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
+            experts = layer.route(input_ids, mu)
+            x = x + ops.routed_mlp(b, experts, layer.gate_up, layer.down, self.config.hidden_act)
+            if layer.shared_gate_up is not None and layer.shared_down is not None:
+                x = x + ops.mlp(b, layer.shared_gate_up, layer.shared_down, "silu")
+            if layer.mu_guidance_proj is not None and layer.mu is not None:
+                # The 2026-03 rewrite: mu comes after the MLP and is bounded twice.
+                mu = layer.mu.clamp(0.0, 2.0) + ops.linear(x, layer.mu_guidance_proj)
+                mu_below = mu = mu.clamp(-2.0, 2.0)
+            elif arch.mu_highway and mu is not None:
+                residual_mu = mu if residual_mu is None else residual_mu + mu
+                mu_below = mu + HIGHWAY_SHARE * residual_mu
+            else:
+                mu_below = mu
+            if observer is not None:
+                observer(LayerState(index, x, mu, velocity, experts))
+        return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: hidden [N, H] -> FP32 [N, vocab]."""
+        return self.ops.linear(hidden, self.lm_head)
+
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
+        """Zeroed pages [layers, 2, num_blocks, block_size, kv_heads, D] in the model's dtype, on its device."""
+        config = self.config
+        shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> DeepForCausalLM:
+        """Load a checkpoint from a folder or a hub id, whatever its era.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be found or used; one plain sentence.
+        """
+        from .hub import resolve_model
+        from .loader import load_checkpoint
+
+        model, _ = load_checkpoint(resolve_model(str(name_or_path)), dtype=dtype, device=torch.device(device))
+        return model
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        do_sample: bool = True,
+        seed: int | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None,
+        streamer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Continue one prompt, with a KV cache of its own.
+
+        Args:
+            input_ids: int64 [T] or [1, T], the prompt; not empty.
+            max_new_tokens: most tokens to add.
+            temperature: 0 (or `do_sample=False`) is greedy.
+            top_k: keep the k most likely tokens; 0 keeps all.
+            top_p: keep the smallest set of most likely tokens with this much probability.
+            repetition_penalty: divides positive and multiplies negative logits of tokens seen before.
+            do_sample: False is greedy, whatever the temperature.
+            seed: makes the draws repeatable.
+            eos_token_id: id or ids that end the text; None takes the config's.
+            streamer: called with each new token id.
+
+        Returns:
+            int64, the prompt with its continuation (ending with the end token, if one came), in the prompt's shape.
+
+        Raises:
+            ValueError: the prompt is empty or not one sequence.
+        """
+        flat = input_ids.flatten().to(self.device)
+        if input_ids.dim() > 2 or (input_ids.shape[0] != 1 and input_ids.dim() == 2) or not len(flat):
+            raise ValueError(f"input_ids must be one prompt of at least one token, got shape {list(input_ids.shape)}.")
+        ends = self.config.eos_token_ids if eos_token_id is None else torch.tensor(eos_token_id).flatten().tolist()
+        tokens: list[int] = flat.tolist()
+        prompt_len = len(tokens)
+        block_size = 16
+        blocks = -(-(prompt_len + max_new_tokens) // block_size)
+        cache = self.new_kv_cache(blocks, block_size)
+        table = torch.arange(blocks, device=self.device)[None]
+        draw = random.getrandbits(63) if seed is None else seed
+        computed = 0
+        while len(tokens) < prompt_len + max_new_tokens:
+            at = torch.arange(computed, len(tokens), device=self.device)
+            count = len(at)
+            metadata = AttentionMetadata(
+                query_lens=[count], seq_lens=[len(tokens)], num_decodes=int(count == 1), slot_mapping=at,
+                block_tables=table,
+            )  # fmt: skip
+            hidden = self(torch.tensor(tokens[computed:], device=self.device), at, metadata, cache)
+            computed = len(tokens)
+            batch = SamplingBatch.build(
+                temperature=[temperature if do_sample else 0.0], top_k=[top_k], top_p=[top_p],
+                repetition_penalty=[repetition_penalty], seed=[draw], position=[computed],
+                prompt_ids=[tokens[:prompt_len]], output_ids=[tokens[prompt_len:]], device=self.device,
+            )  # fmt: skip
+            token = int(sample(self.logits(hidden[-1:]), batch))
+            tokens.append(token)
+            if streamer is not None:
+                streamer(token)
+            if token in ends:
+                break
+        return torch.tensor(tokens, device=input_ids.device).reshape(*input_ids.shape[:-1], -1)
