@@ -172,7 +172,8 @@ class EngineStats(Message, frozen=True, kw_only=True):
     num_preemptions: int = 0
     """Since the start."""
     step_seconds: float = 0.0
-    step_prompt_tokens: int = 0
+    step_tokens: int = 0
+    """Tokens computed in the step, of prompts and outputs together."""
     step_generated_tokens: int = 0
 
 
@@ -185,3 +186,13 @@ class StepOutputs(Message, frozen=True, kw_only=True):
 
 ToEngine = EngineRequest | Abort | Shutdown
 FromEngine = EngineInfo | StartFailed | StepOutputs
+
+
+LENGTH_BYTES = 4
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_frame(message: msgspec.Struct) -> bytes:
+    """One message as it goes over the socket: its length in four bytes, then msgpack."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(LENGTH_BYTES, "little") + body

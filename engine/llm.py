@@ -1,0 +1,88 @@
+"""The engine as a library: `LLM("folder").generate(["Once upon a time"])`, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..model.hub import resolve_model
+from ..model.tokenizer import Tokenizer
+from .build import build_engine
+from .config import EngineConfig
+from .messages import FinishReason, SamplingParams, TokenLogprobs
+from .output_processor import OutputProcessor
+from .request import resolve_request
+
+
+@dataclass(slots=True)
+class Completion:
+    """What was generated for one prompt."""
+
+    prompt_token_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class LLM:
+    """An engine in this process, for scripts and experiments.
+
+    Args:
+        model: folder or hub id of a checkpoint.
+        engine_args: fields of `EngineConfig`.
+
+    Raises:
+        CheckpointError: the model cannot be found or has no tokenizer.
+        EngineStartError: the engine cannot start.
+    """
+
+    def __init__(self, model: str, **engine_args: Any) -> None:
+        folder = resolve_model(model)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self.core = build_engine(EngineConfig(model=str(folder), **engine_args))
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Generate for all prompts together.
+
+        Args:
+            prompts: texts, or lists of token ids.
+            params: for all, or one for each; default `SamplingParams()`.
+
+        Returns:
+            One completion per prompt, in order.
+
+        Raises:
+            RequestError: a request can never run; nothing was generated.
+        """
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        messages = [
+            resolve_request(str(i), tokens, own, self.core.info)
+            for i, (tokens, own) in enumerate(zip(ids, each, strict=True))
+        ]
+        processor = OutputProcessor(self.tokenizer)
+        completions = [Completion(tokens) for tokens in ids]
+        for message in messages:
+            processor.add(message.request_id, len(message.prompt_token_ids), message.params)
+            self.core.add_request(message)
+        while self.core.has_work:
+            for token_output in self.core.step().outputs:
+                output = processor.process(token_output)
+                if output is None:
+                    continue
+                completion = completions[int(token_output.request_id)]
+                completion.text += output.text
+                completion.token_ids += output.token_ids
+                completion.logprobs += output.logprobs
+                completion.finish_reason = output.finish_reason
+                completion.stop_reason = output.stop_reason
+                if output.finish_reason is not None:
+                    self.core.abort([token_output.request_id])  # a stop string ends it before the engine knows
+        return completions

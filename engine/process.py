@@ -1,0 +1,101 @@
+"""The engine process: owns the model, the KV cache and all compute, and speaks messages over a socket.
+
+Started by `AsyncEngine` as `python -m pyllm.engine.process FD`. It ends when the other side is gone.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import msgspec
+
+from .config import EngineConfig
+from .core import EngineCore
+from .errors import EngineStartError, RequestError
+from .messages import (
+    LENGTH_BYTES,
+    Abort,
+    EngineRequest,
+    Shutdown,
+    StartFailed,
+    StepOutputs,
+    ToEngine,
+    TokenOutput,
+    encode_frame,
+)
+
+
+def read_frames(sock: socket.socket) -> Iterator[bytes]:
+    """The bodies of the messages that arrive, until the other side closes."""
+    stream = sock.makefile("rb")
+    while len(head := stream.read(LENGTH_BYTES)) == LENGTH_BYTES:
+        yield stream.read(int.from_bytes(head, "little"))
+
+
+def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> None:
+    """Step while there is work, taking in messages between steps; return when asked to or when left alone."""
+    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+    decoder = msgspec.msgpack.Decoder(ToEngine)
+
+    def receive() -> None:
+        try:
+            for frame in frames:
+                inbox.put(decoder.decode(frame))
+        finally:
+            inbox.put(None)
+
+    threading.Thread(target=receive, name="receive", daemon=True).start()
+    while True:
+        # Wait for a message only when there is nothing to compute.
+        while not inbox.empty() or not core.has_work:
+            message = inbox.get()
+            if message is None or isinstance(message, Shutdown):
+                return
+            refusal = _take(core, message)
+            if refusal is not None or not core.has_work:
+                outputs = [refusal] if refusal is not None else []
+                sock.sendall(encode_frame(StepOutputs(outputs=outputs, stats=core.stats())))
+        sock.sendall(encode_frame(core.step()))
+
+
+def _take(core: EngineCore, message: EngineRequest | Abort) -> TokenOutput | None:
+    """Add or abort; the answer of a request that the engine refuses, else None."""
+    if isinstance(message, Abort):
+        core.abort(message.request_ids)
+        return None
+    try:
+        core.add_request(message)
+    except RequestError as error:
+        return TokenOutput(request_id=message.request_id, token_ids=[], finish_reason="error", error=str(error))
+    return None
+
+
+def main() -> None:
+    """Read the configuration from the socket, build the engine, report, serve."""
+    # Ctrl-C and a supervisor's SIGTERM reach the whole process group; the API process decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as sock:
+        frames = read_frames(sock)
+        config = msgspec.msgpack.decode(next(frames), type=EngineConfig)
+        try:
+            from .build import build_engine
+
+            core = build_engine(config)
+        except EngineStartError as error:
+            sock.sendall(encode_frame(StartFailed(message=str(error))))
+            return
+        try:
+            sock.sendall(encode_frame(core.info))
+            serve(core, sock, frames)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the API process is gone, and with it everyone who waited
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What many tests share: the published fixtures where they are present, and checkpoints made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir()) if GOLDEN.is_dir() else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test with the argument `golden` once for each published fixture; without them it does not exist here."""
+    if "golden" in metafunc.fixturenames:
+        if GOLDEN_NAMES:
+            metafunc.parametrize("golden", [GOLDEN / name for name in GOLDEN_NAMES], ids=GOLDEN_NAMES)
+        else:
+            reason = "the published fixtures are not beside this checkout; the tests on made checkpoints cover it"
+            metafunc.parametrize("golden", [pytest.param(None, marks=pytest.mark.skip(reason=reason))])
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random v0.13 checkpoint with every feature and a byte-level tokenizer; made, not stored."""
+    folder = tmp_path_factory.mktemp("tiny-checkpoint")
+    write_checkpoint(folder, seed=7)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    # Tiny matrices: a second thread only adds noise on a small machine.
+    torch.set_num_threads(1)

@@ -1,0 +1,45 @@
+"""The paged, batched engine gives the published greedy tokens, however the work is cut up."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import load_file
+
+from pyllm.engine.build import build_engine
+from pyllm.engine.config import EngineConfig
+from pyllm.engine.core import EngineCore
+from pyllm.engine.messages import EngineRequest, SamplingParams
+
+TOKENS = 48
+
+
+def run(core: EngineCore, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy ids of all prompts, submitted at once."""
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, seed=0)
+    for i, prompt in enumerate(prompts):
+        core.add_request(EngineRequest(request_id=str(i), prompt_token_ids=prompt, params=params))
+    outputs: list[list[int]] = [[] for _ in prompts]
+    while core.has_work:
+        for output in core.step().outputs:
+            outputs[int(output.request_id)] += output.token_ids
+    return outputs
+
+
+@pytest.mark.parametrize("manner", ["alone", "eight copies", "chunks of 5", "preempted"])
+def test_golden_greedy_ids_through_the_paged_engine(golden, manner):
+    expected = load_file(golden / "golden.safetensors")
+    prompt, answer = expected["input_ids"].tolist(), expected["greedy_ids"].tolist()
+    length = len(prompt) + TOKENS
+    settings = {
+        "alone": {},
+        "eight copies": {},
+        "chunks of 5": {"max_num_batched_tokens": 5},
+        # Room for two whole requests and a half, for eight that all want to run.
+        "preempted": {"block_size": 8, "num_kv_blocks": -(-length // 8) * 5 // 2, "max_model_len": length},
+    }[manner]
+    config = EngineConfig(model=str(golden), dtype="float32", quiet=True, **settings)
+    core = build_engine(config)
+    copies = 1 if manner == "alone" else 8
+    assert run(core, [prompt] * copies) == [answer] * copies
+    assert (core.scheduler.num_preemptions > 0) == (manner == "preempted")
+    core.check_idle()
