@@ -82,9 +82,7 @@ class DeepConfig:
         """Take the known keys of a parsed `config.json`; raise `CheckpointError` for another family's file."""
         mlp_type = values.get("mlp_type")
         if mlp_type not in (None, "token_routed", "dense"):
-            raise CheckpointError(
-                f"mlp_type {mlp_type!r} belongs to another line of the family: not supported."
-            )
+            raise CheckpointError(f"mlp_type {mlp_type!r} belongs to another line of the family: not supported.")
         known = {f.name for f in dataclasses.fields(cls)}
         taken = {key: value for key, value in values.items() if key in known}
         if isinstance(taken.get("eos_token_id"), list):

@@ -63,7 +63,7 @@ class DeepLayer(nn.Module):
         self.kv_size = config.num_key_value_heads * head_dim
         self.q_size = config.num_attention_heads * head_dim
         self.config = config
-        self.index = index
+        self.activation = "silu" if arch.mu_guidance else config.hidden_act  # the rewrite knows no other
 
         def big(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
@@ -242,7 +242,7 @@ class DeepForCausalLM(nn.Module):
             x = x + h
             b = ops.rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
             experts = layer.route(input_ids, mu)
-            x = x + ops.routed_mlp(b, experts, layer.gate_up, layer.down, self.config.hidden_act)
+            x = x + ops.routed_mlp(b, experts, layer.gate_up, layer.down, layer.activation)
             if layer.shared_gate_up is not None and layer.shared_down is not None:
                 x = x + ops.mlp(b, layer.shared_gate_up, layer.shared_down, "silu")
             if layer.mu_guidance_proj is not None and layer.mu is not None:

@@ -13,7 +13,8 @@ from pyllm.model import DeepConfig, DeepForCausalLM
 from pyllm.model.loader import save_checkpoint
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 TINY = DeepConfig(
     vocab_size=272,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

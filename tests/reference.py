@@ -99,10 +99,7 @@ def full_forward(weights, config, ids):
             else:
                 gate, up = p["mlp.gate_proj.weight"] @ b, p["mlp.up_proj.weight"] @ b
                 x[t] = x[t] + p["mlp.down_proj.weight"] @ (_act(gate, config["hidden_act"]) * up)
-        if mu_sum is None:
-            mu_sum = mus
-        else:
-            mu_sum = [total + mu for total, mu in zip(mu_sum, mus, strict=True)]
+        mu_sum = mus if mu_sum is None else [total + mu for total, mu in zip(mu_sum, mus, strict=True)]
         mu_below = [mu + 0.1 * total for mu, total in zip(mus, mu_sum, strict=True)]
         all_experts.append(experts or None)
     head = w.get("lm_head.weight", w["embed_tokens.weight"])
