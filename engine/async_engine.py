@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import sys
 from collections import deque
@@ -95,6 +96,7 @@ class AsyncEngine:
         writer: asyncio.StreamWriter,
         info: EngineInfo,
         tokenizer: Tokenizer,
+        seed: int | None,
     ) -> None:
         self.info = info
         self.stats = EngineStats()
@@ -105,6 +107,7 @@ class AsyncEngine:
         self._writer = writer
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, RequestStream] = {}
+        self._seeds = random.Random(seed)
         self._closing = False
         self._died = asyncio.Event()
         self._receiver = asyncio.create_task(self._receive(), name="engine-receiver")
@@ -132,7 +135,7 @@ class AsyncEngine:
             writer.close()
             raise
         if isinstance(message, EngineInfo):
-            return cls(process, reader, writer, message, tokenizer)
+            return cls(process, reader, writer, message, tokenizer, config.seed)
         code = await process.wait()
         writer.close()
         if isinstance(message, StartFailed):
@@ -158,7 +161,7 @@ class AsyncEngine:
         """
         if self.error is not None:
             raise EngineDeadError(self.error)
-        message = resolve_request(request_id, prompt_token_ids, params, self.info)
+        message = resolve_request(request_id, prompt_token_ids, params, self.info, self._seeds)
         stream = RequestStream(self, request_id)
         self._processor.add(request_id, len(prompt_token_ids), message.params)
         self._streams[request_id] = stream

@@ -33,7 +33,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
             dtype=DTYPES[config.dtype],
             device=device,
             load_format=config.load_format,
-            seed=config.seed,
+            seed=config.seed or 0,
             progress=not config.quiet,
         )
     except CheckpointError as error:

@@ -19,7 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         dtype: of the weights and products; `auto` is bfloat16.
         device: `auto` is cuda where there is one, else cpu.
         load_format: `dummy` gives random weights of the config's shapes.
-        seed: of dummy weights, and of the seeds drawn for requests that bring none.
+        seed: of dummy weights, and of the seeds drawn for requests that bring none; None draws those at random.
         max_model_len: most tokens of prompt and output together; None is the model's context.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: token budget of one step; a longer prompt is computed in chunks.
@@ -33,7 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DType = "auto"
     device: Device = "auto"
     load_format: LoadFormat = "auto"
-    seed: int = 0
+    seed: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,9 @@ class LLM:
     def __init__(self, model: str, **engine_args: Any) -> None:
         folder = resolve_model(model)
         self.tokenizer = Tokenizer.from_folder(folder)
-        self.core = build_engine(EngineConfig(model=str(folder), **engine_args))
+        config = EngineConfig(model=str(folder), **engine_args)
+        self.core = build_engine(config)
+        self._seeds = random.Random(config.seed)
 
     def generate(
         self,
@@ -64,7 +67,7 @@ class LLM:
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         messages = [
-            resolve_request(str(i), tokens, own, self.core.info)
+            resolve_request(str(i), tokens, own, self.core.info, self._seeds)
             for i, (tokens, own) in enumerate(zip(ids, each, strict=True))
         ]
         processor = OutputProcessor(self.tokenizer)

@@ -108,14 +108,14 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
 
 
 def resolve_request(
-    request_id: str, prompt_token_ids: list[int], params: SamplingParams, info: EngineInfo
+    request_id: str, prompt_token_ids: list[int], params: SamplingParams, info: EngineInfo, seeds: random.Random
 ) -> EngineRequest:
     """The request with its open ends decided (max_tokens, seed), checked; raises `RequestError`."""
     room = max(info.max_model_len - len(prompt_token_ids), 1)
     params = msgspec.structs.replace(
         params,
         max_tokens=params.max_tokens or max(room, params.min_tokens),
-        seed=random.getrandbits(63) if params.seed is None else params.seed,
+        seed=seeds.getrandbits(63) if params.seed is None else params.seed,
     )
     message = EngineRequest(request_id=request_id, prompt_token_ids=prompt_token_ids, params=params)
     check_request(message, info)
