@@ -46,7 +46,12 @@ class Backend:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, in] times weight [out, in], in the weight's dtype, as FP32 [T, out]."""
-        return F.linear(x.to(weight.dtype), weight).float()
+        x = x.to(weight.dtype)
+        if len(x) == 1 and weight.dtype == torch.bfloat16:
+            # The BF16 kernels split a long sum differently for one row than for several, and for nothing: two rows
+            # take the time of one. So a token's result does not depend on whether it is alone.
+            return F.linear(x.expand(2, -1), weight)[:1].float()
+        return F.linear(x, weight).float()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm over the last dimension of an FP32 tensor."""
