@@ -1,0 +1,120 @@
+"""From a request's bytes to a checked model, so that every way to fail is ours and says which field is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from .errors import ApiError, shorten
+from .protocol import UNSUPPORTED
+
+MAX_BODY_BYTES = 8 * 2**20
+LARGE_BODY_BYTES = 64 * 2**10
+MAX_MESSAGE = 600
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """Read and check the body; raise `ApiError` (400, 413, 415) for what is not a `model`."""
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if content_type != "application/json" and not (
+        content_type.startswith("application/") and content_type.endswith("+json")
+    ):
+        raise ApiError(
+            415, f"The body must be application/json, got content-type {shorten(content_type)!r}.", code="content_type"
+        )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "Compressed bodies are not supported.", code="content_encoding")
+    data = await _read_bytes(request)
+    if len(data) < LARGE_BODY_BYTES:
+        return parse_body(data, model)
+    return await asyncio.to_thread(parse_body, data, model)
+
+
+async def _read_bytes(request: Request) -> bytes:
+    too_large = ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise too_large
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(data)
+
+
+def parse_body(data: bytes, model: type[Body]) -> Body:
+    """Check bytes of JSON against `model`; raise `ApiError` 400 naming the field."""
+    try:
+        fields = msgspec.json.decode(data)
+    except UnicodeDecodeError:
+        raise ApiError(400, "The body is not valid UTF-8.", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
+    except ValueError as error:
+        raise ApiError(400, f"The body is not valid JSON: {shorten(str(error))}.", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    try:
+        return model.model_validate(_without_requests_for_nothing(fields, model))
+    except ValidationError as error:
+        raise _describe(error, fields) from None
+
+
+def _without_requests_for_nothing(fields: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Drop what this server lacks but is not really asked for; raise `ApiError` 400 where it is."""
+    kept = {}
+    for name, value in fields.items():
+        if name not in UNSUPPORTED or name in model.model_fields:
+            kept[name] = value
+        elif value is not None and not any(value == idle and type(value) is type(idle) for idle in UNSUPPORTED[name]):
+            raise ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+    return kept
+
+
+def _locate(steps: tuple[int | str, ...], kind: str, data: Any) -> tuple[str, int]:
+    """Walk an error's location through the data and leave out pydantic's names of union members."""
+    path, depth = "", 0
+    for position, step in enumerate(steps):
+        last = position == len(steps) - 1
+        if isinstance(step, int) and isinstance(data, list) and step < len(data):
+            path, data, depth = f"{path}[{step}]", data[step], depth + 1
+        elif isinstance(step, str) and isinstance(data, dict) and (step in data or (last and kind == "missing")):
+            path, data, depth = f"{path}.{shorten(step)}" if path else shorten(step), data.get(step), depth + 1
+    return path, depth
+
+
+def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
+    """Say the most telling of pydantic's errors in one sentence: of a union, the member that fitted furthest."""
+    found = []
+    for entry in error.errors(include_url=False, include_context=False, include_input=False):
+        path, depth = _locate(entry["loc"], entry["type"], data)
+        found.append((path, depth, entry["type"], entry["msg"]))
+    if len({path.split(".")[0].split("[")[0] for path, *_ in found}) > 1:
+        first = found[0][0].split(".")[0].split("[")[0]
+        found = [item for item in found if item[0].split(".")[0].split("[")[0] == first]
+    path, _, kind, _ = max(found, key=lambda item: (item[1], not item[2].endswith("_type")))
+    if kind == "extra_forbidden":
+        return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
+    if kind == "union_tag_invalid":
+        message = f"{path}.role should be system, developer, user, assistant or tool."
+        return ApiError(400, message, param=f"{path}.role", code="invalid_value")
+    same = [item for item in found if item[0] == path and item[2].endswith("_type") == kind.endswith("_type")]
+    texts = list(dict.fromkeys(_predicate(message) for _, _, _, message in same))
+    text = " or ".join([texts[0], *(other.removeprefix("should be ") for other in texts[1:])])
+    return ApiError(400, f"{path} {text}."[:MAX_MESSAGE], param=path, code="invalid_value")
+
+
+def _predicate(message: str) -> str:
+    """Turn "Input should be …" into "should be …"."""
+    for subject in ("Input ", "String ", "List ", "Dictionary "):
+        message = message.removeprefix(subject)
+    return message.replace(" after validation", "")

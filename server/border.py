@@ -1,0 +1,111 @@
+"""What every request passes: its id, the key, the last catch for failures, and one line in the log."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError, error_response, shorten, to_api_error
+
+if TYPE_CHECKING:
+    from .app import Service
+
+logger = logging.getLogger("pyllm.server")
+
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""Routes that never need a key and that are logged at debug level only, since machines ask for them all the time."""
+CLIENT_GONE = 499
+_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
+
+
+class Border:
+    """The outermost layer around the routes, as plain ASGI so that streams pass through untouched."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+        self._keys = [key.encode() for key in service.config.api_key]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, and answer whatever failure comes out of it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        started = time.monotonic()
+        status = 0
+        complete = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, complete
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        async def receive_until_gone() -> Message:
+            nonlocal status
+            message = await receive()
+            # After a whole answer the server says the same, and nobody has gone.
+            if message["type"] == "http.disconnect" and not complete:
+                status = CLIENT_GONE
+            return message
+
+        self._service.enter()
+        try:
+            self._authorise(scope, headers)
+            await self._app(scope, receive_until_gone, send_with_id)
+        except ClientDisconnect:
+            status = CLIENT_GONE
+        except Exception as error:
+            if status not in (0, CLIENT_GONE):
+                raise
+            await error_response(to_api_error(error))(scope, receive, send_with_id)
+        finally:
+            self._service.leave()
+            _log(scope, request_id, status, time.monotonic() - started)
+
+    def _authorise(self, scope: Scope, headers: Headers) -> None:
+        """Raise `ApiError` 401 without a known key; the path is the server's own, untouched by any header."""
+        if not self._keys or scope["path"].removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS:
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip().encode("latin-1")
+        # All keys are compared, so that the time tells nothing about which one was near.
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                401,
+                "A valid API key is needed, as `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+
+def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    """One line, without anything of the prompt."""
+    level = logging.DEBUG if scope["path"] in PUBLIC_PATHS else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    tokens = ""
+    if (generation := scope["state"].get("generation")) is not None:
+        usage = generation.usage()
+        tokens = f" prompt_tokens={usage['prompt_tokens']} completion_tokens={usage['completion_tokens']}"
+    path = shorten(scope["path"]).encode("ascii", "backslashreplace").decode()
+    logger.log(
+        level, "%s %s %d id=%s%s seconds=%.3f", scope["method"], repr(path)[1:-1], status, request_id, tokens, seconds
+    )

@@ -1,0 +1,92 @@
+"""The `pyllm` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from .config import ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
+
+# Servers and networks are imported when a command needs them: help and mistakes must be answered at once.
+
+COMMANDS: dict[str, tuple[type[ModelFlags], str]] = {
+    "serve": (ServerConfig, "Serve a Complexity-Deep model with an OpenAI-compatible HTTP API."),
+    "generate": (GenerateConfig, "Continue one prompt."),
+    "chat": (TerminalConfig, "Talk to a model in the terminal."),
+}
+USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 when all is well, 2 with one sentence when it cannot start."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"pyllm {__version__}")
+        sys.exit(0)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        sys.exit(0 if words else USAGE_ERROR)
+    sys.exit(_run(words[0], words[1:]))
+
+
+def _help() -> str:
+    lines = ["usage: pyllm COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:<10}{description}" for name, (_, description) in COMMANDS.items()]
+    return "\n".join([*lines, "", "`pyllm COMMAND --help` lists a command's options; `pyllm --version` the version."])
+
+
+def _run(command: str, words: list[str]) -> int:
+    try:
+        if command not in COMMANDS:
+            raise ConfigError(f"Unknown command {command[:200]!r}: use one of {', '.join(COMMANDS)}.")
+        cls, description = COMMANDS[command]
+        config = load_config(cls, words, os.environ, program=f"pyllm {command}", description=description)
+        if isinstance(config, GenerateConfig) and not config.prompt:
+            raise ConfigError('A prompt is needed, as in: pyllm generate "Once upon a time".')
+    except ConfigError as error:
+        return _fail(error)
+    _configure_logging(config.log_level)
+    from ..engine.errors import EngineDeadError, EngineStartError, RequestError
+    from ..model.config import CheckpointError
+    from .chat_template import ChatTemplateError
+
+    try:
+        return _start(config)
+    except (ConfigError, CheckpointError, ChatTemplateError, EngineStartError, RequestError) as error:
+        return _fail(error)
+    except EngineDeadError as error:
+        _fail(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _start(config: ModelFlags) -> int:
+    match config:
+        case ServerConfig():
+            from .serve import serve
+
+            return serve(config)
+        case GenerateConfig():
+            from .terminal import generate
+
+            return generate(config)
+        case TerminalConfig():
+            from .terminal import chat
+
+            return chat(config)
+    raise AssertionError(config)
+
+
+def _configure_logging(level: str) -> None:
+    # Only this program's own loggers follow the level: what libraries say at debug level includes prompts.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("pyllm").setLevel(level.upper())
+
+
+def _fail(error: Exception) -> int:
+    print(f"pyllm: {error}", file=sys.stderr)
+    return USAGE_ERROR

@@ -1,0 +1,224 @@
+"""Every flag of the command line, declared once.
+
+A value comes from the arguments, else from the environment (`PYLLM_` and the flag's name), else from the
+YAML file named by `--config`, else from the default here. Nothing heavy is imported, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from ..engine.config import EngineConfig
+
+DEMO_FOLDER = Path(__file__).parent.parent / "model" / "demo"
+DEMO_NAME = "pyllm-demo"
+ENVIRONMENT_PREFIX = "PYLLM_"
+
+
+class ConfigError(ValueError):
+    """A flag, variable or line of the YAML file that cannot be used; the message is one plain sentence."""
+
+
+def flag(
+    default: Any,
+    text: str,
+    kind: str = "text",
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+    positional: bool = False,
+) -> Any:
+    """Declare a flag: `kind` is text, list (repeatable), int, float or switch; `low` and `high` are inclusive."""
+    settings = {"text": text, "kind": kind, "low": low, "high": high, "choices": choices, "positional": positional}
+    return field(default=default, metadata=settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFlags:
+    """The flags of every command that runs a model."""
+
+    config: str | None = flag(None, "YAML file with values for these flags")
+    model: str | None = flag(None, "folder or hub id of the checkpoint (none: the bundled demo model)", positional=True)
+    dtype: str = flag("auto", "number format of the weights", choices=("auto", "bfloat16", "float32"))
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    load_format: str = flag("auto", "dummy gives random weights of the config's shapes", choices=("auto", "dummy"))
+    seed: int | None = flag(
+        None, "makes requests that bring no seed repeatable; also dummy weights", "int", low=0, high=2**63 - 1
+    )
+    max_model_len: int | None = flag(None, "most tokens of prompt and answer (none: the model's context)", "int", low=1)
+    max_num_seqs: int = flag(64, "most sequences in one step", "int", low=1, high=4096)
+    max_num_batched_tokens: int = flag(2048, "most tokens in one step", "int", low=1, high=2**20)
+    block_size: int = flag(16, "tokens in one block of the KV cache", "int", low=1, high=1024)
+    kv_cache_memory_bytes: int | None = flag(None, "size of the KV cache (none: chosen for you)", "int", low=1)
+    num_kv_blocks: int | None = flag(None, "number of blocks in the KV cache, instead of a size", "int", low=1)
+    chat_template: str | None = flag(None, "file with a Jinja chat template, instead of the checkpoint's own")
+    log_level: str = flag("info", "least severe messages shown", choices=("debug", "info", "warning", "error"))
+
+    def engine_config(self, path: Path) -> EngineConfig:
+        """The engine's part of these flags, for the checkpoint at `path`."""
+        from ..engine.config import EngineConfig
+
+        shared = set(EngineConfig.__struct_fields__) & {f.name for f in dataclasses.fields(self)} - {"model"}
+        return EngineConfig(model=str(path), **{name: getattr(self, name) for name in shared})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig(ModelFlags):
+    """The flags of `pyllm serve`."""
+
+    served_model_name: tuple[str, ...] = flag((), "name of the model in the API; repeat it for aliases", "list")
+    host: str = flag("127.0.0.1", "address to listen on")
+    port: int = flag(8000, "port to listen on; 0 picks a free one", "int", low=0, high=65535)
+    uds: str | None = flag(None, "Unix socket to listen on, instead of host and port")
+    api_key: tuple[str, ...] = flag((), "key that clients must send; repeat it for several", "list")
+    allowed_origins: tuple[str, ...] = flag((), "origin whose web pages may call the API (CORS); * is all", "list")
+    root_path: str = flag("", "path under which a proxy offers this server")
+    sse_keep_alive_interval: float = flag(
+        15.0, "seconds between comments that keep a stream open; 0: none", "float", low=0, high=3600
+    )
+    shutdown_timeout: float = flag(
+        30.0, "seconds that running requests get to finish on SIGTERM", "float", low=0, high=86400
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TerminalConfig(ModelFlags):
+    """The flags of `pyllm chat`."""
+
+    model: str | None = flag(None, "folder or hub id of the checkpoint (none: the bundled demo model)")
+    log_level: str = flag("warning", "least severe messages shown", choices=("debug", "info", "warning", "error"))
+    max_tokens: int = flag(512, "most tokens of one answer", "int", low=1, high=2**31 - 1)
+    temperature: float | None = flag(None, "0 is greedy (none: the checkpoint's, else 1)", "float", low=0, high=2)
+    top_k: int | None = flag(None, "sample among the k most likely tokens; 0: all", "int", low=-1, high=2**31 - 1)
+    top_p: float | None = flag(None, "sample among the tokens that make up this probability", "float", low=1e-6, high=1)
+    repetition_penalty: float | None = flag(
+        None, "above 1 makes tokens already seen less likely", "float", low=0.01, high=100
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig(TerminalConfig):
+    """The flags of `pyllm generate`."""
+
+    prompt: str = flag("", "text to continue", positional=True)
+    chat: bool = flag(False, "put the prompt through the chat template, as a user's message", "switch")
+
+
+Config = TypeVar("Config", bound=ModelFlags)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message[:1].upper() + message[1:].rstrip(".") + ".")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def _parser(cls: type[Config], program: str, description: str) -> _Parser:
+    parser = _Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(cls):
+        kind, choices = f.metadata["kind"], f.metadata["choices"]
+        text = f.metadata["text"] + (f" (default {f.default})" if f.default not in (None, (), "", False) else "")
+        text = text.replace("%", "%%")
+        if f.metadata["positional"]:
+            parser.add_argument(f"_{f.name}", nargs="?", metavar=f.name.upper(), help=text)
+            if f.name != "model":
+                continue
+            text = "the same as MODEL"
+        if kind == "switch":
+            parser.add_argument(_option(f.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            metavar = "{" + ",".join(choices) + "}" if choices else {"int": "N", "float": "X"}.get(kind, "TEXT")
+            action = "append" if kind == "list" else "store"
+            parser.add_argument(_option(f.name), action=action, metavar=metavar, help=text)
+    return parser
+
+
+def _convert(f: dataclasses.Field[Any], raw: Any, source: str) -> Any:
+    """Make a value of the flag's kind from a string or a YAML value; `source` names it in the error."""
+    kind, low, high, choices = (f.metadata[key] for key in ("kind", "low", "high", "choices"))
+    if raw is None and f.default is None:
+        return None
+    if kind == "list":
+        items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
+        if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
+            raise ConfigError(f"{source} must be one or more texts, none empty.")
+        return tuple(items)
+    if kind == "switch":
+        word = str(raw).lower()
+        if word in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+            return word in ("1", "true", "yes", "on")
+        raise ConfigError(f"{source} must be true or false, got {raw!r:.200}.")
+    if kind in ("int", "float"):
+        try:
+            number = int(str(raw)) if kind == "int" else float(str(raw))
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{source} must be a {'whole ' * (kind == 'int')}number {bounds}, got {raw!r:.200}.")
+        return number
+    value = str(raw) if isinstance(raw, (str, int, float)) else ""
+    if choices and value not in choices:
+        raise ConfigError(f"{source} must be one of {', '.join(choices)}, got {value!r:.200}{_nearest(value, choices)}")
+    if not value and f.default:
+        raise ConfigError(f"{source} must be a text, not empty.")
+    return value
+
+
+def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, (dict, type(None))):
+        raise ConfigError(f"--config {path} must hold lines of the form `flag: value`.")
+    values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
+    for name in values:
+        if name not in known or name == "config":
+            raise ConfigError(f"{path} has an unknown flag {name!r:.200}{_nearest(name, known)}")
+    return values
+
+
+def load_config(
+    cls: type[Config], arguments: Sequence[str], environment: Mapping[str, str], *, program: str, description: str
+) -> Config:
+    """Make a configuration of class `cls`; raise `ConfigError` for anything unknown or out of range."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given, unknown = _parser(cls, program, description).parse_known_args(arguments)
+    for word in unknown:
+        name = word.split("=")[0]
+        if name.startswith("-"):
+            raise ConfigError(f"Unknown flag {name[:200]}{_nearest(name, [_option(known) for known in fields])}")
+        raise ConfigError(f"Unexpected argument {word[:200]!r}.")
+    found = vars(given)
+    if found.keys() >= {"_model", "model"} and found["_model"] != found["model"]:
+        raise ConfigError("The model is named twice, as MODEL and by --model.")
+    variables = {name: (environment.get(ENVIRONMENT_PREFIX + name.upper()), ENVIRONMENT_PREFIX + name.upper())
+                 for name in fields}  # fmt: skip
+    raw: dict[str, tuple[Any, str]] = {name: pair for name, pair in variables.items() if pair[0]}
+    raw |= {name.lstrip("_"): (value, _option(name.lstrip("_"))) for name, value in found.items()}
+    if "config" in raw:
+        path = raw["config"][0]
+        raw = {name: (value, f"{name} in {path}") for name, value in _read_yaml(path, list(fields)).items()} | raw
+    return cls(**{name: _convert(fields[name], value, source) for name, (value, source) in raw.items()})

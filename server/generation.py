@@ -1,0 +1,214 @@
+"""One HTTP request's sequences in the engine: submitted together, read as one stream, aborted together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from ..engine.async_engine import RequestStream
+from ..engine.errors import EngineDeadError, RequestError
+from ..engine.messages import SamplingParams, TokenLogprobs
+from ..engine.output_processor import RequestOutput
+from .errors import ApiError, unavailable
+from .protocol import MAX_SEQUENCES, GenerationRequest
+from .served_model import ServedModel
+
+SHARED_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "skip_special_tokens",
+)
+_serial = count()
+
+
+def sampling_params(
+    body: GenerationRequest,
+    model: ServedModel,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    turn_ends: tuple[str, ...] = (),
+) -> SamplingParams:
+    """Join a request's fields with the model's defaults; raises `RequestError`.
+
+    `turn_ends` are strings that end a turn as an end-of-sequence id would, so that `ignore_eos` goes past them too.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options is only for requests with stream.", param="stream_options")
+    values: dict[str, Any] = model.defaults | {"max_tokens": max_tokens, "logprobs": logprobs}
+    values |= {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop_token_ids = tuple(body.stop_token_ids or ())
+    return SamplingParams(stop=stop if body.ignore_eos else stop + turn_ends, stop_token_ids=stop_token_ids, **values)
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one sequence has given so far."""
+
+    prompt_token_ids: list[int]
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    last_time: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
+
+
+class Generation:
+    """The sequences of one request: `n` for each prompt, in the order of the answer's choices.
+
+    Raises `RequestError` or `EngineDeadError` when the engine refuses one of them, and then runs none.
+    """
+
+    def __init__(
+        self, model: ServedModel, request_id: str, prompts: list[list[int]], params: SamplingParams, n: int
+    ) -> None:
+        if len(prompts) * n > MAX_SEQUENCES:
+            raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
+        self._engine = model.engine
+        self._metrics = model.metrics
+        self._arrival = time.monotonic()
+        self._n = n
+        self.with_logprobs = params.logprobs is not None
+        self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
+        self._streams: list[RequestStream] = []
+        self._pumps: list[asyncio.Task[None]] = []
+        # A client may send one x-request-id twice at a time; the engine's ids differ all the same.
+        base = f"{request_id}/{next(_serial)}"
+        try:
+            for index, choice in enumerate(self.choices):
+                own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
+                self._streams.append(self._engine.submit(f"{base}-{index}", choice.prompt_token_ids, own))
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Stop what still runs; may be called at any time and more than once."""
+        for stream in self._streams:
+            stream.abort()
+        for pump in self._pumps:
+            pump.cancel()
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Yield (choice index, output) as the engine goes on; raise `EngineDeadError` or `ApiError` if it fails."""
+        if len(self._streams) == 1:
+            async for output in self._streams[0]:
+                self._note(0, output)
+                yield 0, output
+            return
+        queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(len(self._streams))
+        self._pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)]
+        running = len(self._streams)
+        while running:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+                continue
+            self._note(index, item)
+            yield index, item
+
+    def _note(self, index: int, output: RequestOutput) -> None:
+        """Keep the counts of one output and raise if it says that the sequence failed."""
+        choice, now = self.choices[index], time.monotonic()
+        new_tokens = output.num_output_tokens - choice.num_output_tokens
+        if new_tokens and not choice.last_time:
+            self._metrics.prompt_tokens.inc(output.num_prompt_tokens)
+            self._metrics.time_to_first_token.observe(now - self._arrival)
+        elif new_tokens:
+            for _ in range(new_tokens):
+                self._metrics.inter_token_latency.observe((now - choice.last_time) / new_tokens)
+        if new_tokens:
+            self._metrics.generation_tokens.inc(new_tokens)
+            choice.last_time = now
+        choice.num_output_tokens = output.num_output_tokens
+        choice.num_cached_tokens = output.num_cached_tokens
+        choice.finish_reason = output.finish_reason
+        if output.finish_reason is not None:
+            self._metrics.on_finish(output.finish_reason, now - self._arrival)
+        if output.finish_reason == "error":
+            if not self._engine.is_alive:
+                raise EngineDeadError(output.error or "The engine has stopped.")
+            raise ApiError(500, "The engine failed on this request.", code="internal_error")
+        if output.finish_reason == "abort":
+            raise unavailable("The server stopped this request.", "aborted")
+
+    async def collect(self, request: Request) -> None:
+        """Run to the end and keep everything in `choices`; raise `ClientDisconnect` as soon as the client is gone."""
+        work = asyncio.create_task(self._collect())
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+            self.abort()
+
+    async def _collect(self) -> None:
+        async for index, output in self.outputs():
+            choice = self.choices[index]
+            choice.pieces.append(output.text)
+            choice.token_ids += output.token_ids
+            choice.logprobs += output.logprobs
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object: each prompt counts once, each choice's tokens count."""
+        firsts = self.choices[:: self._n]
+        prompt = sum(len(choice.prompt_token_ids) for choice in firsts)
+        completion = sum(choice.num_output_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in firsts)},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+
+def _shifted(seed: int | None, offset: int) -> int | None:
+    """`seed + offset`, going round at the ends of 64 bits."""
+    return None if seed is None else (seed + offset + 2**63) % 2**64 - 2**63
+
+
+async def _pump(
+    index: int, stream: RequestStream, queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]]
+) -> None:
+    try:
+        async for output in stream:
+            await queue.put((index, output))
+        await queue.put((index, None))
+    except Exception as error:
+        await queue.put((index, error))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

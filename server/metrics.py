@@ -1,0 +1,92 @@
+"""The metrics of a server: each is named here and nowhere else, after vLLM's names and buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from ..engine.messages import EngineStats, StepOutputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LABEL = "model_name"
+FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+                       20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
+TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+                 80.0)  # fmt: skip
+REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+                   480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """The metrics of one served model, in a registry of their own.
+
+    `stats` gives the engine's latest state whenever the metrics are read.
+    """
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self._registry = CollectorRegistry()
+
+        def counter(name: str, text: str) -> Counter:
+            family = Counter(name, text, [LABEL], registry=self._registry)
+            return family.labels(model_name)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(name, text, [LABEL], buckets=buckets, registry=self._registry)
+            return family.labels(model_name)
+
+        def gauge(name: str, text: str, read: Callable[[], float]) -> None:
+            Gauge(name, text, [LABEL], registry=self._registry).labels(model_name).set_function(read)
+
+        gauge("pyllm:num_requests_running", "Sequences in the running batch.", lambda: stats().num_running)
+        gauge("pyllm:num_requests_waiting", "Sequences waiting for their turn.", lambda: stats().num_waiting)
+        gauge("pyllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", lambda: stats().kv_cache_usage)
+        self._registry.register(_Preemptions(model_name, stats))
+        self.prompt_tokens = counter("pyllm:prompt_tokens", "Prompt tokens of the requests that were started.")
+        self.generation_tokens = counter("pyllm:generation_tokens", "Tokens generated.")
+        self.time_to_first_token = histogram(
+            "pyllm:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token_latency = histogram(
+            "pyllm:inter_token_latency_seconds", "Between two tokens of a sequence.", TOKEN_BUCKETS
+        )
+        self.request_latency = histogram(
+            "pyllm:e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS
+        )
+        self._step = histogram("pyllm:engine_step_seconds", "Time of one engine step.", STEP_BUCKETS)
+        self._finished = Counter(
+            "pyllm:request_success", "Sequences that ended.", [LABEL, "finished_reason"], registry=self._registry
+        )
+        self._model_name = model_name
+
+    def on_step(self, outputs: StepOutputs) -> None:
+        """Take note of one engine step."""
+        self._step.observe(outputs.stats.step_seconds)
+
+    def on_finish(self, reason: str, seconds: float) -> None:
+        """Take note of a sequence's end, `seconds` after its arrival."""
+        self._finished.labels(self._model_name, reason).inc()
+        self.request_latency.observe(seconds)
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _Preemptions(Collector):
+    """The engine counts preemptions itself; this reads its count."""
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self._model_name = model_name
+        self._stats = stats
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily("pyllm:num_preemptions", "Sequences set back to free KV blocks.", labels=[LABEL])
+        family.add_metric([self._model_name], self._stats().num_preemptions)
+        yield family

@@ -1,0 +1,189 @@
+"""`pyllm serve`: owns the event loop, the listening socket, the engine's life and the signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from .. import __version__
+from .app import Service, create_app
+from .config import ConfigError, ServerConfig
+from .served_model import ServedModel, load
+
+logger = logging.getLogger("pyllm.server")
+
+KEEP_ALIVE_SECONDS = 60
+LAST_WORDS_SECONDS = 2.0
+"""How long clients get to hear that their request has failed, before the server ends."""
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until a signal comes or the engine dies; return the process's exit code.
+
+    Raises `ConfigError`, `CheckpointError` or `EngineStartError`, each with one plain sentence, when it cannot start.
+    """
+    sockets = [] if config.uds else _bind(config.host, config.port)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        server = _ServerProcess(config, sockets)
+        code = runner.run(server.run())
+        if server.interrupted_loading:
+            # A download may still run in a thread, which the interpreter would wait for.
+            sys.stderr.flush()
+            os._exit(code)
+    return code
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets for every address of `host`; raise `ConfigError` if one cannot be had."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            listener = socket.socket(family, kind, protocol)
+            sockets.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            chosen = sockets[0].getsockname()[1] if len(sockets) > 1 else port
+            listener.bind((address[0], chosen, *address[2:]))
+            listener.setblocking(False)
+    except OSError as error:
+        for listener in sockets:
+            listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"Cannot listen on {host}:{port} ({reason}): choose another --host or --port.") from None
+    return sockets
+
+
+class _HttpServer(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone: uvicorn would raise them again at the end, and the exit code would not be 0."""
+        yield
+
+
+class _ServerProcess:
+    """The order of things from start to end."""
+
+    def __init__(self, config: ServerConfig, sockets: list[socket.socket]) -> None:
+        self.interrupted_loading = False
+        self._config = config
+        self._sockets = sockets
+        self._service = Service(config)
+        self._http = _HttpServer(
+            uvicorn.Config(
+                create_app(self._service), uds=config.uds, root_path=config.root_path, http="httptools", ws="none",
+                lifespan="off", log_config=None, access_log=False, server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
+            )
+        )  # fmt: skip
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+
+    async def run(self) -> int:
+        """Listen at once, load, serve, end; return the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        http = loop.create_task(self._http.serve(sockets=self._sockets or None))
+        try:
+            if not await self._load(http):
+                return 0
+            return await self._serve_until_end(http)
+        finally:
+            self._http.should_exit = True
+            self._http.force_exit = self._force.is_set()
+            await asyncio.wait([http])
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._force.set()
+        self._stop.set()
+
+    async def _load(self, http: asyncio.Task[None]) -> bool:
+        """Load the model; False when a signal came first."""
+        started = time.monotonic()
+        loading = asyncio.create_task(load(self._config, names=self._config.served_model_name))
+        await _first_of(loading, http, self._stop.wait())
+        if http.done() and isinstance(error := http.exception(), OSError):
+            loading.cancel()
+            raise ConfigError(
+                f"Cannot listen on the socket {self._config.uds} ({error.strerror}): choose another --uds."
+            )
+        if not loading.done():
+            loading.cancel()
+            self.interrupted_loading = True
+            with contextlib.suppress(asyncio.CancelledError):
+                await loading
+            return False
+        self._service.model = loading.result()
+        self._announce(loading.result(), time.monotonic() - started)
+        return True
+
+    def _announce(self, model: ServedModel, seconds: float) -> None:
+        info = model.engine.info
+        logger.info(
+            "PyLLM %s serves %s: era %s, %s parameters, %s on %s",
+            __version__, ", ".join(model.names), info.era, f"{info.parameters:,}", info.dtype, info.device,
+        )  # fmt: skip
+        logger.info(
+            "KV cache of %s tokens; context of %s tokens; at most %d sequences at a time",
+            f"{info.kv_capacity_tokens:,}", f"{info.max_model_len:,}", info.max_num_seqs,
+        )  # fmt: skip
+        url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config.root_path)
+        logger.info("Ready after %.1f s on %s", seconds, url)
+
+    async def _serve_until_end(self, http: asyncio.Task[None]) -> int:
+        """Wait for a signal or the engine's death, let requests end, and end the engine."""
+        engine = self._model.engine
+        death = asyncio.create_task(engine.wait_dead())
+        await _first_of(death, http, self._stop.wait())
+        self._service.draining = True
+        if self._stop.is_set():
+            logger.info("Stopping; requests that still run: %d", self._service.in_flight)
+            await _first_of(self._drained(self._config.shutdown_timeout), death, self._force.wait())
+            code = 1 if self._force.is_set() or death.done() else 0
+        else:
+            logger.error("The engine has died: %s The server ends.", engine.error)
+            code = 1
+        death.cancel()
+        # Requests that still run end with an error, which their clients get to hear.
+        await engine.shutdown(timeout=0.1 if code else 5.0)
+        await _first_of(self._drained(LAST_WORDS_SECONDS), self._force.wait())
+        return code
+
+    @property
+    def _model(self) -> ServedModel:
+        if self._service.model is None:
+            raise RuntimeError("The model is not loaded.")
+        return self._service.model
+
+    async def _drained(self, seconds: float) -> None:
+        """Wait until no request runs, for at most so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._service.idle.wait(), seconds)
+
+
+def _url(listener: socket.socket, root_path: str) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{root_path}/v1"
+
+
+async def _first_of(*things: Any) -> None:
+    """Wait until one of these tasks and coroutines is done; the coroutines are then cancelled, the tasks go on."""
+    own = [asyncio.ensure_future(thing) for thing in things if not isinstance(thing, asyncio.Future)]
+    given = [thing for thing in things if isinstance(thing, asyncio.Future)]
+    await asyncio.wait([*own, *given], return_when=asyncio.FIRST_COMPLETED)
+    for task in own:
+        task.cancel()

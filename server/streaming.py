@@ -1,0 +1,116 @@
+"""Server-sent events: one loop for every endpoint that streams, and the shapes that it asks for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
+
+from ..engine.messages import TokenLogprobs
+from ..model.tokenizer import Tokenizer
+from .errors import to_api_error
+from .generation import Generation
+from .protocol import GenerationRequest
+
+DONE = b"data: [DONE]\n\n"
+encode_json = msgspec.json.Encoder().encode
+_KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
+
+
+def event(content: Any) -> bytes:
+    """One event with JSON in it."""
+    return b"data: " + encode_json(content) + b"\n\n"
+
+
+class Chunks(ABC):
+    """Writes an endpoint's chunks as whole events; what all chunks of a choice share is encoded once.
+
+    Attributes:
+        shows_tokens: the chunks show single tokens (ids or log-probabilities), so these must all be sent, and with
+            the text that they belong to.
+    """
+
+    def __init__(
+        self, head: dict[str, Any], member: str, generation: Generation, tokenizer: Tokenizer, body: GenerationRequest
+    ) -> None:
+        """`head` is what every chunk says, `member` the name of the text's place in a choice."""
+        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.with_ids = bool(body.return_token_ids)
+        self.with_logprobs = generation.with_logprobs
+        self.shows_tokens = self.with_ids or self.with_logprobs
+        self.choices = generation.choices
+        self.tokenizer = tokenizer
+        self._head = head
+        start = b"data: " + encode_json(head)[:-1] + b',"choices":[{"index":'
+        self._starts = [b'%s%d,"%s":' % (start, index, member.encode()) for index in range(len(generation.choices))]
+        self._tail = b',"usage":null}\n\n' if self.with_usage else b"}\n\n"
+
+    def chunk(self, index: int, content: bytes, *, logprobs: bytes = b"null", reason: bytes = b"null",
+              more: bytes = b"", beside: bytes = b"") -> bytes:  # fmt: skip
+        """One chunk from parts in JSON; `more` are further members of the choice, `beside` of the chunk."""
+        parts = (self._starts[index], content, logprobs, reason, more, beside, self._tail)
+        return b'%s%s,"logprobs":%s,"finish_reason":%s%s}]%s%s' % parts
+
+    @abstractmethod
+    def opening(self) -> bytes:
+        """What comes before the first token, perhaps nothing."""
+
+    @abstractmethod
+    def piece(self, index: int, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bytes:
+        """New text of one choice with its tokens."""
+
+    @abstractmethod
+    def ending(self, index: int, reason: str) -> bytes:
+        """The end of one choice."""
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        """The token counts, without choices."""
+        return event(self._head | {"choices": [], "usage": usage})
+
+
+async def events(generation: Generation, chunks: Chunks) -> AsyncIterator[bytes]:
+    """Yield the events of a whole answer; a failure becomes an event too."""
+    waiting: dict[int, tuple[list[int], list[TokenLogprobs]]] = {}
+    try:
+        if opening := chunks.opening():
+            yield opening
+        async for index, output in generation.outputs():
+            data = b""
+            token_ids, logprobs = waiting.pop(index, ([], []))
+            if chunks.shows_tokens:
+                token_ids, logprobs = token_ids + output.token_ids, logprobs + output.logprobs
+            reason = output.finish_reason
+            # Tokens without text of their own (a part of a character, a stop string's beginning) wait for some.
+            if output.text or (reason and token_ids):
+                data = chunks.piece(index, output.text, token_ids, logprobs)
+            elif token_ids:
+                waiting[index] = token_ids, logprobs
+            if reason is not None:
+                data += chunks.ending(index, reason)
+            if data:
+                yield data
+        if chunks.with_usage:
+            yield chunks.usage(generation.usage())
+    except Exception as error:
+        yield event(to_api_error(error).body)
+    yield DONE
+
+
+class EventStream(EventSourceResponse):
+    """A stream of ready-made events that stops its generation however it ends."""
+
+    def __init__(self, generation: Generation, chunks: Chunks, keep_alive_seconds: float) -> None:
+        content = events(generation, chunks)
+        super().__init__(content, ping=keep_alive_seconds, sep="\n", ping_message_factory=lambda: _KEEP_ALIVE)
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream; a client that goes away cancels it here."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.abort()

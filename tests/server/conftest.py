@@ -1,0 +1,194 @@
+"""A served model with a scripted engine, and the application around it, all in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from pyllm.engine.errors import EngineDeadError
+from pyllm.engine.messages import EngineInfo, EngineStats, SamplingParams, StepOutputs, TokenLogprobs, TokenOutput
+from pyllm.engine.output_processor import OutputProcessor, RequestOutput
+from pyllm.engine.request import resolve_request
+from pyllm.model.tokenizer import Tokenizer
+from pyllm.server.app import Service, create_app
+from pyllm.server.chat_template import ChatTemplate
+from pyllm.server.config import ServerConfig
+from pyllm.server.metrics import Metrics
+from pyllm.server.served_model import ServedModel
+
+CONTEXT = 200
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, after `</s>`, `<pad>` and `<s>`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: n for n, piece in enumerate(["</s>", "<pad>", "<s>", *alphabet])}
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    return Tokenizer(library, names={"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"})
+
+
+class ScriptedStream:
+    """Gives the engine's reply, one token at a time."""
+
+    def __init__(self, engine: ScriptedEngine, request_id: str, params: SamplingParams) -> None:
+        self._engine = engine
+        self._request_id = request_id
+        self._params = params
+        self._sent = 0
+        self._ended = False
+
+    def __aiter__(self) -> ScriptedStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        await asyncio.sleep(0)
+        engine, params = self._engine, self._params
+        if self._sent >= engine.hold_after:
+            await engine.release.wait()
+        if engine.error is not None:
+            raise EngineDeadError(engine.error)
+        ids = [*engine.tokenizer.encode(engine.reply), 0]
+        token = ids[self._sent % len(ids)]
+        self._sent += 1
+        stops = token == 0 and not params.ignore_eos
+        reason = "stop" if stops else "length" if self._sent == params.max_tokens else None
+        if engine.fail_after == self._sent:
+            reason = "error"
+        logprobs = []
+        if params.logprobs is not None:
+            top = [(token, -0.5), (2, -1.5), (1, float("-inf"))][: params.logprobs]
+            logprobs = [TokenLogprobs(token_id=token, logprob=-0.5, top=top)]
+        output = engine.processor.process(
+            TokenOutput(
+                request_id=self._request_id,
+                token_ids=[token],
+                logprobs=logprobs,
+                finish_reason=reason,
+                stop_token_id=0 if stops else None,
+                num_cached_tokens=3,
+            )
+        )
+        assert output is not None
+        if output.finish_reason is not None:
+            self._ended = True
+            engine.running.discard(self._request_id)
+        return output
+
+    def abort(self) -> None:
+        self._ended = True
+        if self._request_id in self._engine.running:
+            self._engine.running.discard(self._request_id)
+            self._engine.aborted.append(self._request_id)
+
+
+class ScriptedEngine:
+    """Stands in for `AsyncEngine`: says `reply` to everyone and remembers what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.processor = OutputProcessor(tokenizer)
+        self.info = EngineInfo(
+            era="test", dtype="float32", device="cpu", parameters=1, load_seconds=0.0, vocab_size=tokenizer.vocab_size,
+            max_model_len=CONTEXT, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=100,
+            eos_token_ids=(0,),
+        )  # fmt: skip
+        self.stats = EngineStats(num_running=2, num_waiting=1, kv_cache_usage=0.25, num_preemptions=4)
+        self.step_listener: Callable[[StepOutputs], None] | None = None
+        self.error: str | None = None
+        self.reply = "Hello, wörld!"
+        self.hold_after = 10**9
+        self.release = asyncio.Event()
+        self.fail_after = 0
+        self.requests: list[tuple[str, list[int], SamplingParams]] = []
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+
+    @property
+    def is_alive(self) -> bool:
+        return self.error is None
+
+    def submit(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> ScriptedStream:
+        if self.error is not None:
+            raise EngineDeadError(self.error)
+        message = resolve_request(request_id, prompt_token_ids, params, self.info, random.Random(0))
+        self.processor.add(request_id, len(prompt_token_ids), message.params)
+        self.requests.append((request_id, prompt_token_ids, params))
+        self.running.add(request_id)
+        return ScriptedStream(self, request_id, message.params)
+
+
+class Harness:
+    """The application with a scripted engine; each call runs in an event loop of its own."""
+
+    def __init__(self, **flags: Any) -> None:
+        self.tokenizer = byte_tokenizer()
+        self.engine = ScriptedEngine(self.tokenizer)
+        self.metrics = Metrics("org/tiny", lambda: self.engine.stats)
+        self.model = ServedModel(
+            names=("org/tiny", "alias"),
+            tokenizer=self.tokenizer,
+            template=ChatTemplate.from_tokenizer(self.tokenizer),
+            engine=self.engine,  # type: ignore[arg-type]
+            defaults={},
+            metrics=self.metrics,
+            created=1,
+        )
+        self.service = Service(ServerConfig(**flags), model=self.model)
+        self.app = create_app(self.service)
+
+    def run(self, work: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+        async def main() -> Any:
+            transport = httpx.ASGITransport(app=self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await asyncio.wait_for(work(client), 20)
+
+        return asyncio.run(main())
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return self.run(lambda client: client.get(path, headers=headers))
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        options = options if "content" in options else options | {"json": body}
+        return self.run(lambda client: client.post(path, **options))
+
+    def chat(self, **fields: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]} | fields)
+
+    def complete(self, **fields: Any) -> httpx.Response:
+        return self.post("/v1/completions", {"prompt": "Hi"} | fields)
+
+
+def stream_events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON of a whole stream's events; the stream must end with [DONE]."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = response.text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2] if not block.startswith(":")]
+
+
+@pytest.fixture
+def harness() -> Harness:
+    return Harness()
+
+
+@pytest.fixture
+def make_harness() -> type[Harness]:
+    return Harness
+
+
+@pytest.fixture
+def events_of() -> Callable[[httpx.Response], list[dict[str, Any]]]:
+    return stream_events

@@ -1,0 +1,352 @@
+"""What every request meets: errors in one shape, limits, keys, ids, states of the server, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+
+import httpx
+import pytest
+
+from pyllm.engine.errors import EngineDeadError
+from pyllm.server import body
+from pyllm.server.chat_template import ChatTemplateError
+from pyllm.server.errors import ApiError, to_api_error
+from pyllm.server.protocol import ErrorAnswer, ModelCard, ModelList
+
+CHAT = "/v1/chat/completions"
+USER = {"role": "user", "content": "Hi"}
+
+
+def error_of(response):
+    return ErrorAnswer.model_validate_json(response.content).error
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"content": "x"}]}, "messages[0]"),
+        ({"messages": [USER, {"role": "user", "content": []}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [USER | {"mood": "good"}]}, "messages[0].mood"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"color": 1}}, "stream_options.color"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"best_of": True}, "best_of"),
+        ({"frobnicate": 1}, "frobnicate"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refused_field_is_a_400_that_names_it_even_for_streams(harness, fields, param, stream):
+    response = harness.chat(**({"stream": True} if stream and "stream_options" not in fields else {}) | fields)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error.param == param
+    assert param.split(".")[-1].split("[")[0] in error.message
+    assert error.type == "invalid_request_error"
+    assert error.code
+    assert harness.engine.running == set()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b'{"messages": NaN}', b'{"temperature": Infinity, "messages": []}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"user": "\xff"}', b'{"user": "\xed\xa0\x80"}',
+        b'{"seed": ' + b"9" * 5000 + b"}", b'{"temperature": 1e999}', b"[" * 200_000, b'{"a":' * 100_000,
+    ],
+    ids=lambda data: repr(data[:30]),
+)  # fmt: skip
+def test_unparsable_body_is_a_400(harness, data):
+    response = harness.post(CHAT, content=data, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert error_of(response).message
+
+
+def test_a_giant_id_list_is_refused_quickly_and_in_short(harness):
+    response = harness.post("/v1/completions", {"prompt": [1] * 300_000 + ["x"]})
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+
+
+def test_messages_echo_little_of_the_input(harness):
+    for fields in ({"model": "z" * 500}, {"z" * 5000: 1}, {"messages": [{"role": "z" * 5000, "content": ""}]}):
+        response = harness.chat(**fields)
+        assert response.status_code in (400, 404)
+        assert response.text.count("z") < 450
+
+
+def test_other_content_types_are_415(harness):
+    assert harness.post(CHAT, content=b"a=1", headers={"content-type": "text/plain"}).status_code == 415
+    gzipped = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert error_of(harness.post(CHAT, content=b"x", headers=gzipped)).code == "content_encoding"
+    good = json.dumps({"messages": [USER]}).encode()
+    for kind in ("application/json; charset=utf-8", "application/vnd.x+json", None):
+        headers = {"content-type": kind} if kind else {}
+        assert harness.post(CHAT, content=good, headers=headers).status_code == 200
+
+
+def test_body_over_the_limit_is_413_with_or_without_a_declared_length(harness, monkeypatch):
+    monkeypatch.setattr(body, "MAX_BODY_BYTES", 1000)
+
+    async def chunks():
+        for _ in range(20):
+            yield b" " * 100
+
+    assert harness.post(CHAT, content=b" " * 1001).status_code == 413
+    response = harness.run(lambda client: client.post(CHAT, content=chunks()))
+    assert response.status_code == 413
+    assert error_of(response).code == "body_too_large"
+
+
+def test_unknown_routes_and_methods_have_the_same_shape(harness):
+    assert error_of(harness.get("/v2/nothing")).code == "unknown_url"
+    assert harness.get("/health/").status_code == 404
+    response = harness.get(CHAT)
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert error_of(response).code == "method_not_allowed"
+
+
+def test_models_are_listed_and_found_by_names_with_slashes(harness):
+    models = ModelList.model_validate_json(harness.get("/v1/models").content)
+    assert [model.id for model in models.data] == ["org/tiny", "alias"]
+    card = ModelCard.model_validate_json(harness.get("/v1/models/org/tiny").content)
+    assert card.max_model_len == harness.engine.info.max_model_len
+    for response in (harness.get("/v1/models/org/other"), harness.chat(model="other"), harness.complete(model="x")):
+        assert response.status_code == 404
+        assert error_of(response).code == "model_not_found"
+
+
+def test_request_id_is_taken_over_or_made(harness):
+    response = harness.post(CHAT, {"messages": [USER]}, headers={"x-request-id": "my-id 7"})
+    assert response.headers["x-request-id"] == "my-id 7"
+    assert response.json()["id"] == "chatcmpl-my-id 7"
+    for bad in ("", "x" * 129, "tab\there"):
+        made = harness.get("/v1/models", **{"x-request-id": bad}).headers["x-request-id"]
+        assert made != bad
+        assert len(made) == 32
+    assert harness.get("/nowhere").headers["x-request-id"]
+
+
+def test_one_request_id_used_twice_makes_two_requests(harness):
+    for _ in range(2):
+        assert harness.post(CHAT, {"messages": [USER]}, headers={"x-request-id": "same"}).status_code == 200
+    first, second = (request[0] for request in harness.engine.requests)
+    assert first != second
+
+
+def test_keys_guard_every_route_but_the_public_ones(make_harness):
+    harness = make_harness(api_key=("first", "clé"))
+    for path in ("/health", "/ready", "/metrics"):
+        assert harness.get(path).status_code == 200
+    guarded = ("/v1/models", "/version", "/openapi.json", "/nowhere", "//health", "/health/../v1/models", "/healthx")
+    for path in guarded:
+        response = harness.get(path)
+        assert response.status_code == 401
+        assert error_of(response).code == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+    for wrong in ("Bearer firs", "Bearer ", "Basic first", "first", "Bearer first second"):
+        assert harness.get("/v1/models", authorization=wrong).status_code == 401
+    assert harness.get("/v1/models", authorization="Bearer first").status_code == 200
+    accented = {"authorization": "bearer clé".encode()}
+    assert harness.run(lambda client: client.get("/v1/models", headers=accented)).status_code == 200
+
+
+def test_web_pages_of_other_origins_are_allowed_only_by_name(harness, make_harness):
+    assert "access-control-allow-origin" not in harness.get("/v1/models", origin="http://a.example").headers
+    opened = make_harness(allowed_origins=("http://a.example",), api_key=("k",))
+    assert opened.get("/v1/models", origin="http://a.example").headers["access-control-allow-origin"]
+    assert "access-control-allow-origin" not in opened.get("/v1/models", origin="http://b.example").headers
+
+
+def test_states_of_the_server_show_in_health_and_ready(harness):
+    assert harness.get("/health").status_code == harness.get("/ready").status_code == 200
+    harness.service.draining = True
+    assert harness.get("/health").status_code == 200
+    assert error_of(harness.chat()).code == "shutting_down"
+    harness.service.draining, harness.service.model = False, None
+    assert harness.get("/health").status_code == harness.get("/metrics").status_code == 200
+    for response in (harness.get("/ready"), harness.chat(), harness.get("/v1/models")):
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) > 0
+        assert error_of(response).code == "loading"
+    harness.service.model = harness.model
+    harness.engine.error = "gone"
+    for response in (harness.get("/health"), harness.get("/ready"), harness.complete()):
+        assert response.status_code == 503
+        assert error_of(response).code == "engine_dead"
+
+
+def test_engine_that_dies_on_the_way_ends_answers_with_an_error(harness, events_of):
+    async def die(client):
+        task = asyncio.create_task(client.post(CHAT, json={"messages": [USER], "stream": True, "n": 2}))
+        await asyncio.sleep(0.05)
+        harness.engine.error = "gone"
+        harness.engine.release.set()
+        return await task
+
+    harness.engine.hold_after = 3
+    events = events_of(harness.run(die))
+    assert events[-1]["error"]["code"] == "engine_dead"
+
+
+def test_a_failed_sequence_is_a_500_or_an_error_event_and_the_others_are_stopped(harness, events_of):
+    harness.engine.fail_after = 2
+    response = harness.chat(n=3)
+    assert response.status_code == 500
+    assert error_of(response).type == "server_error"
+    assert harness.engine.running == set()
+    assert events_of(harness.chat(n=3, stream=True))[-1]["error"]["code"] == "internal_error"
+    assert harness.engine.running == set()
+
+
+def test_a_fault_inside_is_a_500_that_tells_nothing(harness, monkeypatch, caplog):
+    def fail(*_):
+        raise KeyError("secret detail")
+
+    monkeypatch.setattr(harness.engine, "submit", fail)
+    response = harness.chat()
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert "secret detail" in caplog.text
+
+
+def test_each_kind_of_failure_has_its_status():
+    assert to_api_error(ChatTemplateError("no")).status == 400
+    assert to_api_error(EngineDeadError("gone")).status == 503
+    own = ApiError(418, "tea")
+    assert to_api_error(own) is own
+
+
+async def disconnect(harness, path, fields, *, after=0.05):
+    """Call the application as a server does, and hang up after some seconds; return what was sent until then."""
+    sent = []
+    messages = [{"type": "http.request", "body": json.dumps(fields).encode()}] if fields else []
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(after)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+        "headers": [(b"content-type", b"application/json")], "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+    await asyncio.wait_for(harness.app(scope, receive, send), 5)
+    return sent
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("hold_after", [0, 2])
+def test_client_gone_aborts_every_choice(harness, stream, hold_after, caplog):
+    caplog.set_level(logging.INFO, logger="pyllm.server")
+    harness.engine.hold_after = hold_after
+    fields = {"prompt": ["a", "b"], "n": 3, "stream": stream}
+    sent = asyncio.run(disconnect(harness, "/v1/completions", fields))
+    assert harness.engine.running == set()
+    assert len(harness.engine.aborted) == 6
+    assert harness.service.in_flight == 0
+    assert bool(sent) == stream
+    assert " 499 " in caplog.records[-1].getMessage()
+
+
+def test_client_gone_while_sending_the_body_is_no_error(harness, caplog):
+    sent = asyncio.run(disconnect(harness, CHAT, None, after=0))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sent == []
+
+
+def test_idle_streams_carry_comments(make_harness):
+    harness = make_harness(sse_keep_alive_interval=0.02)
+    harness.engine.hold_after = 0
+    sent = asyncio.run(disconnect(harness, CHAT, {"messages": [USER], "stream": True}, after=0.2))
+    assert b"".join(message.get("body", b"") for message in sent).count(b": keep-alive\n\n") >= 3
+
+
+def test_log_line_has_status_and_tokens_and_nothing_of_the_prompt(harness, caplog):
+    caplog.set_level(logging.DEBUG, logger="pyllm.server")
+    harness.chat(messages=[{"role": "user", "content": "my secret"}], max_tokens=4, stream=True)
+    line = caplog.records[-1].getMessage()
+    assert "POST /v1/chat/completions 200" in line
+    assert "completion_tokens=4" in line
+    assert "secret" not in caplog.text
+    harness.get("/b%0Ac")
+    assert "\n" not in caplog.records[-1].getMessage()
+
+
+def test_metrics_count_tokens_requests_and_times(harness):
+    harness.chat(n=2)
+    harness.complete(max_tokens=3)
+    text = harness.get("/metrics").text
+    label = 'model_name="org/tiny"'
+    assert f"pyllm:generation_tokens_total{{{label}}} 33.0" in text
+    assert f'pyllm:request_success_total{{finished_reason="stop",{label}}} 2.0' in text
+    assert f'pyllm:request_success_total{{finished_reason="length",{label}}} 1.0' in text
+    assert f"pyllm:num_requests_running{{{label}}} 2.0" in text
+    assert f"pyllm:num_requests_waiting{{{label}}} 1.0" in text
+    assert f"pyllm:kv_cache_usage_perc{{{label}}} 0.25" in text
+    assert f"pyllm:num_preemptions_total{{{label}}} 4.0" in text
+    for name, count in (("time_to_first_token", 3), ("inter_token_latency", 30), ("e2e_request_latency", 3)):
+        assert f"pyllm:{name}_seconds_count{{{label}}} {count}.0" in text
+    assert "pyllm:engine_step_seconds_bucket" in text
+
+
+def test_openapi_has_the_real_models_and_their_bounds(harness):
+    schema = harness.get("/openapi.json").json()
+    models = schema["components"]["schemas"]
+    reference = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    assert reference == "#/components/schemas/ChatCompletionRequest"
+    temperature = models["ChatCompletionRequest"]["properties"]["temperature"]["anyOf"][0]
+    assert (temperature["minimum"], temperature["maximum"]) == (0, 2)
+    text = json.dumps(schema)
+    used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert used <= models.keys()
+    assert "HTTPValidationError" not in models
+
+
+def test_version_is_told(harness):
+    assert harness.get("/version").json()["version"]
+
+
+def test_proxies_path_prefix_does_not_hide_the_routes(make_harness):
+    harness = make_harness(api_key=("k",))
+    transport = httpx.ASGITransport(app=harness.app, root_path="/llm")
+
+    async def ask():
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [(await client.get(path)).status_code for path in ("/llm/health", "/llm/v1/models")]
+
+    assert asyncio.run(ask()) == [200, 401]
