@@ -1,0 +1,129 @@
+"""The engine as a library."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from reference import full_forward
+from safetensors.torch import load_file
+
+from pyllm import LLM, SamplingParams
+from pyllm.engine.errors import RequestError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_checkpoint) -> LLM:
+    return LLM(str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=64)
+
+
+def reference_logits(folder, ids: list[int]) -> torch.Tensor:
+    config = json.loads((folder / "config.json").read_text())
+    return full_forward(load_file(folder / "model.safetensors"), config, ids)[0]
+
+
+def test_texts_and_token_ids_are_prompts_alike(llm):
+    text = "Hello there"
+    ids = llm.tokenizer.encode(text)
+    by_text, by_ids = llm.generate([text, ids], GREEDY)
+    assert by_text == by_ids
+    assert by_text.prompt_token_ids == ids
+    assert len(by_text.token_ids) == 12
+    assert by_text.finish_reason == "length"
+    # Half a character at the end stays unsaid.
+    assert by_text.text == llm.tokenizer.decode(by_text.token_ids)[: len(by_text.text)]
+    assert set(llm.tokenizer.decode(by_text.token_ids)[len(by_text.text) :]) <= {"\N{REPLACEMENT CHARACTER}"}
+
+
+def test_each_prompt_may_have_its_own_params(llm):
+    each = [
+        SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True),
+        SamplingParams(temperature=0.9, seed=4, max_tokens=9, ignore_eos=True),
+        SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2),
+    ]
+    together = llm.generate(["one", "two", "three"], each)
+    assert [len(completion.token_ids) for completion in together] == [3, 9, 5]
+    assert [len(completion.logprobs) for completion in together] == [0, 0, 5]
+    alone = [llm.generate([prompt], own)[0] for prompt, own in zip(["one", "two", "three"], each, strict=True)]
+    assert [completion.token_ids for completion in alone] == [completion.token_ids for completion in together]
+
+
+def test_params_that_do_not_match_the_prompts_are_refused(llm):
+    with pytest.raises(ValueError):  # noqa: PT011
+        llm.generate(["a", "b"], [GREEDY])
+    assert len(llm.generate(["a"], GREEDY)) == 1
+
+
+def test_a_stop_string_ends_the_text_before_it(llm):
+    free = llm.generate(["Stop"], GREEDY)[0]
+    assert len(free.text) > 3
+    stop = free.text[2:4]
+    stopped = llm.generate(["Stop"], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop=(stop,)))[0]
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert len(stopped.token_ids) < 12
+    assert not llm.core.has_work
+
+
+def test_a_stop_id_asked_for_is_the_reason(llm):
+    free = llm.generate(["Stop"], GREEDY)[0].token_ids
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop_token_ids=(free[3],))
+    stopped = llm.generate(["Stop"], params)[0]
+    assert stopped.token_ids == free[: free.index(free[3]) + 1]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", free[3])
+
+
+def test_logprobs_are_those_of_a_full_forward(llm, tiny_checkpoint):
+    prompt = llm.tokenizer.encode("Logs of what")
+    params = SamplingParams(temperature=1.3, seed=5, max_tokens=10, ignore_eos=True, logprobs=4, repetition_penalty=1.5)
+    completion = llm.generate([prompt], params)[0]
+    scores = reference_logits(tiny_checkpoint, prompt + completion.token_ids).log_softmax(-1)
+    for i, (token, found) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+        row = scores[len(prompt) - 1 + i]
+        assert found.token_id == token
+        assert found.logprob == pytest.approx(row[token].item(), abs=1e-3)
+        best = row.topk(4)
+        assert [score for _, score in found.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+        assert all(row[id_].item() == pytest.approx(score, abs=1e-3) for id_, score in found.top)
+
+
+def test_min_tokens_keeps_the_end_away(llm):
+    free = llm.generate(["End"], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))[0].token_ids
+    stops = {"stop_token_ids": tuple(set(free)), "min_tokens": 6}
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, **stops)
+    held = llm.generate(["End"], params)[0].token_ids
+    assert len(held) >= 6
+    assert not set(held[:6]) & set(free)
+
+
+def test_max_tokens_none_fills_the_context(llm):
+    prompt = [5] * (llm.core.info.max_model_len - 8)
+    completion = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True))[0]
+    assert len(completion.token_ids) == 8
+    assert completion.finish_reason == "length"
+
+
+def test_one_prompt_that_can_never_run_refuses_all_and_leaves_nothing(llm):
+    with pytest.raises(RequestError, match="empty"):
+        llm.generate(["fine", []], GREEDY)
+    assert not llm.core.has_work
+    assert len(llm.generate(["fine"], GREEDY)) == 1
+
+
+def test_no_prompts_no_completions(llm):
+    assert llm.generate([], GREEDY) == []
+
+
+def test_an_interrupted_call_leaves_an_engine_that_can_be_used_again(llm, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def interrupt(sequences):
+            raise KeyboardInterrupt
+
+        patch.setattr(llm.core.runner, "execute", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["one", "two"], GREEDY)
+    assert len(llm.generate(["one", "two"], GREEDY)) == 2
