@@ -45,7 +45,7 @@ class Border:
             request_id = uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        started = time.monotonic()
+        state["arrival"] = started = time.monotonic()
         status = 0
         complete = False
 

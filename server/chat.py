@@ -36,15 +36,13 @@ async def create_chat_completion(
         turn_ends=model.template.stop_strings,
     )
     prompt = await model.render([_plain(message.model_dump(exclude_none=True)) for message in body.messages])
-    request_id = request.state.request_id
-    generation = Generation(model, request_id, [prompt], params, body.n or 1)
-    request.state.generation = generation
-    head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": name}
+    generation = Generation(model, request, [prompt], params, body.n or 1, "messages")
+    head = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": name}
     if body.stream:
         head["object"] = "chat.completion.chunk"
         chunks = ChatChunks(head, "delta", generation, model.tokenizer, body)
         return EventStream(generation, chunks, keep_alive_seconds)
-    await generation.collect(request)
+    await generation.collect()
     choices = []
     for index, choice in enumerate(generation.choices):
         logprobs = chat_logprobs(choice.logprobs, model.tokenizer) if body.logprobs else None

@@ -60,6 +60,10 @@ def _run(command: str, words: list[str]) -> int:
     except EngineDeadError as error:
         _fail(error)
         return 1
+    except BrokenPipeError:
+        # Whoever read our output has left, as in `| head`; nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
 

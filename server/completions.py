@@ -29,14 +29,17 @@ async def create_completion(
     max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
     params = sampling_params(body, model, max_tokens=max_tokens, logprobs=body.logprobs)
     prompts = await _encode(body, model)
-    request_id = request.state.request_id
-    generation = Generation(model, request_id, prompts, params, body.n or 1)
-    request.state.generation = generation
-    head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": int(time.time()), "model": name}
+    generation = Generation(model, request, prompts, params, body.n or 1, "prompt")
+    head = {
+        "id": f"cmpl-{request.state.request_id}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": name,
+    }
     if body.stream:
         chunks = CompletionChunks(head, generation, model.tokenizer, body, params.skip_special_tokens)
         return EventStream(generation, chunks, keep_alive_seconds)
-    await generation.collect(request)
+    await generation.collect()
     choices = []
     for index, choice in enumerate(generation.choices):
         entry: dict[str, Any] = {"index": index, "text": choice.text, "logprobs": None}

@@ -84,32 +84,40 @@ class Generation:
     """
 
     def __init__(
-        self, model: ServedModel, request_id: str, prompts: list[list[int]], params: SamplingParams, n: int
+        self, model: ServedModel, request: Request, prompts: list[list[int]], params: SamplingParams, n: int, field: str
     ) -> None:
+        """Submit them all; `field` is what this endpoint calls its prompt."""
         if len(prompts) * n > MAX_SEQUENCES:
             raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
         self._engine = model.engine
         self._metrics = model.metrics
-        self._arrival = time.monotonic()
+        self._request = request
+        self._arrival: float = request.state.arrival
         self._n = n
         self.with_logprobs = params.logprobs is not None
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self._pumps: list[asyncio.Task[None]] = []
         # A client may send one x-request-id twice at a time; the engine's ids differ all the same.
-        base = f"{request_id}/{next(_serial)}"
+        base = f"{request.state.request_id}/{next(_serial)}"
         try:
             for index, choice in enumerate(self.choices):
                 own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
                 self._streams.append(self._engine.submit(f"{base}-{index}", choice.prompt_token_ids, own))
-        except BaseException:
+        except BaseException as error:
             self.abort()
+            if isinstance(error, RequestError) and error.param in ("prompt", "messages"):
+                error.param = field
             raise
+        request.state.generation = self  # for the log
 
     def abort(self) -> None:
         """Stop what still runs; may be called at any time and more than once."""
-        for stream in self._streams:
+        for stream, choice in zip(self._streams, self.choices, strict=False):
             stream.abort()
+            if choice.finish_reason is None:
+                choice.finish_reason = "abort"
+                self._metrics.on_finish("abort", time.monotonic() - self._arrival)
         for pump in self._pumps:
             pump.cancel()
 
@@ -158,10 +166,10 @@ class Generation:
         if output.finish_reason == "abort":
             raise unavailable("The server stopped this request.", "aborted")
 
-    async def collect(self, request: Request) -> None:
+    async def collect(self) -> None:
         """Run to the end and keep everything in `choices`; raise `ClientDisconnect` as soon as the client is gone."""
         work = asyncio.create_task(self._collect())
-        gone = asyncio.create_task(_disconnected(request))
+        gone = asyncio.create_task(_disconnected(self._request))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():

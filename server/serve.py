@@ -15,11 +15,14 @@ from typing import Any
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import __version__
 from .app import Service, create_app
 from .config import ConfigError, ServerConfig
+from .errors import ApiError
 from .served_model import ServedModel, load
+from .streaming import encode_json
 
 logger = logging.getLogger("pyllm.server")
 
@@ -73,6 +76,15 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
+class _HttpProtocol(HttpToolsProtocol):
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP in the same shape as every other error."""
+        body = encode_json(ApiError(400, msg, code="invalid_http").body)
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body))
+        self.transport.close()
+
+
 class _ServerProcess:
     """The order of things from start to end."""
 
@@ -83,7 +95,7 @@ class _ServerProcess:
         self._service = Service(config)
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(self._service), uds=config.uds, root_path=config.root_path, http="httptools", ws="none",
+                create_app(self._service), uds=config.uds, root_path=config.root_path, http=_HttpProtocol, ws="none",
                 lifespan="off", log_config=None, access_log=False, server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
             )

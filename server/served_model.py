@@ -24,6 +24,8 @@ logger = logging.getLogger("pyllm.server")
 
 LARGE_TEXT = 4000
 """Characters from which text is tokenised off the event loop."""
+LARGE_CHAT = 50
+"""Messages from which a chat is rendered off the event loop."""
 DEFAULT_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -43,6 +45,7 @@ class ServedModel:
         names: what clients may call the model; the first is its id.
         defaults: values of `SamplingParams` for the fields that a request leaves out.
         created: when it was loaded, in seconds of Unix time.
+        longest_token: bytes of the longest token, by which a text that is far too long is known without tokenising it.
     """
 
     names: tuple[str, ...]
@@ -52,6 +55,7 @@ class ServedModel:
     defaults: dict[str, Any]
     metrics: Metrics
     created: int
+    longest_token: int
 
     def check_name(self, name: str | None) -> str:
         """The name to answer with; raise `ApiError` 404 for a model that is not served."""
@@ -61,16 +65,25 @@ class ServedModel:
         return name or self.names[0]
 
     async def encode(self, text: str, *, add_bos: bool) -> list[int]:
-        """Tokenise plain text."""
-        if len(text) < LARGE_TEXT:
+        """Tokenise plain text; raises `RequestError`."""
+        if self._is_small(len(text), "prompt"):
             return self.tokenizer.encode(text, add_bos=add_bos)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_bos=add_bos)
 
     async def render(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Put messages through the chat template and tokenise them; raises `ChatTemplateError`."""
-        if sum(len(message.get("content") or "") for message in messages) + 50 * len(messages) < LARGE_TEXT:
+        """Put messages through the chat template and tokenise them; raises `ChatTemplateError` or `RequestError`."""
+        characters = sum(len(message.get("content") or "") for message in messages)
+        if self._is_small(characters, "messages") and len(messages) < LARGE_CHAT:
             return self.template.render(messages)
         return await asyncio.to_thread(self.template.render, messages)
+
+    def _is_small(self, characters: int, param: str) -> bool:
+        """Whether text may be tokenised on the event loop; raise `RequestError` where it cannot fit the context."""
+        fewest, limit = characters // self.longest_token, self.engine.info.max_model_len
+        if fewest > limit:
+            message = f"This model's context is {limit} tokens, but the prompt has at least {fewest} tokens."
+            raise RequestError(message, param=param, code="context_length_exceeded")
+        return characters < LARGE_TEXT
 
 
 async def load(flags: ModelFlags, *, names: tuple[str, ...] = ()) -> ServedModel:
@@ -100,6 +113,7 @@ async def load(flags: ModelFlags, *, names: tuple[str, ...] = ()) -> ServedModel
         defaults=defaults,
         metrics=metrics,
         created=int(time.time()),
+        longest_token=max(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size)),
     )
 
 

@@ -144,6 +144,7 @@ class Harness:
             defaults={},
             metrics=self.metrics,
             created=1,
+            longest_token=4,
         )
         self.service = Service(ServerConfig(**flags), model=self.model)
         self.app = create_app(self.service)

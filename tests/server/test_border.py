@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 
 import httpx
+import msgspec
 import pytest
 
 from pyllm.engine.errors import EngineDeadError
@@ -15,6 +17,7 @@ from pyllm.server.chat_template import ChatTemplateError
 from pyllm.server.errors import ApiError, to_api_error
 from pyllm.server.protocol import ErrorAnswer, ModelCard, ModelList
 
+CONTEXT = 200
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
 
@@ -94,6 +97,32 @@ def test_a_giant_id_list_is_refused_quickly_and_in_short(harness):
     response = harness.post("/v1/completions", {"prompt": [1] * 300_000 + ["x"]})
     assert response.status_code == 400
     assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize("size", [CONTEXT + 10, 100_000])
+def test_context_overflow_says_what_the_limit_is(harness, size):
+    chat = harness.chat(messages=[USER | {"content": "x" * size}])
+    for response, field in ((harness.complete(prompt="x" * size), "prompt"), (chat, "messages")):
+        error = error_of(response)
+        assert response.status_code == 400
+        assert (error.code, error.param) == ("context_length_exceeded", field)
+        assert str(CONTEXT) in error.message
+
+
+def test_long_texts_are_read_off_the_event_loop(harness, monkeypatch):
+    threads = []
+    encode = harness.tokenizer.encode
+
+    def note(text, **options):
+        if text.startswith("x"):
+            threads.append(threading.current_thread() is threading.main_thread())
+        return encode(text, **options)
+
+    monkeypatch.setattr(harness.tokenizer, "encode", note)
+    harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=10_000)
+    harness.complete(prompt="x" * 5000)
+    harness.complete(prompt="x")
+    assert threads == [False, True]
 
 
 def test_messages_echo_little_of_the_input(harness):
@@ -280,6 +309,7 @@ def test_client_gone_aborts_every_choice(harness, stream, hold_after, caplog):
     assert len(harness.engine.aborted) == 6
     assert harness.service.in_flight == 0
     assert bool(sent) == stream
+    assert 'finished_reason="abort",model_name="org/tiny"} 6.0' in harness.get("/metrics").text
     assert " 499 " in caplog.records[-1].getMessage()
 
 
