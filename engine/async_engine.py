@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import socket
 import sys
@@ -37,11 +38,12 @@ class RequestStream:
     """The outputs of one request, as they come: `async for output in stream`.
 
     Iteration ends after the output with a `finish_reason`, and raises `EngineDeadError` if the engine dies first.
+    Whoever stops reading earlier calls `abort`.
     """
 
-    def __init__(self, engine: AsyncEngine, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, engine: AsyncEngine, wire_id: str) -> None:
         self._engine = engine
+        self._wire_id = wire_id
         self._outputs: deque[RequestOutput] = deque()
         self._arrived = asyncio.Event()
         self._finished = False
@@ -65,7 +67,7 @@ class RequestStream:
         if not self._finished:
             self._finished = True
             self._arrived.set()
-            self._engine._forget(self.request_id)
+            self._engine._forget(self._wire_id)
 
     def _put(self, output: RequestOutput) -> None:
         self._outputs.append(output)
@@ -108,6 +110,7 @@ class AsyncEngine:
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, RequestStream] = {}
         self._seeds = random.Random(seed)
+        self._serial = itertools.count()
         self._closing = False
         self._died = asyncio.Event()
         self._receiver = asyncio.create_task(self._receive(), name="engine-receiver")
@@ -120,12 +123,18 @@ class AsyncEngine:
             EngineStartError: it could not start; one plain sentence.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "pyllm.engine.process", str(theirs.fileno()),
-                pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL,
-            )  # fmt: skip
         reader, writer = await asyncio.open_connection(sock=ours)
+        with theirs:
+            try:
+                # -P: a file of the user's folder must not be taken for a module. A session of its own: Ctrl-C in a
+                # terminal is for this process, which then decides.
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-P", "-m", "pyllm.engine.process", str(theirs.fileno()),
+                    pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+            except BaseException:
+                writer.close()
+                raise
         try:
             writer.write(encode_frame(config))
             message = await _read_message(reader)
@@ -151,7 +160,7 @@ class AsyncEngine:
         """Send a request to the engine at once.
 
         Args:
-            request_id: unique among the running requests.
+            request_id: for people; need not be unique.
             prompt_token_ids: at least one token.
             params: `max_tokens` None takes the rest of the context; `seed` None draws one.
 
@@ -161,10 +170,12 @@ class AsyncEngine:
         """
         if self.error is not None:
             raise EngineDeadError(self.error)
-        message = resolve_request(request_id, prompt_token_ids, params, self.info, self._seeds)
-        stream = RequestStream(self, request_id)
-        self._processor.add(request_id, len(prompt_token_ids), message.params)
-        self._streams[request_id] = stream
+        # Never used twice: what is still under way for an aborted request must not reach one of the same name.
+        wire_id = f"{request_id}#{next(self._serial)}"
+        message = resolve_request(wire_id, prompt_token_ids, params, self.info, self._seeds)
+        stream = RequestStream(self, wire_id)
+        self._processor.add(wire_id, len(prompt_token_ids), message.params)
+        self._streams[wire_id] = stream
         self._writer.write(encode_frame(message))
         return stream
 
@@ -186,18 +197,19 @@ class AsyncEngine:
         await self._receiver
         self._writer.close()
 
-    def _forget(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None:
-            self._processor.abort(request_id)
+    def _forget(self, wire_id: str) -> None:
+        if self._streams.pop(wire_id, None) is not None:
+            self._processor.abort(wire_id)
             if self.error is None:
-                self._writer.write(encode_frame(Abort(request_ids=[request_id])))
+                self._writer.write(encode_frame(Abort(request_ids=[wire_id])))
 
     async def _receive(self) -> None:
         """Hand out outputs until the engine process is gone; then tell everyone who waits."""
         try:
             while isinstance(message := await _read_message(self._reader), StepOutputs):
                 self._dispatch(message)
-            reason = "The server is shutting down." if self._closing else "The engine process has ended."
+            code = await self._process.wait()
+            reason = "The server is shutting down." if self._closing else f"The engine process has ended (code {code})."
         except Exception as error:
             # Whatever went wrong here, nobody would ever be answered again: that is a dead engine.
             reason = f"The engine's messages could not be handled ({error!r})."
@@ -213,9 +225,15 @@ class AsyncEngine:
         aborts: list[str] = []
         for token_output in message.outputs:
             stream = self._streams.get(token_output.request_id)
-            output = self._processor.process(token_output) if stream is not None else None
-            if stream is None or output is None:
+            if stream is None:
                 continue  # aborted while the step ran
+            try:
+                output = self._processor.process(token_output)
+            except Exception as error:
+                # A fault in one request's text ends that request and nobody else's.
+                output = self._processor.abort(token_output.request_id, error=f"Its text could not be made: {error!r}.")
+            if output is None:
+                continue
             stream._put(output)
             if output.finish_reason is not None:
                 del self._streams[token_output.request_id]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from ..model.backend import PREFILL_BLOCK
 from .block_pool import KVCacheManager
 from .errors import RequestError
 from .messages import EngineInfo, EngineRequest, EngineStats, StepOutputs, TokenOutput
@@ -37,6 +38,7 @@ class EngineCore:
             KVCacheManager(info.num_blocks, info.block_size),
             max_num_seqs=info.max_num_seqs,
             max_num_batched_tokens=info.max_num_batched_tokens,
+            chunk_multiple=PREFILL_BLOCK,
         )
         self._requests: dict[str, Request] = {}
 
@@ -60,6 +62,8 @@ class EngineCore:
             request = self._requests.get(request_id)
             if request is not None:
                 self._finish(request)
+        if not self.has_work:
+            self.check_idle()
 
     def step(self) -> StepOutputs:
         """Schedule, compute and sample once; return what it added to each request."""

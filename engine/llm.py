@@ -12,7 +12,7 @@ from ..model.tokenizer import Tokenizer
 from .build import build_engine
 from .config import EngineConfig
 from .messages import FinishReason, SamplingParams, TokenLogprobs
-from .output_processor import OutputProcessor
+from .output_processor import OutputProcessor, RequestOutput
 from .request import resolve_request
 
 
@@ -26,6 +26,14 @@ class Completion:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    def take(self, output: RequestOutput) -> None:
+        """Add what a step brought."""
+        self.text += output.text
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs
+        self.finish_reason = output.finish_reason
+        self.stop_reason = output.stop_reason
 
 
 class LLM:
@@ -72,20 +80,17 @@ class LLM:
         ]
         processor = OutputProcessor(self.tokenizer)
         completions = [Completion(tokens) for tokens in ids]
-        for message in messages:
-            processor.add(message.request_id, len(message.prompt_token_ids), message.params)
-            self.core.add_request(message)
-        while self.core.has_work:
-            for token_output in self.core.step().outputs:
-                output = processor.process(token_output)
-                if output is None:
-                    continue
-                completion = completions[int(token_output.request_id)]
-                completion.text += output.text
-                completion.token_ids += output.token_ids
-                completion.logprobs += output.logprobs
-                completion.finish_reason = output.finish_reason
-                completion.stop_reason = output.stop_reason
-                if output.finish_reason is not None:
-                    self.core.abort([token_output.request_id])  # a stop string ends it before the engine knows
+        try:
+            for message in messages:
+                processor.add(message.request_id, len(message.prompt_token_ids), message.params)
+                self.core.add_request(message)
+            while self.core.has_work:
+                for token_output in self.core.step().outputs:
+                    output = processor.process(token_output)
+                    if output is not None:
+                        completions[int(token_output.request_id)].take(output)
+                        if output.finish_reason is not None:
+                            self.core.abort([token_output.request_id])  # a stop string ends it unknown to the engine
+        finally:
+            self.core.abort([message.request_id for message in messages])  # after Ctrl-C nothing may run on
         return completions

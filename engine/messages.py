@@ -79,7 +79,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
         within("min_p", 0.0, 1.0)
         within("presence_penalty", -2.0, 2.0)
         within("frequency_penalty", -2.0, 2.0)
-        require(0.0 < self.repetition_penalty < math.inf, "repetition_penalty", "a finite number above 0")
+        within("repetition_penalty", 0.01, 100.0)
         require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
         require(all(self.stop), "stop", "without empty strings")
         require(len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids")

@@ -49,7 +49,8 @@ class ModelRunner:
             tokens += sequence.request.token_ids[start : start + sequence.num_tokens]
         widest = max(len(sequence.request.block_ids) for sequence in sequences)
         tables = torch.tensor(
-            [s.request.block_ids + [0] * (widest - len(s.request.block_ids)) for s in sequences], dtype=torch.int64
+            # Padded with a page of its own, so that whatever another sequence may hold can't reach this one.
+            [blocks + blocks[-1:] * (widest - len(blocks)) for blocks in (s.request.block_ids for s in sequences)]
         )
         lens = torch.tensor(query_lens)
         owner = torch.arange(len(sequences)).repeat_interleave(lens)  # [T], the sequence of each token

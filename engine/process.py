@@ -5,6 +5,7 @@ Started by `AsyncEngine` as `python -m pyllm.engine.process FD`. It ends when th
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import socket
@@ -20,6 +21,7 @@ from .errors import EngineStartError, RequestError
 from .messages import (
     LENGTH_BYTES,
     Abort,
+    EngineInfo,
     EngineRequest,
     Shutdown,
     StartFailed,
@@ -33,8 +35,12 @@ from .messages import (
 def read_frames(sock: socket.socket) -> Iterator[bytes]:
     """The bodies of the messages that arrive, until the other side closes."""
     stream = sock.makefile("rb")
-    while len(head := stream.read(LENGTH_BYTES)) == LENGTH_BYTES:
-        yield stream.read(int.from_bytes(head, "little"))
+    with contextlib.suppress(ConnectionResetError):
+        while len(head := stream.read(LENGTH_BYTES)) == LENGTH_BYTES:
+            size = int.from_bytes(head, "little")
+            if len(body := stream.read(size)) < size:
+                return
+            yield body
 
 
 def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> None:
@@ -77,7 +83,7 @@ def _take(core: EngineCore, message: EngineRequest | Abort) -> TokenOutput | Non
 
 def main() -> None:
     """Read the configuration from the socket, build the engine, report, serve."""
-    # Ctrl-C and a supervisor's SIGTERM reach the whole process group; the API process decides when this one ends.
+    # A supervisor's SIGTERM may reach every process; the API process decides when this one ends, after draining.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as sock:
@@ -88,13 +94,13 @@ def main() -> None:
 
             core = build_engine(config)
         except EngineStartError as error:
-            sock.sendall(encode_frame(StartFailed(message=str(error))))
-            return
-        try:
-            sock.sendall(encode_frame(core.info))
-            serve(core, sock, frames)
-        except (BrokenPipeError, ConnectionResetError):
-            return  # the API process is gone, and with it everyone who waited
+            answer: EngineInfo | StartFailed = StartFailed(message=str(error))
+        else:
+            answer = core.info
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process is gone, and all who waited
+            sock.sendall(encode_frame(answer))
+            if isinstance(answer, EngineInfo):
+                serve(core, sock, frames)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,7 @@ class Sampler:
             repetition_penalty=[p.repetition_penalty for p in params],
             presence_penalty=[p.presence_penalty for p in params],
             frequency_penalty=[p.frequency_penalty for p in params],
-            prompt_ids=[request.token_ids[: request.num_prompt_tokens] for request in requests],
-            output_ids=[request.output_token_ids for request in requests],
+            token_ids=[(request.token_ids, request.num_prompt_tokens) for request in requests],
             banned=[
                 (row, token)
                 for row, request in enumerate(requests)

@@ -41,10 +41,22 @@ class Scheduler:
         kv_cache: gives and takes the blocks.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: token budget of a step.
+        chunk_multiple: a chunk that is not a prompt's last ends at a multiple of this position, so that the same
+            blocks of queries are computed however busy the engine is. It counts only where the budget has room for
+            that beside a decode of every sequence.
     """
 
-    def __init__(self, kv_cache: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        chunk_multiple: int = 1,
+    ) -> None:
         self.kv_cache = kv_cache
+        fits = max_num_seqs + chunk_multiple <= max_num_batched_tokens
+        self.chunk_multiple = chunk_multiple if fits else 1
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
@@ -68,7 +80,10 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget:
             request = self.running[index]
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            count = self._chunk(request, budget)
+            if not count:
+                index += 1  # a prompt whose next chunk does not fit in what is left; single tokens still may
+                continue
             while not self.kv_cache.allocate(request, count):
                 preempted = True
                 self._preempt(self.running[-1])
@@ -83,8 +98,8 @@ class Scheduler:
         # A step that had to preempt admits nobody: the blocks that it freed are for those who run.
         while self.waiting and budget and len(self.running) < self.max_num_seqs and not preempted:
             request = self.waiting[0]
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
-            if not self.kv_cache.allocate(request, count):
+            count = self._chunk(request, budget)
+            if not count or not self._has_room(request) or not self.kv_cache.allocate(request, count):
                 break
             self.waiting.popleft()
             request.status = RequestStatus.RUNNING
@@ -103,6 +118,21 @@ class Scheduler:
             self.waiting.remove(request)
         request.status = RequestStatus.FINISHED
         self.kv_cache.free(request)
+
+    def _chunk(self, request: Request, budget: int) -> int:
+        """How many tokens of `request` to compute with `budget` left, 0 when no whole chunk fits."""
+        start, end = request.num_computed_tokens, request.num_tokens
+        if end - start <= budget:
+            return end - start
+        return max(0, (start + budget) // self.chunk_multiple * self.chunk_multiple - start)
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether to admit `request`: its tokens so far must fit beside a block more for each running sequence.
+
+        Otherwise the newcomer would soon be preempted, and its tokens computed twice.
+        """
+        needed = -(-request.num_tokens // self.kv_cache.block_size)
+        return not self.running or needed + len(self.running) <= self.kv_cache.pool.num_free
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PREFILL_BLOCK = 256
+"""Queries of a prompt are computed in blocks that end at multiples of this position."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
@@ -102,9 +105,15 @@ class Backend:
         ):
             end = start + query_len
             pages = table[: -(-seq_len // cache.shape[2])]
-            keys, values = cache[:, pages].flatten(1, 2)[:, :seq_len]  # [L, kv_heads, D] each
-            out[start:end] = _attend(q[None, start:end], keys[None], values[None], window)[0]
-            start = end
+            keys, values = cache[:, pages].flatten(1, 2)  # [L, kv_heads, D] each
+            at = seq_len - query_len
+            # The kernels cut a sum by the number of queries. Blocks with fixed ends give a token the same result
+            # however its prompt was cut into chunks, as long as chunks end there too.
+            while start < end:
+                block_end = min(seq_len, (at // PREFILL_BLOCK + 1) * PREFILL_BLOCK)
+                rows = slice(start, start + block_end - at)
+                out[rows] = _attend(q[None, rows], keys[None, :block_end], values[None, :block_end], window)[0]
+                start, at = rows.stop, block_end
         return out
 
     def _decode_attention(

@@ -8,11 +8,13 @@ part and the routing are FP32 in every mode; products run in the weights' dtype.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -266,7 +268,10 @@ class DeepForCausalLM(nn.Module):
         """Zeroed pages [layers, 2, num_blocks, block_size, kv_heads, D] in the model's dtype, on its device."""
         config = self.config
         shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # NumPy's zeros cost memory only once they are written to; torch's are written at once.
+        return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
 
     @classmethod
     def from_pretrained(
@@ -342,7 +347,7 @@ class DeepForCausalLM(nn.Module):
             batch = SamplingBatch.build(
                 temperature=[temperature if do_sample else 0.0], top_k=[top_k], top_p=[top_p],
                 repetition_penalty=[repetition_penalty], seed=[draw], position=[computed],
-                prompt_ids=[tokens[:prompt_len]], output_ids=[tokens[prompt_len:]], device=self.device,
+                token_ids=[(tokens, prompt_len)], device=self.device,
             )  # fmt: skip
             token = int(sample(self.logits(hidden[-1:]), batch))
             tokens.append(token)

@@ -32,9 +32,9 @@ class SamplingBatch:
         presence_penalty: FP32 [R].
         frequency_penalty: FP32 [R].
         penalty_rows: int64 [R], the rows that have a penalty.
-        prompt_ids: the prompt of each such row.
-        output_ids: the tokens generated so far of each such row.
+        token_ids: (tokens so far, how many of them are the prompt) of each such row.
         banned: (rows, token ids), scores to be ruled out.
+        all_greedy: no row needs a draw.
     """
 
     temperature: Tensor
@@ -47,8 +47,7 @@ class SamplingBatch:
     presence_penalty: Tensor | None
     frequency_penalty: Tensor | None
     penalty_rows: Tensor | None
-    prompt_ids: list[Sequence[int]]
-    output_ids: list[Sequence[int]]
+    token_ids: list[tuple[Sequence[int], int]]
     banned: tuple[Tensor, Tensor] | None
     all_greedy: bool
 
@@ -66,12 +65,13 @@ class SamplingBatch:
         repetition_penalty: Sequence[float] | None = None,
         presence_penalty: Sequence[float] | None = None,
         frequency_penalty: Sequence[float] | None = None,
-        prompt_ids: Sequence[Sequence[int]] = (),
-        output_ids: Sequence[Sequence[int]] = (),
+        token_ids: Sequence[tuple[Sequence[int], int]] = (),
         banned: Sequence[tuple[int, int]] = (),
     ) -> SamplingBatch:
         """Make the tensors of plain lists, one entry per row; what no row uses is left out."""
         rows = len(temperature)
+        # Of several tokens that tie for the most likely, top-k 1 takes the greedy one.
+        heat = [0.0 if k == 1 else t for t, k in zip(temperature, top_k, strict=True)]
         repetition = repetition_penalty or [1.0] * rows
         presence = presence_penalty or [0.0] * rows
         frequency = frequency_penalty or [0.0] * rows
@@ -84,7 +84,7 @@ class SamplingBatch:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         return cls(
-            temperature=floats(temperature),
+            temperature=floats(heat),
             top_k=ints([max(k, 0) for k in top_k]) if any(k > 0 for k in top_k) else None,
             top_p=floats(top_p) if any(p < 1.0 for p in top_p) else None,
             min_p=floats(min_p) if min_p and any(min_p) else None,
@@ -94,10 +94,9 @@ class SamplingBatch:
             presence_penalty=floats([presence[i] for i in penalised]) if penalised else None,
             frequency_penalty=floats([frequency[i] for i in penalised]) if penalised else None,
             penalty_rows=ints(penalised) if penalised else None,
-            prompt_ids=[prompt_ids[i] for i in penalised],
-            output_ids=[output_ids[i] for i in penalised],
+            token_ids=[token_ids[i] for i in penalised],
             banned=(ints([row for row, _ in banned]), ints([token for _, token in banned])) if banned else None,
-            all_greedy=not any(temperature),
+            all_greedy=not any(heat),
         )
 
 
@@ -171,8 +170,8 @@ def _penalised(logits: Tensor, batch: SamplingBatch) -> Tensor:
     assert batch.repetition_penalty is not None  # for the type checker
     assert batch.presence_penalty is not None
     assert batch.frequency_penalty is not None
-    counts = _token_counts(batch.output_ids, logits)
-    seen = (counts + _token_counts(batch.prompt_ids, logits)) > 0
+    counts = _token_counts([tokens[prompt:] for tokens, prompt in batch.token_ids], logits)
+    seen = _token_counts([tokens for tokens, _ in batch.token_ids], logits) > 0
     repetition = batch.repetition_penalty[:, None]
     logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
     logits = logits - batch.frequency_penalty[:, None] * counts

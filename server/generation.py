@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import msgspec
@@ -34,7 +33,6 @@ SHARED_FIELDS = (
     "repetition_penalty",
     "skip_special_tokens",
 )
-_serial = count()
 
 
 def sampling_params(
@@ -98,15 +96,14 @@ class Generation:
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self._pumps: list[asyncio.Task[None]] = []
-        # A client may send one x-request-id twice at a time; the engine's ids differ all the same.
-        base = f"{request.state.request_id}/{next(_serial)}"
+        name = request.state.request_id
         try:
             for index, choice in enumerate(self.choices):
                 own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
-                self._streams.append(self._engine.submit(f"{base}-{index}", choice.prompt_token_ids, own))
+                self._streams.append(self._engine.submit(f"{name}-{index}", choice.prompt_token_ids, own))
         except BaseException as error:
             self.abort()
-            if isinstance(error, RequestError) and error.param in ("prompt", "messages"):
+            if isinstance(error, RequestError) and error.param is None:
                 error.param = field
             raise
         request.state.generation = self  # for the log

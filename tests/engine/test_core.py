@@ -223,7 +223,7 @@ def test_a_prompt_may_fill_the_context_but_for_the_tokens_asked_for():
 @pytest.mark.parametrize(
     ("prompt", "params", "code"),
     [
-        ([], {}, None),
+        ([], {}, "empty_prompt"),
         ([VOCAB], {}, None),
         ([-1], {}, None),
         ([1], {"stop_token_ids": (VOCAB,)}, None),

@@ -22,10 +22,9 @@ def batch(rows: int, **given_values) -> SamplingBatch:
     lists = {"position": list(range(rows))}
     for name, value in (defaults | given_values).items():
         lists[name] = value if isinstance(value, list) else [value] * rows
-    if "prompt_ids" not in lists:
-        lists |= {"prompt_ids": [[]] * rows}
-    if "output_ids" not in lists:
-        lists |= {"output_ids": [[]] * rows}
+    prompts = lists.pop("prompt_ids", [[]] * rows)
+    outputs = lists.pop("output_ids", [[]] * rows)
+    lists["token_ids"] = [(prompt + output, len(prompt)) for prompt, output in zip(prompts, outputs, strict=True)]
     return SamplingBatch.build(**lists, device=CPU)
 
 
@@ -37,8 +36,10 @@ def draws(logits: Tensor, count: int, **params) -> Tensor:
 def kept(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[set[int], set[int]]:
     """What may be drawn, by sorting: tokens that must be kept, and those that may be (FP32 leaves the border unsure).
 
-    A tie with the last token kept is kept as well.
+    A tie with the last token kept is kept as well, but for top-k 1, which is greedy.
     """
+    if top_k == 1:
+        return ({int(logits.argmax())},) * 2
     probs = ((logits.double() - logits.max().double()) / temperature).softmax(-1)
     ordered = probs.sort(descending=True).values[: top_k or None]
 

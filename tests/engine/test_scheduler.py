@@ -252,3 +252,48 @@ def test_an_abort_in_each_state(state):
     assert request.block_ids == []
     bench.run(100)
     assert request not in bench.finished
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    prompts=st.lists(st.integers(1, 90), min_size=1, max_size=8),
+    multiple=st.sampled_from([1, 4, 8, 16]),
+    spare=st.integers(0, 20),
+)
+def test_chunks_that_do_not_end_a_prompt_end_at_a_multiple(prompts, multiple, spare):
+    """So that the same blocks of queries are computed however busy the engine is."""
+    scheduler = Scheduler(
+        KVCacheManager(400, 4), max_num_seqs=8, max_num_batched_tokens=8 + multiple + spare, chunk_multiple=multiple
+    )
+    bench = Bench(scheduler)
+    requests = {str(i): bench.add(str(i), prompt, 3) for i, prompt in enumerate(prompts)}
+    for _ in range(400):
+        if not scheduler.has_work:
+            break
+        lengths = {name: request.num_tokens for name, request in requests.items()}
+        bench.step()
+        for name, start, count in bench.steps[-1]:
+            assert start + count == lengths[name] or (start + count) % multiple == 0
+    assert len(bench.finished) == len(prompts)
+
+
+def test_a_budget_too_small_for_whole_chunks_still_computes_long_prompts():
+    scheduler = Scheduler(KVCacheManager(64, 4), max_num_seqs=8, max_num_batched_tokens=5, chunk_multiple=256)
+    bench = Bench(scheduler)
+    bench.add("long", 23, 1)
+    while scheduler.has_work:
+        bench.step()
+    assert [count for step in bench.steps for _, _, count in step] == [5, 5, 5, 5, 3]
+
+
+def test_a_newcomer_waits_until_its_prompt_fits_beside_a_block_more_for_each_running_sequence():
+    """Admitted earlier it would be preempted at once, and its tokens computed twice."""
+    bench = Bench.make(blocks=10, block_size=4, seqs=8, budget=64)
+    bench.add("first", 16, 12)
+    bench.step()
+    bench.add("second", 20, 2)  # five blocks: they are free, but the first needs its next one too
+    bench.step()
+    assert [request.request_id for request in bench.scheduler.running] == ["first"]
+    while bench.scheduler.has_work:
+        bench.step()
+    assert bench.scheduler.num_preemptions == 0

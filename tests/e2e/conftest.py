@@ -1,0 +1,56 @@
+"""One server for the whole run, and the clients that talk to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from checkpoints import TINY, write_checkpoint
+from e2e.serving import PATIENCE, ServerProcess
+from openai import AsyncOpenAI, OpenAI
+
+FLAGS = ("--dtype", "float32", "--max-num-batched-tokens", "64", "--max-num-seqs", "24")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random checkpoint with a context so long that a request lasts until the test is done with it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    folder.mkdir()
+    write_checkpoint(folder, seed=7, config=replace(TINY, max_position_embeddings=8192))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server whose steps are so small that prompts are cut in chunks and mixed with decodes."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    names = ("--served-model-name", "tiny", "--served-model-name", "team/alias")
+    with ServerProcess(log, str(checkpoint), *FLAGS, *names) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(server: ServerProcess, anyio_backend: str) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+        yield client

@@ -1,0 +1,147 @@
+"""A real server process, started as a user starts it, and what can be seen of it from outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+PATIENCE = 60.0
+"""Seconds until a wait is given up: no test is about time, and the machine may be busy with other things."""
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without settings of pyllm, and with one thread per process."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYLLM_")}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """The first true value of `condition`; `AssertionError` naming `what` if it never comes."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.01)
+    return value
+
+
+def children(pid: int) -> list[int]:
+    """The process ids of a process's children."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                state = (folder / "stat").read_text()
+            except OSError:  # it ended while we looked
+                continue
+            if int(state.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(folder.name))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
+class Metrics(dict[tuple[str, str], float]):
+    """Values by name without the prefix, and by `finished_reason` where there is one."""
+
+    def __getattr__(self, name: str) -> float:
+        return self[name, ""]
+
+
+class ServerProcess:
+    """`pyllm serve` on a free port; ready on entering, stopped and looked through for failures on leaving.
+
+    Args:
+        log: file for all that it says.
+        arguments: of `pyllm serve`.
+        exit_code: what it must end with.
+    """
+
+    def __init__(self, log: Path, *arguments: str, exit_code: int = 0) -> None:
+        self._log = log
+        self._exit_code = exit_code
+        command = [sys.executable, "-m", "pyllm", "serve", *arguments, "--port", "0"]
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=log.parent, env=environment()
+            )
+
+    def __enter__(self) -> ServerProcess:
+        try:
+            self.url = wait_for(self._announced_url, "the server's address in its log")
+            wait_for(lambda: httpx.get(f"{self.url}/ready").status_code == 200, "the server to be ready")
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    def _announced_url(self) -> str | None:
+        assert self.process.poll() is None, f"the server ended with {self.process.returncode}: {self.log}"
+        found = re.search(r"on (http://127\.0\.0\.1:\d+)/v1", self.log)
+        return found[1] if found else None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            self._kill()
+            return
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait(PATIENCE)
+        finally:
+            self._kill()
+        assert code == self._exit_code, self.log
+        for sign_of_failure in ("Traceback", "Warning:", "Exception"):
+            assert sign_of_failure not in self.log, self.log
+
+    def _kill(self) -> None:
+        orphans = children(self.process.pid)
+        self.process.kill()
+        self.process.wait()
+        for pid in orphans:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+
+    @property
+    def log(self) -> str:
+        """All that it has said so far."""
+        return self._log.read_text(errors="replace")
+
+    @property
+    def engine_pid(self) -> int:
+        """The process id of its engine."""
+        (pid,) = children(self.process.pid)
+        return pid
+
+    def metrics(self) -> Metrics:
+        """What /metrics says now."""
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").raise_for_status().text)
+        samples = [sample for family in families for sample in family.samples if "le" not in sample.labels]
+        return Metrics({(s.name.removeprefix("pyllm:"), s.labels.get("finished_reason", "")): s.value for s in samples})
+
+    def wait_until_idle(self) -> Metrics:
+        """The metrics, once nothing runs, waits or holds memory."""
+
+        def idle() -> Metrics | None:
+            now = self.metrics()
+            busy = now.num_requests_running or now.num_requests_waiting or now.kv_cache_usage_perc
+            return None if busy else now
+
+        return wait_for(idle, "the engine to be idle")

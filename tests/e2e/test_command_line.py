@@ -1,0 +1,185 @@
+"""The commands as a user types them: help, mistakes, one-shot generation and a talk in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from e2e.serving import PATIENCE, environment, wait_for
+from openai import OpenAI
+
+import pyllm
+
+COMMAND = [sys.executable, "-m", "pyllm"]
+SHORT = ("--dtype", "float32", "--temperature", "0")
+
+
+def run(*words: str, typed: str = "", setting: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; `typed` is its standard input, `setting` a line `NAME=value` of its environment."""
+    return subprocess.run(
+        [*COMMAND, *words], input=typed, capture_output=True, text=True, errors="replace", timeout=PATIENCE,
+        env=environment() | dict([setting.split("=")] if setting else []), check=False,
+    )  # fmt: skip
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """It ended with code 2 and said why, in one line."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pyllm: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize("words", [(), ("serve",), ("generate",), ("chat",)])
+def test_help_is_given_for_every_command(words: tuple[str, ...]) -> None:
+    done = run(*words, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = {"serve": "--max-model-len", "generate": "--repetition-penalty", "chat": "--temperature"}
+    for part in [expected[word] for word in words] or expected:
+        assert part in done.stdout
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version").stdout == f"pyllm {pyllm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("serve", "/nonexistent"), ("/nonexistent",)),
+        (("serve", "not-a-model"), ("not-a-model",)),
+        (("generate", "Hi", "--model", "/nonexistent"), ("/nonexistent",)),
+        (("chat", "--model", "/nonexistent"), ("/nonexistent",)),
+        (("serve", "--max-modl-len", "9"), ("--max-modl-len", "did you mean --max-model-len?")),
+        (("serve", "--prt=9"), ("--prt", "did you mean --port?")),
+        (("generate", "Hi", "--temprature", "1"), ("did you mean --temperature?",)),
+        (("serve", "--port", "99999"), ("--port", "65535", "99999")),
+        (("serve", "--port", "many"), ("--port", "'many'")),
+        (("serve", "--dtype", "float23"), ("--dtype", "did you mean float32?")),
+        (("serve", "a", "b"), ("'b'",)),
+        (("generate",), ("prompt",)),
+        (("server",), ("server", "serve")),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence(words: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    assert_refused(run(*words), *parts)
+
+
+def test_a_setting_in_the_environment_is_checked_as_a_flag_is() -> None:
+    assert_refused(run("serve", setting="PYLLM_MAX_NUM_SEQS=0"), "PYLLM_MAX_NUM_SEQS")
+
+
+def test_a_port_in_use_is_named_before_anything_is_loaded(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert_refused(run("serve", str(checkpoint), "--port", port), f"127.0.0.1:{port}", "--port")
+
+
+def broken_copy(checkpoint: Path, folder: Path, kind: str) -> Path:
+    """A copy of the checkpoint that cannot be served."""
+    copy = folder / kind
+    shutil.copytree(checkpoint, copy)
+    weights = copy / "model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif kind == "pickle":
+        weights.rename(copy / "pytorch_model.bin")
+    elif kind == "no tokenizer":
+        (copy / "tokenizer.json").unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("truncated", "model.safetensors"), ("pickle", "safetensors"), ("no tokenizer", "tokenizer.json")],
+)
+def test_a_checkpoint_that_cannot_be_served_is_refused_in_one_sentence(
+    checkpoint: Path, tmp_path: Path, kind: str, part: str
+) -> None:
+    assert_refused(run("serve", str(broken_copy(checkpoint, tmp_path, kind)), "--port", "0"), part)
+
+
+def test_generate_writes_the_text_that_the_server_gives(checkpoint: Path, client: OpenAI) -> None:
+    done = run("generate", "Hello", "--model", str(checkpoint), "--max-tokens", "5", *SHORT)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = client.completions.create(model="tiny", prompt="Hello", max_tokens=5, temperature=0).choices[0].text
+    assert done.stdout == expected + "\n"
+
+
+def test_a_piped_talk_remembers_what_was_said(checkpoint: Path, client: OpenAI) -> None:
+    done = run("chat", "--model", str(checkpoint), "--max-tokens", "12", *SHORT, typed="Hi\n\nSay more.\n")
+    assert done.returncode == 0
+    assert "Talking to tiny" in done.stderr
+    messages = []
+    expected = ""
+    for question in ("Hi", "Say more."):
+        messages.append({"role": "user", "content": question})
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        expected += answer.choices[0].message.content + "\n"
+    assert done.stdout == expected
+
+
+class Terminal:
+    """The other end of a process's terminal."""
+
+    def __init__(self, *words: str) -> None:
+        self._ours, theirs = pty.openpty()
+        os.set_blocking(self._ours, False)
+        with os.fdopen(theirs, "wb") as end:
+            self.process = subprocess.Popen(
+                [*COMMAND, *words], stdin=end, stdout=end, stderr=subprocess.PIPE, env=environment() | {"TERM": "dumb"}
+            )
+        self._seen = b""
+
+    def read_until(self, mark: bytes) -> None:
+        """Wait until `mark` is shown, and forget all up to it."""
+
+        def shown() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                self._seen += os.read(self._ours, 4096)
+            return mark in self._seen
+
+        wait_for(shown, f"{mark!r} on the terminal")
+        self._seen = self._seen.partition(mark)[2]
+
+    def type(self, keys: bytes) -> None:
+        """Press keys."""
+        os.write(self._ours, keys)
+
+    def close(self) -> bytes:
+        """End the process, and give what it wrote to its standard error."""
+        self.process.kill()
+        _, errors = self.process.communicate()
+        os.close(self._ours)
+        return errors
+
+
+def test_a_talk_in_a_terminal_can_be_interrupted_and_ended(checkpoint: Path, client: OpenAI) -> None:
+    """Ctrl-C stops the answer, not the talk; Ctrl-D ends the talk."""
+    messages = [{"role": "user", "content": "Hi"}]
+    begin = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=400)
+    assert begin.choices[0].finish_reason == "length", "this answer goes on and on"
+    shown = begin.choices[0].message.content[:8].replace("\n", "\r\n").encode()
+    terminal = Terminal("chat", "--model", str(checkpoint), "--max-tokens", "8000", *SHORT)
+    try:
+        terminal.read_until(b"> ")
+        terminal.type(b"Hi\n")
+        terminal.read_until(shown)
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.read_until(b"\r\n> ")
+        terminal.type(b"\x04")
+        assert terminal.process.wait(PATIENCE) == 0
+    finally:
+        errors = terminal.close()
+    assert b"Traceback" not in errors

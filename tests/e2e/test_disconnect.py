@@ -1,0 +1,99 @@
+"""A client that goes away takes its work with it, in whatever state that is."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import httpx
+import pytest
+from e2e.serving import ServerProcess, wait_for
+from openai import OpenAI
+
+FOREVER = 8000
+"""Tokens that take so many steps that an abort is seen long before."""
+
+
+@pytest.fixture(autouse=True)
+def _work_that_nobody_waits_for_is_dropped(server: ServerProcess) -> Iterator[None]:
+    """Nothing runs on, and that is not because it was all done."""
+    before = server.wait_until_idle()
+    yield
+    after = server.wait_until_idle()
+    assert after.engine_step_seconds_count - before.engine_step_seconds_count < FOREVER / 2
+    assert after.get(("request_success_total", "length")) == before.get(("request_success_total", "length"))
+
+
+@contextmanager
+def posted(server: ServerProcess, **fields: Any) -> Iterator[socket.socket]:
+    """A completion request that has been sent, but whose answer nobody reads; leaving hangs up."""
+    body = json.dumps({"prompt": "Hi", "max_tokens": FOREVER, "ignore_eos": True} | fields).encode()
+    url = httpx.URL(server.url)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        yield connection
+
+
+def wait_for_load(server: ServerProcess, *, running: int, waiting: int = 0) -> None:
+    def reached() -> bool:
+        now = server.metrics()
+        return (now.num_requests_running, now.num_requests_waiting) == (running, waiting)
+
+    wait_for(reached, f"{running} running and {waiting} waiting requests")
+
+
+def test_a_stream_that_is_closed_ends(server: ServerProcess, client: OpenAI) -> None:
+    with client.completions.create(
+        model="tiny", prompt="Hi", max_tokens=FOREVER, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        assert len(list(islice(stream, 5))) == 5
+        wait_for_load(server, running=1)
+        assert server.metrics().kv_cache_usage_perc > 0
+
+
+def test_all_choices_of_a_closed_stream_end(server: ServerProcess, client: OpenAI) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    options = {"max_tokens": FOREVER, "n": 5, "extra_body": {"ignore_eos": True}}
+    with client.chat.completions.create(model="tiny", messages=messages, stream=True, **options) as stream:
+        next(iter(stream))
+        wait_for_load(server, running=5)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_hangs_up_while_tokens_are_made_ends_its_request(
+    server: ServerProcess, stream: bool, n: int
+) -> None:
+    with posted(server, stream=stream, n=n):
+        wait_for_load(server, running=n)
+
+
+def test_a_client_that_hangs_up_while_its_prompt_is_computed_ends_its_request(server: ServerProcess) -> None:
+    with posted(server, prompt="x" * 6000, max_tokens=2000):
+        wait_for_load(server, running=1)
+
+
+def test_a_client_that_gives_up_waiting_ends_its_request(server: ServerProcess, http: httpx.Client) -> None:
+    body = {"prompt": "Hi", "max_tokens": FOREVER, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.3))
+
+
+def test_a_request_that_still_waits_in_the_queue_is_dropped(server: ServerProcess) -> None:
+    with posted(server, n=24):
+        wait_for_load(server, running=24)
+        with posted(server), posted(server, stream=True):
+            wait_for_load(server, running=24, waiting=2)
+        wait_for_load(server, running=24, waiting=0)
+
+
+def test_many_clients_that_come_and_go_leave_nothing_behind(server: ServerProcess) -> None:
+    for round_ in range(5):
+        with posted(server, n=3), posted(server, stream=True), posted(server, prompt="yes"), posted(server, n=9):
+            if round_ % 2:
+                wait_for_load(server, running=14)

@@ -1,0 +1,131 @@
+"""How a server ends: by a signal, with its streams whole; or because its engine has died, and everyone hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from e2e.serving import PATIENCE, ServerProcess, is_running, wait_for
+from openai import OpenAI
+
+FOREVER = 8000
+
+
+def connect(server: ServerProcess) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+
+
+def stream_of(client: Any, max_tokens: int) -> Any:
+    return client.completions.create(
+        model="tiny", prompt="Hi", max_tokens=max_tokens, stream=True, extra_body={"ignore_eos": True}
+    )
+
+
+@pytest.mark.anyio
+async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint: Path, tmp_path: Path) -> None:
+    tokens = 300
+    body = {"prompt": "Hi", "max_tokens": tokens, "ignore_eos": True}
+    streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+    with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32") as server:
+        engine = server.engine_pid
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as http:
+            started = asyncio.Semaphore(0)
+
+            async def follow() -> list[str]:
+                async with http.stream("POST", "/v1/completions", json=streamed) as answer:
+                    lines = []
+                    async for line in answer.aiter_lines():
+                        started.release()
+                        lines += [line] if line else []
+                    return lines
+
+            tasks = [asyncio.create_task(follow()) for _ in range(16)]
+            for _ in range(16):
+                await started.acquire()
+            server.process.send_signal(signal.SIGTERM)
+            while (ready := await http.get("/ready")).status_code == 200:
+                pass
+            refused = await http.post("/v1/completions", json=body)
+            assert (await http.get("/health")).status_code == 200, "it is alive while it drains"
+            assert not all(task.done() for task in tasks)
+            for answer in (ready, refused):
+                assert answer.status_code == 503
+                assert answer.json()["error"]["code"] == "shutting_down"
+                assert int(answer.headers["retry-after"]) > 0
+            for lines in await asyncio.gather(*tasks):
+                assert lines[-1] == "data: [DONE]"
+                assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == tokens
+                assert '"finish_reason":"length"' in lines[-3]
+        assert server.process.wait(PATIENCE) == 0
+    assert not is_running(engine)
+
+
+def test_a_second_signal_stops_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=1) as server, connect(server) as client:
+        engine = server.engine_pid
+        stream = iter(stream_of(client, FOREVER))
+        assert len(list(islice(stream, 3))) == 3
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "the server to drain")
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises((openai.APIError, httpx.TransportError)):
+            list(stream)
+        assert server.process.wait(PATIENCE) == 1
+    assert not is_running(engine)
+
+
+def test_the_death_of_the_engine_is_told_to_everyone_and_ends_the_server(checkpoint: Path, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=1) as server, connect(server) as client:
+        with client.completions.with_streaming_response.create(
+            model="tiny", prompt="Hi", max_tokens=FOREVER, stream=True, extra_body={"ignore_eos": True}
+        ) as stream:
+            lines = (line for line in stream.iter_lines() if line)
+            assert "error" not in next(lines)
+            os.kill(server.engine_pid, signal.SIGKILL)
+            last = list(lines)[-2:]
+        assert '"error"' in last[0]
+        assert '"server_error"' in last[0]
+        assert last[1] == "data: [DONE]"
+
+        def health() -> int:
+            try:
+                return httpx.get(f"{server.url}/health").status_code
+            except httpx.TransportError:
+                return 0
+
+        assert health() in (503, 0), "the engine's death shows, unless the server has ended already"
+        assert server.process.wait(PATIENCE) == 1
+        assert "engine has died" in server.log
+
+
+def test_an_idle_server_ends_when_its_engine_dies_and_says_so_until_then(checkpoint: Path, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=1) as server:
+        with httpx.Client(base_url=server.url) as http:
+            os.kill(server.engine_pid, signal.SIGKILL)
+            statuses = []
+            try:
+                while len(statuses) < 100_000:
+                    statuses.append(http.get("/health").status_code)
+            except httpx.TransportError:
+                pass
+        assert set(statuses) <= {200, 503}
+        assert statuses == sorted(statuses), "once dead, always dead"
+        assert server.process.wait(PATIENCE) == 1
+
+
+def test_the_engine_ends_with_a_server_that_is_killed(checkpoint: Path, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=-9) as server, connect(server) as client:
+        engine = server.engine_pid
+        with stream_of(client, FOREVER) as stream:
+            next(iter(stream))
+            server.process.kill()
+            assert server.process.wait(PATIENCE) == -9
+        wait_for(lambda: not is_running(engine), "the orphaned engine to end")

@@ -1,0 +1,70 @@
+"""What gets installed, and how little of it an import loads."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_package_of_the_tree_is_installed() -> None:
+    floors = [path.parent for path in ROOT.glob("*/__init__.py")]
+    folders = [path.parent for floor in floors for path in floor.rglob("__init__.py")]
+    names = [".".join(("pyllm", *folder.relative_to(ROOT).parts)) for folder in [ROOT, *folders]]
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(names)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names in a wheel built from a clean copy of the tree, without a network."""
+    source, target = tmp_path_factory.mktemp("source") / "pyllm", tmp_path_factory.mktemp("wheel")
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    shutil.copytree(ROOT, source, ignore=unwanted)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = target.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_holds_the_program_and_the_demo_model(wheel: list[str]) -> None:
+    program = {path.relative_to(ROOT).as_posix() for top in ("server", "engine", "model") for path in
+               (ROOT / top).glob("*.py")}  # fmt: skip
+    assert {f"pyllm/{name}" for name in program | {"__init__.py", "__main__.py", "py.typed"}} <= set(wheel)
+    demo = {name.removeprefix("pyllm/model/demo/") for name in wheel if name.startswith("pyllm/model/demo/")}
+    assert demo >= {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+
+
+def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"pyllm"}
+    folders = {name.split("/")[1] for name in wheel if name.startswith("pyllm/") and name.count("/") > 1}
+    assert folders == {"server", "engine", "model"}
+    assert not [name for name in wheel if "train" in name or "corpus" in name]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("pyllm", ("torch", "fastapi", "uvicorn", "huggingface_hub", "safetensors")),
+        ("pyllm.server.cli", ("torch", "fastapi", "uvicorn", "tokenizers")),
+        ("pyllm.server.app", ("torch", "huggingface_hub")),
+        ("pyllm.server.serve", ("torch", "huggingface_hub")),
+        ("pyllm.engine.async_engine", ("torch", "fastapi")),
+    ],
+)
+def test_an_import_stays_light(module: str, absent: tuple[str, ...]) -> None:
+    program = f"import {module}, sys; print(*sorted(set({absent!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == ""
