@@ -82,6 +82,18 @@ def test_the_answer_does_not_depend_on_chunks_pages_or_seats(tiny_checkpoint, si
     assert run(make_core(tiny_checkpoint, **sizes), requests) == alone
 
 
+def test_long_prompts_in_bf16_say_the_same_alone_and_when_a_crowd_cuts_them_into_chunks(tiny_checkpoint):
+    """BF16 rounds coarsely, so it shows at once when a token is computed in another way than alone."""
+    rng = random.Random(9)
+    requests = [random_request(rng, str(i), longest=900) for i in range(12)]
+    sizes = {"max_model_len": 1024, "max_num_seqs": 16, "num_kv_blocks": 1000}
+    roomy = make_core(tiny_checkpoint, "bfloat16", max_num_batched_tokens=2048, **sizes)
+    alone = [run(roomy, [request])[0] for request in requests]
+    for budget in (2048, 700, 16 + 256):
+        core = make_core(tiny_checkpoint, "bfloat16", max_num_batched_tokens=budget, **sizes)
+        assert run(core, requests) == alone, budget
+
+
 @pytest.mark.parametrize("trial", range(3))
 def test_the_answer_does_not_depend_on_preemption(tiny_checkpoint, trial):
     rng = random.Random(100 + trial)
