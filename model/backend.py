@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL_PRODUCT = 16**3
+"""Multiplications up to which torch takes its own loop for a BF16 product, and oneDNN from there on."""
 PREFILL_BLOCK = 256
 """Queries of a prompt are computed in blocks that end at multiples of this position."""
 
@@ -50,10 +52,11 @@ class Backend:
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, in] times weight [out, in], in the weight's dtype, as FP32 [T, out]."""
         x = x.to(weight.dtype)
-        if len(x) == 1 and weight.dtype == torch.bfloat16:
-            # The BF16 kernels split a long sum differently for one row than for several, and for nothing: two rows
-            # take the time of one. So a token's result does not depend on whether it is alone.
-            return F.linear(x.expand(2, -1), weight)[:1].float()
+        # The BF16 kernels add up one row in another order than several, and very small products in yet another. Two
+        # rows take the time of one, so with a few rows more a token's result does not depend on its company.
+        least = 1 if weight.dtype != torch.bfloat16 else max(2, SMALL_PRODUCT // weight.numel() + 1)
+        if len(x) < least:
+            return F.linear(F.pad(x, (0, 0, 0, least - len(x))), weight)[: len(x)].float()
         return F.linear(x, weight).float()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -35,27 +36,30 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
     return value
 
 
+def _processes() -> dict[int, tuple[int, str]]:
+    """The parent and the state of each process."""
+    found = {}
+    if Path("/proc/self/stat").exists():
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it ended while we looked
+                state, parent, *_ = path.read_text().rpartition(")")[2].split()
+                found[int(path.parent.name)] = int(parent), state
+    else:
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True)
+        for line in listing.stdout.splitlines():
+            pid, parent, state = line.split()
+            found[int(pid)] = int(parent), state
+    return found
+
+
 def children(pid: int) -> list[int]:
     """The process ids of a process's children."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                state = (folder / "stat").read_text()
-            except OSError:  # it ended while we looked
-                continue
-            if int(state.rpartition(")")[2].split()[1]) == pid:
-                found.append(int(folder.name))
-    return found
+    return [child for child, (parent, _) in _processes().items() if parent == pid]
 
 
 def is_running(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return state.rpartition(")")[2].split()[0] != "Z"
+    return not _processes().get(pid, (0, "Z"))[1].startswith("Z")
 
 
 class Metrics(dict[tuple[str, str], float]):

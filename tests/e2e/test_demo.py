@@ -37,7 +37,7 @@ def demo_client(demo: ServerProcess) -> Iterator[OpenAI]:
         yield client
 
 
-@pytest.mark.parametrize(("question", "pattern"), QUESTIONS)
+@pytest.mark.parametrize(("question", "pattern"), QUESTIONS, ids=[question for question, _ in QUESTIONS])
 def test_the_demo_model_answers_sensibly_and_ends_its_turn(demo_client: OpenAI, question: str, pattern: str) -> None:
     model = demo_client.models.list().data[0].id
     messages = [{"role": "user", "content": question}]
