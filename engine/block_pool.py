@@ -50,11 +50,6 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that the whole pool holds."""
-        return self.pool.num_blocks * self.block_size
-
     def allocate(self, request: Request, num_new_tokens: int) -> bool:
         """Make room for the next `num_new_tokens` of `request`; False, and nothing changed, when there is none."""
         needed = -(-(request.num_computed_tokens + num_new_tokens) // self.block_size) - len(request.block_ids)

@@ -26,18 +26,29 @@ def build_engine(config: EngineConfig) -> EngineCore:
     Raises:
         EngineStartError: the checkpoint, the device or the memory do not allow it; one plain sentence.
     """
-    device = _device(config)
     try:
-        model, report = load_checkpoint(
-            Path(config.model),
-            dtype=DTYPES[config.dtype],
-            device=device,
-            load_format=config.load_format,
-            seed=config.seed or 0,
-            progress=not config.quiet,
-        )
+        return _build(config)
     except CheckpointError as error:
         raise EngineStartError(str(error)) from None
+    except (MemoryError, RuntimeError) as error:
+        # torch has a type of its own for a GPU's memory only.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise EngineStartError(
+            "The model and its KV cache do not fit in memory: lower --kv-cache-memory-bytes, or use --dtype bfloat16."
+        ) from None
+
+
+def _build(config: EngineConfig) -> EngineCore:
+    device = _device(config)
+    model, report = load_checkpoint(
+        Path(config.model),
+        dtype=DTYPES[config.dtype],
+        device=device,
+        load_format=config.load_format,
+        seed=config.seed or 0,
+        progress=not config.quiet,
+    )
     model.eval().requires_grad_(False)
     max_model_len = config.max_model_len or model.config.max_position_embeddings
     num_blocks = _num_blocks(config, model, max_model_len)
@@ -46,6 +57,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(device),
         parameters=report.parameters,
+        file_dtypes=report.file_dtypes,
         load_seconds=report.seconds,
         vocab_size=model.config.vocab_size,
         max_model_len=max_model_len,
@@ -93,4 +105,8 @@ def _num_blocks(config: EngineConfig, model: DeepForCausalLM, max_model_len: int
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
+    except (OSError, StopIteration):  # not Linux: take half of what there is for free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

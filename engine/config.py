@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 DType = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one engine.
 
     Attributes:
@@ -34,10 +35,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Device = "auto"
     load_format: LoadFormat = "auto"
     seed: int | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    block_size: int = 16
-    kv_cache_memory_bytes: int | None = None
-    num_kv_blocks: int | None = None
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 64
+    max_num_batched_tokens: Count = 2048
+    block_size: Count = 16
+    kv_cache_memory_bytes: Count | None = None
+    num_kv_blocks: Count | None = None
     quiet: bool = False

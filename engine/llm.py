@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from ..model.hub import resolve_model
 from ..model.tokenizer import Tokenizer
 from .build import build_engine
 from .config import EngineConfig
+from .errors import EngineStartError
 from .messages import FinishReason, SamplingParams, TokenLogprobs
 from .output_processor import OutputProcessor, RequestOutput
 from .request import resolve_request
@@ -51,7 +54,10 @@ class LLM:
     def __init__(self, model: str, **engine_args: Any) -> None:
         folder = resolve_model(model)
         self.tokenizer = Tokenizer.from_folder(folder)
-        config = EngineConfig(model=str(folder), **engine_args)
+        try:
+            config = msgspec.convert({"model": str(folder), **engine_args}, EngineConfig)
+        except msgspec.ValidationError as error:
+            raise EngineStartError(f"This cannot be an engine's setting: {error}.") from None
         self.core = build_engine(config)
         self._seeds = random.Random(config.seed)
 

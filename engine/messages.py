@@ -117,6 +117,8 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     dtype: str
     device: str
     parameters: int
+    file_dtypes: tuple[str, ...] = ()
+    """Number formats of the checkpoint's files; none for dummy weights."""
     load_seconds: float
     vocab_size: int
     max_model_len: int

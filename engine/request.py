@@ -73,11 +73,6 @@ class Request:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        """The tokens generated so far (a copy)."""
-        return self.token_ids[self.num_prompt_tokens :]
-
     def append(self, token_id: int) -> None:
         """Take a sampled token, and finish if it is the last: by a stop id, or by the number of tokens."""
         self.token_ids.append(token_id)
@@ -94,16 +89,10 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
     if not prompt:
         raise RequestError("The prompt is empty: it needs at least one token.", code="empty_prompt")
     if not all(0 <= token < info.vocab_size for token in message.prompt_token_ids):
-        raise RequestError(f"The prompt has a token id outside 0 to {info.vocab_size - 1}.", param="prompt")
+        raise RequestError(f"The prompt has a token id outside 0 to {info.vocab_size - 1}.")
     if not all(0 <= token < info.vocab_size for token in message.params.stop_token_ids):
         raise RequestError(f"stop_token_ids has a token id outside 0 to {info.vocab_size - 1}.", param="stop_token_ids")
     asked = message.params.max_tokens or 1
-    if prompt + asked > info.kv_capacity_tokens:
-        raise RequestError(
-            f"The KV cache holds {info.kv_capacity_tokens} tokens, but the prompt has {prompt} tokens and up to "
-            f"{asked} more were asked for.",
-            code="context_length_exceeded",
-        )
     if prompt + asked > info.max_model_len:
         raise RequestError(
             f"This model's context is {info.max_model_len} tokens, but the prompt has {prompt} tokens and up to "

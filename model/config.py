@@ -68,10 +68,14 @@ class DeepConfig:
             )
         if self.hidden_act not in ACTIVATIONS:
             raise CheckpointError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}.")
-        if self.hidden_act == "relu" and self.use_token_routed_mlp:
-            raise CheckpointError("hidden_act 'relu' exists for the dense MLP only (use_token_routed_mlp: false).")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise CheckpointError(f"sliding_window must be null or at least 1, got {self.sliding_window}.")
+        for name in ("tie_word_embeddings", "use_token_routed_mlp", "use_qk_norm"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise CheckpointError(f"{name} must be true or false, got {value!r}.")
+        window = self.sliding_window
+        if window is not None and (type(window) is not int or window < 1):
+            raise CheckpointError(f"sliding_window must be null or a whole number of at least 1, got {window!r}.")
+        if not all(type(id_) is int and 0 <= id_ < self.vocab_size for id_ in self.eos_token_ids):
+            raise CheckpointError(f"eos_token_id must be ids below {self.vocab_size}, got {self.eos_token_id!r}.")
         if self.expert_size < 1:
             raise CheckpointError(
                 f"intermediate_size {self.intermediate_size} is too small for {self.num_experts} experts."
@@ -85,6 +89,9 @@ class DeepConfig:
             raise CheckpointError(f"mlp_type {mlp_type!r} belongs to another line of the family: not supported.")
         known = {f.name for f in dataclasses.fields(cls)}
         taken = {key: value for key, value in values.items() if key in known}
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if taken.get(name) == -1:  # some files say so for "none"
+                taken[name] = None
         if isinstance(taken.get("eos_token_id"), list):
             taken["eos_token_id"] = tuple(taken["eos_token_id"])
         return cls(**taken)

@@ -1,6 +1,6 @@
 """Every published format of checkpoint: how its tensor names tell it, and where each tensor lies in the network.
 
-`ERAS` is the whole knowledge; reading and writing both follow it, so a new era is one entry.
+Reading and writing both follow `ERAS`, so a new era is one entry (and, where its network differs, a line in `detect`).
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ class Era:
     """A line of checkpoints: the name that only its files have, and where each tensor goes."""
 
     name: str
-    sign: str
+    marker_key: str
     layer: Mapping[str, Places]
     experts: Mapping[str, Places]
+    routes_by_modulo: bool = True
+    """What a file without `token_to_expert` means: id mod experts; if False the file must have the table."""
 
 
 TOP: dict[str, Places] = {
@@ -105,14 +107,22 @@ FUSED: dict[str, Places] = {
     "mlp.gate_up_proj": (Place("gate_up", transposed=True),),
     "mlp.down_proj": (Place("down", transposed=True),),
 }
-# The first whose sign is among a file's names counts, so later eras come first.
+LATEST = Era("0.12-0.14", "dynamics.controller_in.weight", CONTROLLER_IN_OUT, FUSED)
+REWRITE = Era("2026-03", "mu_guidance.mu", MU_GUIDANCE, _experts("", "experts", "_w", transposed=True))
+# The first whose marker key is among a file's names counts, so later eras come first.
 ERAS = (
-    Era("2026-03", "mu_guidance.mu", MU_GUIDANCE, _experts("", "experts", "_w", transposed=True)),
-    Era("0.12-0.14", "dynamics.controller_in.weight", CONTROLLER_IN_OUT, FUSED),
+    REWRITE,
+    LATEST,
     Era("0.10-0.11", "self_attn.mu_to_v.weight", CONTROLLER_0_2, SEPARATE),
     Era("0.9", "self_attn.mu_to_k.weight", CONTROLLER_0_2, SEPARATE),
     Era("0.8", "dynamics.mu_proj.weight", CONTROLLER_0_2, SEPARATE),
-    Era("0.4.0", "mlp.experts.{e}.gate_proj.weight", CONTROLLER_0_2, _experts("experts.{e}.", "expert", ".weight")),
+    Era(
+        "0.4.0",
+        "mlp.experts.{e}.gate_proj.weight",
+        CONTROLLER_0_2,
+        _experts("experts.{e}.", "expert", ".weight"),
+        routes_by_modulo=False,
+    ),
     Era("0.4.3-0.7", "dynamics.controller.0.weight", CONTROLLER_0_2, SEPARATE),
 )
 # Tensors that a file may lack: their term is zero, and the table of experts is then id mod experts.
@@ -141,10 +151,10 @@ class Entry:
 def detect(shapes: Mapping[str, tuple[int, ...]], config: DeepConfig) -> tuple[Era, Architecture] | None:
     """The era that a file's tensor names (without `model.`) show and the parts its network has; None if unknown."""
     names = {re.sub(r"experts\.\d+", "experts.{e}", re.sub(r"^layers\.\d+\.", "", key)) for key in shapes}
-    era = next((era for era in ERAS if era.sign in names), None)
+    era = next((era for era in ERAS if era.marker_key in names), None)
     if era is None:
         return None
-    guided = era.layer is MU_GUIDANCE
+    guided = era is REWRITE
     shared = next((sum(shape[:1]) for key, shape in shapes.items() if key.endswith("shared_gate.weight")), 0)
     return era, Architecture(
         era=era.name,
@@ -163,11 +173,11 @@ def _blocks(config: DeepConfig, arch: Architecture) -> dict[str, slice]:
     """The named blocks of rows, columns and experts in the stacked parameters."""
     hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     q, wide, shared = config.num_attention_heads * config.head_dim, config.expert_size, arch.shared_expert_size
-    above = hidden if arch.contextual_mu else 0
+    mu_rows = hidden if arch.contextual_mu else 0
     return {
         "k": slice(0, kv), "q": slice(kv, kv + q), "v": slice(kv + q, 2 * kv + q),
         "x": slice(0, hidden), "mu": slice(hidden, 2 * hidden),
-        "mu_proj": slice(0, above), "controller": slice(above, above + config.dynamics_controller_hidden),
+        "mu_proj": slice(0, mu_rows), "controller": slice(mu_rows, mu_rows + config.dynamics_controller_hidden),
         "experts": slice(0, config.experts), "gate": slice(0, wide), "up": slice(wide, 2 * wide),
         "shared_gate": slice(0, shared), "shared_up": slice(shared, 2 * shared),
     }  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Architecture, CheckpointError, DeepConfig
-from .eras import BUFFER, ERAS, OPTIONAL, Entry, Era, detect, plan
+from .eras import BUFFER, LATEST, OPTIONAL, REWRITE, Entry, Era, detect, plan
 from .network import DeepForCausalLM
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,7 +54,7 @@ class LoadReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file; `offset` in bytes from the file's start."""
 
     path: Path
@@ -101,7 +101,7 @@ def load_checkpoint(
         found, arch = _detect(stored, config, folder)
         model = DeepForCausalLM(config, arch, dtype=dtype, device=device)
         expected = plan(found, model)
-        _check(stored, expected, model, folder)
+        _check(stored, expected, model, found, folder)
         wanted = _fill(model, expected, stored, progress)
         era, size = found.name, sum(tensor.nbytes for tensor in wanted)
         dtypes = {tensor.dtype for tensor in wanted if tensor.dtype in FLOATS}
@@ -155,9 +155,9 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _read_headers(folder: Path) -> dict[str, Stored]:
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of all files by name without a leading `model.`; no weights are read yet."""
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     for path in _find_files(folder):
         try:
             with safe_open(path, framework="np"):
@@ -172,7 +172,7 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         for name, value in header.items():
             begin, end = value["data_offsets"]
-            tensor = Stored(path, name, value["dtype"], tuple(value["shape"]), 8 + length + begin, end - begin)
+            tensor = StoredTensor(path, name, value["dtype"], tuple(value["shape"]), 8 + length + begin, end - begin)
             if stored.setdefault(key := name.removeprefix("model."), tensor) is not tensor:
                 raise CheckpointError(
                     f"{path} holds {key} a second time: fetch the checkpoint again into a new folder."
@@ -180,7 +180,7 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def _detect(stored: Mapping[str, Stored], config: DeepConfig, path: Path) -> tuple[Era, Architecture]:
+def _detect(stored: Mapping[str, StoredTensor], config: DeepConfig, path: Path) -> tuple[Era, Architecture]:
     if any("topk_token_to_expert" in key for key in stored):
         raise CheckpointError(
             f"{path} routes a token to several experts (topk_token_to_expert), as another line of the family does: "
@@ -195,14 +195,19 @@ def _detect(stored: Mapping[str, Stored], config: DeepConfig, path: Path) -> tup
     return found
 
 
-def _check(stored: Mapping[str, Stored], expected: Mapping[str, Entry], model: DeepForCausalLM, path: Path) -> None:
+def _check(
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, Entry], model: DeepForCausalLM, era: Era, path: Path
+) -> None:
     """Refuse names, shapes and dtypes that do not fit, before any weight is read."""
     if unknown := [t.name for key, t in stored.items() if key not in expected and not BUFFER.fullmatch(key)]:
         raise CheckpointError(
             f"{path} has tensors that a network of era {model.architecture.era} with its config.json does not have "
             f"({_list(unknown)}): use the config.json that was saved with it, or a checkpoint of a known era."
         )
-    absent = [key for key in expected if key not in stored and not OPTIONAL.fullmatch(key)]
+    needed = [key for key in expected if not OPTIONAL.fullmatch(key)]
+    if not era.routes_by_modulo:
+        needed += [key for key in expected if key.endswith("token_to_expert")]
+    absent = [key for key in needed if key not in stored]
     if missing := [key for key in absent if key != "lm_head.weight"]:
         raise CheckpointError(f"{path} lacks {_list(missing)}: fetch it again together with its config.json.")
     if absent and not model.architecture.tied:
@@ -225,10 +230,10 @@ def _check(stored: Mapping[str, Stored], expected: Mapping[str, Entry], model: D
 
 
 def _fill(
-    model: DeepForCausalLM, expected: Mapping[str, Entry], stored: Mapping[str, Stored], progress: bool
-) -> list[Stored]:
+    model: DeepForCausalLM, expected: Mapping[str, Entry], stored: Mapping[str, StoredTensor], progress: bool
+) -> list[StoredTensor]:
     """Copy all tensors into their places and settle what the file leaves out; returns what was read."""
-    wanted: dict[str, Stored] = {}
+    wanted: dict[str, StoredTensor] = {}
     for key, entry in expected.items():
         if key == "embed_tokens.weight" and model.architecture.tied and "lm_head.weight" in stored:
             continue  # the head is the embedding; where they differ in a tied file, the head's values count
@@ -255,7 +260,7 @@ def _fill(
     return list(wanted.values())
 
 
-def _copy(file: BinaryIO, tensor: Stored, entry: Entry, experts: int) -> None:
+def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> None:
     """Copy one tensor of a file into its parts, piece by piece, refusing values that are not finite."""
     kind = (FLOATS | INTEGERS)[tensor.dtype]
     shape = tensor.shape[-max(part.target.dim() for part in entry.parts) :]
@@ -337,7 +342,7 @@ def save_checkpoint(model: DeepForCausalLM, folder: Path, *, dtype: torch.dtype)
             so that loading in `dtype` gives exactly what was saved.
     """
     arch = model.architecture
-    era = ERAS[0] if arch.mu_guidance else ERAS[1]
+    era = REWRITE if arch.mu_guidance else LATEST
     tensors: dict[str, Tensor] = {}
     for key, entry in plan(era, model).items():
         if (key == "lm_head.weight" and arch.tied) or ("mu_to_v" in key and not arch.mu_highway):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backend import AttentionMetadata, Backend
-from .config import Architecture, DeepConfig
+from .config import Architecture, CheckpointError, DeepConfig
 from .sampling import SamplingBatch, sample
 
 QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
@@ -62,8 +62,7 @@ class DeepLayer(nn.Module):
     ) -> None:
         super().__init__()
         hidden, head_dim = config.hidden_size, config.head_dim
-        self.kv_size = config.num_key_value_heads * head_dim
-        self.q_size = config.num_attention_heads * head_dim
+        kv_size, q_size = config.num_key_value_heads * head_dim, config.num_attention_heads * head_dim
         self.config = config
         self.activation = "silu" if arch.mu_guidance else config.hidden_act  # the rewrite knows no other
 
@@ -76,15 +75,14 @@ class DeepLayer(nn.Module):
         # The first layer of a network with dynamics has no mu from below.
         takes_mu = arch.mu_attention and (index > 0 or arch.mu_guidance)
         self.input_norm = small(hidden)
-        self.kqv_proj = big(2 * self.kv_size + self.q_size, (2 if takes_mu else 1) * hidden)
+        self.kqv_proj = big(2 * kv_size + q_size, (2 if takes_mu else 1) * hidden)
         self.q_norm = small(head_dim) if config.use_qk_norm else None
         self.k_norm = small(head_dim) if config.use_qk_norm else None
-        self.o_proj = big(hidden, self.q_size)
+        self.o_proj = big(hidden, q_size)
         self.post_norm = small(hidden)
 
         inner = config.dynamics_controller_hidden
         self.contextual_mu = arch.contextual_mu
-        self.highway = arch.mu_highway
         self.mu = small(hidden) if arch.dynamics or arch.mu_guidance else None
         self.dynamics_in = big(inner + (hidden if arch.contextual_mu else 0), hidden) if arch.dynamics else None
         self.controller_v = big(inner, hidden) if arch.dynamics else None
@@ -171,6 +169,9 @@ class DeepForCausalLM(nn.Module):
         architecture: what the era of the checkpoint has; by default the latest.
         dtype: of the large matrices and of their products; norms, biases and routing are FP32 always.
         device: where the parameters live.
+
+    Raises:
+        CheckpointError: the family has no such network.
     """
 
     def __init__(
@@ -184,6 +185,8 @@ class DeepForCausalLM(nn.Module):
         super().__init__()
         device = torch.device(device)
         arch = architecture or Architecture.latest(config)
+        if config.hidden_act == "relu" and config.use_token_routed_mlp and not arch.mu_guidance:
+            raise CheckpointError("hidden_act 'relu' exists for the dense MLP only (use_token_routed_mlp: false).")
         self.config = config
         self.architecture = arch
         self.ops = Backend()

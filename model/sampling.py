@@ -71,7 +71,7 @@ class SamplingBatch:
         """Make the tensors of plain lists, one entry per row; what no row uses is left out."""
         rows = len(temperature)
         # Of several tokens that tie for the most likely, top-k 1 takes the greedy one.
-        heat = [0.0 if k == 1 else t for t, k in zip(temperature, top_k, strict=True)]
+        temperatures = [0.0 if k == 1 else t for t, k in zip(temperature, top_k, strict=True)]
         repetition = repetition_penalty or [1.0] * rows
         presence = presence_penalty or [0.0] * rows
         frequency = frequency_penalty or [0.0] * rows
@@ -84,7 +84,7 @@ class SamplingBatch:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         return cls(
-            temperature=floats(heat),
+            temperature=floats(temperatures),
             top_k=ints([max(k, 0) for k in top_k]) if any(k > 0 for k in top_k) else None,
             top_p=floats(top_p) if any(p < 1.0 for p in top_p) else None,
             min_p=floats(min_p) if min_p and any(min_p) else None,
@@ -96,7 +96,7 @@ class SamplingBatch:
             penalty_rows=ints(penalised) if penalised else None,
             token_ids=[token_ids[i] for i in penalised],
             banned=(ints([row for row, _ in banned]), ints([token for _, token in banned])) if banned else None,
-            all_greedy=not any(heat),
+            all_greedy=not any(temperatures),
         )
 
 

@@ -47,7 +47,7 @@ class Tokenizer:
             chat_template: Jinja source.
         """
         known = {role: name for role, name in (names or {}).items() if library.token_to_id(name) is not None}
-        names = {**_marks(library, ids or {}), **known}
+        names = {**_special_tokens(library, ids or {}), **known}
         library.no_truncation()
         library.no_padding()
         # A token that a configuration calls special is one, even where tokenizer.json does not say so.
@@ -203,11 +203,11 @@ def _piece_bytes(library: tokenizers.Tokenizer, added: Mapping[int, str]) -> lis
     return pieces
 
 
-def _marks(library: tokenizers.Tokenizer, ids: Mapping[str, int]) -> dict[str, str]:
+def _special_tokens(library: tokenizers.Tokenizer, ids: Mapping[str, int]) -> dict[str, str]:
     """Spelling by role of those `ids` whose tokens are control marks, by declaration or by look (`<...>`)."""
     # A configuration without ids means 0, 1 and 2, and these may be letters in a tokenizer that has no such marks.
     special = {id_ for id_, token in library.get_added_tokens_decoder().items() if token.special}
-    spelled = {role: (id_, library.id_to_token(id_) or "") for role, id_ in ids.items()}
+    spelled = {role: (id_, library.id_to_token(id_) or "") for role, id_ in ids.items() if 0 <= id_ < 2**32}
     return {role: text for role, (id_, text) in spelled.items() if id_ in special or re.fullmatch("<.+>", text)}
 
 
@@ -250,7 +250,8 @@ def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
     declared = settings.get("added_tokens_decoder") or {}
     entries: dict[str, Any] = {role: settings.get(role) for role in SPECIAL_NAMES}
     entries |= {f"additional_{n}": entry for n, entry in enumerate(extra)}
-    entries |= {f"added_{id_}": entry for id_, entry in declared.items() if entry.get("special")}
+    entries |= {f"added_{id_}": entry for id_, entry in declared.items()
+                if isinstance(entry, dict) and entry.get("special")}  # fmt: skip
     names = {role: entry.get("content") if isinstance(entry, dict) else entry for role, entry in entries.items()}
     return {role: name for role, name in names.items() if isinstance(name, str) and name}
 
@@ -263,7 +264,10 @@ def _find_chat_template(folder: Path, settings: Mapping[str, Any], model: Mappin
     """The checkpoint's chat template: its own file, else the tokenizer's settings, else the model's."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): fetch it again.") from None
     for template in (settings.get("chat_template"), model.get("chat_template")):
         if isinstance(template, list):
             template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)

@@ -126,7 +126,3 @@ def test_blocks_come_back_in_any_order_and_are_given_out_again():
     pool.free([blocks[1]])
     pool.free([blocks[2], blocks[0]])
     assert sorted(pool.allocate(3) or []) == [0, 1, 2]
-
-
-def test_capacity_counts_tokens():
-    assert KVCacheManager(num_blocks=7, block_size=16).capacity == 112

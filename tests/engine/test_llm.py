@@ -10,7 +10,7 @@ from reference import full_forward
 from safetensors.torch import load_file
 
 from pyllm import LLM, SamplingParams
-from pyllm.engine.errors import RequestError
+from pyllm.engine.errors import EngineStartError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -127,3 +127,16 @@ def test_an_interrupted_call_leaves_an_engine_that_can_be_used_again(llm, monkey
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["one", "two"], GREEDY)
     assert len(llm.generate(["one", "two"], GREEDY)) == 2
+
+
+@pytest.mark.parametrize(
+    "setting", [{"dtype": "float16"}, {"block_size": 0}, {"max_num_seqs": 0}, {"max_sequences": 5}], ids=str
+)
+def test_a_setting_that_no_engine_has_is_refused(tiny_checkpoint, setting):
+    with pytest.raises(EngineStartError, match="setting"):
+        LLM(str(tiny_checkpoint), **setting)
+
+
+def test_a_cache_larger_than_any_memory_is_refused_in_one_sentence(tiny_checkpoint):
+    with pytest.raises(EngineStartError, match="--kv-cache-memory-bytes"):
+        LLM(str(tiny_checkpoint), num_kv_blocks=10**12, quiet=True)

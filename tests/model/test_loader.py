@@ -261,6 +261,12 @@ def test_a_missing_table_of_experts_is_the_id_modulo_experts(tmp_path: Path) -> 
     assert_same(model, stacked(file))
 
 
+def test_the_first_era_routed_by_range_so_its_files_must_have_the_table(tmp_path: Path) -> None:
+    lacking, rename = ERAS["0.4.0"]
+    write(tmp_path, without(rename(without(canonical(), *lacking)), "token_to_expert"))
+    assert "token_to_expert" in refusal(tmp_path)
+
+
 def test_known_buffers_are_ignored(tmp_path: Path) -> None:
     file = canonical()
     extra = {

@@ -240,6 +240,17 @@ def test_missing_broken_or_foreign_tokenizer_is_refused_in_one_sentence(tmp_path
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read as JSON"):
         Tokenizer.from_folder(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
+        Tokenizer.from_folder(folder)
+
+
+def test_settings_with_ids_and_entries_that_mean_nothing_are_read_past(save: SaveFolder) -> None:
+    folder = save(byte_level(SPECIAL))
+    (folder / "config.json").write_text(json.dumps({"pad_token_id": -1, "bos_token_id": 2**70, "eos_token_id": 0}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"0": "</s>"}}))
+    assert Tokenizer.from_folder(folder).eos_token_id == 0
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the fixtures beside the repository")
