@@ -35,7 +35,7 @@ clean:
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "PyLLM needs Python 3.11 or newer: name one with 'make PYTHON=python3.12'." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing PyLLM into .venv (a few minutes the first time) ..."
