@@ -33,6 +33,8 @@ from typing import Any
 import aiohttp
 from checkpoint import SHAPES, write_shape
 
+PROC_STAT = Path("/proc/stat")
+
 
 @dataclass(slots=True)
 class Answer:
@@ -114,8 +116,10 @@ async def measure(base: str, args: argparse.Namespace, clients: int) -> dict[str
 
 
 def busy_seconds() -> float:
-    """CPU time that the whole machine has used since it started (Linux)."""
-    fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    """CPU time that the whole machine has used since it started; 0 where that cannot be read (not Linux)."""
+    if not PROC_STAT.exists():
+        return 0.0
+    fields = [int(x) for x in PROC_STAT.read_text().split("\n", 1)[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
@@ -157,7 +161,7 @@ def main() -> None:
         f"ratio_to_{args.clients[0]}": {n: round(r["output_tok_s"] / alone, 2) for n, r in results.items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    if not args.base_url:
+    if not args.base_url and PROC_STAT.exists():
         report["other_cpu_s"] = round(busy_seconds() - busy - (own_seconds() - own), 1)  # near 0 on a quiet machine
     print(json.dumps(report))
 
