@@ -74,7 +74,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
 
         require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         within("temperature", 0.0, 2.0)
-        require(self.top_k >= -1, "top_k", "-1 or 0 (off) or a positive number")
+        require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off) or a positive number below 2147483648")
         require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         within("min_p", 0.0, 1.0)
         within("presence_penalty", -2.0, 2.0)

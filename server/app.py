@@ -16,11 +16,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
 from .body import read_body
-from .border import Border
 from .chat import create_chat_completion
 from .completions import create_completion
 from .config import ServerConfig
 from .errors import JsonResponse, error_response, to_api_error, unavailable
+from .middleware import RequestMiddleware
 from .protocol import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -34,7 +34,6 @@ from .protocol import (
 from .served_model import ServedModel
 
 REFERENCE = "#/components/schemas/{model}"
-BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
 
 
 @dataclass(slots=True)
@@ -91,7 +90,7 @@ def create_app(service: Service) -> FastAPI:
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
     )  # fmt: skip
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(Border, service=service)
+    app.add_middleware(RequestMiddleware, service=service)
     if service.config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -199,7 +198,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's page, and the models of the bodies, which it does not see since the routes read them themselves."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        models: list[type[BaseModel]] = [*BODIES, ChatCompletionChunk]
+        models: list[type[BaseModel]] = [ChatCompletionRequest, CompletionRequest, ChatCompletionChunk]
         _, extra = models_json_schema([(m, "validation") for m in models], ref_template=REFERENCE)
         schema["components"]["schemas"] |= extra["$defs"]
         app.openapi_schema = schema

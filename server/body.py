@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,9 +23,7 @@ Body = TypeVar("Body", bound=BaseModel)
 async def read_body(request: Request, model: type[Body]) -> Body:
     """Read and check the body; raise `ApiError` (400, 413, 415) for what is not a `model`."""
     content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if content_type != "application/json" and not (
-        content_type.startswith("application/") and content_type.endswith("+json")
-    ):
+    if not re.fullmatch(r"application/(.*\+)?json", content_type):
         raise ApiError(
             415, f"The body must be application/json, got content-type {shorten(content_type)!r}.", code="content_type"
         )
@@ -62,12 +61,12 @@ def parse_body(data: bytes, model: type[Body]) -> Body:
     if not isinstance(fields, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
     try:
-        return model.model_validate(_without_requests_for_nothing(fields, model))
+        return model.model_validate(_drop_unsupported_noops(fields, model))
     except ValidationError as error:
         raise _describe(error, fields) from None
 
 
-def _without_requests_for_nothing(fields: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+def _drop_unsupported_noops(fields: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     """Drop what this server lacks but is not really asked for; raise `ApiError` 400 where it is."""
     kept = {}
     for name, value in fields.items():
@@ -96,17 +95,18 @@ def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
     for entry in error.errors(include_url=False, include_context=False, include_input=False):
         path, depth = _locate(entry["loc"], entry["type"], data)
         found.append((path, depth, entry["type"], entry["msg"]))
-    if len({path.split(".")[0].split("[")[0] for path, *_ in found}) > 1:
-        first = found[0][0].split(".")[0].split("[")[0]
-        found = [item for item in found if item[0].split(".")[0].split("[")[0] == first]
+    fields = [re.split(r"[.\[]", path)[0] for path, *_ in found]
+    found = [item for item, field in zip(found, fields, strict=True) if field == fields[0]]
     path, _, kind, _ = max(found, key=lambda item: (item[1], not item[2].endswith("_type")))
     if kind == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
-    if kind == "missing":
+    if kind.startswith("union_tag"):
+        path += ".role"
+    if kind in ("missing", "union_tag_not_found"):
         return ApiError(400, f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
     if kind == "union_tag_invalid":
-        message = f"{path}.role should be system, developer, user, assistant or tool."
-        return ApiError(400, message, param=f"{path}.role", code="invalid_value")
+        message = f"{path} should be system, developer, user, assistant or tool."
+        return ApiError(400, message, param=path, code="invalid_value")
     same = [item for item in found if item[0] == path and item[2].endswith("_type") == kind.endswith("_type")]
     texts = list(dict.fromkeys(_predicate(message) for _, _, _, message in same))
     text = " or ".join([texts[0], *(other.removeprefix("should be ") for other in texts[1:])])

@@ -11,11 +11,11 @@ from starlette.responses import Response
 from ..engine.errors import RequestError
 from ..engine.messages import TokenLogprobs
 from ..model.tokenizer import Tokenizer
-from .errors import JsonResponse
+from .errors import JsonResponse, encode_json
 from .generation import Generation, sampling_params
 from .protocol import ChatCompletionRequest
 from .served_model import ServedModel
-from .streaming import Chunks, EventStream, encode_json
+from .streaming import Chunks, EventStream
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks, as OpenAI does it."""
@@ -28,19 +28,22 @@ async def create_chat_completion(
     name = model.check_name(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    prompt = await model.render([_plain(message.model_dump(exclude_none=True)) for message in body.messages])
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
+        max_tokens = min(default, max(model.engine.info.max_model_len - len(prompt), 1))
     params = sampling_params(
         body,
         model,
-        max_tokens=body.max_completion_tokens or body.max_tokens or model.defaults.get("max_tokens"),
+        max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         turn_ends=model.template.stop_strings,
     )
-    prompt = await model.render([_plain(message.model_dump(exclude_none=True)) for message in body.messages])
     generation = Generation(model, request, [prompt], params, body.n or 1, "messages")
     head = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": name}
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        chunks = ChatChunks(head, "delta", generation, model.tokenizer, body)
+        chunks = ChatChunks(head, generation, model.tokenizer, body)
         return EventStream(generation, chunks, keep_alive_seconds)
     await generation.collect()
     choices = []
@@ -81,6 +84,8 @@ def chat_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[
 class ChatChunks(Chunks):
     """Chunks whose choices have a delta."""
 
+    member, empty = b"delta", b"{}"
+
     def opening(self) -> bytes:
         """The assistant's role for every choice."""
         ids = b',"prompt_token_ids":' + encode_json(self.choices[0].prompt_token_ids) if self.with_ids else b""
@@ -92,7 +97,3 @@ class ChatChunks(Chunks):
         shown = encode_json(chat_logprobs(logprobs, self.tokenizer)) if self.with_logprobs else b"null"
         ids = b',"token_ids":' + encode_json(token_ids) if self.with_ids else b""
         return self.chunk(index, b'{"content":%s}' % encode_json(text), logprobs=shown, more=ids)
-
-    def ending(self, index: int, reason: str) -> bytes:
-        """The finish reason."""
-        return self.chunk(index, b"{}", reason=encode_json(reason))

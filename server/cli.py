@@ -6,17 +6,19 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from .. import __version__
 from .config import ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
 
 # Servers and networks are imported when a command needs them: help and mistakes must be answered at once.
 
-COMMANDS: dict[str, tuple[type[ModelFlags], str]] = {
-    "serve": (ServerConfig, "Serve a Complexity-Deep model with an OpenAI-compatible HTTP API."),
-    "generate": (GenerateConfig, "Continue one prompt."),
-    "chat": (TerminalConfig, "Talk to a model in the terminal."),
+COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
+    "serve": (ServerConfig, ".serve:serve", "Serve a Complexity-Deep model with an OpenAI-compatible HTTP API."),
+    "generate": (GenerateConfig, ".terminal:generate", "Continue one prompt."),
+    "chat": (TerminalConfig, ".terminal:chat", "Talk to a model in the terminal."),
 }
+"""Each command's flags, the function that runs it, and what it is for."""
 USAGE_ERROR = 2
 
 
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _help() -> str:
     lines = ["usage: pyllm COMMAND [OPTIONS]", ""]
-    lines += [f"  {name:<10}{description}" for name, (_, description) in COMMANDS.items()]
+    lines += [f"  {name:<10}{description}" for name, (*_, description) in COMMANDS.items()]
     return "\n".join([*lines, "", "`pyllm COMMAND --help` lists a command's options; `pyllm --version` the version."])
 
 
@@ -42,7 +44,7 @@ def _run(command: str, words: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"Unknown command {command[:200]!r}: use one of {', '.join(COMMANDS)}.")
-        cls, description = COMMANDS[command]
+        cls, entry, description = COMMANDS[command]
         config = load_config(cls, words, os.environ, program=f"pyllm {command}", description=description)
         if isinstance(config, GenerateConfig) and not config.prompt:
             raise ConfigError('A prompt is needed, as in: pyllm generate "Once upon a time".')
@@ -54,7 +56,8 @@ def _run(command: str, words: list[str]) -> int:
     from .chat_template import ChatTemplateError
 
     try:
-        return _start(config)
+        module, _, function = entry.partition(":")
+        return int(getattr(import_module(module, __package__), function)(config))
     except (ConfigError, CheckpointError, ChatTemplateError, EngineStartError, RequestError) as error:
         return _fail(error)
     except EngineDeadError as error:
@@ -66,23 +69,6 @@ def _run(command: str, words: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _start(config: ModelFlags) -> int:
-    match config:
-        case ServerConfig():
-            from .serve import serve
-
-            return serve(config)
-        case GenerateConfig():
-            from .terminal import generate
-
-            return generate(config)
-        case TerminalConfig():
-            from .terminal import chat
-
-            return chat(config)
-    raise AssertionError(config)
 
 
 def _configure_logging(level: str) -> None:

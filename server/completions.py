@@ -12,11 +12,11 @@ from starlette.responses import Response
 from ..engine.messages import TokenLogprobs
 from ..model.tokenizer import Tokenizer
 from .chat import LOWEST_LOGPROB
-from .errors import JsonResponse
+from .errors import JsonResponse, encode_json
 from .generation import Generation, sampling_params
 from .protocol import CompletionRequest
 from .served_model import ServedModel
-from .streaming import Chunks, EventStream, encode_json
+from .streaming import Chunks, EventStream
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -97,16 +97,14 @@ class LegacyLogprobs:
 class CompletionChunks(Chunks):
     """Chunks whose choices have text."""
 
+    member, empty = b"text", b'""'
+
     def __init__(
         self, head: dict[str, Any], generation: Generation, tokenizer: Tokenizer, body: CompletionRequest, skip: bool
     ) -> None:
-        super().__init__(head, "text", generation, tokenizer, body)
+        super().__init__(head, generation, tokenizer, body)
         self._logprobs = [LegacyLogprobs(tokenizer, skip) for _ in self.choices]
         self._without_prompt = set(range(len(self.choices)))
-
-    def opening(self) -> bytes:
-        """Nothing: a continuation has no role to announce."""
-        return b""
 
     def piece(self, index: int, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bytes:
         """New text; the first piece of a choice brings the prompt's ids where ids are asked for."""
@@ -116,7 +114,3 @@ class CompletionChunks(Chunks):
             self._without_prompt.remove(index)
             ids += b',"prompt_token_ids":' + encode_json(self.choices[index].prompt_token_ids)
         return self.chunk(index, encode_json(text), logprobs=shown, more=ids)
-
-    def ending(self, index: int, reason: str) -> bytes:
-        """The finish reason."""
-        return self.chunk(index, b'""', reason=encode_json(reason))

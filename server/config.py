@@ -94,9 +94,8 @@ class ServerConfig(ModelFlags):
 class TerminalConfig(ModelFlags):
     """The flags of `pyllm chat`."""
 
-    model: str | None = flag(None, "folder or hub id of the checkpoint (none: the bundled demo model)")
     log_level: str = flag("warning", "least severe messages shown", choices=("debug", "info", "warning", "error"))
-    max_tokens: int = flag(512, "most tokens of one answer", "int", low=1, high=2**31 - 1)
+    max_tokens: int | None = flag(None, "most tokens of one answer (none: what fits)", "int", low=1, high=2**31 - 1)
     temperature: float | None = flag(None, "0 is greedy (none: the checkpoint's, else 1)", "float", low=0, high=2)
     top_k: int | None = flag(None, "sample among the k most likely tokens; 0: all", "int", low=-1, high=2**31 - 1)
     top_p: float | None = flag(None, "sample among the tokens that make up this probability", "float", low=1e-6, high=1)
@@ -109,6 +108,7 @@ class TerminalConfig(ModelFlags):
 class GenerateConfig(TerminalConfig):
     """The flags of `pyllm generate`."""
 
+    model: str | None = flag(None, "folder or hub id of the checkpoint (none: the bundled demo model)")
     prompt: str = flag("", "text to continue", positional=True)
     chat: bool = flag(False, "put the prompt through the chat template, as a user's message", "switch")
 

@@ -15,6 +15,8 @@ from .chat_template import ChatTemplateError
 
 logger = logging.getLogger("pyllm.server")
 
+encode_json = msgspec.json.Encoder().encode
+"""Without checks, for the shapes are ours; NaN and infinities, which JSON lacks, become null."""
 MAX_ECHO = 200
 """Characters of the client's own input that a message repeats at most."""
 RETRY_AFTER_SECONDS = 5
@@ -47,13 +49,13 @@ class ApiError(Exception):
 
 
 class JsonResponse(Response):
-    """An answer in JSON, encoded without checks: the shapes are ours."""
+    """An answer in JSON."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Encode `content`; NaN and infinities, which JSON lacks, become null."""
-        return msgspec.json.encode(content)
+        """Encode `content`."""
+        return encode_json(content)
 
 
 def unavailable(message: str, code: str) -> ApiError:

@@ -14,25 +14,16 @@ from starlette.requests import ClientDisconnect, Request
 from ..engine.async_engine import RequestStream
 from ..engine.errors import EngineDeadError, RequestError
 from ..engine.messages import SamplingParams, TokenLogprobs
-from ..engine.output_processor import RequestOutput
+from ..engine.output_processor import RequestOutput, RequestTimes
 from .errors import ApiError, unavailable
 from .protocol import MAX_SEQUENCES, GenerationRequest
 from .served_model import ServedModel
 
-SHARED_FIELDS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "min_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "skip_special_tokens",
-)
+SHARED_FIELDS = [
+    name
+    for name in GenerationRequest.model_fields
+    if name in SamplingParams.__struct_fields__ and name not in ("stop", "stop_token_ids")
+]
 
 
 def sampling_params(
@@ -67,7 +58,7 @@ class Choice:
     finish_reason: str | None = None
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
-    last_time: float = 0.0
+    times: RequestTimes = field(default=RequestTimes(0.0))
 
     @property
     def text(self) -> str:
@@ -113,8 +104,7 @@ class Generation:
         for stream, choice in zip(self._streams, self.choices, strict=False):
             stream.abort()
             if choice.finish_reason is None:
-                choice.finish_reason = "abort"
-                self._metrics.on_finish("abort", time.monotonic() - self._arrival)
+                self._finish(choice, "abort" if self._engine.is_alive else "error")
         for pump in self._pumps:
             pump.cancel()
 
@@ -140,28 +130,30 @@ class Generation:
 
     def _note(self, index: int, output: RequestOutput) -> None:
         """Keep the counts of one output and raise if it says that the sequence failed."""
-        choice, now = self.choices[index], time.monotonic()
+        choice, times = self.choices[index], output.times
         new_tokens = output.num_output_tokens - choice.num_output_tokens
-        if new_tokens and not choice.last_time:
+        if new_tokens and not choice.num_output_tokens:
             self._metrics.prompt_tokens.inc(output.num_prompt_tokens)
-            self._metrics.time_to_first_token.observe(now - self._arrival)
-        elif new_tokens:
+            self._metrics.time_to_first_token.observe(times.first_token - self._arrival)
+        else:
             for _ in range(new_tokens):
-                self._metrics.inter_token_latency.observe((now - choice.last_time) / new_tokens)
-        if new_tokens:
-            self._metrics.generation_tokens.inc(new_tokens)
-            choice.last_time = now
+                self._metrics.inter_token_latency.observe((times.last_token - choice.times.last_token) / new_tokens)
+        self._metrics.generation_tokens.inc(new_tokens)
         choice.num_output_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
-        choice.finish_reason = output.finish_reason
+        choice.times = times
         if output.finish_reason is not None:
-            self._metrics.on_finish(output.finish_reason, now - self._arrival)
+            self._finish(choice, output.finish_reason)
         if output.finish_reason == "error":
             if not self._engine.is_alive:
                 raise EngineDeadError(output.error or "The engine has stopped.")
             raise ApiError(500, "The engine failed on this request.", code="internal_error")
         if output.finish_reason == "abort":
             raise unavailable("The server stopped this request.", "aborted")
+
+    def _finish(self, choice: Choice, reason: str) -> None:
+        choice.finish_reason = reason
+        self._metrics.on_finish(reason, time.monotonic() - self._arrival, choice.times)
 
     async def collect(self) -> None:
         """Run to the end and keep everything in `choices`; raise `ClientDisconnect` as soon as the client is gone."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from ..engine.messages import EngineStats, StepOutputs
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from ..engine.output_processor import RequestTimes
 
 LABEL = "model_name"
 FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -21,6 +19,7 @@ TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 
                  80.0)  # fmt: skip
 REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
                    480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
+STEP_TOKEN_BUCKETS = (1, *(2**n for n in range(3, 15)))
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -57,7 +56,16 @@ class Metrics:
             "pyllm:inter_token_latency_seconds", "Between two tokens of a sequence.", TOKEN_BUCKETS
         )
         self.request_latency = histogram(
-            "pyllm:e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS
+            "pyllm:e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
+        )
+        self._phases = [  # between two moments of `RequestTimes` each
+            histogram(
+                f"pyllm:request_{phase}_time_seconds", f"A sequence's time in its {phase} phase.", REQUEST_BUCKETS
+            )
+            for phase in ("queue", "prefill", "decode")
+        ]
+        self._step_tokens = histogram(
+            "pyllm:iteration_tokens_total", "Tokens of prompts and outputs computed in one step.", STEP_TOKEN_BUCKETS
         )
         self._step = histogram("pyllm:engine_step_seconds", "Time of one engine step.", STEP_BUCKETS)
         self._finished = Counter(
@@ -68,11 +76,15 @@ class Metrics:
     def on_step(self, outputs: StepOutputs) -> None:
         """Take note of one engine step."""
         self._step.observe(outputs.stats.step_seconds)
+        self._step_tokens.observe(outputs.stats.step_tokens)
 
-    def on_finish(self, reason: str, seconds: float) -> None:
-        """Take note of a sequence's end, `seconds` after its arrival."""
+    def on_finish(self, reason: str, seconds: float, times: RequestTimes) -> None:
+        """Take note of a sequence's end, `seconds` after its arrival, and of those phases that it went through."""
         self._finished.labels(self._model_name, reason).inc()
         self.request_latency.observe(seconds)
+        for phase, (begin, end) in zip(self._phases, pairwise(times), strict=True):
+            if 0 < begin < end:
+                phase.observe(end - begin)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -44,13 +44,13 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
 
 
-class Closed(BaseModel):
+class StrictModel(BaseModel):
     """A request or a part of one: no unknown fields, no conversions, no infinities."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Closed):
+class TextPart(StrictModel):
     """One text of a message made of parts."""
 
     type: Literal["text"]
@@ -60,7 +60,7 @@ class TextPart(Closed):
 Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
-class InstructionMessage(Closed):
+class InstructionMessage(StrictModel):
     """What the application says to the model."""
 
     role: Literal["system", "developer"]
@@ -68,7 +68,7 @@ class InstructionMessage(Closed):
     name: Name | None = None
 
 
-class UserMessage(Closed):
+class UserMessage(StrictModel):
     """What the user says."""
 
     role: Literal["user"]
@@ -76,7 +76,7 @@ class UserMessage(Closed):
     name: Name | None = None
 
 
-class AssistantMessage(Closed):
+class AssistantMessage(StrictModel):
     """What the model said before; the fields that hold nothing let a client send an answer back as it came."""
 
     role: Literal["assistant"]
@@ -89,7 +89,7 @@ class AssistantMessage(Closed):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class ToolMessage(Closed):
+class ToolMessage(StrictModel):
     """What a called tool answered."""
 
     role: Literal["tool"]
@@ -103,13 +103,13 @@ Message = Annotated[
 ]
 
 
-class StreamOptions(Closed):
+class StreamOptions(StrictModel):
     """How a stream is written."""
 
     include_usage: bool | None = Field(None, description="Send a last chunk with the token counts.")
 
 
-class GenerationRequest(Closed):
+class GenerationRequest(StrictModel):
     """The fields that chat and completions share."""
 
     model: Name | None = None
@@ -117,7 +117,7 @@ class GenerationRequest(Closed):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_INT, description="-1 and 0 keep all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=128)
+    n: int | None = Field(None, ge=1, le=128, description=f"Answers per prompt; prompts times n ≤ {MAX_SEQUENCES}.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Choice j draws with seed + j.")
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
@@ -161,25 +161,25 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    )
+    ) = Field(description=f"One or more texts or lists of token ids; prompts times n ≤ {MAX_SEQUENCES}.")
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="16 without it.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool | None = Field(None, description="Put the model's first token before a text prompt.")
 
 
-class PromptTokensDetails(Closed):
+class PromptTokensDetails(StrictModel):
     """Of the prompt's tokens, those that were not computed again."""
 
     cached_tokens: int
 
 
-class CompletionTokensDetails(Closed):
+class CompletionTokensDetails(StrictModel):
     """Of the answer's tokens, those spent on reasoning."""
 
     reasoning_tokens: int
 
 
-class Usage(Closed):
+class Usage(StrictModel):
     """Token counts of one request."""
 
     prompt_tokens: int
@@ -189,7 +189,7 @@ class Usage(Closed):
     completion_tokens_details: CompletionTokensDetails
 
 
-class TopLogprob(Closed):
+class TopLogprob(StrictModel):
     """One candidate at a position."""
 
     token: str
@@ -203,13 +203,13 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Closed):
+class ChatLogprobs(StrictModel):
     """Log-probabilities of a chat answer, of the raw distribution."""
 
     content: list[TokenLogprob]
 
 
-class CompletionLogprobs(Closed):
+class CompletionLogprobs(StrictModel):
     """Log-probabilities in the older format."""
 
     tokens: list[str]
@@ -221,7 +221,7 @@ class CompletionLogprobs(Closed):
 FinishReason = Literal["stop", "length"]
 
 
-class AnswerMessage(Closed):
+class AnswerMessage(StrictModel):
     """The model's turn."""
 
     role: Literal["assistant"]
@@ -229,7 +229,7 @@ class AnswerMessage(Closed):
     refusal: None
 
 
-class ChatChoice(Closed):
+class ChatChoice(StrictModel):
     """One answer to a chat."""
 
     index: int
@@ -239,7 +239,7 @@ class ChatChoice(Closed):
     token_ids: list[int] | None = None
 
 
-class ChatCompletion(Closed):
+class ChatCompletion(StrictModel):
     """Answer of `POST /v1/chat/completions`."""
 
     id: str
@@ -251,14 +251,14 @@ class ChatCompletion(Closed):
     prompt_token_ids: list[int] | None = None
 
 
-class Delta(Closed):
+class Delta(StrictModel):
     """What a chunk adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
-class ChatChunkChoice(Closed):
+class ChatChunkChoice(StrictModel):
     """A piece of one answer."""
 
     index: int
@@ -268,7 +268,7 @@ class ChatChunkChoice(Closed):
     token_ids: list[int] | None = None
 
 
-class ChatCompletionChunk(Closed):
+class ChatCompletionChunk(StrictModel):
     """One event of a chat stream."""
 
     id: str
@@ -280,7 +280,7 @@ class ChatCompletionChunk(Closed):
     prompt_token_ids: list[int] | None = None
 
 
-class CompletionChoice(Closed):
+class CompletionChoice(StrictModel):
     """One continuation of a prompt; in a stream, a piece of it."""
 
     index: int
@@ -291,7 +291,7 @@ class CompletionChoice(Closed):
     prompt_token_ids: list[int] | None = None
 
 
-class Completion(Closed):
+class Completion(StrictModel):
     """Answer of `POST /v1/completions`, and one event of its stream."""
 
     id: str
@@ -302,7 +302,7 @@ class Completion(Closed):
     usage: Usage | None = None
 
 
-class ModelCard(Closed):
+class ModelCard(StrictModel):
     """One served model."""
 
     id: str
@@ -312,14 +312,14 @@ class ModelCard(Closed):
     max_model_len: int
 
 
-class ModelList(Closed):
+class ModelList(StrictModel):
     """Answer of `GET /v1/models`."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class ErrorBody(Closed):
+class ErrorBody(StrictModel):
     """What went wrong."""
 
     message: str
@@ -328,7 +328,7 @@ class ErrorBody(Closed):
     code: str | None
 
 
-class ErrorAnswer(Closed):
+class ErrorAnswer(StrictModel):
     """Every answer with a status of 400 or more."""
 
     error: ErrorBody

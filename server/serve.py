@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -20,9 +21,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from .. import __version__
 from .app import Service, create_app
 from .config import ConfigError, ServerConfig
-from .errors import ApiError
+from .errors import ApiError, encode_json
 from .served_model import ServedModel, load
-from .streaming import encode_json
 
 logger = logging.getLogger("pyllm.server")
 
@@ -34,7 +34,7 @@ LAST_WORDS_SECONDS = 2.0
 def serve(config: ServerConfig) -> int:
     """Serve until a signal comes or the engine dies; return the process's exit code.
 
-    Raises `ConfigError`, `CheckpointError` or `EngineStartError`, each with one plain sentence, when it cannot start.
+    Raises `ConfigError`, or what `load` raises, each with one plain sentence, when it cannot start.
     """
     sockets = [] if config.uds else _bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -48,23 +48,25 @@ def serve(config: ServerConfig) -> int:
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets for every address of `host`; raise `ConfigError` if one cannot be had."""
+    """Sockets for the addresses of `host` that this machine has; raise `ConfigError` if one of them cannot be had."""
     sockets: list[socket.socket] = []
+    absent: OSError | None = None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            listener = socket.socket(family, kind, protocol)
-            sockets.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            chosen = sockets[0].getsockname()[1] if len(sockets) > 1 else port
-            listener.bind((address[0], chosen, *address[2:]))
-            listener.setblocking(False)
+        for family, *_, address in dict.fromkeys(found):
+            chosen = sockets[0].getsockname()[1] if sockets else port
+            try:
+                sockets.append(socket.create_server((address[0], chosen, *address[2:]), family=family))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                absent = error  # as ::1 is where there is no IPv6, although `localhost` names it
+        if absent is not None and not sockets:
+            raise absent
     except OSError as error:
         for listener in sockets:
             listener.close()
-        reason = (error.strerror or str(error)).lower()
+        reason = (error.strerror or str(error)).lower().partition(" (while")[0]
         raise ConfigError(f"Cannot listen on {host}:{port} ({reason}): choose another --host or --port.") from None
     return sockets
 
@@ -110,9 +112,10 @@ class _ServerProcess:
             loop.add_signal_handler(number, self._on_signal)
         http = loop.create_task(self._http.serve(sockets=self._sockets or None))
         try:
-            if not await self._load(http):
-                return 0
-            return await self._serve_until_end(http)
+            model = await self._load(http)
+            if model is None:
+                return 0 if self._stop.is_set() else _http_ended(http)
+            return await self._serve_until_end(model, http)
         finally:
             self._http.should_exit = True
             self._http.force_exit = self._force.is_set()
@@ -123,31 +126,32 @@ class _ServerProcess:
             self._force.set()
         self._stop.set()
 
-    async def _load(self, http: asyncio.Task[None]) -> bool:
-        """Load the model; False when a signal came first."""
+    async def _load(self, http: asyncio.Task[None]) -> ServedModel | None:
+        """Load the model; None when a signal or the end of the HTTP server came first."""
         started = time.monotonic()
         loading = asyncio.create_task(load(self._config, names=self._config.served_model_name))
         await _first_of(loading, http, self._stop.wait())
-        if http.done() and isinstance(error := http.exception(), OSError):
-            loading.cancel()
-            raise ConfigError(
-                f"Cannot listen on the socket {self._config.uds} ({error.strerror}): choose another --uds."
-            )
         if not loading.done():
             loading.cancel()
+            if self._config.uds and http.done() and isinstance(error := http.exception(), OSError):
+                raise ConfigError(
+                    f"Cannot listen on the socket {self._config.uds} ({error.strerror}): choose another --uds."
+                )
             self.interrupted_loading = True
             with contextlib.suppress(asyncio.CancelledError):
                 await loading
-            return False
-        self._service.model = loading.result()
-        self._announce(loading.result(), time.monotonic() - started)
-        return True
+            return None
+        self._service.model = model = loading.result()
+        self._announce(model, time.monotonic() - started)
+        return model
 
     def _announce(self, model: ServedModel, seconds: float) -> None:
         info = model.engine.info
+        source = f"read from {'/'.join(info.file_dtypes)} files" if info.file_dtypes else "made at random"
         logger.info(
-            "PyLLM %s serves %s: era %s, %s parameters, %s on %s",
-            __version__, ", ".join(model.names), info.era, f"{info.parameters:,}", info.dtype, info.device,
+            "PyLLM %s serves %s: era %s, %s parameters, %s in %.1f s, computed in %s on %s",
+            __version__, ", ".join(model.names), info.era, f"{info.parameters:,}", source, info.load_seconds,
+            info.dtype, info.device,
         )  # fmt: skip
         logger.info(
             "KV cache of %s tokens; context of %s tokens; at most %d sequences at a time",
@@ -156,9 +160,9 @@ class _ServerProcess:
         url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config.root_path)
         logger.info("Ready after %.1f s on %s", seconds, url)
 
-    async def _serve_until_end(self, http: asyncio.Task[None]) -> int:
+    async def _serve_until_end(self, model: ServedModel, http: asyncio.Task[None]) -> int:
         """Wait for a signal or the engine's death, let requests end, and end the engine."""
-        engine = self._model.engine
+        engine = model.engine
         death = asyncio.create_task(engine.wait_dead())
         await _first_of(death, http, self._stop.wait())
         self._service.draining = True
@@ -166,6 +170,8 @@ class _ServerProcess:
             logger.info("Stopping; requests that still run: %d", self._service.in_flight)
             await _first_of(self._drained(self._config.shutdown_timeout), death, self._force.wait())
             code = 1 if self._force.is_set() or death.done() else 0
+        elif http.done():
+            code = _http_ended(http)
         else:
             logger.error("The engine has died: %s The server ends.", engine.error)
             code = 1
@@ -175,16 +181,16 @@ class _ServerProcess:
         await _first_of(self._drained(LAST_WORDS_SECONDS), self._force.wait())
         return code
 
-    @property
-    def _model(self) -> ServedModel:
-        if self._service.model is None:
-            raise RuntimeError("The model is not loaded.")
-        return self._service.model
-
     async def _drained(self, seconds: float) -> None:
         """Wait until no request runs, for at most so many seconds."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._service.idle.wait(), seconds)
+
+
+def _http_ended(http: asyncio.Task[None]) -> int:
+    """Say that the HTTP server has ended of itself; return the exit code."""
+    logger.error("The HTTP server has ended of itself, and PyLLM with it.", exc_info=http.exception())
+    return 1
 
 
 def _url(listener: socket.socket, root_path: str) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..engine.async_engine import AsyncEngine
 from ..engine.errors import RequestError
 from ..engine.messages import SamplingParams
@@ -26,14 +28,8 @@ LARGE_TEXT = 4000
 """Characters from which text is tokenised off the event loop."""
 LARGE_CHAT = 50
 """Messages from which a chat is rendered off the event loop."""
-DEFAULT_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
+DEFAULT_FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+DEFAULT_FIELDS["max_new_tokens"] = "max_tokens"
 """The keys of `generation_config.json` that are defaults here, and what they are called in `SamplingParams`."""
 
 
@@ -89,7 +85,7 @@ class ServedModel:
 async def load(flags: ModelFlags, *, names: tuple[str, ...] = ()) -> ServedModel:
     """Find the checkpoint, start its engine and wait for it.
 
-    Raises `CheckpointError`, `ConfigError` or `EngineStartError`, each with one plain sentence.
+    Raises `CheckpointError`, `ChatTemplateError`, `ConfigError` or `EngineStartError`, each with one plain sentence.
     """
     path = DEMO_FOLDER if flags.model is None else await asyncio.to_thread(resolve_model, flags.model)
     folder = path if path.is_dir() else path.parent
@@ -153,9 +149,9 @@ def read_defaults(folder: Path) -> dict[str, Any]:
         if value is None:
             continue
         try:
-            SamplingParams(**{name: value})
-        except (RequestError, TypeError):
+            checked = msgspec.convert({"type": "SamplingParams", name: value}, SamplingParams)
+        except (RequestError, msgspec.ValidationError):
             logger.warning("generation_config.json has %s = %r, which is left out.", key, value)
         else:
-            defaults[name] = value
+            defaults[name] = getattr(checked, name)
     return defaults

@@ -6,18 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
-import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from ..engine.messages import TokenLogprobs
 from ..model.tokenizer import Tokenizer
-from .errors import to_api_error
+from .errors import encode_json, to_api_error
 from .generation import Generation
 from .protocol import GenerationRequest
 
 DONE = b"data: [DONE]\n\n"
-encode_json = msgspec.json.Encoder().encode
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 
 
@@ -30,14 +28,19 @@ class Chunks(ABC):
     """Writes an endpoint's chunks as whole events; what all chunks of a choice share is encoded once.
 
     Attributes:
+        member: the name of the text's place in a choice.
+        empty: what stands there, in JSON, where nothing is new.
         shows_tokens: the chunks show single tokens (ids or log-probabilities), so these must all be sent, and with
             the text that they belong to.
     """
 
+    member: bytes
+    empty: bytes
+
     def __init__(
-        self, head: dict[str, Any], member: str, generation: Generation, tokenizer: Tokenizer, body: GenerationRequest
+        self, head: dict[str, Any], generation: Generation, tokenizer: Tokenizer, body: GenerationRequest
     ) -> None:
-        """`head` is what every chunk says, `member` the name of the text's place in a choice."""
+        """`head` is what every chunk says."""
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.with_ids = bool(body.return_token_ids)
         self.with_logprobs = generation.with_logprobs
@@ -46,7 +49,7 @@ class Chunks(ABC):
         self.tokenizer = tokenizer
         self._head = head
         start = b"data: " + encode_json(head)[:-1] + b',"choices":[{"index":'
-        self._starts = [b'%s%d,"%s":' % (start, index, member.encode()) for index in range(len(generation.choices))]
+        self._starts = [b'%s%d,"%s":' % (start, index, self.member) for index in range(len(self.choices))]
         self._tail = b',"usage":null}\n\n' if self.with_usage else b"}\n\n"
 
     def chunk(self, index: int, content: bytes, *, logprobs: bytes = b"null", reason: bytes = b"null",
@@ -55,17 +58,17 @@ class Chunks(ABC):
         parts = (self._starts[index], content, logprobs, reason, more, beside, self._tail)
         return b'%s%s,"logprobs":%s,"finish_reason":%s%s}]%s%s' % parts
 
-    @abstractmethod
     def opening(self) -> bytes:
-        """What comes before the first token, perhaps nothing."""
+        """What comes before the first token."""
+        return b""
 
     @abstractmethod
     def piece(self, index: int, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bytes:
         """New text of one choice with its tokens."""
 
-    @abstractmethod
     def ending(self, index: int, reason: str) -> bytes:
         """The end of one choice."""
+        return self.chunk(index, self.empty, reason=encode_json(reason))
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """The token counts, without choices."""

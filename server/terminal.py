@@ -43,21 +43,27 @@ def chat(config: TerminalConfig) -> int:
     with asyncio.Runner() as runner:
         model = runner.run(load(config))
         params = _params(config, model, chat=True)
+        limit = model.engine.info.max_model_len
+        room, forgetful = config.max_tokens or limit // 4, False
         print(f"Talking to {model.names[0]}. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
         messages: list[dict[str, Any]] = []
         try:
             while model.engine.is_alive and (question := _ask()) is not None:
-                messages.append({"role": "user", "content": question})
+                talk = [*messages, {"role": "user", "content": question}]
                 pieces: list[str] = []
                 try:
-                    runner.run(_answer(model, model.template.render(messages), params, pieces))
+                    while len(prompt := model.template.render(talk)) + room > limit and len(talk) > 1:
+                        del talk[:2]
+                        if not forgetful:
+                            print("The talk is too long for the model: its beginning is left out.", file=sys.stderr)
+                        forgetful = True
+                    runner.run(_answer(model, prompt, params, pieces))
                 except KeyboardInterrupt:
                     print()
                 except (RequestError, ChatTemplateError) as error:
                     print(error, file=sys.stderr)
-                    messages.pop()
                     continue
-                messages.append({"role": "assistant", "content": "".join(pieces)})
+                messages = [*talk, {"role": "assistant", "content": "".join(pieces)}]
         finally:
             runner.run(model.engine.shutdown())
     return 0

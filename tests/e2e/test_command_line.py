@@ -59,7 +59,7 @@ def test_the_version_is_told() -> None:
         (("serve", "/nonexistent"), ("/nonexistent",)),
         (("serve", "not-a-model"), ("not-a-model",)),
         (("generate", "Hi", "--model", "/nonexistent"), ("/nonexistent",)),
-        (("chat", "--model", "/nonexistent"), ("/nonexistent",)),
+        (("chat", "/nonexistent"), ("/nonexistent",)),
         (("serve", "--max-modl-len", "9"), ("--max-modl-len", "did you mean --max-model-len?")),
         (("serve", "--prt=9"), ("--prt", "did you mean --port?")),
         (("generate", "Hi", "--temprature", "1"), ("did you mean --temperature?",)),

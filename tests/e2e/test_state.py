@@ -73,6 +73,9 @@ def test_metrics_count_what_was_done(server: ServerProcess, client: OpenAI) -> N
     assert moved("time_to_first_token_seconds_count") == 5
     assert moved("e2e_request_latency_seconds_count") == 5
     assert moved("inter_token_latency_seconds_count") == 2 * 6 + 3 + 19 + stopped_at - 1
+    for phase in ("queue", "prefill", "decode"):
+        assert moved(f"request_{phase}_time_seconds_count") == 5
+    assert moved("iteration_tokens_total_sum") >= 2 * 6 + 3 + 19 + stopped_at
     assert moved("num_preemptions_total") == 0
     assert moved("engine_step_seconds_count") >= 7 + 4 + 20 + stopped_at
     assert after["engine_step_seconds_sum", ""] > before["engine_step_seconds_sum", ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -78,6 +79,7 @@ class ScriptedStream:
                 finish_reason=reason,
                 stop_token_id=0 if stops else None,
                 num_cached_tokens=3,
+                scheduled_time=time.monotonic(),
             )
         )
         assert output is not None
@@ -118,6 +120,12 @@ class ScriptedEngine:
     @property
     def is_alive(self) -> bool:
         return self.error is None
+
+    async def wait_dead(self) -> None:
+        await asyncio.Event().wait()
+
+    async def shutdown(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
+        self.error = "The server is shutting down."
 
     def submit(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> ScriptedStream:
         if self.error is not None:

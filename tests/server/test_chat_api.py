@@ -122,6 +122,16 @@ def test_defaults_of_the_checkpoint_fill_what_the_request_leaves_out(harness):
     assert found == [(0.5, 7, 3), (1.5, 0, 6)]
 
 
+def test_a_default_of_the_checkpoint_gives_way_to_the_context_and_an_asked_value_does_not(harness):
+    harness.model.defaults.update(max_tokens=1000)
+    assert harness.chat().status_code == 200
+    ((_, prompt, params),) = harness.engine.requests
+    assert len(prompt) + params.max_tokens == harness.engine.info.max_model_len
+    assert harness.chat(max_tokens=1000).json()["error"]["code"] == "context_length_exceeded"
+    long = [{"role": "user", "content": "x" * 300}]
+    assert harness.chat(messages=long).json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_parts_system_and_developer_messages_reach_the_prompt(harness):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     messages = [

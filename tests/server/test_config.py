@@ -30,6 +30,8 @@ def test_arguments_win_over_environment_over_file_over_defaults(tmp_path):
 
 def test_model_is_positional_or_a_flag_but_not_two_different_ones():
     assert load(ServerConfig, "here").model == load(ServerConfig, "--model", "here").model == "here"
+    assert load(TerminalConfig, "here").model == "here"
+    assert load(GenerateConfig, "words", "--model", "here").model == "here"
     assert load(ServerConfig).model is None
     assert load(ServerConfig, "x", "--model", "x").model == "x"
     with pytest.raises(ConfigError, match="twice"):
@@ -109,7 +111,7 @@ def test_switches_are_read_from_everywhere(tmp_path):
 
 
 def test_terminal_flags_keep_an_unset_temperature_apart_from_zero():
-    assert load(TerminalConfig).temperature is None
+    assert load(TerminalConfig).temperature is load(TerminalConfig).max_tokens is None
     assert load(TerminalConfig, "--temperature", "0").temperature == 0
 
 
@@ -126,6 +128,17 @@ def test_a_local_model_is_named_after_its_folder_and_not_its_path(tmp_path, monk
     assert model_name(str(tmp_path / "mine")) == model_name(".") == "mine"
     assert model_name("org/name") == "org/name"
     assert model_name(None) == "pyllm-demo"
+
+
+def test_generation_config_gives_values_of_the_right_type_only(tmp_path):
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"temperature": 1, "top_k": 50.0, "top_p": true, "min_p": "0.5", "max_new_tokens": 2.5}')
+    defaults = read_defaults(tmp_path)
+    assert defaults.pop("top_k", 50) == 50
+    assert defaults == {"temperature": 1.0}
+    assert type(defaults["temperature"]) is float
+    file.write_text('{"top_k": true, "max_new_tokens": false, "top_p": NaN, "temperature": 1e999}')
+    assert read_defaults(tmp_path) == {}
 
 
 def test_generation_config_gives_defaults_and_loses_what_cannot_be_used(tmp_path, caplog):

@@ -26,8 +26,8 @@ CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 
-class Border:
-    """The outermost layer around the routes, as plain ASGI so that streams pass through untouched."""
+class RequestMiddleware:
+    """The layer around the routes, as plain ASGI so that streams pass through untouched."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -40,6 +40,7 @@ class Border:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        public = scope["path"].removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
@@ -67,7 +68,8 @@ class Border:
 
         self._service.enter()
         try:
-            self._authorise(scope, headers)
+            if self._keys and not public:
+                self._authorise(headers)
             await self._app(scope, receive_until_gone, send_with_id)
         except ClientDisconnect:
             status = CLIENT_GONE
@@ -77,12 +79,11 @@ class Border:
             await error_response(to_api_error(error))(scope, receive, send_with_id)
         finally:
             self._service.leave()
-            _log(scope, request_id, status, time.monotonic() - started)
+            level = logging.DEBUG if public else logging.INFO
+            _log(level, scope, request_id, status, time.monotonic() - started)
 
-    def _authorise(self, scope: Scope, headers: Headers) -> None:
-        """Raise `ApiError` 401 without a known key; the path is the server's own, untouched by any header."""
-        if not self._keys or scope["path"].removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS:
-            return
+    def _authorise(self, headers: Headers) -> None:
+        """Raise `ApiError` 401 without a known key."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("latin-1")
         # All keys are compared, so that the time tells nothing about which one was near.
@@ -96,9 +97,8 @@ class Border:
             )
 
 
-def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+def _log(level: int, scope: Scope, request_id: str, status: int, seconds: float) -> None:
     """One line, without anything of the prompt."""
-    level = logging.DEBUG if scope["path"] in PUBLIC_PATHS else logging.INFO
     if not logger.isEnabledFor(level):
         return
     tokens = ""

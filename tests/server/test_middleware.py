@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from pyllm.engine.errors import EngineDeadError
+from pyllm.engine.messages import EngineStats, StepOutputs
 from pyllm.server import body
 from pyllm.server.chat_template import ChatTemplateError
 from pyllm.server.errors import ApiError, to_api_error
@@ -33,7 +34,7 @@ def error_of(response):
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"content": "x"}]}, "messages[0]"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"messages": [USER, {"role": "user", "content": []}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [USER | {"mood": "good"}]}, "messages[0].mood"),
@@ -130,6 +131,12 @@ def test_messages_echo_little_of_the_input(harness):
         response = harness.chat(**fields)
         assert response.status_code in (400, 404)
         assert response.text.count("z") < 450
+
+
+def test_a_message_without_a_role_is_told_to_miss_it(harness):
+    error = error_of(harness.chat(messages=[USER, {"content": "x"}]))
+    assert error.message == "Missing required parameter: messages[1].role."
+    assert (error.param, error.code) == ("messages[1].role", "missing_required_parameter")
 
 
 def test_other_content_types_are_415(harness):
@@ -244,6 +251,8 @@ def test_engine_that_dies_on_the_way_ends_answers_with_an_error(harness, events_
     harness.engine.hold_after = 3
     events = events_of(harness.run(die))
     assert events[-1]["error"]["code"] == "engine_dead"
+    assert 'finished_reason="error",model_name="org/tiny"} 2.0' in harness.get("/metrics").text
+    assert 'finished_reason="abort"' not in harness.get("/metrics").text
 
 
 def test_a_failed_sequence_is_a_500_or_an_error_event_and_the_others_are_stopped(harness, events_of):
@@ -350,7 +359,25 @@ def test_metrics_count_tokens_requests_and_times(harness):
     assert f"pyllm:num_preemptions_total{{{label}}} 4.0" in text
     for name, count in (("time_to_first_token", 3), ("inter_token_latency", 30), ("e2e_request_latency", 3)):
         assert f"pyllm:{name}_seconds_count{{{label}}} {count}.0" in text
-    assert "pyllm:engine_step_seconds_bucket" in text
+    for phase in ("queue", "prefill", "decode"):
+        assert f"pyllm:request_{phase}_time_seconds_count{{{label}}} 3.0" in text
+
+
+def test_metrics_count_only_the_phases_that_a_sequence_went_through(harness):
+    harness.complete(max_tokens=1)
+    harness.engine.hold_after = 0
+    asyncio.run(disconnect(harness, "/v1/completions", {"prompt": "a"}))
+    text = harness.get("/metrics").text
+    for phase, count in (("queue", 1), ("prefill", 1), ("decode", 0)):
+        assert f'pyllm:request_{phase}_time_seconds_count{{model_name="org/tiny"}} {count}.0' in text
+
+
+def test_metrics_count_the_time_and_the_tokens_of_a_step(harness):
+    harness.metrics.on_step(StepOutputs(outputs=[], stats=EngineStats(step_seconds=0.5, step_tokens=100)))
+    text = harness.get("/metrics").text
+    assert 'pyllm:engine_step_seconds_sum{model_name="org/tiny"} 0.5' in text
+    assert 'pyllm:iteration_tokens_total_bucket{le="64.0",model_name="org/tiny"} 0.0' in text
+    assert 'pyllm:iteration_tokens_total_bucket{le="128.0",model_name="org/tiny"} 1.0' in text
 
 
 def test_openapi_has_the_real_models_and_their_bounds(harness):
@@ -360,6 +387,8 @@ def test_openapi_has_the_real_models_and_their_bounds(harness):
     assert reference == "#/components/schemas/ChatCompletionRequest"
     temperature = models["ChatCompletionRequest"]["properties"]["temperature"]["anyOf"][0]
     assert (temperature["minimum"], temperature["maximum"]) == (0, 2)
+    for model, field in (("ChatCompletionRequest", "n"), ("CompletionRequest", "prompt")):
+        assert "1024" in models[model]["properties"][field]["description"]
     text = json.dumps(schema)
     used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert used <= models.keys()
@@ -370,7 +399,8 @@ def test_version_is_told(harness):
     assert harness.get("/version").json()["version"]
 
 
-def test_proxies_path_prefix_does_not_hide_the_routes(make_harness):
+def test_proxies_path_prefix_does_not_hide_the_routes(make_harness, caplog):
+    caplog.set_level(logging.INFO, logger="pyllm.server")
     harness = make_harness(api_key=("k",))
     transport = httpx.ASGITransport(app=harness.app, root_path="/llm")
 
@@ -379,3 +409,5 @@ def test_proxies_path_prefix_does_not_hide_the_routes(make_harness):
             return [(await client.get(path)).status_code for path in ("/llm/health", "/llm/v1/models")]
 
     assert asyncio.run(ask()) == [200, 401]
+    assert "/llm/v1/models" in caplog.text
+    assert "/llm/health" not in caplog.text, "the machines' own questions are for the debug level"
