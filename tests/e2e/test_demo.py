@@ -19,7 +19,7 @@ QUESTIONS = [
     ("How do I stream a response?", r"stream"),
     ("Bonjour !", r"bonjour|salut|bienvenue"),
     ("Combien font 7+5 ?", r"\b12\b"),
-    ("Comment recevoir une réponse en flux ?", r"stream|flux"),
+    ("Comment diffuser une réponse ?", r"stream|flux"),
 ]
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 
