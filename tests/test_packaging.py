@@ -43,7 +43,10 @@ def test_the_wheel_holds_the_program_and_the_demo_model(wheel: list[str]) -> Non
                (ROOT / top).glob("*.py")}  # fmt: skip
     assert {f"pyllm/{name}" for name in program | {"__init__.py", "__main__.py", "py.typed"}} <= set(wheel)
     demo = {name.removeprefix("pyllm/model/demo/") for name in wheel if name.startswith("pyllm/model/demo/")}
-    assert demo >= {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+    assert demo == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "README.md",
+    }  # fmt: skip
 
 
 def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
