@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Compute threads that spin while they wait take the processor from the very thread they wait for as soon as anything
 # else runs: beside one busy process a step took 280 ms so. Threads that spin for a moment and then sleep lose little
 # when the machine is quiet (17 ms a step against 14) and keep going when it is not (29). Only OpenMP's own start can be
-# told; what the user has set wins.
+# told; what the user has set wins, and a spin count would silence the user's wait policy.
 THREAD_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
 
 
@@ -139,7 +139,7 @@ class AsyncEngine:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable, "-P", "-m", "pyllm.engine.process", str(theirs.fileno()),
                     pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
-                    env=THREAD_SETTINGS | os.environ,
+                    env=({} if "OMP_WAIT_POLICY" in os.environ else THREAD_SETTINGS) | os.environ,
                 )  # fmt: skip
             except BaseException:
                 writer.close()

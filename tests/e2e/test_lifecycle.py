@@ -129,3 +129,20 @@ def test_the_engine_ends_with_a_server_that_is_killed(checkpoint: Path, tmp_path
             server.process.kill()
             assert server.process.wait(PATIENCE) == -9
         wait_for(lambda: not is_running(engine), "the orphaned engine to end")
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="a process's environment is read from Linux's /proc"
+)
+@pytest.mark.parametrize("policy", [None, "active"])
+def test_the_users_wait_policy_is_not_silenced_by_a_spin_count(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str | None
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    with ServerProcess(tmp_path / "log", str(checkpoint)) as process:
+        environment = Path(f"/proc/{process.engine_pid}/environ").read_bytes().split(b"\0")
+    spins = any(setting.startswith(b"GOMP_SPINCOUNT=") for setting in environment)
+    assert spins == (policy is None)
