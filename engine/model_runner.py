@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,36 +34,38 @@ class ModelRunner:
         """Compute the step's tokens; return a sampled token for each sequence that samples, in order."""
         input_ids, positions, metadata = self.prepare(sequences)
         hidden = self.model(input_ids, positions, metadata, self.kv_cache)
-        ends = torch.tensor(metadata.query_lens).cumsum(0) - 1
         sampling = [i for i, sequence in enumerate(sequences) if sequence.samples]
         if not sampling:
             return []
-        logits = self.model.logits(hidden[ends[sampling].to(hidden.device)])
-        return self.sampler(logits, [sequences[i].request for i in sampling])
+        if len(hidden) > len(sequences) or len(sampling) < len(sequences):
+            last = np.cumsum(metadata.query_lens)[sampling] - 1  # of each sequence that samples
+            hidden = hidden[torch.from_numpy(last).to(hidden.device)]
+        return self.sampler(self.model.logits(hidden), [sequences[i].request for i in sampling])
 
     def prepare(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, AttentionMetadata]:
         """The step's token ids [T], positions [T] and attention metadata."""
+        starts = np.array([sequence.request.num_computed_tokens for sequence in sequences])
         query_lens = [sequence.num_tokens for sequence in sequences]
-        starts = [sequence.request.num_computed_tokens for sequence in sequences]
+        counts = np.array(query_lens)
         tokens: list[int] = []
-        for sequence, start in zip(sequences, starts, strict=True):
+        blocks = [sequence.request.block_ids for sequence in sequences]
+        tables = np.empty((len(sequences), max(map(len, blocks))), np.int32)
+        for row, sequence in enumerate(sequences):
+            start = sequence.request.num_computed_tokens
             tokens += sequence.request.token_ids[start : start + sequence.num_tokens]
-        widest = max(len(sequence.request.block_ids) for sequence in sequences)
-        tables = torch.tensor(
+            tables[row, : len(blocks[row])] = blocks[row]
             # Padded with a page of its own, so that whatever another sequence may hold can't reach this one.
-            [blocks + blocks[-1:] * (widest - len(blocks)) for blocks in (s.request.block_ids for s in sequences)]
-        )
-        lens = torch.tensor(query_lens)
-        owner = torch.arange(len(sequences)).repeat_interleave(lens)  # [T], the sequence of each token
-        first = lens.cumsum(0) - lens  # [S], where each sequence begins in the flat tokens
-        positions = torch.arange(len(tokens)) - first[owner] + torch.tensor(starts)[owner]
-        slots = tables[owner, positions // self.block_size] * self.block_size + positions % self.block_size
+            tables[row, len(blocks[row]) :] = blocks[row][-1]
+        owner = np.repeat(np.arange(len(sequences)), counts)  # [T], the sequence of each token
+        positions = np.arange(len(tokens)) + (starts - (counts.cumsum() - counts))[owner]
+        slots = tables[owner, positions // self.block_size].astype(np.int64) * self.block_size
+        slots += positions % self.block_size
         device = self.model.device
         metadata = AttentionMetadata(
             query_lens=query_lens,
-            seq_lens=[start + count for start, count in zip(starts, query_lens, strict=True)],
+            seq_lens=(starts + counts).tolist(),
             num_decodes=query_lens.count(1),  # the scheduler puts them first
-            slot_mapping=slots.to(device),
-            block_tables=tables.to(device),
+            slot_mapping=torch.from_numpy(slots).to(device),
+            block_tables=torch.from_numpy(tables).to(device),
         )
-        return torch.tensor(tokens).to(device), positions.to(device), metadata
+        return torch.tensor(tokens, device=device), torch.from_numpy(positions).to(device), metadata

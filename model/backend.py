@@ -1,18 +1,29 @@
 """The operations that differ by device, in plain torch: the reference, and what every device can run.
 
-The network calls nothing device-specific but the methods of `Backend`. Another device is one more
-subclass that overrides what it can do faster; its results are tested against the ones here.
-Element-wise arithmetic, norms and softmax are FP32 throughout; products run in the weights' dtype.
+The network calls nothing device-specific but the methods of `Backend`, and each is as much as one device can do
+well at once. Another device is one more subclass that overrides what it can do faster; its results are tested
+against the ones here. Element-wise arithmetic, norms and softmax are FP32; products run in the weights' dtype.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layer import DeepLayer
+
+QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
+MAX_BETA = 2.0
+MAX_VELOCITY = 10.0
+BASE_EXPERT_SCORE = 10.0
+HIGHWAY_SHARE = 0.1
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 SMALL_PRODUCT = 16**3
 """Multiplications up to which torch takes its own loop for a BF16 product, and oneDNN from there on."""
 PREFILL_BLOCK = 256
@@ -31,7 +42,7 @@ class AttentionMetadata:
         seq_lens: length of each sequence after this step, S numbers.
         num_decodes: how many of the first sequences have exactly one token.
         slot_mapping: int64 [T], the place of each token in the flattened pages; None without a cache.
-        block_tables: int64 [S, B], the pages of each sequence in order, padded with any valid page.
+        block_tables: int32 [S, B], the pages of each sequence in order, padded with any valid page.
     """
 
     query_lens: list[int]
@@ -46,8 +57,42 @@ class AttentionMetadata:
         return cls(query_lens=lengths, seq_lens=lengths)
 
 
+def lazy_zeros(size: int) -> Tensor:
+    """Zeroed uint8 [size] that costs memory only where it is written to, in huge pages where the system has them.
+
+    With small ones, a kernel that reads here and there waits for the tables of pages more than for the data.
+    Raises `MemoryError` where the system has no room for it.
+    """
+    try:
+        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes: {error.strerror}") from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+
+
 class Backend:
-    """Plain torch operations, on any device and with gradients where no KV cache is involved."""
+    """Plain torch operations, on any device and with gradients where no KV cache is involved.
+
+    T is the number of tokens in the step, H the hidden size, D the size of a head. Operations of a subclass may
+    change `x`, `kqv`, `velocity` and `residual` in place; whoever calls goes on with what they return.
+
+    Attributes:
+        prefill_multiple: where a prompt must be cut, if it is, so that the cut does not change its tokens' last bits.
+    """
+
+    prefill_multiple = PREFILL_BLOCK
+
+    def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeroed pages [layers, 2, blocks, block_size, KV, D]."""
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return lazy_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+    def embed(self, input_ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of `weight` [vocab, H] for int64 [T] -> FP32 [T, H]."""
+        return F.embedding(input_ids, weight).float()
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, in] times weight [out, in], in the weight's dtype, as FP32 [T, out]."""
@@ -63,125 +108,192 @@ class Backend:
         """RMSNorm over the last dimension of an FP32 tensor."""
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x [T, heads, D] by tables [T, 1, D/2], pairing element i with i + D/2."""
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    def project_kqv(self, layer: DeepLayer, x: Tensor, mu_below: Tensor | None) -> Tensor:
+        """Keys, queries and values of x [T, H] and the mu from below [T, H] -> FP32 [T, (KV + heads + KV) * D]."""
+        a = self.rms_norm(x, layer.input_norm, layer.config.rms_norm_eps)
+        if layer.kqv_proj.shape[1] > a.shape[1]:
+            assert mu_below is not None  # for the type checker
+            a = torch.cat((a, mu_below), dim=-1)
+        return self.linear(a, layer.kqv_proj)
 
     def attention(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        layer: DeepLayer,
+        kqv: Tensor,
+        rope: tuple[Tensor, Tensor],
         cache: Tensor | None,
         metadata: AttentionMetadata,
-        window: int | None,
     ) -> Tensor:
-        """Causal grouped-query attention, after writing K and V to their pages.
+        """QK-norm, rotation, writing K and V to their pages, and causal grouped-query attention.
 
         Args:
-            q: [T, heads, D], normed and rotated, in the cache's dtype.
-            k: [T, kv_heads, D], likewise.
-            v: [T, kv_heads, D].
-            cache: one layer's pages [2, blocks, block_size, kv_heads, D]; None attends within this step's tokens.
+            layer: its norms and sizes.
+            kqv: FP32 [T, (KV + heads + KV) * D], from `project_kqv`.
+            rope: cosines and sines of the positions, FP32 [T, D/2] each; element i is paired with i + D/2.
+            cache: the layer's pages [2, blocks, block_size, KV, D]; None attends within this step's tokens.
             metadata: which tokens belong to which sequence and page.
-            window: position i sees i - window + 1 … i; None sees all of 0 … i.
 
         Returns:
-            [T, heads, D]; query head h reads KV head h // (heads / kv_heads).
+            [T, heads * D]; query head h reads KV head h // (heads / KV).
         """
+        config = layer.config
+        kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
+        k, q, v = kqv.unflatten(-1, (-1, config.head_dim)).split((kv_heads, heads, kv_heads), dim=1)  # [T, heads, D]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = self.rms_norm(q, layer.q_norm, QK_NORM_EPS)
+            k = self.rms_norm(k, layer.k_norm, QK_NORM_EPS)
+        dtype = layer.kqv_proj.dtype
+        q, k, v = _rotate(q, *rope).to(dtype), _rotate(k, *rope).to(dtype), v.to(dtype)
         if cache is None:
-            return self._attention_without_cache(q, k, v, metadata.seq_lens, window)
-        assert metadata.slot_mapping is not None  # for the type checker
-        assert metadata.block_tables is not None
-        cache[0].flatten(0, 1).index_copy_(0, metadata.slot_mapping, k)
-        cache[1].flatten(0, 1).index_copy_(0, metadata.slot_mapping, v)
-        decodes = metadata.num_decodes
-        out = torch.empty_like(q)
-        if decodes:
-            out[:decodes] = self._decode_attention(
-                q[:decodes], cache, metadata.block_tables[:decodes], metadata.seq_lens[:decodes], window
-            )
-        start = decodes
-        for table, query_len, seq_len in zip(
-            metadata.block_tables[decodes:], metadata.query_lens[decodes:], metadata.seq_lens[decodes:], strict=True
-        ):
-            end = start + query_len
-            pages = table[: -(-seq_len // cache.shape[2])]
-            keys, values = (side.index_select(0, pages).flatten(0, 1) for side in cache)  # [L, kv_heads, D] each
-            at = seq_len - query_len
-            # The kernels cut a sum by the number of queries. Blocks with fixed ends give a token the same result
-            # however its prompt was cut into chunks, as long as chunks end there too.
-            while start < end:
-                block_end = min(seq_len, (at // PREFILL_BLOCK + 1) * PREFILL_BLOCK)
-                rows = slice(start, start + block_end - at)
-                out[rows] = _attend(q[None, rows], keys[None, :block_end], values[None, :block_end], window)[0]
-                start, at = rows.stop, block_end
-        return out
+            return _attention_without_cache(q, k, v, metadata.seq_lens, config.sliding_window).flatten(1)
+        return _paged_attention(q, k, v, cache, metadata, config.sliding_window).flatten(1)
 
-    def _decode_attention(
-        self, q: Tensor, cache: Tensor, block_tables: Tensor, seq_lens: list[int], window: int | None
-    ) -> Tensor:
-        """One query per sequence, all sequences at once: q [S, heads, D] -> [S, heads, D]."""
-        block_size, kv_heads = cache.shape[2], cache.shape[3]
-        longest = max(seq_lens)
-        tables = block_tables[:, : -(-longest // block_size)]
-        # One page is one run of memory: index_select copies it as such, nine times as fast as indexing does.
-        pages = (side.index_select(0, tables.flatten()) for side in cache)
-        keys, values = (page.view(len(q), -1, *page.shape[2:]).transpose(1, 2) for page in pages)  # [S, kv_heads, L, D]
-        lengths = torch.tensor(seq_lens, device=q.device)[:, None]
-        at = torch.arange(keys.shape[2], device=q.device)[None]
-        visible = at < lengths  # [S, L]
-        if window is not None:
-            visible &= at >= lengths - window
-        # The query heads that share a KV head stand as rows of one small matrix, so K and V are not repeated.
-        grouped = q.unflatten(1, (kv_heads, -1))  # [S, kv_heads, group, D]
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None]).flatten(1, 2)
-
-    def _attention_without_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None
-    ) -> Tensor:
-        if len(set(lengths)) == 1:
-            batch = (len(lengths), lengths[0])
-            return _attend(q.unflatten(0, batch), k.unflatten(0, batch), v.unflatten(0, batch), window).flatten(0, 1)
-        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        return torch.cat([_attend(a[None], b[None], c[None], window)[0] for a, b, c in parts])
-
-    def activation(self, x: Tensor, name: str) -> Tensor:
-        """silu (swish), exact gelu or relu, by the config's `hidden_act`."""
-        if name in ("silu", "swish"):
-            return F.silu(x)
-        return F.gelu(x) if name == "gelu" else F.relu(x)
-
-    def mlp(self, x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-        """One gated MLP: x [T, H], gate_up [2W, H], down [H, W] -> FP32 [T, H]."""
-        gate, up = self.linear(x, gate_up).chunk(2, dim=-1)
-        return self.linear(self.activation(gate, activation) * up, down)
-
-    def routed_mlp(self, x: Tensor, experts: Tensor | None, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-        """Each token through its own expert's gated MLP.
+    def dynamics(
+        self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """INL dynamics on the attention output, added to the residual stream.
 
         Args:
-            x: [T, H].
-            experts: int64 [T], the expert of each token; None when there is one for all.
-            gate_up: [E, 2W, H], gate rows first.
-            down: [E, H, W].
-            activation: name of the activation.
+            layer: its controller and constants.
+            x: FP32 [T, H], the residual stream.
+            h: FP32 [T, H], the attention output.
+            velocity: FP32 [T, H] from the layer below; None is zero.
 
         Returns:
-            FP32 [T, H].
+            The residual stream, velocity and mu, each FP32 [T, H].
         """
+        # For the type checker: an era has all of these or none.
+        assert layer.mu is not None
+        assert layer.dynamics_in is not None
+        assert layer.controller_v is not None
+        assert layer.controller_bias is not None
+        assert layer.controller_out is not None
+        assert layer.controller_out_bias is not None
+        hidden = h.shape[-1]
+        products = self.linear(h, layer.dynamics_in)
+        mu = layer.mu + products[:, :hidden] if layer.contextual_mu else layer.mu.expand_as(h)
+        inner = products[:, -layer.controller_bias.shape[0] :] + layer.controller_bias
+        if velocity is not None:
+            inner = inner + self.linear(velocity, layer.controller_v)
+        control = self.linear(F.silu(inner), layer.controller_out) + layer.controller_out_bias
+        alpha = control[:, :hidden].sigmoid()
+        beta = F.softplus(control[:, hidden : 2 * hidden]).clamp(max=MAX_BETA)
+        gate = control[:, 2 * hidden :].sigmoid()
+        velocity = -beta * (h - mu) if velocity is None else alpha * velocity - beta * (h - mu)
+        velocity = velocity.clamp(-MAX_VELOCITY, MAX_VELOCITY)
+        return x + (h + layer.config.dynamics_dt * gate * velocity), velocity, mu
+
+    def route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
+        """The expert of each token: its id's own, unless mu speaks louder -> int64 [T]; None for a dense MLP."""
+        if layer.token_to_expert is None:
+            return None
+        own = layer.token_to_expert[input_ids]
+        if layer.router is None or mu is None:
+            return own
+        scores = F.linear(mu, layer.router)
+        return (scores + BASE_EXPERT_SCORE * F.one_hot(own, scores.shape[-1])).argmax(dim=-1)
+
+    def routed_mlp(self, layer: DeepLayer, x: Tensor, experts: Tensor | None) -> Tensor:
+        """The residual stream x [T, H] with each token's own expert's gated MLP, and the shared one's, added.
+
+        `experts`, int64 [T], is the expert of each token; None when there is one for all.
+        """
+        b = self.rms_norm(x, layer.post_norm, layer.config.rms_norm_eps)
         if experts is None:
-            return self.mlp(x, gate_up[0], down[0], activation)
-        order = experts.argsort(stable=True)
-        counts = torch.bincount(experts, minlength=len(gate_up)).tolist()
-        groups = zip(x[order].split(counts), gate_up, down, strict=True)
-        parts = [self.mlp(tokens, w_in, w_out, activation) for tokens, w_in, w_out in groups if len(tokens)]
-        return torch.zeros_like(x, dtype=torch.float32).index_copy(0, order, torch.cat(parts))
+            x = x + self._mlp(b, layer.gate_up[0], layer.down[0], layer.activation)
+        else:
+            order = experts.argsort(stable=True)
+            counts = torch.bincount(experts, minlength=len(layer.gate_up)).tolist()
+            groups = zip(b[order].split(counts), layer.gate_up, layer.down, strict=True)
+            parts = [self._mlp(tokens, w_in, w_out, layer.activation) for tokens, w_in, w_out in groups if len(tokens)]
+            x = x + torch.zeros_like(x).index_copy(0, order, torch.cat(parts))
+        if layer.shared_gate_up is not None and layer.shared_down is not None:
+            x = x + self._mlp(b, layer.shared_gate_up, layer.shared_down, "silu")
+        return x
+
+    def _mlp(self, x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+        """One gated MLP: x [T, H], gate_up [2W, H] (gate rows first), down [H, W] -> FP32 [T, H]."""
+        gate, up = self.linear(x, gate_up).chunk(2, dim=-1)
+        return self.linear(ACTIVATIONS[activation](gate) * up, down)
+
+    def highway(self, mu: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mu for the layer above and the sum of all mu so far: FP32 [T, H] each."""
+        residual = mu if residual is None else residual + mu
+        return mu + HIGHWAY_SHARE * residual, residual
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [T, heads, D] by tables [T, D/2], pairing element i with i + D/2."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, metadata: AttentionMetadata, window: int | None
+) -> Tensor:
+    """Attention over the pages after writing to them: q [T, heads, D], k and v [T, KV, D] -> [T, heads, D].
+
+    Position i sees i - window + 1 … i; without a window, all of 0 … i.
+    """
+    assert metadata.slot_mapping is not None  # for the type checker
+    assert metadata.block_tables is not None
+    cache[0].flatten(0, 1).index_copy_(0, metadata.slot_mapping, k)
+    cache[1].flatten(0, 1).index_copy_(0, metadata.slot_mapping, v)
+    decodes = metadata.num_decodes
+    out = torch.empty_like(q)
+    if decodes:
+        out[:decodes] = _decode_attention(
+            q[:decodes], cache, metadata.block_tables[:decodes], metadata.seq_lens[:decodes], window
+        )
+    start = decodes
+    for table, query_len, seq_len in zip(
+        metadata.block_tables[decodes:], metadata.query_lens[decodes:], metadata.seq_lens[decodes:], strict=True
+    ):
+        end = start + query_len
+        pages = table[: -(-seq_len // cache.shape[2])]
+        keys, values = (side.index_select(0, pages).flatten(0, 1) for side in cache)  # [L, KV, D] each
+        at = seq_len - query_len
+        # The kernels cut a sum by the number of queries. Blocks with fixed ends give a token the same result
+        # however its prompt was cut into chunks, as long as chunks end there too.
+        while start < end:
+            block_end = min(seq_len, (at // PREFILL_BLOCK + 1) * PREFILL_BLOCK)
+            rows = slice(start, start + block_end - at)
+            out[rows] = _attend(q[None, rows], keys[None, :block_end], values[None, :block_end], window)[0]
+            start, at = rows.stop, block_end
+    return out
+
+
+def _decode_attention(
+    q: Tensor, cache: Tensor, block_tables: Tensor, seq_lens: list[int], window: int | None
+) -> Tensor:
+    """One query per sequence, all sequences at once: q [S, heads, D] -> [S, heads, D]."""
+    block_size, kv_heads = cache.shape[2], cache.shape[3]
+    longest = max(seq_lens)
+    tables = block_tables[:, : -(-longest // block_size)]
+    # One page is one run of memory: index_select copies it as such, nine times as fast as indexing does.
+    pages = (side.index_select(0, tables.flatten()) for side in cache)
+    keys, values = (page.view(len(q), -1, *page.shape[2:]).transpose(1, 2) for page in pages)  # [S, KV, L, D]
+    lengths = torch.tensor(seq_lens, device=q.device)[:, None]
+    at = torch.arange(keys.shape[2], device=q.device)[None]
+    visible = at < lengths  # [S, L]
+    if window is not None:
+        visible &= at >= lengths - window
+    # The query heads that share a KV head stand as rows of one small matrix, so K and V are not repeated.
+    grouped = q.unflatten(1, (kv_heads, -1))  # [S, KV, group, D]
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None]).flatten(1, 2)
+
+
+def _attention_without_cache(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
+    if len(set(lengths)) == 1:
+        batch = (len(lengths), lengths[0])
+        return _attend(q.unflatten(0, batch), k.unflatten(0, batch), v.unflatten(0, batch), window).flatten(0, 1)
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_attend(a[None], b[None], c[None], window)[0] for a, b, c in parts])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of the last query positions over all keys: q [B, Tq, heads, D], k and v [B, L, kv_heads, D]."""
+    """Causal attention of the last query positions over all keys: q [B, Tq, heads, D], k and v [B, L, KV, D]."""
     queries, length = q.shape[1], k.shape[1]
     group = q.shape[2] // k.shape[2]
     if group > 1:

@@ -8,26 +8,18 @@ part and the routing are FP32 in every mode; products run in the weights' dtype.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backend import AttentionMetadata, Backend
 from .config import Architecture, CheckpointError, DeepConfig
+from .layer import DeepLayer
 from .sampling import SamplingBatch, sample
-
-QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
-MAX_BETA = 2.0
-MAX_VELOCITY = 10.0
-BASE_EXPERT_SCORE = 10.0
-HIGHWAY_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,113 +42,6 @@ class LayerState:
 
 
 Observer = Callable[[LayerState], None]
-
-
-class DeepLayer(nn.Module):
-    """One layer's parameters, stacked so that each input is multiplied once, and its forward pass."""
-
-    token_to_expert: Tensor | None
-
-    def __init__(
-        self, config: DeepConfig, arch: Architecture, index: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__()
-        hidden, head_dim = config.hidden_size, config.head_dim
-        kv_size, q_size = config.num_key_value_heads * head_dim, config.num_attention_heads * head_dim
-        self.config = config
-        self.activation = "silu" if arch.mu_guidance else config.hidden_act  # the rewrite knows no other
-
-        def big(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-
-        def small(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
-
-        # The first layer of a network with dynamics has no mu from below.
-        takes_mu = arch.mu_attention and (index > 0 or arch.mu_guidance)
-        self.input_norm = small(hidden)
-        self.kqv_proj = big(2 * kv_size + q_size, (2 if takes_mu else 1) * hidden)
-        self.q_norm = small(head_dim) if config.use_qk_norm else None
-        self.k_norm = small(head_dim) if config.use_qk_norm else None
-        self.o_proj = big(hidden, q_size)
-        self.post_norm = small(hidden)
-
-        inner = config.dynamics_controller_hidden
-        self.contextual_mu = arch.contextual_mu
-        self.mu = small(hidden) if arch.dynamics or arch.mu_guidance else None
-        self.dynamics_in = big(inner + (hidden if arch.contextual_mu else 0), hidden) if arch.dynamics else None
-        self.controller_v = big(inner, hidden) if arch.dynamics else None
-        self.controller_bias = small(inner) if arch.dynamics else None
-        self.controller_out = big(3 * hidden, inner) if arch.dynamics else None
-        self.controller_out_bias = small(3 * hidden) if arch.dynamics else None
-        self.mu_guidance_proj = big(hidden, hidden) if arch.mu_guidance else None
-
-        self.router = small(config.experts, hidden) if arch.mu_router else None
-        table = torch.empty(config.vocab_size, dtype=torch.int64, device=device)
-        self.register_buffer("token_to_expert", table if config.use_token_routed_mlp else None)
-        self.gate_up = big(config.experts, 2 * config.expert_size, hidden)
-        self.down = big(config.experts, hidden, config.expert_size)
-        shared = arch.shared_expert_size
-        self.shared_gate_up = big(2 * shared, hidden) if shared else None
-        self.shared_down = big(hidden, shared) if shared else None
-
-    def attention(
-        self,
-        ops: Backend,
-        x: Tensor,
-        mu_below: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        metadata: AttentionMetadata,
-        cache: Tensor | None,
-    ) -> Tensor:
-        """Mu-guided attention of x [T, H], before the residual -> [T, H]."""
-        a = ops.rms_norm(x, self.input_norm, self.config.rms_norm_eps)
-        if self.kqv_proj.shape[1] > a.shape[1]:
-            assert mu_below is not None  # for the type checker
-            a = torch.cat((a, mu_below), dim=-1)
-        kqv = ops.linear(a, self.kqv_proj).unflatten(-1, (-1, self.config.head_dim))
-        kv_heads, heads = self.config.num_key_value_heads, self.config.num_attention_heads
-        k, q, v = kqv.split((kv_heads, heads, kv_heads), dim=1)  # [T, heads, D] each
-        if self.q_norm is not None and self.k_norm is not None:
-            q = ops.rms_norm(q, self.q_norm, QK_NORM_EPS)
-            k = ops.rms_norm(k, self.k_norm, QK_NORM_EPS)
-        q, k = ops.rope(q, *rope), ops.rope(k, *rope)
-        dtype = self.kqv_proj.dtype
-        out = ops.attention(q.to(dtype), k.to(dtype), v.to(dtype), cache, metadata, self.config.sliding_window)
-        return ops.linear(out.flatten(1), self.o_proj)
-
-    def dynamics(self, ops: Backend, h: Tensor, velocity: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """INL dynamics on the attention output h [T, H] -> (h, velocity, mu), each FP32 [T, H]."""
-        # For the type checker: an era has all of these or none.
-        assert self.mu is not None
-        assert self.dynamics_in is not None
-        assert self.controller_v is not None
-        assert self.controller_bias is not None
-        assert self.controller_out is not None
-        assert self.controller_out_bias is not None
-        hidden = h.shape[-1]
-        products = ops.linear(h, self.dynamics_in)
-        mu = self.mu + products[:, :hidden] if self.contextual_mu else self.mu.expand_as(h)
-        inner = products[:, -self.controller_bias.shape[0] :] + self.controller_bias
-        if velocity is not None:
-            inner = inner + ops.linear(velocity, self.controller_v)
-        control = ops.linear(F.silu(inner), self.controller_out) + self.controller_out_bias
-        alpha = control[:, :hidden].sigmoid()
-        beta = F.softplus(control[:, hidden : 2 * hidden]).clamp(max=MAX_BETA)
-        gate = control[:, 2 * hidden :].sigmoid()
-        velocity = -beta * (h - mu) if velocity is None else alpha * velocity - beta * (h - mu)
-        velocity = velocity.clamp(-MAX_VELOCITY, MAX_VELOCITY)
-        return h + self.config.dynamics_dt * gate * velocity, velocity, mu
-
-    def route(self, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
-        """The expert of each token: its id's own, unless mu speaks louder -> int64 [T]."""
-        if self.token_to_expert is None:
-            return None
-        own = self.token_to_expert[input_ids]
-        if self.router is None or mu is None:
-            return own
-        scores = F.linear(mu, self.router)
-        return (scores + BASE_EXPERT_SCORE * F.one_hot(own, scores.shape[-1])).argmax(dim=-1)
 
 
 class DeepForCausalLM(nn.Module):
@@ -209,7 +94,7 @@ class DeepForCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return self.embed_tokens.device
+        return self.norm.device
 
     def forward(
         self,
@@ -231,36 +116,35 @@ class DeepForCausalLM(nn.Module):
         Returns:
             FP32 [T, H], after the final norm; `logits` makes scores of it.
         """
-        ops, arch = self.ops, self.architecture
+        ops = self.ops
         angles = positions[:, None].float() * self.inv_freq  # [T, D/2]
-        rope = angles.cos()[:, None], angles.sin()[:, None]
-        x = F.embedding(input_ids, self.embed_tokens).float()
+        rope = angles.cos(), angles.sin()
+        x = ops.embed(input_ids, self.embed_tokens)
         velocity: Tensor | None = None  # zero for every token
         mu: Tensor | None = None
-        mu_below = None if self.mu_init is None else self.mu_init.expand_as(x)
+        mu_below = None if self.mu_init is None else self.mu_init.expand_as(x).contiguous()
         residual_mu: Tensor | None = None
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DeepLayer)  # nn.ModuleList forgets its type
-            h = layer.attention(ops, x, mu_below, rope, attention, None if kv_cache is None else kv_cache[index])
-            if arch.dynamics:
-                h, velocity, mu = layer.dynamics(ops, h, velocity)
-            x = x + h
-            b = ops.rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
-            experts = layer.route(input_ids, mu)
-            x = x + ops.routed_mlp(b, experts, layer.gate_up, layer.down, layer.activation)
-            if layer.shared_gate_up is not None and layer.shared_down is not None:
-                x = x + ops.mlp(b, layer.shared_gate_up, layer.shared_down, "silu")
+            kqv = ops.project_kqv(layer, x, mu_below)
+            out = ops.attention(layer, kqv, rope, None if kv_cache is None else kv_cache[index], attention)
+            h = ops.linear(out, layer.o_proj)
+            if layer.dynamics_in is not None:
+                x, velocity, mu = ops.dynamics(layer, x, h, velocity)
+            else:
+                x = x + h
+            experts = ops.route(layer, input_ids, mu)
+            x = ops.routed_mlp(layer, x, experts)
             if layer.mu_guidance_proj is not None and layer.mu is not None:
                 # The 2026-03 rewrite: mu comes after the MLP and is bounded twice.
                 mu = layer.mu.clamp(0.0, 2.0) + ops.linear(x, layer.mu_guidance_proj)
                 mu_below = mu = mu.clamp(-2.0, 2.0)
-            elif arch.mu_highway and mu is not None:
-                residual_mu = mu if residual_mu is None else residual_mu + mu
-                mu_below = mu + HIGHWAY_SHARE * residual_mu
+            elif self.architecture.mu_highway and mu is not None:
+                mu_below, residual_mu = ops.highway(mu, residual_mu)
             else:
                 mu_below = mu
             if observer is not None:
-                observer(LayerState(index, x, mu, velocity, experts))
+                observer(LayerState(index, x.clone(), mu, None if velocity is None else velocity.clone(), experts))
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -271,10 +155,7 @@ class DeepForCausalLM(nn.Module):
         """Zeroed pages [layers, 2, num_blocks, block_size, kv_heads, D] in the model's dtype, on its device."""
         config = self.config
         shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        # NumPy's zeros cost memory only once they are written to; torch's are written at once.
-        return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
+        return self.ops.new_kv_cache(shape, self.dtype, self.device)
 
     @classmethod
     def from_pretrained(
