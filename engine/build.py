@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from ..model.config import CheckpointError, DeepConfig
 from ..model.loader import load_checkpoint
+from ..model.native import NativeBackend
+from ..model.native import available as native_available
 from ..model.network import DeepForCausalLM
 from .config import EngineConfig
 from .core import EngineCore
 from .errors import EngineStartError
-from .messages import EngineInfo
+from .memory import num_kv_blocks
+from .messages import EngineInfo, EngineRequest, SamplingParams
 from .model_runner import ModelRunner
+from .request import Request
+from .scheduler import ScheduledSequence
 
-DEFAULT_KV_BYTES = 4 << 30
-DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# Prompt tokens that take about twice as long as a decode step of a few sequences: streams slow down threefold at most.
+PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
+WARM_UP_STEPS = ((16, 1), (64, 8))
+"""(prompt tokens, sequences that decode after it)."""
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_engine(config: EngineConfig) -> EngineCore:
@@ -43,15 +50,21 @@ def _build(config: EngineConfig) -> EngineCore:
     device = _device(config)
     model, report = load_checkpoint(
         Path(config.model),
-        dtype=DTYPES[config.dtype],
+        dtype=_dtype(config, device),
         device=device,
         load_format=config.load_format,
         seed=config.seed or 0,
         progress=not config.quiet,
     )
     model.eval().requires_grad_(False)
+    native = device.type == "cpu" and native_available(model.config)
+    if config.quantization == "int8" and not native:
+        raise EngineStartError("--quantization int8 needs the CPU's compiled kernels, which this machine cannot use.")
+    if native:
+        model.ops = NativeBackend(model, int8=config.quantization == "int8")
     max_model_len = config.max_model_len or model.config.max_position_embeddings
-    num_blocks = _num_blocks(config, model, max_model_len)
+    size = block_bytes(model.config, config.block_size, model.dtype.itemsize)
+    num_blocks = num_kv_blocks(config, device, size, max_model_len)
     info = EngineInfo(
         era=report.era,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -66,8 +79,37 @@ def _build(config: EngineConfig) -> EngineCore:
         block_size=config.block_size,
         num_blocks=num_blocks,
         eos_token_ids=model.config.eos_token_ids,
+        kernels="native" if native else "torch",
+        quantization=config.quantization,
+        chunk_multiple=model.ops.prefill_multiple,
+        max_num_prefill_tokens=config.max_num_prefill_tokens or PREFILL_TOKENS[device.type],
+        scheduling_policy=config.scheduling_policy,
+        enable_prefix_caching=config.enable_prefix_caching,
     )
-    return EngineCore(info, ModelRunner(model, num_blocks=num_blocks, block_size=config.block_size))
+    runner = ModelRunner(model, num_blocks=num_blocks, block_size=config.block_size)
+    _warm_up(runner, info)
+    return EngineCore(info, runner)
+
+
+def _warm_up(runner: ModelRunner, info: EngineInfo) -> None:
+    """Compute prompts, and decodes after them, of no request, so that the first one finds everything in place.
+
+    What they write to the KV cache is written over, like all that a finished sequence leaves there.
+    """
+    params = SamplingParams(temperature=1.0, seed=0)
+    for length, count in WARM_UP_STEPS:
+        length = min(length, info.max_num_batched_tokens, info.max_model_len - 1)
+        message = EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params)
+        requests = [Request(message, ()) for _ in range(min(count, info.max_num_seqs, info.num_blocks))]
+        for block_id, request in enumerate(requests):
+            # Prompts wrap around in one block: what they compute is of no use to anybody.
+            request.block_ids = [block_id] * (length // info.block_size + 1)
+        runner.execute([ScheduledSequence(requests[0], length, True)])
+        for request in requests:
+            request.append(0)
+            request.num_computed_tokens = length
+        runner.execute([ScheduledSequence(request, 1, True) for request in requests])
+
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -77,36 +119,14 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The weights' number format; where the CPU has no instructions for BF16, FP32 is the faster one."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def block_bytes(config: DeepConfig, block_size: int, itemsize: int) -> int:
     """Bytes of one KV block over all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * block_size * itemsize
-
-
-def _num_blocks(config: EngineConfig, model: DeepForCausalLM, max_model_len: int) -> int:
-    """How many blocks the KV cache has; at least one request of full length must fit."""
-    size = block_bytes(model.config, config.block_size, model.dtype.itemsize)
-    per_sequence = -(-max_model_len // config.block_size)
-    if config.num_kv_blocks is not None:
-        blocks = config.num_kv_blocks
-    elif config.kv_cache_memory_bytes is not None:
-        blocks = config.kv_cache_memory_bytes // size
-    else:
-        # No more than what the sequences that may run at once can fill, and half of what is free now.
-        blocks = min(min(DEFAULT_KV_BYTES, _free_bytes(model.device) // 2) // size, config.max_num_seqs * per_sequence)
-    if blocks < per_sequence:
-        raise EngineStartError(
-            f"The KV cache has room for {blocks * config.block_size} tokens, fewer than one request of "
-            f"{max_model_len}: lower --max-model-len to {blocks * config.block_size} or raise --kv-cache-memory-bytes "
-            f"to {per_sequence * size}."
-        )
-    return blocks
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
-    except (OSError, StopIteration):  # not Linux: take half of what there is for free
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -9,7 +9,10 @@ import msgspec
 DType = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+Quantization = Literal["none", "int8"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,12 +23,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         dtype: of the weights and products; `auto` is bfloat16.
         device: `auto` is cuda where there is one, else cpu.
         load_format: `dummy` gives random weights of the config's shapes.
+        quantization: `int8` packs the weights of the large products to 8 bits at load.
         seed: of dummy weights, and of the seeds drawn for requests that bring none; None draws those at random.
         max_model_len: most tokens of prompt and output together; None is the model's context.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: token budget of one step; a longer prompt is computed in chunks.
+        max_num_prefill_tokens: most prompt tokens in a step in which other sequences decode, so that arriving prompts
+            slow running streams down only so far; None chooses by device.
+        max_num_queued_reqs: most requests that wait for their turn; more are refused.
+        scheduling_policy: `fcfs` is first come, first served; with `priority`, a lower `priority` goes first.
+        enable_prefix_caching: keep the KV blocks of finished sequences for others that begin with the same tokens.
         block_size: tokens per KV block.
         kv_cache_memory_bytes: size of the KV cache; None chooses one.
+        gpu_memory_utilization: share of a GPU's memory that the engine may fill, where no size is given.
         num_kv_blocks: number of KV blocks, instead of a size in bytes (for tests and experiments).
         quiet: no progress bar while loading.
     """
@@ -34,11 +44,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: DType = "auto"
     device: Device = "auto"
     load_format: LoadFormat = "auto"
+    quantization: Quantization = "none"
     seed: int | None = None
     max_model_len: Count | None = None
     max_num_seqs: Count = 64
     max_num_batched_tokens: Count = 2048
+    max_num_prefill_tokens: Count | None = None
+    max_num_queued_reqs: Count = 1024
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    enable_prefix_caching: bool = True
     block_size: Count = 16
     kv_cache_memory_bytes: Count | None = None
+    gpu_memory_utilization: Share = 0.92
     num_kv_blocks: Count | None = None
     quiet: bool = False

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..model.backend import PREFILL_BLOCK
 from .block_pool import KVCacheManager
 from .errors import RequestError
 from .messages import EngineInfo, EngineRequest, EngineStats, StepOutputs, TokenOutput
@@ -35,10 +34,12 @@ class EngineCore:
         self.info = info
         self.runner = runner
         self.scheduler = Scheduler(
-            KVCacheManager(info.num_blocks, info.block_size),
+            KVCacheManager(info.num_blocks, info.block_size, enable_prefix_caching=info.enable_prefix_caching),
             max_num_seqs=info.max_num_seqs,
             max_num_batched_tokens=info.max_num_batched_tokens,
-            chunk_multiple=PREFILL_BLOCK,
+            max_num_prefill_tokens=info.max_num_prefill_tokens,
+            policy=info.scheduling_policy,
+            chunk_multiple=info.chunk_multiple,
         )
         self._requests: dict[str, Request] = {}
 
@@ -62,16 +63,14 @@ class EngineCore:
             request = self._requests.get(request_id)
             if request is not None:
                 self._finish(request)
-        if not self.has_work:
-            self.check_idle()
+        self._check_released()
 
     def step(self) -> StepOutputs:
         """Schedule, compute and sample once; return what it added to each request."""
         started = time.perf_counter()
         planned = self.scheduler.schedule()
         outputs = self._update(planned, self.runner.execute(planned.sequences)) if planned.sequences else []
-        if not self.has_work:
-            self.check_idle()
+        self._check_released()
         stats = self.stats(seconds=time.perf_counter() - started, tokens=planned.num_tokens, sampled=len(outputs))
         return StepOutputs(outputs=outputs, stats=stats)
 
@@ -82,25 +81,36 @@ class EngineCore:
             num_waiting=len(self.scheduler.waiting),
             kv_cache_usage=self.scheduler.kv_cache.pool.usage,
             num_preemptions=self.scheduler.num_preemptions,
+            prefix_cache_queries=self.scheduler.num_prefix_queries,
+            prefix_cache_hits=self.scheduler.num_prefix_hits,
             step_seconds=seconds,
             step_tokens=tokens,
             step_generated_tokens=sampled,
         )
 
     def check_idle(self) -> None:
-        """Raise `RuntimeError` if an idle engine still holds a request or a block: a fault of ours."""
+        """Raise `RuntimeError` if an idle engine's books are wrong: a fault of ours.
+
+        Every request and every KV block must be given back, and every cached block be the one that its name says.
+        This reads all the books, so it is for an engine that really has nothing to do.
+        """
+        self._check_released()
+        self.scheduler.kv_cache.pool.check_idle()
+
+    def _check_released(self) -> None:
         pool = self.scheduler.kv_cache.pool
-        if self._requests or pool.num_free != pool.num_blocks:
+        if not self.has_work and (self._requests or pool.num_free != pool.num_blocks):
             raise RuntimeError(
                 f"the idle engine holds {len(self._requests)} requests and {pool.num_blocks - pool.num_free} KV blocks"
             )
 
     def _update(self, planned: SchedulerOutput, sampled: list[SampledToken]) -> list[TokenOutput]:
         draws = iter(sampled)
+        advance = self.scheduler.kv_cache.advance
         outputs: list[TokenOutput] = []
         for sequence in planned.sequences:
             request = sequence.request
-            request.num_computed_tokens += sequence.num_tokens
+            advance(request, sequence.num_tokens)
             if not sequence.samples:
                 continue
             draw = next(draws)
@@ -113,6 +123,7 @@ class EngineCore:
                     logprobs=[] if draw.logprobs is None else [draw.logprobs],
                     finish_reason=request.finish_reason,
                     stop_token_id=draw.token_id if by_stop_id else None,
+                    num_cached_tokens=request.num_cached_tokens,
                     scheduled_time=request.scheduled_time,
                 )
             )

@@ -17,6 +17,18 @@ class RequestError(ValueError):
         self.code = code
 
 
+class EngineBusyError(RuntimeError):
+    """Too many requests wait already.
+
+    Attributes:
+        retry_after: whole seconds until it is worth asking again.
+    """
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class EngineStartError(RuntimeError):
     """The engine could not start; the message is one plain sentence for the user."""
 

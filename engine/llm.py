@@ -99,4 +99,5 @@ class LLM:
                             self.core.abort([token_output.request_id])  # a stop string ends it unknown to the engine
         finally:
             self.core.abort([message.request_id for message in messages])  # after Ctrl-C nothing may run on
+        self.core.check_idle()
         return completions

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from .config import Quantization, SchedulingPolicy
 from .errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -93,11 +94,21 @@ class SamplingParams(Message, frozen=True, kw_only=True):
 
 
 class EngineRequest(Message, frozen=True, kw_only=True):
-    """A new sequence to generate. `seed` in `params` is already drawn; `max_tokens` already resolved."""
+    """A new sequence to generate. `seed` in `params` is already drawn; `max_tokens` already resolved.
+
+    Attributes:
+        request_id: its name, of which no other unfinished request may be.
+        prompt_token_ids: at least one.
+        params: how it is sampled.
+        priority: lower goes first, under the scheduling policy `priority`.
+        cache_salt: only requests with the same salt share computed prefixes.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -127,6 +138,14 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     block_size: int
     num_blocks: int
     eos_token_ids: tuple[int, ...]
+    kernels: Literal["native", "torch"] = "torch"
+    quantization: Quantization = "none"
+    chunk_multiple: int = 1
+    """Where a prompt must be cut, if it is, so that the cut does not change its tokens' last bits."""
+    max_num_prefill_tokens: int | None = None
+    """Most prompt tokens in a step in which other sequences decode; None is all that the budget allows."""
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    enable_prefix_caching: bool = True
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -159,6 +178,7 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     stop_token_id: int | None = None
     """The stop id that ended the sequence, when one did; it is the last of `token_ids`."""
     num_cached_tokens: int = 0
+    """Prompt tokens that were taken from the prefix cache when the request was first scheduled."""
     scheduled_time: float = 0.0
     """When the request was first scheduled, in seconds of `time.monotonic()` (shared by the processes of a machine)."""
     error: str | None = None
@@ -173,6 +193,10 @@ class EngineStats(Message, frozen=True, kw_only=True):
     """Share of the KV blocks in use, 0 to 1."""
     num_preemptions: int = 0
     """Since the start."""
+    prefix_cache_queries: int = 0
+    """Prompt tokens that were looked up in the prefix cache, since the start."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens that were found there, since the start."""
     step_seconds: float = 0.0
     step_tokens: int = 0
     """Tokens computed in the step, of prompts and outputs together."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from ..model.tokenizer import DecodeStream, Tokenizer
 from .messages import FinishReason, SamplingParams, TokenLogprobs, TokenOutput
@@ -20,9 +22,8 @@ class RequestTimes(NamedTuple):
     last_token: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutput:
-    """What is new about one request.
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What is new about one request (a struct, for it is made at every token, and a dataclass takes 2 µs for that).
 
     Attributes:
         text: newly released text; never half a character, nor what may still become a stop string.
@@ -119,15 +120,10 @@ class _TextState:
     times: RequestTimes
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
-    released: list[str] = field(default_factory=list)
-    """Text of the step at hand."""
 
-    def take(self, token_id: int) -> str | None:
-        """Add one token's text; return the stop string that it completes."""
-        armed = self.num_output_tokens >= self.params.min_tokens
-        text, stop = self.matcher.feed(self.stream.step(token_id), armed)
-        self.released.append(text)
-        return stop
+    def take(self, token_id: int) -> tuple[str, str | None]:
+        """Add one token's text; return what it releases, and the stop string that it completes."""
+        return self.matcher.feed(self.stream.step(token_id), self.num_output_tokens >= self.params.min_tokens)
 
 
 class OutputProcessor:
@@ -153,70 +149,53 @@ class OutputProcessor:
             times=RequestTimes(arrival=time.monotonic()),
         )
 
-    def process(self, output: TokenOutput) -> RequestOutput | None:
+    def process(self, output: TokenOutput, now: float | None = None) -> RequestOutput | None:
         """What an engine's output means for its request; None when that has already ended.
 
         Where a stop string ends a request, the engine knows nothing of it: a result with a finish reason for an
-        output without one tells the caller to abort the request there.
+        output without one tells the caller to abort the request there. `now` is `time.monotonic()`, which a caller
+        with many outputs asks only once.
         """
         state = self._states.get(output.request_id)
         if state is None:
             return None
-        params = state.params
+        params, pieces, taken = state.params, [], 0
         stop: str | None = None
-        taken = 0
+        stop_id, hidden = output.stop_token_id, 0
+        if stop_id is not None and not (params.include_stop_str_in_output and stop_id in params.stop_token_ids):
+            hidden = len(output.token_ids)
         for token_id in output.token_ids:
             taken += 1
             state.num_output_tokens += 1
-            ends = taken == len(output.token_ids) and output.stop_token_id is not None
-            shown = not ends or (params.include_stop_str_in_output and token_id in params.stop_token_ids)
-            stop = state.take(token_id) if shown else None
-            if stop is not None:
-                break
-        self._update(state, output, taken)
-        if stop is not None:
-            return self._result(output, state, taken, "stop", stop)
-        asked = output.stop_token_id in params.stop_token_ids
-        return self._result(output, state, taken, output.finish_reason, output.stop_token_id if asked else None)
-
-    def abort(self, request_id: str, *, error: str | None = None) -> RequestOutput | None:
-        """End a request from this side, as "error" where one is given; None when it has already ended."""
-        reason: FinishReason = "abort" if error is None else "error"
-        return self.process(TokenOutput(request_id=request_id, token_ids=[], finish_reason=reason, error=error))
-
-    @staticmethod
-    def _update(state: _TextState, output: TokenOutput, taken: int) -> None:
-        state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
-        now = time.monotonic() if taken else state.times.last_token
-        times = state.times
-        state.times = RequestTimes(
-            times.arrival, times.scheduled or output.scheduled_time, times.first_token or now, now
-        )
-
-    def _result(
-        self,
-        output: TokenOutput,
-        state: _TextState,
-        taken: int,
-        finish_reason: FinishReason | None,
-        stop_reason: str | int | None,
-    ) -> RequestOutput:
-        """The step's result, and the end of the state when there is a finish reason."""
+            if taken != hidden:
+                text, stop = state.take(token_id)
+                pieces.append(text)
+                if stop is not None:
+                    break
+        if taken:
+            arrival, scheduled, first, _ = state.times
+            now = time.monotonic() if now is None else now
+            state.times = RequestTimes(arrival, scheduled or output.scheduled_time, first or now, now)
+            state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
+        finish_reason: FinishReason | None = output.finish_reason if stop is None else "stop"
         if finish_reason is not None:
             del self._states[output.request_id]
-            state.released.append(state.matcher.held)
-        text = "".join(state.released)
-        state.released.clear()
+            pieces.append(state.matcher.held)
         return RequestOutput(
             request_id=output.request_id,
-            text=text,
+            text="".join(pieces),
             token_ids=output.token_ids[:taken],
             logprobs=output.logprobs[:taken],
             finish_reason=finish_reason,
-            stop_reason=stop_reason,
+            stop_reason=stop_id if stop is None and stop_id in params.stop_token_ids else stop,
             num_prompt_tokens=state.num_prompt_tokens,
             num_output_tokens=state.num_output_tokens,
             num_cached_tokens=state.num_cached_tokens,
             times=state.times,
             error=output.error,
         )
+
+    def abort(self, request_id: str, *, error: str | None = None) -> RequestOutput | None:
+        """End a request from this side, as "error" where one is given; None when it has already ended."""
+        reason: FinishReason = "abort" if error is None else "error"
+        return self.process(TokenOutput(request_id=request_id, token_ids=[], finish_reason=reason, error=error))

@@ -31,6 +31,9 @@ from .messages import (
     encode_frame,
 )
 
+IDLE_SECONDS = 0.1
+"""An engine without work for so long is idle, and not between two requests of a busy client."""
+
 
 def read_frames(sock: socket.socket) -> Iterator[bytes]:
     """The bodies of the messages that arrive, until the other side closes."""
@@ -59,7 +62,7 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
     while True:
         # Wait for a message only when there is nothing to compute.
         while not inbox.empty() or not core.has_work:
-            message = inbox.get()
+            message = _next_message(inbox, core)
             if message is None or isinstance(message, Shutdown):
                 return
             refusal = _take(core, message)
@@ -67,6 +70,15 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
                 outputs = [refusal] if refusal is not None else []
                 sock.sendall(encode_frame(StepOutputs(outputs=outputs, stats=core.stats())))
         sock.sendall(encode_frame(core.step()))
+
+
+def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -> ToEngine | None:
+    """The next message; an engine that waits for it in vain for a moment uses the time to check its books."""
+    if not core.has_work:
+        with contextlib.suppress(queue.Empty):
+            return inbox.get(timeout=IDLE_SECONDS)
+        core.check_idle()
+    return inbox.get()
 
 
 def _take(core: EngineCore, message: EngineRequest | Abort) -> TokenOutput | None:
@@ -88,11 +100,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         frames = read_frames(sock)
-        config = msgspec.msgpack.decode(next(frames), type=EngineConfig)
-        try:
-            from .build import build_engine
+        from .build import build_engine  # takes its time, in which the other side finds out what to ask for
 
-            core = build_engine(config)
+        if (first := next(frames, None)) is None:
+            return
+        try:
+            core = build_engine(msgspec.msgpack.decode(first, type=EngineConfig))
         except EngineStartError as error:
             answer: EngineInfo | StartFailed = StartFailed(message=str(error))
         else:

@@ -11,6 +11,8 @@ import msgspec
 from .errors import RequestError
 from .messages import EngineInfo, EngineRequest, FinishReason, SamplingParams
 
+PRIORITY_LIMIT = 2**31
+
 
 class RequestStatus(enum.Enum):
     """Where a request stands."""
@@ -30,7 +32,13 @@ class Request:
         token_ids: prompt and output so far.
         num_prompt_tokens: how many of them are the prompt.
         num_computed_tokens: how many of them have their keys and values in the cache.
-        block_ids: the pages that hold those, in order; changed by the KV cache manager alone.
+        num_cached_tokens: prompt tokens that were in the prefix cache when it first ran.
+        block_ids: the pages of all its tokens, in order. These are changed by the KV cache manager alone, as are
+        block_names: what its full blocks can be found by, as far as anyone has asked, and
+        num_published_blocks: how many of its blocks can be found.
+        cache_salt: only requests of one salt share blocks.
+        priority: lower goes first, if the scheduler's policy says so.
+        rank: its place in the order of service, the lowest first; set by the scheduler.
         stop_token_ids: the ids that end it.
         scheduled_time: `time.monotonic()` when it first ran; 0 before.
     """
@@ -38,10 +46,16 @@ class Request:
     __slots__ = (
         "arrival_time",
         "block_ids",
+        "block_names",
+        "cache_salt",
         "finish_reason",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_published_blocks",
         "params",
+        "priority",
+        "rank",
         "request_id",
         "scheduled_time",
         "status",
@@ -56,7 +70,13 @@ class Request:
         self.token_ids = list(message.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
         self.block_ids: list[int] = []
+        self.block_names: list[bytes] = []
+        self.num_published_blocks = 0
+        self.cache_salt = message.cache_salt
+        self.priority = message.priority
+        self.rank = (0, 0)
         self.stop_token_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -88,7 +108,7 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
     prompt = len(message.prompt_token_ids)
     if not prompt:
         raise RequestError("The prompt is empty: it needs at least one token.", code="empty_prompt")
-    if not all(0 <= token < info.vocab_size for token in message.prompt_token_ids):
+    if min(message.prompt_token_ids) < 0 or max(message.prompt_token_ids) >= info.vocab_size:
         raise RequestError(f"The prompt has a token id outside 0 to {info.vocab_size - 1}.")
     if not all(0 <= token < info.vocab_size for token in message.params.stop_token_ids):
         raise RequestError(f"stop_token_ids has a token id outside 0 to {info.vocab_size - 1}.", param="stop_token_ids")
@@ -99,10 +119,25 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
             f"{asked} more were asked for.",
             code="context_length_exceeded",
         )
+    if prompt + asked - 1 > info.kv_capacity_tokens:  # the last token is never computed
+        raise RequestError(
+            f"The KV cache holds {info.kv_capacity_tokens} tokens, but the prompt has {prompt} tokens and up to "
+            f"{asked} more were asked for.",
+            code="context_length_exceeded",
+        )
+    if not -PRIORITY_LIMIT <= message.priority < PRIORITY_LIMIT:
+        raise RequestError("priority must be a 32-bit integer.", param="priority")
 
 
 def resolve_request(
-    request_id: str, prompt_token_ids: list[int], params: SamplingParams, info: EngineInfo, seeds: random.Random
+    request_id: str,
+    prompt_token_ids: list[int],
+    params: SamplingParams,
+    info: EngineInfo,
+    seeds: random.Random,
+    *,
+    priority: int = 0,
+    cache_salt: str | None = None,
 ) -> EngineRequest:
     """The request with its open ends decided (max_tokens, seed), checked; raises `RequestError`."""
     room = max(info.max_model_len - len(prompt_token_ids), 1)
@@ -111,6 +146,12 @@ def resolve_request(
         max_tokens=params.max_tokens or max(room, params.min_tokens),
         seed=seeds.getrandbits(63) if params.seed is None else params.seed,
     )
-    message = EngineRequest(request_id=request_id, prompt_token_ids=prompt_token_ids, params=params)
+    message = EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt_token_ids,
+        params=params,
+        priority=priority,
+        cache_salt=cache_salt,
+    )
     check_request(message, info)
     return message

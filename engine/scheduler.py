@@ -1,24 +1,35 @@
 """Which tokens are computed in the next step.
 
-There is no prefill phase and no decode phase: each request has tokens that are not computed yet, and
-a step computes some of them, within a budget of tokens. Running requests come first, oldest first, so
-a decode is never held up by a new prompt; a prompt that does not fit in what is left is computed in
-chunks over several steps. When the KV blocks run out, the youngest running request gives up its own
-and computes them anew later, so the oldest always moves on.
+There is no prefill phase and no decode phase: each request has tokens that are not computed yet, and a step computes
+some of them, within a budget of tokens. The rules, in this order:
+
+- Requests are served by rank: first come, first served, or by priority first. Nobody is overtaken by a lower rank,
+  so whoever is first in the queue waits for those who run, and for nobody else.
+- Every running sequence that needs a single token (a decode) is in the step. Prompts share what is left of the
+  budget, by rank, in chunks if need be; beside decodes they get `max_num_prefill_tokens` at most, so that arriving
+  prompts slow running streams down only so far.
+- A request is admitted when there are blocks for all its tokens, beside one more for each running sequence.
+- When the blocks run out nevertheless, the running request of lowest rank gives up its own and is computed anew
+  later, so that the one of highest rank moves on in every step.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 from .block_pool import KVCacheManager
+from .config import SchedulingPolicy
 from .request import Request, RequestStatus
 
+by_rank = attrgetter("rank")
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+
+class ScheduledSequence(NamedTuple):
     """The next `num_tokens` uncomputed tokens of a request; `samples` when they reach its end."""
 
     request: Request
@@ -41,9 +52,18 @@ class Scheduler:
         kv_cache: gives and takes the blocks.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: token budget of a step.
+        max_num_prefill_tokens: most prompt tokens of a step that has decodes; None sets no limit of its own.
+        policy: `fcfs` serves in the order of arrival, `priority` by priority and then arrival.
         chunk_multiple: a chunk that is not a prompt's last ends at a multiple of this position, so that the same
             blocks of queries are computed however busy the engine is. It counts only where the budget has room for
             that beside a decode of every sequence.
+
+    Attributes:
+        waiting: new and preempted requests, by rank.
+        running: requests that have blocks, by rank.
+        num_preemptions: since the start, as are
+        num_prefix_queries: prompt tokens of admitted requests, looked up in the prefix cache, and
+        num_prefix_hits: how many of those were found.
     """
 
     def __init__(
@@ -52,6 +72,8 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_num_prefill_tokens: int | None = None,
+        policy: SchedulingPolicy = "fcfs",
         chunk_multiple: int = 1,
     ) -> None:
         self.kv_cache = kv_cache
@@ -59,9 +81,14 @@ class Scheduler:
         self.chunk_multiple = chunk_multiple if fits else 1
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of admission
+        self.max_num_prefill_tokens = max(max_num_prefill_tokens or max_num_batched_tokens, self.chunk_multiple)
+        self.policy = policy
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
+        self._arrivals = itertools.count()
 
     @property
     def has_work(self) -> bool:
@@ -70,45 +97,40 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
-        self.waiting.append(request)
+        request.rank = (request.priority if self.policy == "priority" else 0, next(self._arrivals))
+        insort(self.waiting, request, key=by_rank)
 
     def schedule(self) -> SchedulerOutput:
         """Choose the tokens of the next step and give them their blocks."""
-        budget = self.max_num_batched_tokens
-        sequences: list[ScheduledSequence] = []
-        preempted = False
+        self._make_way()
+        decodes: list[ScheduledSequence] = []
+        chunks: list[ScheduledSequence] = []
+        budget = self._prefill_budget()
+        preemptions = self.num_preemptions
         index = 0
-        while index < len(self.running) and budget:
+        while index < len(self.running):
             request = self.running[index]
-            count = self._chunk(request, budget)
-            if not count:
-                index += 1  # a prompt whose next chunk does not fit in what is left; single tokens still may
-                continue
-            while not self.kv_cache.allocate(request, count):
-                preempted = True
-                self._preempt(self.running[-1])
-                if request.status is RequestStatus.PREEMPTED:
-                    break
-            else:
-                sequences.append(self._scheduled(request, count))
-                budget -= count
-                index += 1
-                continue
-            break  # the youngest gave up its own blocks: nobody is left after it
+            start, end = request.num_computed_tokens, request.num_tokens
+            count = 1 if end - start == 1 else self._chunk(start, end, budget)
+            if count:  # else a prompt whose next chunk does not fit in what is left
+                if not self._allocate(request):
+                    break  # it had the lowest rank and gave up its own blocks: nobody is left after it
+                if end - start > 1:
+                    budget -= count
+                (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, start + count == end))
+            index += 1
         # A step that had to preempt admits nobody: the blocks that it freed are for those who run.
-        while self.waiting and budget and len(self.running) < self.max_num_seqs and not preempted:
+        while budget and self.waiting and self.num_preemptions == preemptions:
             request = self.waiting[0]
-            count = self._chunk(request, budget)
-            if not count or not self._has_room(request) or not self.kv_cache.allocate(request, count):
+            prefix = self.kv_cache.find_prefix(request)
+            start, end = len(prefix) * self.kv_cache.block_size, request.num_tokens
+            count = self._chunk(start, end, budget)
+            if not count or not self._fits(request, prefix):
                 break
-            self.waiting.popleft()
-            request.status = RequestStatus.RUNNING
-            request.scheduled_time = request.scheduled_time or time.monotonic()
-            self.running.append(request)
-            sequences.append(self._scheduled(request, count))
+            self._admit(request, prefix)
             budget -= count
-        sequences.sort(key=lambda sequence: sequence.num_tokens > 1)
-        return SchedulerOutput(sequences, self.max_num_batched_tokens - budget)
+            (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, start + count == end))
+        return SchedulerOutput(decodes + chunks, len(decodes) + sum(chunk.num_tokens for chunk in chunks))
 
     def finish(self, request: Request) -> None:
         """Forget a request, in whatever state it is, and take its blocks back."""
@@ -119,28 +141,64 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         self.kv_cache.free(request)
 
-    def _chunk(self, request: Request, budget: int) -> int:
-        """How many tokens of `request` to compute with `budget` left, 0 when no whole chunk fits."""
-        start, end = request.num_computed_tokens, request.num_tokens
+    def _prefill_budget(self) -> int:
+        """Tokens that prompts may have in a step beside the decodes of those who run now."""
+        decodes = sum([len(request.token_ids) - request.num_computed_tokens == 1 for request in self.running])
+        budget = self.max_num_batched_tokens - decodes
+        return min(budget, self.max_num_prefill_tokens) if decodes else budget
+
+    def _chunk(self, start: int, end: int, budget: int) -> int:
+        """How many of the tokens from `start` to `end` to compute with `budget` left, 0 when no whole chunk fits."""
         if end - start <= budget:
             return end - start
         return max(0, (start + budget) // self.chunk_multiple * self.chunk_multiple - start)
 
-    def _has_room(self, request: Request) -> bool:
+    def _make_way(self) -> None:
+        """Let the first in the queue displace those of lower rank who run in its place, if it is held up by them.
+
+        First come, first served, there are none such: whoever waits came after all who run.
+        """
+        while self.waiting and self.running and self.waiting[0].rank < self.running[-1].rank:
+            if self._fits(self.waiting[0], self.kv_cache.find_prefix(self.waiting[0])):
+                break
+            self._preempt(self.running[-1])
+
+    def _fits(self, request: Request, prefix: list[int]) -> bool:
         """Whether to admit `request`: its tokens so far must fit beside a block more for each running sequence.
 
         Otherwise the newcomer would soon be preempted, and its tokens computed twice.
         """
-        needed = -(-request.num_tokens // self.kv_cache.block_size)
-        return not self.running or needed + len(self.running) <= self.kv_cache.pool.num_free
+        if not self.running:
+            return True
+        needed = self.kv_cache.num_needed(request, prefix) + len(self.running)
+        return len(self.running) < self.max_num_seqs and needed <= self.kv_cache.pool.num_free
+
+    def _admit(self, request: Request, prefix: list[int]) -> None:
+        if not self.kv_cache.admit(request, prefix):
+            raise RuntimeError(
+                f"request {request.request_id} of {request.num_tokens} tokens does not fit in the KV cache"
+            )
+        self.waiting.pop(0)
+        insort(self.running, request, key=by_rank)
+        if request.status is RequestStatus.WAITING:
+            request.scheduled_time = time.monotonic()
+            request.num_cached_tokens = request.num_computed_tokens
+            self.num_prefix_queries += request.num_prompt_tokens * self.kv_cache.enable_prefix_caching
+            self.num_prefix_hits += request.num_cached_tokens
+        request.status = RequestStatus.RUNNING
+
+    def _allocate(self, request: Request) -> bool:
+        """Give `request` its next blocks, at the cost of the lowest in rank; False when that is `request` itself."""
+        while not self.kv_cache.allocate(request):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self.kv_cache.free(request)
         request.status = RequestStatus.PREEMPTED
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=by_rank)
         self.num_preemptions += 1
-
-    @staticmethod
-    def _scheduled(request: Request, count: int) -> ScheduledSequence:
-        return ScheduledSequence(request, count, request.num_computed_tokens + count == request.num_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,16 +23,18 @@ def test_every_package_of_the_tree_is_installed() -> None:
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(names)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+@pytest.fixture(scope="module", params=["with a compiler", "without a compiler"])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The names in a wheel built from a clean copy of the tree, without a network."""
     source, target = tmp_path_factory.mktemp("source") / "pyllm", tmp_path_factory.mktemp("wheel")
-    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist")
+    compiler = {"CC": "/bin/false", "CXX": "/bin/false"} if request.param == "without a compiler" else {}
     shutil.copytree(ROOT, source, ignore=unwanted)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run(
-        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False
-    )
+        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False,
+        env=os.environ | compiler,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = target.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -55,6 +58,7 @@ def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
     folders = {name.split("/")[1] for name in wheel if name.startswith("pyllm/") and name.count("/") > 1}
     assert folders == {"server", "engine", "model"}
     assert not [name for name in wheel if "train" in name or "corpus" in name]
+    assert len([name for name in wheel if name.endswith(".so")]) <= 1  # the kernels, where they could be compiled
 
 
 @pytest.mark.parametrize(

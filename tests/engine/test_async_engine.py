@@ -12,12 +12,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pyllm import LLM, SamplingParams
-from pyllm.engine.async_engine import AsyncEngine, RequestStream
+from pyllm.engine.async_engine import AsyncEngine, Bell, RequestStream
 from pyllm.engine.config import EngineConfig
-from pyllm.engine.errors import EngineDeadError, EngineStartError, RequestError
+from pyllm.engine.errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError
 from pyllm.engine.output_processor import RequestOutput
 from pyllm.model.tokenizer import Tokenizer
 
@@ -192,6 +193,71 @@ async def test_the_listener_sees_every_step(engine):
         engine.step_listener = None
     assert sum(step.stats.step_generated_tokens for step in seen) == 4
     assert sum(step.stats.step_tokens for step in seen) == 3 + 3
+
+
+async def test_one_bell_tells_of_many_streams(engine):
+    bell = Bell()
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    streams = [engine.submit(f"belled-{i}", [5 + i], params, bell=bell) for i in range(3)]
+    taken = [[] for _ in streams]
+    while not all(outputs and outputs[-1].finish_reason for outputs in taken):
+        await asyncio.wait_for(bell.heard(), 5)
+        for outputs, stream in zip(taken, streams, strict=True):
+            outputs += stream.take()
+    assert [len(ids(outputs)) for outputs in taken] == [6, 6, 6]
+    assert streams[0].take() == []
+
+
+async def test_requests_beyond_the_queue_are_refused_until_others_end(tiny_checkpoint):
+    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
+    engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
+    try:
+        with pytest.raises(RequestError, match="at most 5 sequences at once, but 6"):
+            engine.check_room(6)
+        engine.check_room(5)
+        streams = [engine.submit(f"run-{i}", [5] * 10, ENDLESS) for i in range(5)]
+        with pytest.raises(EngineBusyError, match="3 requests wait already") as caught:
+            engine.submit("late", [5], ENDLESS)
+        assert caught.value.retry_after == 1, "nothing is known of the pace yet"
+        await until(lambda: (engine.stats.num_running, engine.stats.num_waiting) == (2, 3))
+        with pytest.raises(EngineBusyError):
+            engine.check_room()
+        for stream in streams[:2]:
+            stream.abort()
+        engine.check_room(2)
+        with pytest.raises(EngineBusyError):
+            engine.check_room(3)
+    finally:
+        await engine.shutdown()
+
+
+async def test_when_to_come_back_follows_from_the_pace_of_those_that_end(tiny_checkpoint, monkeypatch):
+    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=1, max_num_queued_reqs=9)
+    engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
+    try:
+        for _ in range(4):
+            await read(engine.submit("short", [5], SamplingParams(max_tokens=1, ignore_eos=True)))
+        for i in range(10):
+            engine.submit(f"long-{i}", [5] * 10, ENDLESS)
+        now = time.monotonic()
+        for seconds, expected in ((0, 1), (10, 6), (10_000, 60)):  # two places, four ends in so many seconds
+            monkeypatch.setattr(time, "monotonic", lambda ago=seconds: now + ago)
+            with pytest.raises(EngineBusyError) as caught:
+                engine.check_room(2)
+            assert caught.value.retry_after == expected
+        monkeypatch.undo()
+    finally:
+        await engine.shutdown()
+
+
+async def test_a_salt_keeps_prefixes_apart(engine):
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    prompt = [random.Random(1).randrange(4, 270) for _ in range(64)]
+    cached = []
+    for salt in ("a", "a", "b", None, None):
+        cached.append((await read(engine.submit("salted", prompt, params, cache_salt=salt)))[-1].num_cached_tokens)
+    assert cached[0] == cached[2] == cached[3] == 0
+    assert min(cached[1], cached[4]) > 0
 
 
 async def test_a_killed_engine_fails_everyone_within_two_seconds(tiny_checkpoint):

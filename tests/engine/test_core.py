@@ -1,147 +1,65 @@
-"""The engine without weights: a runner whose next token is a hash of what it finds in the pages."""
+"""The engine without weights: requests in, tokens out."""
 
 from __future__ import annotations
-
-import zlib
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_runner import EOS, VOCAB, expected, finish, make_core, message, tokens_of
 
-from pyllm.engine.core import EngineCore
 from pyllm.engine.errors import RequestError
-from pyllm.engine.messages import EngineInfo, EngineRequest, SamplingParams, TokenLogprobs, TokenOutput
-from pyllm.engine.sampler import SampledToken
-from pyllm.engine.scheduler import ScheduledSequence
-
-VOCAB = 50
-EOS = 0
-
-
-def next_token(tokens: Sequence[int]) -> int:
-    """Depends on every token and on their order."""
-    return zlib.crc32(bytes(tokens)) % VOCAB
-
-
-def expected(prompt: list[int], params: SamplingParams, eos: tuple[int, ...] = (EOS,)) -> tuple[list[int], str]:
-    """The output of a request on its own, in the plainest way."""
-    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
-    tokens = list(prompt)
-    while True:
-        tokens.append(next_token(tokens))
-        count = len(tokens) - len(prompt)
-        if tokens[-1] in stops and count >= params.min_tokens:
-            return tokens[len(prompt) :], "stop"
-        if count == params.max_tokens:
-            return tokens[len(prompt) :], "length"
-
-
-class PagedRunner:
-    """Writes tokens to pages and reads them back by the block table, as attention does."""
-
-    def __init__(self, info: EngineInfo) -> None:
-        self.block_size = info.block_size
-        self.pages: list[tuple[str, int, int] | None] = [None] * (info.num_blocks * info.block_size)
-        self.prefill_beside_decode = False
-        self.fail = False
-
-    def slot(self, sequence: ScheduledSequence, position: int) -> int:
-        return sequence.request.block_ids[position // self.block_size] * self.block_size + position % self.block_size
-
-    def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
-        if self.fail:
-            raise RuntimeError("the network failed")
-        for sequence in sequences:
-            request = sequence.request
-            start = request.num_computed_tokens
-            for position in range(start, start + sequence.num_tokens):
-                entry = (request.request_id, position, request.token_ids[position])
-                self.pages[self.slot(sequence, position)] = entry
-        kinds = {s.request.num_computed_tokens < s.request.num_prompt_tokens for s in sequences}
-        self.prefill_beside_decode |= len(kinds) == 2
-        draws = []
-        for sequence in sequences:
-            if not sequence.samples:
-                continue
-            request = sequence.request
-            tokens = []
-            for position in range(request.num_computed_tokens + sequence.num_tokens):
-                entry = self.pages[self.slot(sequence, position)]
-                assert entry is not None, "a page was never written"
-                assert entry[:2] == (request.request_id, position), "a page belongs to another request"
-                tokens.append(entry[2])
-            token = next_token(tokens)
-            found = TokenLogprobs(token_id=token, logprob=-1.0, top=[])
-            draws.append(SampledToken(token, None if request.params.logprobs is None else found))
-        return draws
-
-
-def make_core(**sizes: int) -> EngineCore:
-    values = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 4, "num_blocks": 64}
-    info = EngineInfo(
-        era="mock", dtype="float32", device="cpu", parameters=0, load_seconds=0.0, vocab_size=VOCAB,
-        eos_token_ids=(EOS,), **(values | sizes),
-    )  # fmt: skip
-    return EngineCore(info, PagedRunner(info))
-
-
-def message(name: str, prompt: list[int], **params: object) -> EngineRequest:
-    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params))
-
-
-def finish(core: EngineCore, limit: int = 2000) -> dict[str, list[TokenOutput]]:
-    """Step until idle; the outputs of each request."""
-    outputs: dict[str, list[TokenOutput]] = {}
-    for _ in range(limit):
-        if not core.has_work:
-            break
-        for output in core.step().outputs:
-            outputs.setdefault(output.request_id, []).append(output)
-    assert not core.has_work
-    core.check_idle()
-    return outputs
-
-
-def tokens_of(outputs: list[TokenOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
+from pyllm.engine.messages import SamplingParams
 
 REQUESTS = st.lists(
     st.tuples(
-        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30),
+        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30) | st.integers(1, 30).map(lambda n: [1] * n),
         st.integers(1, 30),  # max_tokens
         st.integers(0, 10),  # min_tokens
         st.lists(st.integers(0, VOCAB - 1), max_size=3),  # stop ids
         st.booleans(),  # ignore_eos
         st.integers(0, 4),  # steps until the next arrives
+        st.integers(0, 1),  # priority
+        st.sampled_from([None, None, "salt"]),
     ),
     min_size=1,
     max_size=9,
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     requests=REQUESTS,
     seqs=st.integers(1, 8),
     budget=st.integers(1, 40),
     block_size=st.integers(1, 9),
     spare=st.integers(0, 20),
+    prefill=st.none() | st.integers(1, 20),
+    caching=st.booleans(),
+    policy=st.sampled_from(["fcfs", "priority"]),
     aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), max_size=3),
 )
-def test_outputs_are_those_of_one_request_at_a_time(requests, seqs, budget, block_size, spare, aborts):
-    blocks = -(-64 // block_size) + spare
-    core = make_core(max_num_seqs=seqs, max_num_batched_tokens=budget, block_size=block_size, num_blocks=blocks)
+def test_outputs_are_those_of_one_request_at_a_time(
+    requests, seqs, budget, block_size, spare, prefill, caching, policy, aborts
+):
+    core = make_core(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_num_prefill_tokens=prefill,
+        block_size=block_size,
+        num_blocks=-(-64 // block_size) + spare,
+        enable_prefix_caching=caching,
+        scheduling_policy=policy,
+    )
     wanted, got = {}, {}
     pending = list(enumerate(requests))
     wait = step = 0
     aborted = set()
     while pending or core.has_work:
         while pending and (wait <= 0 or not core.has_work):
-            i, (prompt, most, least, stops, ignore, wait) = pending.pop(0)
+            i, (prompt, most, least, stops, ignore, wait, priority, salt) = pending.pop(0)
             limits = {"max_tokens": most, "min_tokens": min(least, most)}
-            request = message(str(i), prompt, **limits, stop_token_ids=tuple(stops), ignore_eos=ignore)
+            limits |= {"stop_token_ids": tuple(stops), "ignore_eos": ignore}
+            request = message(str(i), prompt, priority=priority, cache_salt=salt, **limits)
             core.add_request(request)
             wanted[str(i)] = expected(prompt, request.params)
         wait -= 1
@@ -240,6 +158,23 @@ def test_a_request_that_can_never_run_is_refused_and_leaves_nothing(prompt, para
     assert refusal.value.code == code
     assert not core.has_work
     core.check_idle()
+
+
+def test_a_request_larger_than_the_pool_is_refused_and_one_that_just_fits_runs():
+    core = make_core(num_blocks=5, block_size=4)
+    with pytest.raises(RequestError, match="KV cache holds 20 tokens, but the prompt has 15 tokens and up to 7 more"):
+        core.add_request(message("r", [1] * 15, max_tokens=7))
+    core.check_idle()
+    core.add_request(message("r", [1] * 15, max_tokens=6, ignore_eos=True))  # the last token is never computed
+    assert len(tokens_of(finish(core)["r"])) == 6
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31) - 1])
+def test_a_priority_beyond_32_bits_is_refused(priority):
+    core = make_core()
+    with pytest.raises(RequestError) as refusal:
+        core.add_request(message("r", [1], priority=priority))
+    assert refusal.value.param == "priority"
 
 
 def test_a_second_request_of_the_same_id_is_refused_while_the_first_runs():

@@ -25,8 +25,10 @@ def run(core: EngineCore, prompts: list[list[int]]) -> list[list[int]]:
     return outputs
 
 
-@pytest.mark.parametrize("manner", ["alone", "eight copies", "chunks of 5", "preempted"])
-def test_golden_greedy_ids_through_the_paged_engine(golden, manner):
+@pytest.mark.parametrize("manner", ["alone", "eight copies", "chunks of 5", "preempted", "plain torch, preempted"])
+def test_golden_greedy_ids_through_the_paged_engine(golden, manner, monkeypatch):
+    if manner.startswith("plain torch"):
+        monkeypatch.setenv("PYLLM_NATIVE", "0")
     expected = load_file(golden / "golden.safetensors")
     prompt, answer = expected["input_ids"].tolist(), expected["greedy_ids"].tolist()
     length = len(prompt) + TOKENS
@@ -36,10 +38,10 @@ def test_golden_greedy_ids_through_the_paged_engine(golden, manner):
         "chunks of 5": {"max_num_batched_tokens": 5},
         # Room for two whole requests and a half, for eight that all want to run.
         "preempted": {"block_size": 8, "num_kv_blocks": -(-length // 8) * 5 // 2, "max_model_len": length},
-    }[manner]
+    }[manner.rpartition(", ")[2]]
     config = EngineConfig(model=str(golden), dtype="float32", quiet=True, **settings)
     core = build_engine(config)
     copies = 1 if manner == "alone" else 8
     assert run(core, [prompt] * copies) == [answer] * copies
-    assert (core.scheduler.num_preemptions > 0) == (manner == "preempted")
+    assert (core.scheduler.num_preemptions > 0) == manner.endswith("preempted")
     core.check_idle()

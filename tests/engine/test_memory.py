@@ -1,0 +1,118 @@
+"""How the KV cache is sized, and what is free for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyllm.engine import memory
+from pyllm.engine.config import EngineConfig
+from pyllm.engine.errors import EngineStartError
+from pyllm.engine.memory import free_host_bytes, num_kv_blocks
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+
+
+def write(root: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A file system of a machine with 10 GiB free and no control groups."""
+    write(tmp_path, proc__meminfo=f"MemTotal: 99999999 kB\nMemAvailable: {10 * GIB // 1024} kB\n")
+    return tmp_path
+
+
+def limit_v2(root: Path, group: str, most: str, used: int, cached: int = 0) -> None:
+    folder = root / "sys/fs/cgroup" / group
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{most}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\nactive_file {cached}\ninactive_file 0\n")
+
+
+def test_the_machines_free_memory_counts_where_nothing_else_limits(root: Path) -> None:
+    assert free_host_bytes(root) == 10 * GIB
+    write(root, proc__self__cgroup="0::/\n")
+    assert free_host_bytes(root) == 10 * GIB
+
+
+def test_the_tightest_control_group_around_the_process_counts(root: Path) -> None:
+    write(root, proc__self__cgroup="0::/pod/container\n")
+    limit_v2(root, "pod/container", "max", GIB)
+    assert free_host_bytes(root) == 10 * GIB
+    limit_v2(root, "pod", str(4 * GIB), GIB)
+    assert free_host_bytes(root) == 3 * GIB
+    limit_v2(root, "pod/container", str(2 * GIB), GIB)
+    assert free_host_bytes(root) == GIB
+    limit_v2(root, "pod/container", str(GIB), 2 * GIB)
+    assert free_host_bytes(root) == 0
+
+
+def test_a_container_sees_its_group_at_the_top_under_another_name(root: Path) -> None:
+    write(root, proc__self__cgroup="0::/kubepods/pod7\n")
+    limit_v2(root, "", str(2 * GIB), GIB)
+    assert free_host_bytes(root) == GIB
+
+
+def test_cached_files_are_as_good_as_free(root: Path) -> None:
+    write(root, proc__self__cgroup="0::/\n")
+    limit_v2(root, "", str(2 * GIB), 2 * GIB, cached=GIB)
+    assert free_host_bytes(root) == GIB
+
+
+def test_the_first_version_of_control_groups_counts_too(root: Path) -> None:
+    write(root, proc__self__cgroup="9:name=systemd:/\n4:cpu,memory:/box\n0::/\n")
+    folder = root / "sys/fs/cgroup/memory/box"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{3 * GIB}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{2 * GIB}\n")
+    (folder / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {GIB // 2}\ntotal_active_file 0\n")
+    assert free_host_bytes(root) == GIB + GIB // 2
+
+
+def test_the_default_leaves_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: GIB)
+    config = EngineConfig(model="m", max_num_seqs=10**6)
+    assert num_kv_blocks(config, CPU, 1 << 20, 2048) == 512
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 100 * GIB)
+    assert num_kv_blocks(config, CPU, 1 << 20, 2048) == 4096, "and is 4 GiB at most"
+    few = EngineConfig(model="m", max_num_seqs=3)
+    assert num_kv_blocks(few, CPU, 1 << 20, 2048) == 3 * 128, "and no more than can be filled"
+
+
+def test_a_gpu_is_filled_up_to_the_given_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))  # 20 GiB in use
+    config = EngineConfig(model="m", max_num_seqs=10**6, gpu_memory_utilization=0.5)
+    assert num_kv_blocks(config, torch.device("cuda"), GIB, 32) == 20
+    with pytest.raises(EngineStartError, match="raise --gpu-memory-utilization"):
+        num_kv_blocks(config, torch.device("cuda"), 11 * GIB, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"kv_cache_memory_bytes": 4000}, "room for 64 tokens, fewer than one request of 100: lower --max-model-len"
+         " to 64, or raise --kv-cache-memory-bytes to 7000."),
+        ({"kv_cache_memory_bytes": 999}, "room for 0 tokens, fewer than one request of 100: raise "
+         "--kv-cache-memory-bytes to 7000."),
+        ({"num_kv_blocks": 2}, "or raise --num-kv-blocks to 7."),
+        ({"kv_cache_memory_bytes": 1 << 50}, "but only "),
+        ({}, "or set --kv-cache-memory-bytes to 7000 if there is as much."),
+    ],
+)  # fmt: skip
+def test_too_little_is_one_sentence_that_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], sentence: str
+) -> None:
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 4000)
+    with pytest.raises(EngineStartError) as caught:
+        num_kv_blocks(EngineConfig(model="m", **settings), CPU, 1000, 100)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
