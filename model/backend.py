@@ -76,7 +76,7 @@ class Backend:
     """Plain torch operations, on any device and with gradients where no KV cache is involved.
 
     T is the number of tokens in the step, H the hidden size, D the size of a head. Operations of a subclass may
-    change `x`, `kqv`, `velocity` and `residual` in place; whoever calls goes on with what they return.
+    change `x`, `velocity` and `residual` in place; whoever calls goes on with what they return.
 
     Attributes:
         prefill_multiple: where a prompt must be cut, if it is, so that the cut does not change its tokens' last bits.
@@ -108,45 +108,46 @@ class Backend:
         """RMSNorm over the last dimension of an FP32 tensor."""
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
-    def project_kqv(self, layer: DeepLayer, x: Tensor, mu_below: Tensor | None) -> Tensor:
-        """Keys, queries and values of x [T, H] and the mu from below [T, H] -> FP32 [T, (KV + heads + KV) * D]."""
-        a = self.rms_norm(x, layer.input_norm, layer.config.rms_norm_eps)
-        if layer.kqv_proj.shape[1] > a.shape[1]:
-            assert mu_below is not None  # for the type checker
-            a = torch.cat((a, mu_below), dim=-1)
-        return self.linear(a, layer.kqv_proj)
-
     def attention(
         self,
         layer: DeepLayer,
-        kqv: Tensor,
+        x: Tensor,
+        mu_below: Tensor | None,
         rope: tuple[Tensor, Tensor],
         cache: Tensor | None,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """QK-norm, rotation, writing K and V to their pages, and causal grouped-query attention.
+        """Mu-guided causal attention with grouped queries, QK-norm and rotary positions; writes K and V to their pages.
 
         Args:
-            layer: its norms and sizes.
-            kqv: FP32 [T, (KV + heads + KV) * D], from `project_kqv`.
+            layer: its weights and sizes.
+            x: FP32 [T, H], the residual stream.
+            mu_below: FP32 [T, H], the mu of the layer below; None where there is none.
             rope: cosines and sines of the positions, FP32 [T, D/2] each; element i is paired with i + D/2.
-            cache: the layer's pages [2, blocks, block_size, KV, D]; None attends within this step's tokens.
+            cache: pages of all layers [layers, 2, blocks, block_size, KV, D]; None attends within this step's tokens.
             metadata: which tokens belong to which sequence and page.
 
         Returns:
-            [T, heads * D]; query head h reads KV head h // (heads / KV).
+            FP32 [T, H], before the residual; query head h reads KV head h // (heads / KV).
         """
         config = layer.config
+        a = self.rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        if layer.kqv_proj.shape[1] > a.shape[1]:
+            assert mu_below is not None  # for the type checker
+            a = torch.cat((a, mu_below), dim=-1)
+        kqv = self.linear(a, layer.kqv_proj).unflatten(-1, (-1, config.head_dim))
         kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
-        k, q, v = kqv.unflatten(-1, (-1, config.head_dim)).split((kv_heads, heads, kv_heads), dim=1)  # [T, heads, D]
+        k, q, v = kqv.split((kv_heads, heads, kv_heads), dim=1)  # [T, heads, D] each
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self.rms_norm(q, layer.q_norm, QK_NORM_EPS)
             k = self.rms_norm(k, layer.k_norm, QK_NORM_EPS)
         dtype = layer.kqv_proj.dtype
         q, k, v = _rotate(q, *rope).to(dtype), _rotate(k, *rope).to(dtype), v.to(dtype)
         if cache is None:
-            return _attention_without_cache(q, k, v, metadata.seq_lens, config.sliding_window).flatten(1)
-        return _paged_attention(q, k, v, cache, metadata, config.sliding_window).flatten(1)
+            out = _attention_without_cache(q, k, v, metadata.seq_lens, config.sliding_window)
+        else:
+            out = _paged_attention(q, k, v, cache[layer.index], metadata, config.sliding_window)
+        return self.linear(out.flatten(1), layer.o_proj)
 
     def dynamics(
         self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None
@@ -183,22 +184,22 @@ class Backend:
         velocity = velocity.clamp(-MAX_VELOCITY, MAX_VELOCITY)
         return x + (h + layer.config.dynamics_dt * gate * velocity), velocity, mu
 
-    def route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
-        """The expert of each token: its id's own, unless mu speaks louder -> int64 [T]; None for a dense MLP."""
-        if layer.token_to_expert is None:
-            return None
-        own = layer.token_to_expert[input_ids]
-        if layer.router is None or mu is None:
-            return own
-        scores = F.linear(mu, layer.router)
-        return (scores + BASE_EXPERT_SCORE * F.one_hot(own, scores.shape[-1])).argmax(dim=-1)
+    def routed_mlp(
+        self, layer: DeepLayer, x: Tensor, input_ids: Tensor, mu: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream with each token's own expert's gated MLP, and the shared one's, added.
 
-    def routed_mlp(self, layer: DeepLayer, x: Tensor, experts: Tensor | None) -> Tensor:
-        """The residual stream x [T, H] with each token's own expert's gated MLP, and the shared one's, added.
+        Args:
+            layer: its experts and router.
+            x: FP32 [T, H], the residual stream.
+            input_ids: int64 [T].
+            mu: FP32 [T, H]; None where the era has none.
 
-        `experts`, int64 [T], is the expert of each token; None when there is one for all.
+        Returns:
+            The residual stream, and the expert of each token, int64 [T], or None for a dense MLP.
         """
         b = self.rms_norm(x, layer.post_norm, layer.config.rms_norm_eps)
+        experts = self._route(layer, input_ids, mu)
         if experts is None:
             x = x + self._mlp(b, layer.gate_up[0], layer.down[0], layer.activation)
         else:
@@ -209,7 +210,17 @@ class Backend:
             x = x + torch.zeros_like(x).index_copy(0, order, torch.cat(parts))
         if layer.shared_gate_up is not None and layer.shared_down is not None:
             x = x + self._mlp(b, layer.shared_gate_up, layer.shared_down, "silu")
-        return x
+        return x, experts
+
+    def _route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
+        """The expert of each token: its id's own, unless mu speaks louder -> int64 [T]."""
+        if layer.token_to_expert is None:
+            return None
+        own = layer.token_to_expert[input_ids]
+        if layer.router is None or mu is None:
+            return own
+        scores = F.linear(mu, layer.router)
+        return (scores + BASE_EXPERT_SCORE * F.one_hot(own, scores.shape[-1])).argmax(dim=-1)
 
     def _mlp(self, x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
         """One gated MLP: x [T, H], gate_up [2W, H] (gate rows first), down [H, W] -> FP32 [T, H]."""

@@ -391,17 +391,20 @@ inline void rms_norm(const float* x, const float* weight, float eps, int size, f
 
 // ---- attention -----------------------------------------------------------------------------------------------------
 
-struct Attention {
-  const float* kqv;             // [T, (kv_heads + heads + kv_heads) * head_dim]
-  const float *q_norm, *k_norm; // [head_dim], or null
-  const float *cos, *sin;       // [T, head_dim / 2]
-  void *keys, *values;          // pages [blocks, kv_heads, block_size, head_dim], BF16 or FP32
-  const int64_t* slots;         // [T]
-  const int32_t* tables;        // [S, table_stride]
+// What a step's tokens have in common in all layers: T tokens of S sequences.
+struct Step {
+  const float *cos, *sin;                // [T, head_dim / 2]
+  const int64_t* slots;                  // [T]
+  const int32_t* tables;                 // [S, table_stride]
   const int32_t *query_lens, *seq_lens;  // [S]
-  float* out;                   // [T, heads * head_dim]
-  float norm_eps;
-  int32_t tokens, sequences, table_stride, heads, kv_heads, head_dim, block_size, window, kind;
+  int32_t tokens, sequences, table_stride, block_size;
+};
+
+struct Attention {
+  const Matrix *kqv, *out;
+  const float *input_norm, *q_norm, *k_norm;  // [H], and [head_dim] or null
+  float eps, head_eps;
+  int32_t size, heads, kv_heads, head_dim, window, kind;  // kind: of the pages, BF16 or FP32
 };
 
 namespace {
@@ -525,21 +528,25 @@ struct Walk {
 
 // Causal attention of `count` queries of one sequence, from flat token `first` and position `position`, for the query
 // heads of one KV head: one pass over the keys in runs, with the softmax rescaled as larger scores turn up.
+//
+// Args: kqv [T, (kv_heads + heads + kv_heads) * head_dim], normed and rotated; pages [blocks, kv_heads, block_size,
+// head_dim]; out [T, heads * head_dim].
 template <Kind K>
-void attend(const Attention& a, AttentionScratch& s, int sequence, int first, int count, int position, int kv_head) {
+void attend(const Attention& a, const Step& step, const float* kqv, const void* all_keys, const void* all_values,
+            AttentionScratch& s, int sequence, int first, int count, int position, int kv_head, float* out) {
   const int dim = a.head_dim, group = a.heads / a.kv_heads, rows = count * group;
   const int row_words = K == BF16 ? dim / 2 : dim, width = (dim + 63) / 64 * 64;
   const int row_size = (a.kv_heads * 2 + a.heads) * dim;
   const int last = position + count - 1;
   const int begin = a.window && position >= a.window ? (position - a.window + 1) / RUN * RUN : 0;
-  const size_t row_bytes = static_cast<size_t>(row_words) * 4, head_bytes = row_bytes * a.block_size;
-  Walk at_row{a.tables + static_cast<size_t>(sequence) * a.table_stride, head_bytes * a.kv_heads, row_bytes,
-              head_bytes * kv_head, a.block_size, begin / a.block_size, begin % a.block_size};
+  const size_t row_bytes = static_cast<size_t>(row_words) * 4, head_bytes = row_bytes * step.block_size;
+  Walk at_row{step.tables + static_cast<size_t>(sequence) * step.table_stride, head_bytes * a.kv_heads, row_bytes,
+              head_bytes * kv_head, step.block_size, begin / step.block_size, begin % step.block_size};
   Walk ahead = at_row;
-  ahead.prefetch(a.keys, a.values, last + 1 - begin < RUN ? last + 1 - begin : RUN);
+  ahead.prefetch(all_keys, all_values, last + 1 - begin < RUN ? last + 1 - begin : RUN);
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   for (int row = 0; row < rows; ++row) {
-    const float* q = a.kqv + static_cast<size_t>(first + row / group) * row_size +
+    const float* q = kqv + static_cast<size_t>(first + row / group) * row_size +
                      (a.kv_heads + kv_head * group + row % group) * dim;
     put_row(Rows{s.queries, nullptr, row_words}, row, q, dim, K);
     s.largest[row] = -INFINITY;
@@ -550,13 +557,13 @@ void attend(const Attention& a, AttentionScratch& s, int sequence, int first, in
     const int tokens = last + 1 - at < RUN ? last + 1 - at : RUN;
     int wanted = last + 1 - at - RUN < RUN ? last + 1 - at - RUN : RUN;  // of the next run, asked for bit by bit
     const auto prefetch_some = [&] {
-      if (wanted > 0) ahead.prefetch(a.keys, a.values, wanted < RUN / 8 ? wanted : RUN / 8), wanted -= RUN / 8;
+      if (wanted > 0) ahead.prefetch(all_keys, all_values, wanted < RUN / 8 ? wanted : RUN / 8), wanted -= RUN / 8;
     };
     const char* key_rows[RUN];
     for (int t = 0; t < tokens; ++t, at_row.next()) {
       const size_t place = at_row.place();
-      key_rows[t] = static_cast<const char*>(a.keys) + place;
-      const char* value = static_cast<const char*>(a.values) + place;
+      key_rows[t] = static_cast<const char*>(all_keys) + place;
+      const char* value = static_cast<const char*>(all_values) + place;
       for (int d = 0; d < dim; d += LANES) {
         const Vec v = K == BF16 ? load_bf16(reinterpret_cast<const uint16_t*>(value) + d, dim - d)
                                 : load(reinterpret_cast<const float*>(value) + d, dim - d);
@@ -586,10 +593,10 @@ void attend(const Attention& a, AttentionScratch& s, int sequence, int first, in
     weigh_rows(rows, s.scores, s.values, tokens, width, s.sums);
   }
   for (int row = 0; row < rows; ++row) {
-    float* out = a.out + (static_cast<size_t>(first + row / group) * a.heads + kv_head * group + row % group) * dim;
+    float* to = out + (static_cast<size_t>(first + row / group) * a.heads + kv_head * group + row % group) * dim;
     const Vec factor = all(1.0f / s.total[row]);
     for (int d = 0; d < dim; d += LANES)
-      store(out + d, _mm512_mul_ps(_mm512_load_ps(s.sums + row * width + d), factor), dim - d);
+      store(to + d, _mm512_mul_ps(_mm512_load_ps(s.sums + row * width + d), factor), dim - d);
   }
 }
 
@@ -606,6 +613,27 @@ inline void norm_and_rotate(float* x, const float* norm, float eps, const float*
 }
 
 std::vector<AttentionScratch*> attention_scratch;
+Scratch projected, attended_rows;
+
+// out[T, n] = w times [rms_norm(x), beside_x], or times x alone where `norm` is null; `beside_x` may be null.
+void linear(int rows, int size, const float* x, const float* norm, float eps, const float* beside_x, const Matrix& w,
+            float* out) {
+  const Rows a = inputs.get(rows, w);
+  float* normed = norm ? wide.get<float>(static_cast<size_t>(rows) * w.k) : nullptr;
+  for_rows(rows, [&](int row) {
+    const float* from = x + static_cast<size_t>(row) * size;
+    if (normed) {
+      float* to = normed + static_cast<size_t>(row) * w.k;
+      rms_norm(from, norm, eps, size, to);
+      if (beside_x) std::memcpy(to + size, beside_x + static_cast<size_t>(row) * size, size * sizeof(float));
+      from = to;
+    }
+    put_row(a, row, from, w.k, w.kind);
+  });
+  matmul<4>(a, rows, w, [&](int row, int group, const float* sums) {
+    store_group(out + static_cast<size_t>(row) * w.n, w, group, 4, sums);
+  });
+}
 
 }  // namespace
 
@@ -616,86 +644,76 @@ void pyllm_set_threads(int threads) {
   if (threads != pool.size()) pool.resize(threads);
 }
 
-// out[T, n] = w times [rms_norm(x), beside]; no norm where `norm` is null, nothing beside where `beside_x` is null.
-void pyllm_linear(int rows, int size, const float* x, const float* norm, float eps, const float* beside_x,
-                  const Matrix* w, float* out) {
+// out[T, n] = w times x.
+void pyllm_linear(int rows, const float* x, const Matrix* w, float* out) {
   std::lock_guard<std::mutex> lock(in_use);
-  const Rows a = inputs.get(rows, *w);
-  float* normed = wide.get<float>(static_cast<size_t>(rows) * w->k);
-  for_rows(rows, [&](int row) {
-    const float* from = x + static_cast<size_t>(row) * size;
-    if (norm || beside_x) {
-      float* to = normed + static_cast<size_t>(row) * w->k;
-      if (norm) rms_norm(from, norm, eps, size, to);
-      else std::memcpy(to, from, size * sizeof(float));
-      if (beside_x) std::memcpy(to + size, beside_x + static_cast<size_t>(row) * size, size * sizeof(float));
-      from = to;
-    }
-    put_row(a, row, from, w->k, w->kind);
-  });
-  matmul<4>(a, rows, *w, [&](int row, int group, const float* sums) {
-    store_group(out + static_cast<size_t>(row) * w->n, *w, group, 4, sums);
-  });
+  linear(rows, w->k, x, nullptr, 0.0f, nullptr, *w, out);
 }
 
-void pyllm_attention(const Attention* args) {
+// h[T, H] = the output projection of attention over the layer's pages; see Backend.attention.
+void pyllm_attention(const Attention* args, const Step* step, const float* x, const float* mu_below, void* keys,
+                     void* values, float* h) {
   std::lock_guard<std::mutex> lock(in_use);
   const Attention& a = *args;
-  const int dim = a.head_dim, row_size = (a.kv_heads * 2 + a.heads) * dim, half = dim / 2;
-  for_rows(a.tokens, [&](int token) {
-    float* row = const_cast<float*>(a.kqv) + static_cast<size_t>(token) * row_size;
-    const float *cos = a.cos + static_cast<size_t>(token) * half, *sin = a.sin + static_cast<size_t>(token) * half;
-    for (int h = 0; h < a.kv_heads; ++h) norm_and_rotate(row + h * dim, a.k_norm, a.norm_eps, cos, sin, dim);
-    for (int h = 0; h < a.heads; ++h)
-      norm_and_rotate(row + (a.kv_heads + h) * dim, a.q_norm, a.norm_eps, cos, sin, dim);
-    const int stride = dim / (a.kind == BF16 ? 2 : 1);
-    const Rows keys{static_cast<uint32_t*>(a.keys), nullptr, stride}, values{static_cast<uint32_t*>(a.values), nullptr, stride};
-    const int64_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size;
+  const int tokens = step->tokens, dim = a.head_dim, row_size = (a.kv_heads * 2 + a.heads) * dim, half = dim / 2;
+  float* kqv = projected.get<float>(static_cast<size_t>(tokens) * row_size);
+  linear(tokens, a.size, x, a.input_norm, a.eps, mu_below, *a.kqv, kqv);
+  const int stride = dim / (a.kind == BF16 ? 2 : 1);
+  const Rows key_rows{static_cast<uint32_t*>(keys), nullptr, stride};
+  const Rows value_rows{static_cast<uint32_t*>(values), nullptr, stride};
+  for_rows(tokens, [&](int token) {
+    float* row = kqv + static_cast<size_t>(token) * row_size;
+    const float *cos = step->cos + static_cast<size_t>(token) * half, *sin = step->sin + static_cast<size_t>(token) * half;
+    const int64_t block = step->slots[token] / step->block_size, offset = step->slots[token] % step->block_size;
     for (int h = 0; h < a.kv_heads; ++h) {
-      const int64_t place = (block * a.kv_heads + h) * a.block_size + offset;
-      put_row(keys, place, row + h * dim, dim, a.kind);
-      put_row(values, place, row + (a.kv_heads + a.heads + h) * dim, dim, a.kind);
+      norm_and_rotate(row + h * dim, a.k_norm, a.head_eps, cos, sin, dim);
+      const int64_t place = (block * a.kv_heads + h) * step->block_size + offset;
+      put_row(key_rows, place, row + h * dim, dim, a.kind);
+      put_row(value_rows, place, row + (a.kv_heads + a.heads + h) * dim, dim, a.kind);
     }
+    for (int h = 0; h < a.heads; ++h)
+      norm_and_rotate(row + (a.kv_heads + h) * dim, a.q_norm, a.head_eps, cos, sin, dim);
   });
   struct Task { int sequence, first, count, position; };
   std::vector<Task> tasks;
-  for (int sequence = 0, first = 0; sequence < a.sequences; first += a.query_lens[sequence++])
-    for (int i = 0; i < a.query_lens[sequence]; i += QUERY_TILE) {
-      const int left = a.query_lens[sequence] - i;
+  for (int sequence = 0, first = 0; sequence < step->sequences; first += step->query_lens[sequence++])
+    for (int i = 0; i < step->query_lens[sequence]; i += QUERY_TILE) {
+      const int left = step->query_lens[sequence] - i;
       tasks.push_back({sequence, first + i, left < QUERY_TILE ? left : QUERY_TILE,
-                       a.seq_lens[sequence] - a.query_lens[sequence] + i});
+                       step->seq_lens[sequence] - step->query_lens[sequence] + i});
     }
   while (static_cast<int>(attention_scratch.size()) < pool.size()) attention_scratch.push_back(new AttentionScratch);
+  float* attended = attended_rows.get<float>(static_cast<size_t>(tokens) * a.heads * dim);
   pool.run(static_cast<int>(tasks.size()) * a.kv_heads, [&](int index, int thread) {
-    const Task& task = tasks[index / a.kv_heads];
-    AttentionScratch& scratch = *attention_scratch[thread];
-    const int head = index % a.kv_heads;
-    if (a.kind == BF16) attend<BF16>(a, scratch, task.sequence, task.first, task.count, task.position, head);
-    else attend<F32>(a, scratch, task.sequence, task.first, task.count, task.position, head);
+    const Task& t = tasks[index / a.kv_heads];
+    const auto run = a.kind == BF16 ? attend<BF16> : attend<F32>;
+    run(a, *step, kqv, keys, values, *attention_scratch[thread], t.sequence, t.first, t.count, t.position,
+        index % a.kv_heads, attended);
   });
+  linear(tokens, a.heads * dim, attended, nullptr, 0.0f, nullptr, *a.out, h);
 }
 
 struct Dynamics {
-  float *x, *h, *velocity, *mu;  // [T, H]: x and velocity are changed, mu is set, h is what comes in
   const float *base, *in_bias, *out_bias;
   const Matrix *in, *in_velocity, *out;
   float dt, most_beta, most_velocity;
-  int32_t tokens, size, inner, contextual, first;  // first: velocity is zero as yet
+  int32_t size, inner, contextual;
 };
 
-// The INL dynamics with both residual additions; see Backend.dynamics.
-void pyllm_dynamics(const Dynamics* args) {
+// The INL dynamics with both residual additions: x and velocity [T, H] are changed, mu is set; see Backend.dynamics.
+// `first_layer` says that there is no velocity yet: it counts as zero.
+void pyllm_dynamics(const Dynamics* args, int rows, int first_layer, float* x, const float* h, float* velocity, float* mu) {
   std::lock_guard<std::mutex> lock(in_use);
   const Dynamics& d = *args;
-  const int rows = d.tokens, size = d.size, offset = d.contextual ? size : 0, total = d.in->n;
+  const int size = d.size, offset = d.contextual ? size : 0, total = d.in->n;
   const Rows from_h = inputs.get(rows, *d.in), from_velocity = beside.get(rows, *d.in_velocity);
   for_rows(rows, [&](int row) {
-    put_row(from_h, row, d.h + static_cast<size_t>(row) * size, size, d.in->kind);
-    if (!d.first) put_row(from_velocity, row, d.velocity + static_cast<size_t>(row) * size, size, d.in_velocity->kind);
+    put_row(from_h, row, h + static_cast<size_t>(row) * size, size, d.in->kind);
+    if (!first_layer) put_row(from_velocity, row, velocity + static_cast<size_t>(row) * size, size, d.in_velocity->kind);
   });
   // products[T, 2 * inner]: what the controller's hidden layer gets from h, and from the velocity
   float* products = wide.get<float>(static_cast<size_t>(rows) * 2 * d.inner);
-  const int h_groups = groups(*d.in), v_groups = d.first ? 0 : groups(*d.in_velocity);
+  const int h_groups = groups(*d.in), v_groups = first_layer ? 0 : groups(*d.in_velocity);
   const int chunks = (rows + ROW_CHUNK - 1) / ROW_CHUNK;
   pool.run((h_groups + v_groups) * chunks, [&](int task, int) {
     const int first = task % chunks * ROW_CHUNK, last = first + ROW_CHUNK < rows ? first + ROW_CHUNK : rows;
@@ -711,7 +729,7 @@ void pyllm_dynamics(const Dynamics* args) {
       for (int p = 0, column = group * 64; p < 4 && column < total; ++p, column += LANES) {
         for (int i = 0; i < LANES && column + i < total; ++i) {  // a panel may hold the end of mu and the hidden layer
           const int c = column + i;
-          if (c < offset) d.mu[static_cast<size_t>(row) * size + c] = d.base[c] + sums[p * LANES + i];
+          if (c < offset) mu[static_cast<size_t>(row) * size + c] = d.base[c] + sums[p * LANES + i];
           else products[static_cast<size_t>(row) * 2 * d.inner + c - offset] = sums[p * LANES + i];
         }
       }
@@ -723,7 +741,7 @@ void pyllm_dynamics(const Dynamics* args) {
     for (int i = 0; i < d.inner; i += LANES) {
       const int left = d.inner - i;
       Vec v = _mm512_add_ps(load(product + i, left), load(d.in_bias + i, left));
-      if (!d.first) v = _mm512_add_ps(v, load(product + d.inner + i, left));
+      if (!first_layer) v = _mm512_add_ps(v, load(product + d.inner + i, left));
       store(product + i, _mm512_mul_ps(v, sigmoid(v)), left);
     }
     put_row(hidden, row, product, d.inner, d.out->kind);
@@ -736,46 +754,27 @@ void pyllm_dynamics(const Dynamics* args) {
     const Vec beta = _mm512_min_ps(
         softplus(_mm512_add_ps(_mm512_load_ps(sums + LANES), load(d.out_bias + size + column, left))), all(d.most_beta));
     const Vec gate = sigmoid(_mm512_add_ps(_mm512_load_ps(sums + 2 * LANES), load(d.out_bias + 2 * size + column, left)));
-    const Vec h = load(d.h + at, left);
-    const Vec mu = d.contextual ? load(d.mu + at, left) : load(d.base + column, left);
-    if (!d.contextual) store(d.mu + at, mu, left);
-    const Vec pull = _mm512_mul_ps(beta, _mm512_sub_ps(h, mu));
-    Vec velocity = d.first ? _mm512_sub_ps(_mm512_setzero_ps(), pull)
-                           : _mm512_sub_ps(_mm512_mul_ps(alpha, load(d.velocity + at, left)), pull);
-    velocity = _mm512_min_ps(_mm512_max_ps(velocity, all(-d.most_velocity)), all(d.most_velocity));
-    store(d.velocity + at, velocity, left);
-    const Vec moved = _mm512_add_ps(h, _mm512_mul_ps(_mm512_mul_ps(all(d.dt), gate), velocity));
-    store(d.x + at, _mm512_add_ps(load(d.x + at, left), moved), left);
-  });
-}
-
-// experts[T] = argmax(router times mu + score at the token's own expert), the first of equals.
-void pyllm_route(int rows, int size, int experts, const float* mu, const float* router, float score, const int64_t* own,
-                 int64_t* out) {
-  std::lock_guard<std::mutex> lock(in_use);
-  for_rows(rows, [&](int row) {
-    float best = -INFINITY;
-    int64_t chosen = 0;
-    for (int e = 0; e < experts; ++e) {
-      Vec sum = _mm512_setzero_ps();
-      for (int i = 0; i < size; i += LANES)
-        sum = _mm512_fmadd_ps(load(mu + static_cast<size_t>(row) * size + i, size - i),
-                              load(router + static_cast<size_t>(e) * size + i, size - i), sum);
-      const float total = _mm512_reduce_add_ps(sum) + (own[row] == e ? score : 0.0f);
-      if (total > best) best = total, chosen = e;
-    }
-    out[row] = chosen;
+    const Vec attended = load(h + at, left);
+    const Vec target = d.contextual ? load(mu + at, left) : load(d.base + column, left);
+    if (!d.contextual) store(mu + at, target, left);
+    const Vec pull = _mm512_mul_ps(beta, _mm512_sub_ps(attended, target));
+    Vec speed = first_layer ? _mm512_sub_ps(_mm512_setzero_ps(), pull)
+                           : _mm512_sub_ps(_mm512_mul_ps(alpha, load(velocity + at, left)), pull);
+    speed = _mm512_min_ps(_mm512_max_ps(speed, all(-d.most_velocity)), all(d.most_velocity));
+    store(velocity + at, speed, left);
+    const Vec moved = _mm512_add_ps(attended, _mm512_mul_ps(_mm512_mul_ps(all(d.dt), gate), speed));
+    store(x + at, _mm512_add_ps(load(x + at, left), moved), left);
   });
 }
 
 struct Mlp {
-  float* x;             // [T, H], the residual stream, added to
-  const float* norm;    // [H]
-  const int64_t* experts;  // [T], or null when there is one for all
+  const float* norm;       // [H]
+  const float* router;     // [E, H], or null
+  const int64_t* own;      // [vocab], the expert of each id; null for a dense MLP
   const Matrix *gate_up, *down;                // [E] each
   const Matrix *shared_gate_up, *shared_down;  // or null
-  float eps;
-  int32_t tokens, size, num_experts, activation, shared_activation;  // 0 silu, 1 gelu, 2 relu
+  float eps, own_score;
+  int32_t size, num_experts, activation, shared_activation;  // 0 silu, 1 gelu, 2 relu
 };
 
 }  // extern "C"
@@ -792,7 +791,7 @@ inline Vec activate(Vec x, int activation) {
 }
 
 // x[token of a row] += down(activation(gate) * up), for rows grouped by expert: `starts` has E + 1 numbers.
-void gated_mlp(const Mlp& mlp, const Rows& a, int rows, const int* starts, const int* tokens, int experts,
+void gated_mlp(int size, float* all_x, const Rows& a, int rows, const int* starts, const int* tokens, int experts,
                const Matrix* gate_up, const Matrix* down, int activation) {
   const int width = down->k, in_groups = groups(*gate_up), out_groups = groups(*down);
   struct Task { int expert, first, last; };
@@ -822,9 +821,9 @@ void gated_mlp(const Mlp& mlp, const Rows& a, int rows, const int* starts, const
     const Task& task = chunks[index / out_groups];
     const int group = index % out_groups;
     product<4>(act, task.first, task.last, down[task.expert], group, [&](int row, const float* sums) {
-      float* x = mlp.x + static_cast<size_t>(tokens ? tokens[row] : row) * mlp.size;
-      for (int p = 0, column = group * 64; p < 4 && column < mlp.size; ++p, column += LANES) {
-        const int left = mlp.size - column;
+      float* x = all_x + static_cast<size_t>(tokens ? tokens[row] : row) * size;
+      for (int p = 0, column = group * 64; p < 4 && column < size; ++p, column += LANES) {
+        const int left = size - column;
         store(x + column, _mm512_add_ps(load(x + column, left), _mm512_load_ps(sums + p * LANES)), left);
       }
     });
@@ -834,38 +833,55 @@ void gated_mlp(const Mlp& mlp, const Rows& a, int rows, const int* starts, const
 RowScratch shared_inputs;
 Scratch normed_rows;
 
+// argmax of router times mu plus the score of the token's own expert; the first of equals.
+inline int64_t route(const Mlp& mlp, int64_t own, const float* mu) {
+  float best = -INFINITY;
+  int64_t chosen = 0;
+  for (int e = 0; e < mlp.num_experts; ++e) {
+    Vec sum = _mm512_setzero_ps();
+    for (int i = 0; i < mlp.size; i += LANES)
+      sum = _mm512_fmadd_ps(load(mu + i, mlp.size - i), load(mlp.router + static_cast<size_t>(e) * mlp.size + i, mlp.size - i), sum);
+    const float total = _mm512_reduce_add_ps(sum) + (own == e ? mlp.own_score : 0.0f);
+    if (total > best) best = total, chosen = e;
+  }
+  return chosen;
+}
+
 }  // namespace
 
 extern "C" {
 
-// x += the expert's MLP of rms_norm(x), and the shared expert's; see Backend.routed_mlp.
-void pyllm_mlp(const Mlp* args) {
+// x[T, H] += the expert's MLP of rms_norm(x), and the shared expert's; sets experts[T] where there are several. See
+// Backend.routed_mlp. `mu` may be null.
+void pyllm_mlp(const Mlp* args, int rows, float* x, const int64_t* ids, const float* mu, int64_t* experts) {
   std::lock_guard<std::mutex> lock(in_use);
   const Mlp& mlp = *args;
-  const int rows = mlp.tokens, experts = mlp.num_experts;
-  int* tokens = order.get<int>(rows * 2 + experts + 1);  // the token of each row, the row of each token, the starts
-  int *row_of = tokens + rows, *starts = row_of + rows;
-  std::memset(starts, 0, (experts + 1) * sizeof(int));
-  for (int token = 0; token < rows; ++token) ++starts[(mlp.experts ? mlp.experts[token] : 0) + 1];
-  for (int e = 0; e < experts; ++e) starts[e + 1] += starts[e];
-  std::vector<int> next(starts, starts + experts);
-  for (int token = 0; token < rows; ++token) {
-    row_of[token] = next[mlp.experts ? mlp.experts[token] : 0]++;
-    tokens[row_of[token]] = token;
-  }
+  const int size = mlp.size, num_experts = mlp.num_experts;
+  float* normed = normed_rows.get<float>(static_cast<size_t>(rows) * size);
+  for_rows(rows, [&](int token) {
+    const size_t at = static_cast<size_t>(token) * size;
+    rms_norm(x + at, mlp.norm, mlp.eps, size, normed + at);
+    if (!mlp.own) return;
+    const int64_t own = mlp.own[ids[token]];
+    experts[token] = mlp.router && mu ? route(mlp, own, mu + at) : own;
+  });
+  int* tokens = order.get<int>(rows + num_experts + 1);  // the token of each row, grouped by expert, and the starts
+  int* starts = tokens + rows;
+  std::memset(starts, 0, (num_experts + 1) * sizeof(int));
+  for (int token = 0; token < rows; ++token) ++starts[(mlp.own ? experts[token] : 0) + 1];
+  for (int e = 0; e < num_experts; ++e) starts[e + 1] += starts[e];
+  std::vector<int> next(starts, starts + num_experts);
+  for (int token = 0; token < rows; ++token) tokens[next[mlp.own ? experts[token] : 0]++] = token;
   const Rows a = inputs.get(rows, *mlp.gate_up);
   const Rows in_order = mlp.shared_gate_up ? shared_inputs.get(rows, *mlp.shared_gate_up) : Rows{};
-  float* normed = normed_rows.get<float>(static_cast<size_t>(rows) * mlp.size);
-  for_rows(rows, [&](int token) {
-    float* to = normed + static_cast<size_t>(token) * mlp.size;
-    rms_norm(mlp.x + static_cast<size_t>(token) * mlp.size, mlp.norm, mlp.eps, mlp.size, to);
-    put_row(a, row_of[token], to, mlp.size, mlp.gate_up->kind);
-    if (mlp.shared_gate_up) put_row(in_order, token, to, mlp.size, mlp.shared_gate_up->kind);
+  for_rows(rows, [&](int row) {
+    put_row(a, row, normed + static_cast<size_t>(tokens[row]) * size, size, mlp.gate_up->kind);
+    if (mlp.shared_gate_up) put_row(in_order, row, normed + static_cast<size_t>(row) * size, size, mlp.shared_gate_up->kind);
   });
-  gated_mlp(mlp, a, rows, starts, tokens, experts, mlp.gate_up, mlp.down, mlp.activation);
+  gated_mlp(size, x, a, rows, starts, tokens, num_experts, mlp.gate_up, mlp.down, mlp.activation);
   if (mlp.shared_gate_up) {
     const int whole[2] = {0, rows};
-    gated_mlp(mlp, in_order, rows, whole, nullptr, 1, mlp.shared_gate_up, mlp.shared_down, mlp.shared_activation);
+    gated_mlp(size, x, in_order, rows, whole, nullptr, 1, mlp.shared_gate_up, mlp.shared_down, mlp.shared_activation);
   }
 }
 

@@ -24,6 +24,7 @@ class DeepLayer(nn.Module):
         hidden, head_dim = config.hidden_size, config.head_dim
         kv_size, q_size = config.num_key_value_heads * head_dim, config.num_attention_heads * head_dim
         self.config = config
+        self.index = index
         self.activation = "silu" if arch.mu_guidance else config.hidden_act  # the rewrite knows no other
 
         def big(*shape: int) -> nn.Parameter:

@@ -12,6 +12,7 @@ import importlib.machinery
 import os
 from collections.abc import Callable
 from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_void_p
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,31 +49,36 @@ class _Matrix(Structure):
     ]
 
 
+class _Step(Structure):
+    _fields_ = [(name, c_void_p) for name in ("cos", "sin", "slots", "tables", "query_lens", "seq_lens")] + [
+        (name, c_int32) for name in ("tokens", "sequences", "table_stride", "block_size")
+    ]
+
+
 class _Attention(Structure):
     _fields_ = (
-        [(name, c_void_p) for name in ("kqv", "q_norm", "k_norm", "cos", "sin", "keys", "values", "slots", "tables",
-                                       "query_lens", "seq_lens", "out")]
-        + [("norm_eps", c_float)]
-        + [(name, c_int32) for name in ("tokens", "sequences", "table_stride", "heads", "kv_heads", "head_dim",
-                                        "block_size", "window", "kind")]
-    )  # fmt: skip
+        [(name, POINTER(_Matrix)) for name in ("kqv", "out")]
+        + [(name, c_void_p) for name in ("input_norm", "q_norm", "k_norm")]
+        + [(name, c_float) for name in ("eps", "head_eps")]
+        + [(name, c_int32) for name in ("size", "heads", "kv_heads", "head_dim", "window", "kind")]
+    )
 
 
 class _Dynamics(Structure):
     _fields_ = (
-        [(name, c_void_p) for name in ("x", "h", "velocity", "mu", "base", "in_bias", "out_bias")]
+        [(name, c_void_p) for name in ("base", "in_bias", "out_bias")]
         + [(name, POINTER(_Matrix)) for name in ("into", "into_velocity", "out")]
         + [(name, c_float) for name in ("dt", "max_beta", "max_velocity")]
-        + [(name, c_int32) for name in ("tokens", "size", "inner", "contextual", "first")]
+        + [(name, c_int32) for name in ("size", "inner", "contextual")]
     )
 
 
 class _Mlp(Structure):
     _fields_ = (
-        [(name, c_void_p) for name in ("x", "norm", "experts")]
+        [(name, c_void_p) for name in ("norm", "router", "own")]
         + [(name, POINTER(_Matrix)) for name in ("gate_up", "down", "shared_gate_up", "shared_down")]
-        + [("eps", c_float)]
-        + [(name, c_int32) for name in ("tokens", "size", "num_experts", "activation", "shared_activation")]
+        + [(name, c_float) for name in ("eps", "own_score")]
+        + [(name, c_int32) for name in ("size", "num_experts", "activation", "shared_activation")]
     )
 
 
@@ -91,11 +97,10 @@ def _library() -> ctypes.CDLL | None:
     pointer, number, real = c_void_p, c_int32, c_float
     signatures: dict[str, list[Any]] = {
         "set_threads": [number],
-        "linear": [number, number, pointer, pointer, real, pointer, pointer, pointer],
-        "attention": [pointer],
-        "dynamics": [pointer],
-        "route": [number, number, number, pointer, pointer, real, pointer, pointer],
-        "mlp": [pointer],
+        "linear": [number, pointer, pointer, pointer],
+        "attention": [pointer] * 7,
+        "dynamics": [pointer, number, number, pointer, pointer, pointer, pointer],
+        "mlp": [pointer, number, pointer, pointer, pointer, pointer],
         "highway": [number, number, number, real, pointer, pointer, pointer],
         "embed": [number, pointer, pointer, pointer],
         "rms_norm": [number, number, pointer, pointer, real, pointer],
@@ -140,7 +145,8 @@ class PackedMatrix:
             padded[:n, :k] = weight
             weight = padded
         words = weight.contiguous().view(torch.int32).unflatten(0, (-1, rows)).transpose(1, 2)
-        self._data = lazy_zeros(words.numel() * 4).view(torch.int32).view(words.shape).copy_(words)
+        self._data = lazy_zeros(words.numel() * 4).view(torch.int32).view(words.shape)
+        self._data.copy_(words)
         self.n, self.k = n, k
         self.struct = _Matrix(
             self._data.data_ptr(),
@@ -156,54 +162,53 @@ def _interleave(parts: Tensor, rows: int) -> Tensor:
     count, n, k = parts.shape
     padded = parts.new_zeros(count, -(-n // rows) * rows, k)
     padded[:, :n] = parts
-    return padded.unflatten(1, (-1, rows)).transpose(0, 1).flatten(0, 2)
+    return padded.view(count, -1, rows, k).transpose(0, 1).reshape(-1, k)
 
 
 class _NativeLayer:
-    """The packed matrices of one layer and the argument structures that do not change from step to step."""
+    """One layer's packed matrices, and the structures that tell the kernels of them."""
 
-    def __init__(self, layer: DeepLayer, take: Callable[..., PackedMatrix]) -> None:
-        config = layer.config
-        self.kqv = take(layer, "kqv_proj")
-        self.attention = _Attention(
-            q_norm=_pointer(layer.q_norm), k_norm=_pointer(layer.k_norm), norm_eps=QK_NORM_EPS,
-            heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
-            window=config.sliding_window or 0,
-        )  # fmt: skip
-        self.attention_address = addressof(self.attention)
-        if layer.dynamics_in is not None:
-            size = config.hidden_size
-            self._dynamics = [
-                take(layer, "dynamics_in"),
-                take(layer, "controller_v"),
-                take(layer, "controller_out", lambda w: _interleave(w.unflatten(0, (3, -1)), LANES), panels=3),
-            ]
-            into, into_velocity, out = (ctypes.pointer(matrix.struct) for matrix in self._dynamics)
-            self.dynamics = _Dynamics(
-                base=_pointer(layer.mu), in_bias=_pointer(layer.controller_bias),
-                out_bias=_pointer(layer.controller_out_bias), into=into, into_velocity=into_velocity, out=out,
-                dt=config.dynamics_dt, max_beta=MAX_BETA, max_velocity=MAX_VELOCITY, size=size,
-                inner=config.dynamics_controller_hidden, contextual=layer.contextual_mu,
-            )  # fmt: skip
-            self.dynamics_address = addressof(self.dynamics)
+    def __init__(self, layer: DeepLayer, kind: int, take: Callable[..., PackedMatrix]) -> None:
+        config, size = layer.config, layer.config.hidden_size
+        self.packed: list[PackedMatrix] = []  # alive as long as the structures that point to them
+
+        def matrix(name: str, **how: Any) -> Any:
+            self.packed.append(take(layer, name, **how))
+            return ctypes.pointer(self.packed[-1].struct)
+
+        def stack(name: str, arrange: Callable[[Tensor], Tensor] | None = None) -> Any:
+            parts = [matrix(name, index=e, arrange=arrange).contents for e in range(config.experts)]
+            return ctypes.cast((_Matrix * len(parts))(*parts), POINTER(_Matrix))
 
         def halves(weight: Tensor) -> Tensor:
             return _interleave(weight.unflatten(0, (2, -1)), LANES * PANELS // 2)
 
-        experts = range(config.experts)
-        self._experts = [take(layer, "gate_up", halves, index=e) for e in experts]
-        self._experts += [take(layer, "down", index=e) for e in experts]
-        stacks = (_Matrix * (2 * config.experts))(*(matrix.struct for matrix in self._experts))
-        self.mlp = _Mlp(
-            norm=_pointer(layer.post_norm), gate_up=stacks, eps=config.rms_norm_eps, size=config.hidden_size,
-            down=ctypes.cast(addressof(stacks[config.experts]), POINTER(_Matrix)), num_experts=config.experts,
+        self._attention = _Attention(
+            kqv=matrix("kqv_proj"), out=matrix("o_proj"), input_norm=_pointer(layer.input_norm),
+            q_norm=_pointer(layer.q_norm), k_norm=_pointer(layer.k_norm), eps=config.rms_norm_eps,
+            head_eps=QK_NORM_EPS, size=size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim, window=config.sliding_window or 0, kind=kind,
+        )  # fmt: skip
+        self._mlp = _Mlp(
+            norm=_pointer(layer.post_norm), router=_pointer(layer.router), own=_pointer(layer.token_to_expert),
+            gate_up=stack("gate_up", halves), down=stack("down"), eps=config.rms_norm_eps,
+            own_score=BASE_EXPERT_SCORE, size=size, num_experts=config.experts,
             activation=ACTIVATIONS[layer.activation],
         )  # fmt: skip
-        self._stacks = stacks
         if layer.shared_gate_up is not None:
-            self._shared = [take(layer, "shared_gate_up", halves), take(layer, "shared_down")]
-            self.mlp.shared_gate_up, self.mlp.shared_down = (ctypes.pointer(matrix.struct) for matrix in self._shared)
-        self.mlp_address = addressof(self.mlp)
+            self._mlp.shared_gate_up = matrix("shared_gate_up", arrange=halves)
+            self._mlp.shared_down = matrix("shared_down")
+        self.attention, self.mlp, self.dynamics = addressof(self._attention), addressof(self._mlp), 0
+        if layer.dynamics_in is not None:
+            self._dynamics = _Dynamics(
+                base=_pointer(layer.mu), in_bias=_pointer(layer.controller_bias),
+                out_bias=_pointer(layer.controller_out_bias), into=matrix("dynamics_in"),
+                into_velocity=matrix("controller_v"),
+                out=matrix("controller_out", panels=3, arrange=lambda w: _interleave(w.unflatten(0, (3, -1)), LANES)),
+                dt=config.dynamics_dt, max_beta=MAX_BETA, max_velocity=MAX_VELOCITY, size=size,
+                inner=config.dynamics_controller_hidden, contextual=layer.contextual_mu,
+            )  # fmt: skip
+            self.dynamics = addressof(self._dynamics)
 
 
 class NativeBackend(Backend):
@@ -226,12 +231,13 @@ class NativeBackend(Backend):
         library.pyllm_set_threads(torch.get_num_threads())
         self._size = model.config.hidden_size
         self._kind = KINDS[model.dtype]
-        self._matrices: dict[int, PackedMatrix] = {}
         self._metadata: AttentionMetadata | None = None
-        self._step: tuple[Tensor, ...] = ()
+        self._step, self._step_tensors, self._step_address = _Step(), list[Tensor](), 0
+        self._whole: tuple[AttentionMetadata, Tensor, AttentionMetadata] | None = None
+        self._matrices: dict[int, PackedMatrix] = {}  # by the id of the tensor that stands in the model for each
 
         def take(
-            owner: nn.Module, name: str, arrange: Callable[[Tensor], Tensor] | None = None, *,
+            owner: nn.Module, name: str, *, arrange: Callable[[Tensor], Tensor] | None = None,
             index: int | None = None, panels: int = PANELS, exact: bool = False,
         ) -> PackedMatrix:  # fmt: skip
             weight: Tensor = getattr(owner, name).detach()
@@ -249,11 +255,10 @@ class NativeBackend(Backend):
                 model.lm_head = model.embed_tokens
             else:
                 take(model, "lm_head")
-            self._layers: dict[DeepLayer, _NativeLayer] = {}
+            self._layers: list[_NativeLayer] = []
             for layer in model.layers:
                 assert isinstance(layer, DeepLayer)  # nn.ModuleList forgets its type
-                self._layers[layer] = _NativeLayer(layer, take)
-                take(layer, "o_proj")
+                self._layers.append(_NativeLayer(layer, self._kind, take))
                 if layer.mu_guidance_proj is not None:
                     take(layer, "mu_guidance_proj")
 
@@ -274,7 +279,7 @@ class NativeBackend(Backend):
         """As `Backend.linear`."""
         matrix, rows = self._matrices[id(weight)], len(x)
         out = torch.empty(rows, matrix.n)
-        self._lib.pyllm_linear(rows, matrix.k, x.data_ptr(), None, 0.0, None, matrix.address, out.data_ptr())
+        self._lib.pyllm_linear(rows, x.data_ptr(), matrix.address, out.data_ptr())
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -284,88 +289,79 @@ class NativeBackend(Backend):
         self._lib.pyllm_rms_norm(x.numel() // size, size, x.data_ptr(), weight.data_ptr(), eps, out.data_ptr())
         return out
 
-    def project_kqv(self, layer: DeepLayer, x: Tensor, mu_below: Tensor | None) -> Tensor:
-        """As `Backend.project_kqv`."""
-        matrix, rows = self._layers[layer].kqv, len(x)
-        out = torch.empty(rows, matrix.n)
-        beside = None if matrix.k == self._size or mu_below is None else mu_below.data_ptr()
-        self._lib.pyllm_linear(
-            rows, self._size, x.data_ptr(), layer.input_norm.data_ptr(), layer.config.rms_norm_eps, beside,
-            matrix.address, out.data_ptr(),
-        )  # fmt: skip
-        return out
-
     def attention(
         self,
         layer: DeepLayer,
-        kqv: Tensor,
+        x: Tensor,
+        mu_below: Tensor | None,
         rope: tuple[Tensor, Tensor],
         cache: Tensor | None,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """As `Backend.attention`; returns FP32."""
+        """As `Backend.attention`; without a cache, over pages of its own that are thrown away."""
         if cache is None:
-            return super().attention(layer, kqv, rope, cache, metadata).float()
+            cache, metadata = self._passing_pages(layer, metadata)
+        if metadata is not self._metadata:
+            self._begin_step(metadata, rope, cache)
+        h = torch.empty_like(x)
+        keys = cache.data_ptr() + layer.index * cache.stride(0) * cache.element_size()
+        self._lib.pyllm_attention(
+            self._layers[layer.index].attention, self._step_address, x.data_ptr(),
+            None if mu_below is None else mu_below.data_ptr(), keys,
+            keys + cache.stride(1) * cache.element_size(), h.data_ptr(),
+        )  # fmt: skip
+        return h
+
+    def _passing_pages(self, layer: DeepLayer, metadata: AttentionMetadata) -> tuple[Tensor, AttentionMetadata]:
+        """Pages for whole sequences without a cache, one page a sequence, the same ones for every layer."""
+        if self._whole is None or self._whole[0] is not metadata:
+            config, lengths = layer.config, metadata.seq_lens
+            longest = max(lengths)
+            shape = (1, 2, len(lengths), longest, config.num_key_value_heads, config.head_dim)
+            cache = self.new_kv_cache(shape, layer.o_proj.dtype, torch.device("cpu"))
+            tables = torch.arange(len(lengths), dtype=torch.int32)[:, None]
+            slots = torch.cat([n * longest + torch.arange(length) for n, length in enumerate(lengths)])
+            paged = replace(metadata, slot_mapping=slots, block_tables=tables)
+            self._whole = metadata, cache.expand(config.num_hidden_layers, -1, -1, -1, -1, -1), paged
+        return self._whole[1:]
+
+    def _begin_step(self, metadata: AttentionMetadata, rope: tuple[Tensor, Tensor], cache: Tensor) -> None:
+        """Lay down once what the attention of all layers needs to know of the step."""
         assert metadata.slot_mapping is not None  # for the type checker
         assert metadata.block_tables is not None
-        native = self._layers[layer]
-        args = native.attention
-        if metadata is not self._metadata:
-            self._metadata = metadata
-            self._step = (
-                torch.tensor(metadata.query_lens, dtype=torch.int32),
-                torch.tensor(metadata.seq_lens, dtype=torch.int32),
-                metadata.block_tables.to(torch.int32).contiguous(),
-            )
-        query_lens, seq_lens, tables = self._step
-        out = torch.empty(len(kqv), args.heads * args.head_dim)
-        args.kqv, args.cos, args.sin = kqv.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr()
-        args.keys = cache.data_ptr()
-        args.values = args.keys + cache.stride(0) * cache.element_size()
-        args.slots, args.tables = metadata.slot_mapping.data_ptr(), tables.data_ptr()
-        args.query_lens, args.seq_lens = query_lens.data_ptr(), seq_lens.data_ptr()
-        args.out = out.data_ptr()
-        args.tokens, args.sequences, args.table_stride = len(kqv), len(seq_lens), tables.shape[1]
-        args.block_size, args.kind = cache.shape[2], self._kind
-        self._lib.pyllm_attention(native.attention_address)
-        return out
+        query_lens = torch.tensor(metadata.query_lens, dtype=torch.int32)
+        seq_lens = torch.tensor(metadata.seq_lens, dtype=torch.int32)
+        tables = metadata.block_tables.to(torch.int32).contiguous()
+        tensors = [*rope, metadata.slot_mapping, tables, query_lens, seq_lens]
+        self._step = _Step(
+            *(tensor.data_ptr() for tensor in tensors), len(metadata.slot_mapping), len(seq_lens), tables.shape[1],
+            cache.shape[3],
+        )  # fmt: skip
+        self._step_address = addressof(self._step)
+        self._metadata, self._step_tensors = metadata, tensors  # alive as long as the kernels may read them
 
     def dynamics(
         self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Backend.dynamics`; changes `x` and `velocity` in place."""
-        native = self._layers[layer]
-        args = native.dynamics
-        args.first = velocity is None
-        velocity = torch.empty_like(x) if velocity is None else velocity
+        speed = torch.empty_like(x) if velocity is None else velocity
         mu = torch.empty_like(x)
-        args.x, args.h, args.velocity, args.mu = x.data_ptr(), h.data_ptr(), velocity.data_ptr(), mu.data_ptr()
-        args.tokens = len(x)
-        self._lib.pyllm_dynamics(native.dynamics_address)
-        return x, velocity, mu
-
-    def route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
-        """As `Backend.route`."""
-        if layer.token_to_expert is None:
-            return None
-        own = layer.token_to_expert[input_ids]
-        if layer.router is None or mu is None:
-            return own
-        experts = torch.empty_like(own)
-        self._lib.pyllm_route(
-            len(own), self._size, len(layer.router), mu.data_ptr(), layer.router.data_ptr(), BASE_EXPERT_SCORE,
-            own.data_ptr(), experts.data_ptr(),
+        self._lib.pyllm_dynamics(
+            self._layers[layer.index].dynamics, len(x), velocity is None, x.data_ptr(), h.data_ptr(),
+            speed.data_ptr(), mu.data_ptr(),
         )  # fmt: skip
-        return experts
+        return x, speed, mu
 
-    def routed_mlp(self, layer: DeepLayer, x: Tensor, experts: Tensor | None) -> Tensor:
+    def routed_mlp(
+        self, layer: DeepLayer, x: Tensor, input_ids: Tensor, mu: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """As `Backend.routed_mlp`; changes `x` in place."""
-        native = self._layers[layer]
-        args = native.mlp
-        args.x, args.tokens = x.data_ptr(), len(x)
-        args.experts = None if experts is None else experts.data_ptr()
-        self._lib.pyllm_mlp(native.mlp_address)
-        return x
+        experts = None if layer.token_to_expert is None else torch.empty_like(input_ids)
+        self._lib.pyllm_mlp(
+            self._layers[layer.index].mlp, len(x), x.data_ptr(), input_ids.data_ptr(),
+            None if mu is None else mu.data_ptr(), None if experts is None else experts.data_ptr(),
+        )  # fmt: skip
+        return x, experts
 
     def highway(self, mu: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `Backend.highway`; changes `residual` in place."""

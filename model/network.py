@@ -124,17 +124,14 @@ class DeepForCausalLM(nn.Module):
         mu: Tensor | None = None
         mu_below = None if self.mu_init is None else self.mu_init.expand_as(x).contiguous()
         residual_mu: Tensor | None = None
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             assert isinstance(layer, DeepLayer)  # nn.ModuleList forgets its type
-            kqv = ops.project_kqv(layer, x, mu_below)
-            out = ops.attention(layer, kqv, rope, None if kv_cache is None else kv_cache[index], attention)
-            h = ops.linear(out, layer.o_proj)
+            h = ops.attention(layer, x, mu_below, rope, kv_cache, attention)
             if layer.dynamics_in is not None:
                 x, velocity, mu = ops.dynamics(layer, x, h, velocity)
             else:
                 x = x + h
-            experts = ops.route(layer, input_ids, mu)
-            x = ops.routed_mlp(layer, x, experts)
+            x, experts = ops.routed_mlp(layer, x, input_ids, mu)
             if layer.mu_guidance_proj is not None and layer.mu is not None:
                 # The 2026-03 rewrite: mu comes after the MLP and is bounded twice.
                 mu = layer.mu.clamp(0.0, 2.0) + ops.linear(x, layer.mu_guidance_proj)
@@ -144,7 +141,9 @@ class DeepForCausalLM(nn.Module):
             else:
                 mu_below = mu
             if observer is not None:
-                observer(LayerState(index, x.clone(), mu, None if velocity is None else velocity.clone(), experts))
+                observer(
+                    LayerState(layer.index, x.clone(), mu, None if velocity is None else velocity.clone(), experts)
+                )
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

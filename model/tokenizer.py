@@ -19,7 +19,7 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Tokenizer:
     """A `tokenizer.json` and what its neighbours say of special tokens and of the chat template.
 
-    Safe to use from several threads: nothing in it changes after construction.
+    Safe to use from several threads: nothing but a cache of texts changes after construction.
 
     Attributes:
         vocab_size: highest id + 1 (the network's logits may be wider: padding rows).
@@ -62,6 +62,7 @@ class Tokenizer:
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._bytes = _piece_bytes(library, {id_: token.content for id_, token in added.items()})
         self._visible_bytes = [b"" if id_ in self.special_ids else piece for id_, piece in enumerate(self._bytes)]
+        self._texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self.vocab_size = len(self._bytes)
         self.adds_bos = (
             self.bos_token_id is not None
@@ -149,7 +150,8 @@ class Tokenizer:
 
     def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream:
         """A fresh incremental decoder."""
-        return DecodeStream(self._visible_bytes if skip_special_tokens else self._bytes)
+        pieces = self._visible_bytes if skip_special_tokens else self._bytes
+        return DecodeStream(pieces, self._texts[skip_special_tokens])
 
     def token_bytes(self, id_: int) -> bytes:
         """The exact bytes of one token: its share of UTF-8 text, b"" outside the vocabulary."""
@@ -169,16 +171,27 @@ class DecodeStream:
     # The library's own stream holds everything back while the text ends in U+FFFD, which for a model that writes
     # broken UTF-8 is a stall of unknown length, and it decodes a window of ids again at each step. Byte-level pieces
     # are plain bytes, so Python's incremental decoder is exact, and constant work per token.
-    __slots__ = ("_decode", "_pieces")
+    __slots__ = ("_decoder", "_pieces", "_texts", "_whole")
 
-    def __init__(self, pieces: list[bytes]) -> None:
-        """`pieces` holds the bytes of each id."""
+    def __init__(self, pieces: list[bytes], texts: dict[int, str]) -> None:
+        """`pieces` holds the bytes of each id; `texts`, those found to be whole characters, for all streams of them."""
         self._pieces = pieces
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._texts = texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._whole = True  # no character is begun
 
     def step(self, id_: int) -> str:
         """The text that `id_` completes, perhaps none; nothing for an id outside the vocabulary."""
-        return self._decode(self._pieces[id_]) if id_ < len(self._pieces) else ""
+        if self._whole and (known := self._texts.get(id_)) is not None:
+            return known
+        if id_ >= len(self._pieces):
+            return ""
+        began_whole = self._whole
+        text = self._decoder.decode(self._pieces[id_])
+        self._whole = not self._decoder.getstate()[0]
+        if began_whole and self._whole:
+            self._texts[id_] = text
+        return text
 
 
 def _byte_level_alphabet() -> dict[str, int]:

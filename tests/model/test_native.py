@@ -145,6 +145,18 @@ def test_a_token_has_the_same_bits_in_any_company_chunk_and_page_size(variant, d
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+def test_whole_sequences_without_a_cache_give_the_same_bits_as_pages():
+    model = native(TINY, torch.bfloat16)
+    lengths = [40, 7, 23]
+    sequences = prompts(TINY, lengths)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    with torch.inference_mode():
+        hidden = model(torch.cat(sequences), positions, AttentionMetadata.without_cache(lengths))
+        together = model.logits(hidden).split(lengths)
+    paged = run(model, sequences, [[(0, 40), (1, 7), (2, 23)]])
+    assert all(torch.equal(a, b) for a, b in zip(together, paged, strict=True))
+
+
 def test_int8_stays_close_to_the_weights_it_was_made_of():
     sequences, steps = prompts(WIDE, [200]), [[(0, 200)]]
     true = run(make(WIDE), sequences, steps)[0]
