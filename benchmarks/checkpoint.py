@@ -1,7 +1,11 @@
-"""A checkpoint folder without weights, of a published shape, for `--load-format dummy`."""
+"""Checkpoint folders of the published shapes: `python benchmarks/checkpoint.py 150m FOLDER [--weights]`.
+
+Without weights they are for `--load-format dummy`; those of `--weights` are random too, but read from a file.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -37,3 +41,29 @@ def write_shape(folder: Path, shape: str) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def write_weights(folder: Path) -> None:
+    """Add `model.safetensors` with random weights in BF16 to a folder that `write_shape` made."""
+    import torch
+
+    from pyllm.model.loader import load_checkpoint, save_checkpoint
+
+    model, _ = load_checkpoint(folder, dtype=torch.bfloat16, device=torch.device("cpu"), load_format="dummy")
+    save_checkpoint(model, folder, dtype=torch.bfloat16)
+
+
+def main() -> None:
+    """Write a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights", action="store_true")
+    args = parser.parse_args()
+    write_shape(args.folder, args.shape)
+    if args.weights:
+        write_weights(args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,6 @@ from ..model.config import CheckpointError, DeepConfig
 from ..model.loader import load_checkpoint
 from ..model.native import NativeBackend
 from ..model.native import available as native_available
-from ..model.network import DeepForCausalLM
 from .config import EngineConfig
 from .core import EngineCore
 from .errors import EngineStartError
@@ -21,7 +20,7 @@ from .request import Request
 from .scheduler import ScheduledSequence
 
 # Prompt tokens that take about twice as long as a decode step of a few sequences: streams slow down threefold at most.
-PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
+PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
 WARM_UP_STEPS = ((16, 1), (64, 8))
 """(prompt tokens, sequences that decode after it)."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -109,7 +108,6 @@ def _warm_up(runner: ModelRunner, info: EngineInfo) -> None:
             request.append(0)
             request.num_computed_tokens = length
         runner.execute([ScheduledSequence(request, 1, True) for request in requests])
-
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -80,9 +80,9 @@ def _group_bytes(root: Path) -> Iterator[int]:
     for line in lines:
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            mounts, limit, usage, cached = ("sys/fs/cgroup", "sys/fs/cgroup/unified"), "max", "current", ""
+            mounts, limit, usage, cached = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "max", "current", ""
         elif "memory" in controllers.split(","):
-            mounts, limit, usage, cached = ("sys/fs/cgroup/memory",), "limit_in_bytes", "usage_in_bytes", "total_"
+            mounts, limit, usage, cached = ["sys/fs/cgroup/memory"], "limit_in_bytes", "usage_in_bytes", "total_"
         else:
             continue
         own = Path(path.lstrip("/"))

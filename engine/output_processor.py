@@ -176,7 +176,7 @@ class OutputProcessor:
             arrival, scheduled, first, _ = state.times
             now = time.monotonic() if now is None else now
             state.times = RequestTimes(arrival, scheduled or output.scheduled_time, first or now, now)
-            state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
+            state.num_cached_tokens = output.num_cached_tokens or state.num_cached_tokens
         finish_reason: FinishReason | None = output.finish_reason if stop is None else "stop"
         if finish_reason is not None:
             del self._states[output.request_id]
@@ -184,8 +184,8 @@ class OutputProcessor:
         return RequestOutput(
             request_id=output.request_id,
             text="".join(pieces),
-            token_ids=output.token_ids[:taken],
-            logprobs=output.logprobs[:taken],
+            token_ids=output.token_ids if stop is None else output.token_ids[:taken],
+            logprobs=output.logprobs if stop is None else output.logprobs[:taken],
             finish_reason=finish_reason,
             stop_reason=stop_id if stop is None and stop_id in params.stop_token_ids else stop,
             num_prompt_tokens=state.num_prompt_tokens,

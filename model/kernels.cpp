@@ -25,7 +25,7 @@ constexpr int LANES = 16;          // floats in a vector
 constexpr int ROW_CHUNK = 96;      // rows whose sums stay in the first-level cache, a multiple of 6
 constexpr int DEPTH_CHUNK = 512;   // bytes of a row multiplied before the next rows are, so that weights stay there
 constexpr int RUN = 32;            // keys that attention takes at a time
-constexpr int QUERY_TILE = 8;      // queries of a prompt that share the keys and values they read
+constexpr int QUERY_TILE = 16;     // queries of a prompt that share the keys and values they read
 constexpr int MOST_HEAD_DIM = 256;
 constexpr int MOST_GROUP = 16;     // query heads to a KV head
 
@@ -38,6 +38,7 @@ class Pool {
   void resize(int threads) {
     stop();
     quit_ = false;
+    shares_ = std::vector<Share>(threads);
     for (int i = 1; i < threads; ++i) helpers_.emplace_back([this, i] { help(i); });
   }
 
@@ -51,8 +52,10 @@ class Pool {
     }
     call_ = [](const void* data, int task, int thread) { (*static_cast<const Body*>(data))(task, thread); };
     data_ = &body;
-    tasks_ = tasks;
-    next_.store(0, std::memory_order_relaxed);
+    for (int i = 0, n = size(); i < n; ++i) {
+      shares_[i].next.store(tasks * i / n, std::memory_order_relaxed);
+      shares_[i].end = tasks * (i + 1) / n;
+    }
     open_.store(true);
     jobs_.fetch_add(1);
     if (sleeping_.load()) jobs_.notify_all();
@@ -66,8 +69,12 @@ class Pool {
     if (spins < 20000) _mm_pause(); else std::this_thread::yield();
   }
 
+  // Each has a share of neighbouring tasks, which lie beside each other in memory; then it helps with the others'.
   void work(int thread) {
-    for (int task; (task = next_.fetch_add(1)) < tasks_;) call_(data_, task, thread);
+    for (int i = 0, n = size(); i < n; ++i) {
+      Share& share = shares_[(thread + i) % n];
+      for (int task; (task = share.next.fetch_add(1)) < share.end;) call_(data_, task, thread);
+    }
   }
 
   void help(int thread) {
@@ -95,11 +102,15 @@ class Pool {
     helpers_.clear();
   }
 
+  struct alignas(64) Share {
+    std::atomic<int> next{0};
+    int end = 0;
+  };
+
   std::vector<std::thread> helpers_;
+  std::vector<Share> shares_{1};
   void (*call_)(const void*, int, int) = nullptr;
   const void* data_ = nullptr;
-  int tasks_ = 0;
-  alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<uint32_t> jobs_{0};
   alignas(64) std::atomic<int> inside_{0};
   std::atomic<int> sleeping_{0};

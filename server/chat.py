@@ -39,7 +39,7 @@ async def create_chat_completion(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         turn_ends=model.template.stop_strings,
     )
-    generation = Generation(model, request, [prompt], params, body.n or 1, "messages")
+    generation = Generation(model, request, [prompt], params, body, "messages")
     head = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": name}
     if body.stream:
         head["object"] = "chat.completion.chunk"

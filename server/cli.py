@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from .config import ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
+from ..engine.launch import EngineProcess
+from .config import BenchConfig, ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
 
 # Servers and networks are imported when a command needs them: help and mistakes must be answered at once.
 
@@ -17,6 +18,7 @@ COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
     "serve": (ServerConfig, ".serve:serve", "Serve a Complexity-Deep model with an OpenAI-compatible HTTP API."),
     "generate": (GenerateConfig, ".terminal:generate", "Continue one prompt."),
     "chat": (TerminalConfig, ".terminal:chat", "Talk to a model in the terminal."),
+    "bench": (BenchConfig, ".bench:bench", "Measure how fast a server is, ours or another."),
 }
 """Each command's flags, the function that runs it, and what it is for."""
 USAGE_ERROR = 2
@@ -51,13 +53,25 @@ def _run(command: str, words: list[str]) -> int:
     except ConfigError as error:
         return _fail(error)
     _configure_logging(config.log_level)
+    # The engine's libraries take a second to load: that begins now, while this process loads its own.
+    process = None if isinstance(config, BenchConfig) else EngineProcess()
+    try:
+        return _call(entry, config, process)
+    finally:
+        if process is not None:
+            process.kill()
+
+
+def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
+    """Run a command's function; say in one sentence why it fails."""
     from ..engine.errors import EngineDeadError, EngineStartError, RequestError
     from ..model.config import CheckpointError
     from .chat_template import ChatTemplateError
 
     try:
         module, _, function = entry.partition(":")
-        return int(getattr(import_module(module, __package__), function)(config))
+        run = getattr(import_module(module, __package__), function)
+        return int(run(config) if process is None else run(config, process))
     except (ConfigError, CheckpointError, ChatTemplateError, EngineStartError, RequestError) as error:
         return _fail(error)
     except EngineDeadError as error:

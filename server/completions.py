@@ -29,7 +29,7 @@ async def create_completion(
     max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
     params = sampling_params(body, model, max_tokens=max_tokens, logprobs=body.logprobs)
     prompts = await _encode(body, model)
-    generation = Generation(model, request, prompts, params, body.n or 1, "prompt")
+    generation = Generation(model, request, prompts, params, body, "prompt")
     head = {
         "id": f"cmpl-{request.state.request_id}",
         "object": "text_completion",

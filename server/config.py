@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,10 @@ def flag(
     choices: tuple[str, ...] = (),
     positional: bool = False,
 ) -> Any:
-    """Declare a flag: `kind` is text, list (repeatable), int, float or switch; `low` and `high` are inclusive."""
+    """Declare a flag: `kind` is text, list (repeatable), int, float, size or switch; `low` and `high` are inclusive.
+
+    A size is a number of bytes, or a number with a unit such as 512MB or 2GiB.
+    """
     settings = {"text": text, "kind": kind, "low": low, "high": high, "choices": choices, "positional": positional}
     return field(default=default, metadata=settings)
 
@@ -50,6 +54,7 @@ class ModelFlags:
     model: str | None = flag(None, "folder or hub id of the checkpoint (none: the bundled demo model)", positional=True)
     dtype: str = flag("auto", "number format of the weights", choices=("auto", "bfloat16", "float32"))
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    quantization: str = flag("none", "int8 packs the large weights to 8 bits at load", choices=("none", "int8"))
     load_format: str = flag("auto", "dummy gives random weights of the config's shapes", choices=("auto", "dummy"))
     seed: int | None = flag(
         None, "makes requests that bring no seed repeatable; also dummy weights", "int", low=0, high=2**63 - 1
@@ -57,8 +62,19 @@ class ModelFlags:
     max_model_len: int | None = flag(None, "most tokens of prompt and answer (none: the model's context)", "int", low=1)
     max_num_seqs: int = flag(64, "most sequences in one step", "int", low=1, high=4096)
     max_num_batched_tokens: int = flag(2048, "most tokens in one step", "int", low=1, high=2**20)
+    max_num_prefill_tokens: int | None = flag(
+        None, "most prompt tokens in a step in which others decode (none: by device)", "int", low=1, high=2**20
+    )
+    max_num_queued_reqs: int = flag(1024, "most requests that wait; more are refused with 429", "int", low=1)
+    scheduling_policy: str = flag("fcfs", "whose turn it is; priority: lower first", choices=("fcfs", "priority"))
+    enable_prefix_caching: bool = flag(True, "compute what prompts have in common only once", "switch")
     block_size: int = flag(16, "tokens in one block of the KV cache", "int", low=1, high=1024)
-    kv_cache_memory_bytes: int | None = flag(None, "size of the KV cache (none: chosen for you)", "int", low=1)
+    kv_cache_memory_bytes: int | None = flag(
+        None, "size of the KV cache, such as 2GiB (none: by what is free)", "size", low=1, high=2**60
+    )
+    gpu_memory_utilization: float = flag(
+        0.92, "share of a GPU's memory to fill, where the KV cache is given no size", "float", low=0.01, high=1
+    )
     num_kv_blocks: int | None = flag(None, "number of blocks in the KV cache, instead of a size", "int", low=1)
     chat_template: str | None = flag(None, "file with a Jinja chat template, instead of the checkpoint's own")
     log_level: str = flag("info", "least severe messages shown", choices=("debug", "info", "warning", "error"))
@@ -69,6 +85,19 @@ class ModelFlags:
 
         shared = set(EngineConfig.__struct_fields__) & {f.name for f in dataclasses.fields(self)} - {"model"}
         return EngineConfig(model=str(path), **{name: getattr(self, name) for name in shared})
+
+    def model_arguments(self) -> list[str]:
+        """These flags as words of a command line, as far as they differ from the defaults."""
+        words: list[str] = []
+        for f in dataclasses.fields(ModelFlags):
+            value = getattr(self, f.name)
+            if f.name in ("config", "log_level") or value == f.default:
+                continue
+            if f.metadata["kind"] == "switch":
+                words.append(_option(f.name if value else f"no_{f.name}"))
+            else:
+                words += [_option(f.name), str(value)]
+        return words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +142,23 @@ class GenerateConfig(TerminalConfig):
     chat: bool = flag(False, "put the prompt through the chat template, as a user's message", "switch")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig(ModelFlags):
+    """The flags of `pyllm bench`."""
+
+    log_level: str = flag("warning", "least severe messages shown", choices=("debug", "info", "warning", "error"))
+    base_url: str | None = flag(None, "running server to measure (none: one is started with the flags of the model)")
+    api_key: str | None = flag(None, "key that this server wants")
+    concurrency: str = flag("1,8,32", "numbers of clients at a time, one measurement each")
+    num_requests: int | None = flag(
+        None, "requests per measurement (none: two per client, at least 4)", "int", low=1, high=10**6
+    )
+    input_len: int = flag(128, "tokens of a prompt", "int", low=1, high=10**6)
+    output_len: int = flag(128, "tokens of an answer", "int", low=1, high=10**6)
+    vocab_size: int = flag(1000, "ids of the random prompts are 100 or more and below this", "int", low=101, high=10**7)
+    json: bool = flag(False, "print one line of JSON instead of a table", "switch")
+
+
 Config = TypeVar("Config", bound=ModelFlags)
 
 
@@ -144,10 +190,20 @@ def _parser(cls: type[Config], program: str, description: str) -> _Parser:
         if kind == "switch":
             parser.add_argument(_option(f.name), action=argparse.BooleanOptionalAction, help=text)
         else:
-            metavar = "{" + ",".join(choices) + "}" if choices else {"int": "N", "float": "X"}.get(kind, "TEXT")
+            metavar = {"int": "N", "float": "X", "size": "SIZE"}.get(kind, "TEXT")
+            metavar = "{" + ",".join(choices) + "}" if choices else metavar
             action = "append" if kind == "list" else "store"
             parser.add_argument(_option(f.name), action=action, metavar=metavar, help=text)
     return parser
+
+
+def _bytes(text: str) -> int:
+    """The bytes of a size; raise `ValueError` for what is none."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(text)
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")) if found[2] else int(found[1])
 
 
 def _convert(f: dataclasses.Field[Any], raw: Any, source: str) -> Any:
@@ -165,14 +221,15 @@ def _convert(f: dataclasses.Field[Any], raw: Any, source: str) -> Any:
         if word in ("1", "true", "yes", "on", "0", "false", "no", "off"):
             return word in ("1", "true", "yes", "on")
         raise ConfigError(f"{source} must be true or false, got {raw!r:.200}.")
-    if kind in ("int", "float"):
+    if kind in ("int", "float", "size"):
         try:
-            number = int(str(raw)) if kind == "int" else float(str(raw))
+            number = float(str(raw)) if kind == "float" else _bytes(str(raw)) if kind == "size" else int(str(raw))
         except ValueError:
             number = math.nan
         if not low <= number <= high:
             bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{source} must be a {'whole ' * (kind == 'int')}number {bounds}, got {raw!r:.200}.")
+            what = {"int": "a whole number", "size": "a number of bytes, or one such as 2GiB,"}.get(kind, "a number")
+            raise ConfigError(f"{source} must be {what} {bounds}, got {raw!r:.200}.")
         return number
     value = str(raw) if isinstance(raw, (str, int, float)) else ""
     if choices and value not in choices:

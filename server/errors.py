@@ -10,7 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..engine.errors import EngineDeadError, RequestError
+from ..engine.errors import EngineBusyError, EngineDeadError, RequestError
 from .chat_template import ChatTemplateError
 
 logger = logging.getLogger("pyllm.server")
@@ -45,6 +45,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error object, as it stands in a body or in a stream."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -77,6 +78,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=error.param, code=error.code or "invalid_value")
         case ChatTemplateError():
             return ApiError(400, str(error), param="messages", code="chat_template_error")
+        case EngineBusyError():
+            return ApiError(429, str(error), code="queue_full", headers={"retry-after": str(error.retry_after)})
         case EngineDeadError():
             return unavailable("The engine has stopped, so this request cannot be finished.", "engine_dead")
         case HTTPException(status_code=404):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from ..engine.async_engine import RequestStream
+from ..engine.async_engine import Bell, RequestStream
 from ..engine.errors import EngineDeadError, RequestError
 from ..engine.messages import SamplingParams, TokenLogprobs
 from ..engine.output_processor import RequestOutput, RequestTimes
@@ -69,15 +69,23 @@ class Choice:
 class Generation:
     """The sequences of one request: `n` for each prompt, in the order of the answer's choices.
 
-    Raises `RequestError` or `EngineDeadError` when the engine refuses one of them, and then runs none.
+    Raises `RequestError`, `EngineBusyError` or `EngineDeadError` when the engine refuses one of them; none runs then.
     """
 
     def __init__(
-        self, model: ServedModel, request: Request, prompts: list[list[int]], params: SamplingParams, n: int, field: str
+        self,
+        model: ServedModel,
+        request: Request,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        body: GenerationRequest,
+        field: str,
     ) -> None:
         """Submit them all; `field` is what this endpoint calls its prompt."""
+        n = body.n or 1
         if len(prompts) * n > MAX_SEQUENCES:
             raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
+        model.engine.check_room(len(prompts) * n)
         self._engine = model.engine
         self._metrics = model.metrics
         self._request = request
@@ -86,12 +94,17 @@ class Generation:
         self.with_logprobs = params.logprobs is not None
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
-        self._pumps: list[asyncio.Task[None]] = []
+        self.bell = Bell()
+        self._running = len(self.choices)
         name = request.state.request_id
         try:
             for index, choice in enumerate(self.choices):
                 own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
-                self._streams.append(self._engine.submit(f"{name}-{index}", choice.prompt_token_ids, own))
+                stream = self._engine.submit(
+                    f"{name}-{index}", choice.prompt_token_ids, own,
+                    priority=body.priority or 0, cache_salt=body.cache_salt, bell=self.bell,
+                )  # fmt: skip
+                self._streams.append(stream)
         except BaseException as error:
             self.abort()
             if isinstance(error, RequestError) and error.param is None:
@@ -105,40 +118,30 @@ class Generation:
             stream.abort()
             if choice.finish_reason is None:
                 self._finish(choice, "abort" if self._engine.is_alive else "error")
-        for pump in self._pumps:
-            pump.cancel()
 
-    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Yield (choice index, output) as the engine goes on; raise `EngineDeadError` or `ApiError` if it fails."""
-        if len(self._streams) == 1:
-            async for output in self._streams[0]:
-                self._note(0, output)
-                yield 0, output
-            return
-        queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(len(self._streams))
-        self._pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)]
-        running = len(self._streams)
-        while running:
-            index, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-                continue
-            self._note(index, item)
-            yield index, item
+    @property
+    def running(self) -> bool:
+        """Whether any choice has not ended; `bell` rings when there is something to `take`."""
+        return self._running > 0
+
+    def take(self) -> Iterator[tuple[int, RequestOutput]]:
+        """(choice index, output) for all that has come by now; raise `EngineDeadError` or `ApiError` on a failure."""
+        for index, stream in enumerate(self._streams):
+            for output in stream.take():
+                self._note(index, output)
+                yield index, output
 
     def _note(self, index: int, output: RequestOutput) -> None:
         """Keep the counts of one output and raise if it says that the sequence failed."""
         choice, times = self.choices[index], output.times
         new_tokens = output.num_output_tokens - choice.num_output_tokens
         if new_tokens and not choice.num_output_tokens:
-            self._metrics.prompt_tokens.inc(output.num_prompt_tokens)
+            self._metrics.num_prompt_tokens += output.num_prompt_tokens
             self._metrics.time_to_first_token.observe(times.first_token - self._arrival)
-        else:
-            for _ in range(new_tokens):
-                self._metrics.inter_token_latency.observe((times.last_token - choice.times.last_token) / new_tokens)
-        self._metrics.generation_tokens.inc(new_tokens)
+        elif new_tokens:
+            gap = (times.last_token - choice.times.last_token) / new_tokens
+            self._metrics.inter_token_latency.observe(gap, new_tokens)
+        self._metrics.num_generation_tokens += new_tokens
         choice.num_output_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
         choice.times = times
@@ -153,6 +156,7 @@ class Generation:
 
     def _finish(self, choice: Choice, reason: str) -> None:
         choice.finish_reason = reason
+        self._running -= 1
         self._metrics.on_finish(reason, time.monotonic() - self._arrival, choice.times)
 
     async def collect(self) -> None:
@@ -170,11 +174,13 @@ class Generation:
             self.abort()
 
     async def _collect(self) -> None:
-        async for index, output in self.outputs():
-            choice = self.choices[index]
-            choice.pieces.append(output.text)
-            choice.token_ids += output.token_ids
-            choice.logprobs += output.logprobs
+        while self.running:
+            await self.bell.heard()
+            for index, output in self.take():
+                choice = self.choices[index]
+                choice.pieces.append(output.text)
+                choice.token_ids += output.token_ids
+                choice.logprobs += output.logprobs
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object: each prompt counts once, each choice's tokens count."""
@@ -193,17 +199,6 @@ class Generation:
 def _shifted(seed: int | None, offset: int) -> int | None:
     """`seed + offset`, going round at the ends of 64 bits."""
     return None if seed is None else (seed + offset + 2**63) % 2**64 - 2**63
-
-
-async def _pump(
-    index: int, stream: RequestStream, queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]]
-) -> None:
-    try:
-        async for output in stream:
-            await queue.put((index, output))
-        await queue.put((index, None))
-    except Exception as error:
-        await queue.put((index, error))
 
 
 async def _disconnected(request: Request) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from ..engine.messages import EngineStats, StepOutputs
 from ..engine.output_processor import RequestTimes
@@ -32,13 +34,13 @@ class Metrics:
     def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
         self._registry = CollectorRegistry()
 
-        def counter(name: str, text: str) -> Counter:
-            family = Counter(name, text, [LABEL], registry=self._registry)
-            return family.labels(model_name)
-
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            family = Histogram(name, text, [LABEL], buckets=buckets, registry=self._registry)
-            return family.labels(model_name)
+            made = Histogram(model_name, name, text, buckets)
+            self._registry.register(made)
+            return made
+
+        def counted(name: str, text: str, read: Callable[[], int]) -> None:
+            self._registry.register(_Counted(model_name, name, text, read))
 
         def gauge(name: str, text: str, read: Callable[[], float]) -> None:
             Gauge(name, text, [LABEL], registry=self._registry).labels(model_name).set_function(read)
@@ -46,9 +48,15 @@ class Metrics:
         gauge("pyllm:num_requests_running", "Sequences in the running batch.", lambda: stats().num_running)
         gauge("pyllm:num_requests_waiting", "Sequences waiting for their turn.", lambda: stats().num_waiting)
         gauge("pyllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", lambda: stats().kv_cache_usage)
-        self._registry.register(_Preemptions(model_name, stats))
-        self.prompt_tokens = counter("pyllm:prompt_tokens", "Prompt tokens of the requests that were started.")
-        self.generation_tokens = counter("pyllm:generation_tokens", "Tokens generated.")
+        counted("pyllm:num_preemptions", "Sequences set back to free KV blocks.", lambda: stats().num_preemptions)
+        counted("pyllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.",
+                lambda: stats().prefix_cache_queries)  # fmt: skip
+        counted("pyllm:prefix_cache_hits", "Prompt tokens that were found in the prefix cache.",
+                lambda: stats().prefix_cache_hits)  # fmt: skip
+        self.num_prompt_tokens = self.num_generation_tokens = 0
+        counted("pyllm:prompt_tokens", "Prompt tokens of the requests that were started.",
+                lambda: self.num_prompt_tokens)  # fmt: skip
+        counted("pyllm:generation_tokens", "Tokens generated.", lambda: self.num_generation_tokens)
         self.time_to_first_token = histogram(
             "pyllm:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
         )
@@ -91,14 +99,41 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Preemptions(Collector):
-    """The engine counts preemptions itself; this reads its count."""
+class Histogram(Collector):
+    """A histogram for one thread, ten times as fast as the library's own, for it is asked at every token."""
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, model_name: str, name: str, text: str, buckets: tuple[float, ...]) -> None:
         self._model_name = model_name
-        self._stats = stats
+        self._name = name
+        self._text = text
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Take note of `count` things of this size."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """What it holds now."""
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        family = HistogramMetricFamily(self._name, self._text, labels=[LABEL])
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        family.add_metric([self._model_name], buckets=buckets, sum_value=self._sum)
+        yield family
+
+
+class _Counted(Collector):
+    """A counter whose count somebody else keeps."""
+
+    def __init__(self, model_name: str, name: str, text: str, read: Callable[[], int]) -> None:
+        self._model_name = model_name
+        self._name = name
+        self._text = text
+        self._read = read
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily("pyllm:num_preemptions", "Sequences set back to free KV blocks.", labels=[LABEL])
-        family.add_metric([self._model_name], self._stats().num_preemptions)
+        family = CounterMetricFamily(self._name, self._text, labels=[LABEL])
+        family.add_metric([self._model_name], self._read())
         yield family

@@ -47,6 +47,7 @@ class RequestMiddleware:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["arrival"] = started = time.monotonic()
+        state["send"] = send  # past all layers, for what comes between a stream's head and its end
         status = 0
         complete = False
 

@@ -39,6 +39,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 Name = Annotated[str, StringConstraints(max_length=512)]
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
@@ -131,6 +132,10 @@ class GenerationRequest(StrictModel):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
+    priority: int | None = Field(
+        None, ge=-(2**31), le=MAX_INT, description="Lower goes first, where the server schedules by priority."
+    )
+    cache_salt: Salt | None = Field(None, description="Only requests of one salt share computed prompts.")
 
     # OpenAI's bookkeeping, accepted because ignoring it harms nobody.
     user: Name | None = None

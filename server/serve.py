@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import __version__
+from ..engine.launch import EngineProcess
 from .app import Service, create_app
 from .config import ConfigError, ServerConfig
 from .errors import ApiError, encode_json
@@ -31,17 +33,18 @@ LAST_WORDS_SECONDS = 2.0
 """How long clients get to hear that their request has failed, before the server ends."""
 
 
-def serve(config: ServerConfig) -> int:
-    """Serve until a signal comes or the engine dies; return the process's exit code.
+def serve(config: ServerConfig, process: EngineProcess) -> int:
+    """Serve with the engine of `process` until a signal comes or that dies; return the exit code.
 
     Raises `ConfigError`, or what `load` raises, each with one plain sentence, when it cannot start.
     """
     sockets = [] if config.uds else _bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        server = _ServerProcess(config, sockets)
+        server = _ServerProcess(config, process, sockets)
         code = runner.run(server.run())
         if server.interrupted_loading:
             # A download may still run in a thread, which the interpreter would wait for.
+            process.kill()
             sys.stderr.flush()
             os._exit(code)
     return code
@@ -90,9 +93,10 @@ class _HttpProtocol(HttpToolsProtocol):
 class _ServerProcess:
     """The order of things from start to end."""
 
-    def __init__(self, config: ServerConfig, sockets: list[socket.socket]) -> None:
+    def __init__(self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket]) -> None:
         self.interrupted_loading = False
         self._config = config
+        self._process = process
         self._sockets = sockets
         self._service = Service(config)
         self._http = _HttpServer(
@@ -128,8 +132,7 @@ class _ServerProcess:
 
     async def _load(self, http: asyncio.Task[None]) -> ServedModel | None:
         """Load the model; None when a signal or the end of the HTTP server came first."""
-        started = time.monotonic()
-        loading = asyncio.create_task(load(self._config, names=self._config.served_model_name))
+        loading = asyncio.create_task(load(self._config, self._process, names=self._config.served_model_name))
         await _first_of(loading, http, self._stop.wait())
         if not loading.done():
             loading.cancel()
@@ -142,7 +145,8 @@ class _ServerProcess:
                 await loading
             return None
         self._service.model = model = loading.result()
-        self._announce(model, time.monotonic() - started)
+        gc.freeze()  # what is there now stays: the collector need not look at it again and again while chunks are made
+        self._announce(model, time.monotonic() - self._process.started)
         return model
 
     def _announce(self, model: ServedModel, seconds: float) -> None:
@@ -154,8 +158,9 @@ class _ServerProcess:
             info.dtype, info.device,
         )  # fmt: skip
         logger.info(
-            "KV cache of %s tokens; context of %s tokens; at most %d sequences at a time",
-            f"{info.kv_capacity_tokens:,}", f"{info.max_model_len:,}", info.max_num_seqs,
+            "KV cache of %s tokens, %.1f requests of the full %s; at most %d sequences at a time",
+            f"{info.kv_capacity_tokens:,}", info.kv_capacity_tokens / info.max_model_len, f"{info.max_model_len:,}",
+            info.max_num_seqs,
         )  # fmt: skip
         url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config.root_path)
         logger.info("Ready after %.1f s on %s", seconds, url)

@@ -14,6 +14,7 @@ import msgspec
 
 from ..engine.async_engine import AsyncEngine
 from ..engine.errors import RequestError
+from ..engine.launch import EngineProcess
 from ..engine.messages import SamplingParams
 from ..model.hub import resolve_model
 from ..model.tokenizer import Tokenizer
@@ -82,8 +83,8 @@ class ServedModel:
         return characters < LARGE_TEXT
 
 
-async def load(flags: ModelFlags, *, names: tuple[str, ...] = ()) -> ServedModel:
-    """Find the checkpoint, start its engine and wait for it.
+async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, ...] = ()) -> ServedModel:
+    """Find the checkpoint, let `process` load it, read what belongs to it here meanwhile, and wait for the engine.
 
     Raises `CheckpointError`, `ChatTemplateError`, `ConfigError` or `EngineStartError`, each with one plain sentence.
     """
@@ -91,13 +92,16 @@ async def load(flags: ModelFlags, *, names: tuple[str, ...] = ()) -> ServedModel
     folder = path if path.is_dir() else path.parent
     if flags.model is None and not (folder / "config.json").exists():
         raise ConfigError("This copy of pyllm has no demo model: pass a folder or a hub id.")
+    config = flags.engine_config(path)
+    process.configure(config)
     tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
     template = ChatTemplate.from_tokenizer(tokenizer, override=_read_template(flags.chat_template))
     defaults = read_defaults(folder)
     if defaults:
         values = ", ".join(f"{name}={value}" for name, value in defaults.items())
         logger.info("Defaults from the checkpoint's generation_config.json: %s", values)
-    engine = await AsyncEngine.start(flags.engine_config(path), tokenizer)
+    longest_token = max(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size))
+    engine = await AsyncEngine.start(config, tokenizer, process)
     names = names or (model_name(flags.model),)
     metrics = Metrics(names[0], lambda: engine.stats)
     engine.step_listener = metrics.on_step
@@ -109,7 +113,7 @@ async def load(flags: ModelFlags, *, names: tuple[str, ...] = ()) -> ServedModel
         defaults=defaults,
         metrics=metrics,
         created=int(time.time()),
-        longest_token=max(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size)),
+        longest_token=longest_token,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +16,7 @@ from .errors import encode_json, to_api_error
 from .generation import Generation
 from .protocol import GenerationRequest
 
+_NOTHING: tuple[list[int], list[TokenLogprobs]] = ([], [])
 DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 
@@ -75,45 +77,59 @@ class Chunks(ABC):
         return event(self._head | {"choices": [], "usage": usage})
 
 
-async def events(generation: Generation, chunks: Chunks) -> AsyncIterator[bytes]:
-    """Yield the events of a whole answer; a failure becomes an event too."""
+async def send_events(generation: Generation, chunks: Chunks, send: Send) -> bytes:
+    """Send the events of an answer, those that come together as one piece; return what is left to send.
+
+    A failure becomes an event too.
+    """
     waiting: dict[int, tuple[list[int], list[TokenLogprobs]]] = {}
+    data = chunks.opening()
     try:
-        if opening := chunks.opening():
-            yield opening
-        async for index, output in generation.outputs():
-            data = b""
-            token_ids, logprobs = waiting.pop(index, ([], []))
-            if chunks.shows_tokens:
-                token_ids, logprobs = token_ids + output.token_ids, logprobs + output.logprobs
-            reason = output.finish_reason
-            # Tokens without text of their own (a part of a character, a stop string's beginning) wait for some.
-            if output.text or (reason and token_ids):
-                data = chunks.piece(index, output.text, token_ids, logprobs)
-            elif token_ids:
-                waiting[index] = token_ids, logprobs
-            if reason is not None:
-                data += chunks.ending(index, reason)
+        while generation.running:
             if data:
-                yield data
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                data = b""
+            await generation.bell.heard()
+            for index, output in generation.take():
+                token_ids, logprobs = waiting.pop(index, _NOTHING) if waiting else _NOTHING
+                if chunks.shows_tokens:
+                    token_ids, logprobs = token_ids + output.token_ids, logprobs + output.logprobs
+                reason = output.finish_reason
+                # Tokens without text of their own (a part of a character, a stop string's beginning) wait for some.
+                if output.text or (reason and token_ids):
+                    data += chunks.piece(index, output.text, token_ids, logprobs)
+                elif token_ids:
+                    waiting[index] = token_ids, logprobs
+                if reason is not None:
+                    data += chunks.ending(index, reason)
         if chunks.with_usage:
-            yield chunks.usage(generation.usage())
+            data += chunks.usage(generation.usage())
     except Exception as error:
-        yield event(to_api_error(error).body)
-    yield DONE
+        data += event(to_api_error(error).body)
+    return data + DONE
 
 
 class EventStream(EventSourceResponse):
-    """A stream of ready-made events that stops its generation however it ends."""
+    """A stream of ready-made events that stops its generation however it ends.
+
+    The library's part is all around the events: the head, comments that keep the stream open, the client's going and
+    the server's end. The events themselves pass it by, which costs half as much.
+    """
 
     def __init__(self, generation: Generation, chunks: Chunks, keep_alive_seconds: float) -> None:
-        content = events(generation, chunks)
-        super().__init__(content, ping=keep_alive_seconds, sep="\n", ping_message_factory=lambda: _KEEP_ALIVE)
+        super().__init__(self._body(), ping=keep_alive_seconds, sep="\n", ping_message_factory=lambda: _KEEP_ALIVE)
         self._generation = generation
+        self._chunks = chunks
+        self._send: Send
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; a client that goes away cancels it here."""
+        self._send = scope["state"]["send"]
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._generation.abort()
+
+    async def _body(self) -> AsyncIterator[bytes]:
+        # A task of its own: it is woken without a way through all the layers above.
+        yield await asyncio.create_task(send_events(self._generation, self._chunks, self._send))

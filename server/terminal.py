@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 from ..engine.errors import EngineDeadError, RequestError
+from ..engine.launch import EngineProcess
 from ..engine.messages import SamplingParams
 from .chat_template import ChatTemplateError
 from .config import GenerateConfig, TerminalConfig
@@ -18,10 +19,10 @@ INTERRUPTED = 130
 _serial = count()
 
 
-def generate(config: GenerateConfig) -> int:
+def generate(config: GenerateConfig, process: EngineProcess) -> int:
     """Write the continuation of one prompt; return the exit code."""
     with asyncio.Runner() as runner:
-        model = runner.run(load(config))
+        model = runner.run(load(config, process))
         try:
             if config.chat:
                 prompt = model.template.render([{"role": "user", "content": config.prompt}])
@@ -35,13 +36,13 @@ def generate(config: GenerateConfig) -> int:
     return 0
 
 
-def chat(config: TerminalConfig) -> int:
+def chat(config: TerminalConfig, process: EngineProcess) -> int:
     """Talk until the end of input; Ctrl-C stops an answer, and what was said of it stays in the conversation."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() a line editor)
     # The runner is entered once per answer, so that Ctrl-C stops that answer and input() can block in between.
     with asyncio.Runner() as runner:
-        model = runner.run(load(config))
+        model = runner.run(load(config, process))
         params = _params(config, model, chat=True)
         limit = model.engine.info.max_model_len
         room, forgetful = config.max_tokens or limit // 4, False

@@ -40,11 +40,12 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert part in line
 
 
-@pytest.mark.parametrize("words", [(), ("serve",), ("generate",), ("chat",)])
+@pytest.mark.parametrize("words", [(), ("serve",), ("generate",), ("chat",), ("bench",)])
 def test_help_is_given_for_every_command(words: tuple[str, ...]) -> None:
     done = run(*words, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    expected = {"serve": "--max-model-len", "generate": "--repetition-penalty", "chat": "--temperature"}
+    expected = {"serve": "--max-model-len", "generate": "--repetition-penalty", "chat": "--temperature",
+                "bench": "--concurrency"}  # fmt: skip
     for part in [expected[word] for word in words] or expected:
         assert part in done.stdout
 

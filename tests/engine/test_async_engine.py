@@ -240,11 +240,11 @@ async def test_when_to_come_back_follows_from_the_pace_of_those_that_end(tiny_ch
         for i in range(10):
             engine.submit(f"long-{i}", [5] * 10, ENDLESS)
         now = time.monotonic()
-        for seconds, expected in ((0, 1), (10, 6), (10_000, 60)):  # two places, four ends in so many seconds
+        for seconds, expected in ((0, {1}), (20, range(10, 20)), (10_000, {60})):  # two places; four ended so long ago
             monkeypatch.setattr(time, "monotonic", lambda ago=seconds: now + ago)
             with pytest.raises(EngineBusyError) as caught:
                 engine.check_room(2)
-            assert caught.value.retry_after == expected
+            assert caught.value.retry_after in expected
         monkeypatch.undo()
     finally:
         await engine.shutdown()

@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable
+from itertools import count
 from typing import Any
 
 import httpx
@@ -14,9 +15,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from pyllm.engine.errors import EngineDeadError
+from pyllm.engine.async_engine import Bell, RequestStream
+from pyllm.engine.errors import EngineBusyError, EngineDeadError
 from pyllm.engine.messages import EngineInfo, EngineStats, SamplingParams, StepOutputs, TokenLogprobs, TokenOutput
-from pyllm.engine.output_processor import OutputProcessor, RequestOutput
+from pyllm.engine.output_processor import OutputProcessor
 from pyllm.engine.request import resolve_request
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.app import Service, create_app
@@ -38,63 +40,6 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(library, names={"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"})
 
 
-class ScriptedStream:
-    """Gives the engine's reply, one token at a time."""
-
-    def __init__(self, engine: ScriptedEngine, request_id: str, params: SamplingParams) -> None:
-        self._engine = engine
-        self._request_id = request_id
-        self._params = params
-        self._sent = 0
-        self._ended = False
-
-    def __aiter__(self) -> ScriptedStream:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if self._ended:
-            raise StopAsyncIteration
-        await asyncio.sleep(0)
-        engine, params = self._engine, self._params
-        if self._sent >= engine.hold_after:
-            await engine.release.wait()
-        if engine.error is not None:
-            raise EngineDeadError(engine.error)
-        ids = [*engine.tokenizer.encode(engine.reply), 0]
-        token = ids[self._sent % len(ids)]
-        self._sent += 1
-        stops = token == 0 and not params.ignore_eos
-        reason = "stop" if stops else "length" if self._sent == params.max_tokens else None
-        if engine.fail_after == self._sent:
-            reason = "error"
-        logprobs = []
-        if params.logprobs is not None:
-            top = [(token, -0.5), (2, -1.5), (1, float("-inf"))][: params.logprobs]
-            logprobs = [TokenLogprobs(token_id=token, logprob=-0.5, top=top)]
-        output = engine.processor.process(
-            TokenOutput(
-                request_id=self._request_id,
-                token_ids=[token],
-                logprobs=logprobs,
-                finish_reason=reason,
-                stop_token_id=0 if stops else None,
-                num_cached_tokens=3,
-                scheduled_time=time.monotonic(),
-            )
-        )
-        assert output is not None
-        if output.finish_reason is not None:
-            self._ended = True
-            engine.running.discard(self._request_id)
-        return output
-
-    def abort(self) -> None:
-        self._ended = True
-        if self._request_id in self._engine.running:
-            self._engine.running.discard(self._request_id)
-            self._engine.aborted.append(self._request_id)
-
-
 class ScriptedEngine:
     """Stands in for `AsyncEngine`: says `reply` to everyone and remembers what it was asked."""
 
@@ -106,7 +51,10 @@ class ScriptedEngine:
             max_model_len=CONTEXT, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=100,
             eos_token_ids=(0,),
         )  # fmt: skip
-        self.stats = EngineStats(num_running=2, num_waiting=1, kv_cache_usage=0.25, num_preemptions=4)
+        self.stats = EngineStats(
+            num_running=2, num_waiting=1, kv_cache_usage=0.25, num_preemptions=4,
+            prefix_cache_queries=50, prefix_cache_hits=20,
+        )  # fmt: skip
         self.step_listener: Callable[[StepOutputs], None] | None = None
         self.error: str | None = None
         self.reply = "Hello, wörld!"
@@ -114,7 +62,10 @@ class ScriptedEngine:
         self.release = asyncio.Event()
         self.fail_after = 0
         self.requests: list[tuple[str, list[int], SamplingParams]] = []
+        self.extras: list[tuple[int, str | None]] = []
+        self.most = 10**9
         self.running: set[str] = set()
+        self._tasks: list[asyncio.Task[None]] = []
         self.aborted: list[str] = []
 
     @property
@@ -127,14 +78,67 @@ class ScriptedEngine:
     async def shutdown(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         self.error = "The server is shutting down."
 
-    def submit(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> ScriptedStream:
+    def check_room(self, count: int = 1) -> None:
+        if len(self.running) + count > self.most:
+            raise EngineBusyError("Too many wait already.", retry_after=7)
+
+    def submit(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, bell: Bell | None = None,
+        priority: int = 0, cache_salt: str | None = None,
+    ) -> RequestStream:  # fmt: skip
         if self.error is not None:
             raise EngineDeadError(self.error)
         message = resolve_request(request_id, prompt_token_ids, params, self.info, random.Random(0))
         self.processor.add(request_id, len(prompt_token_ids), message.params)
         self.requests.append((request_id, prompt_token_ids, params))
+        self.extras.append((priority, cache_salt))
         self.running.add(request_id)
-        return ScriptedStream(self, request_id, message.params)
+        stream = RequestStream(self, request_id, bell or Bell())  # type: ignore[arg-type]
+        self._tasks.append(asyncio.get_running_loop().create_task(self._speak(stream, request_id, message.params)))
+        return stream
+
+    async def _speak(self, stream: RequestStream, request_id: str, params: SamplingParams) -> None:
+        """Give the reply, one token at a time."""
+        ids = [*self.tokenizer.encode(self.reply), 0]
+        for sent in count(1):
+            await asyncio.sleep(0)
+            if sent > self.hold_after:
+                await self.release.wait()
+            if request_id not in self.running:
+                return
+            if self.error is not None:
+                stream._die(self.error)
+                return
+            token = ids[(sent - 1) % len(ids)]
+            stops = token == 0 and not params.ignore_eos
+            reason = "stop" if stops else "length" if sent == params.max_tokens else None
+            if self.fail_after == sent:
+                reason = "error"
+            logprobs = []
+            if params.logprobs is not None:
+                top = [(token, -0.5), (2, -1.5), (1, float("-inf"))][: params.logprobs]
+                logprobs = [TokenLogprobs(token_id=token, logprob=-0.5, top=top)]
+            output = self.processor.process(
+                TokenOutput(
+                    request_id=request_id,
+                    token_ids=[token],
+                    logprobs=logprobs,
+                    finish_reason=reason,
+                    stop_token_id=0 if stops else None,
+                    num_cached_tokens=3,
+                    scheduled_time=time.monotonic(),
+                )
+            )
+            assert output is not None
+            stream._put(output)
+            if output.finish_reason is not None:
+                self.running.discard(request_id)
+                return
+
+    def _forget(self, request_id: str) -> None:
+        if request_id in self.running:
+            self.running.discard(request_id)
+            self.aborted.append(request_id)
 
 
 class Harness:

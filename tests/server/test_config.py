@@ -38,6 +38,19 @@ def test_model_is_positional_or_a_flag_but_not_two_different_ones():
         load(ServerConfig, "x", "--model", "y")
 
 
+def test_a_size_has_units_or_none():
+    sizes = {"1000": 1000, "512MB": 512 * 10**6, "2GiB": 2 << 30, "1.5k": 1500, "3 mi": 3 << 20}
+    for text, size in sizes.items():
+        assert load(ServerConfig, "--kv-cache-memory-bytes", text).kv_cache_memory_bytes == size
+    assert load(ServerConfig, PYLLM_KV_CACHE_MEMORY_BYTES="1KiB").kv_cache_memory_bytes == 1024
+
+
+def test_switches_that_are_on_can_be_turned_off(tmp_path):
+    assert load(ServerConfig).enable_prefix_caching
+    assert not load(ServerConfig, "--no-enable-prefix-caching").engine_config(tmp_path).enable_prefix_caching
+    assert not load(ServerConfig, PYLLM_ENABLE_PREFIX_CACHING="false").enable_prefix_caching
+
+
 def test_repeatable_flags_collect_and_the_environment_separates_by_commas():
     assert load(ServerConfig, "--api-key", "a", "--api-key", "b").api_key == ("a", "b")
     assert load(ServerConfig, PYLLM_API_KEY="a, b").api_key == ("a", "b")
@@ -62,6 +75,12 @@ def test_empty_variable_is_an_absent_one():
         (["--api-key", ""], "none empty"),
         (["--host", ""], "--host"),
         (["--port"], "expected one argument"),
+        (["--kv-cache-memory-bytes", "2 GiBs"], "--kv-cache-memory-bytes must be a number of bytes, or one such as"),
+        (["--kv-cache-memory-bytes", "0"], "--kv-cache-memory-bytes"),
+        (["--kv-cache-memory-bytes", "9999999999TB"], "--kv-cache-memory-bytes"),
+        (["--gpu-memory-utilization", "1.1"], "between 0.01 and 1"),
+        (["--scheduling-policy", "prio"], "did you mean priority?"),
+        (["--max-num-queued-reqs", "0"], "--max-num-queued-reqs"),
         (["a", "b"], "Unexpected argument 'b'"),
         (["--config", "/does/not/exist.yaml"], "cannot be read: No such file"),
     ],

@@ -266,7 +266,7 @@ def test_a_failed_sequence_is_a_500_or_an_error_event_and_the_others_are_stopped
 
 
 def test_a_fault_inside_is_a_500_that_tells_nothing(harness, monkeypatch, caplog):
-    def fail(*_):
+    def fail(*_, **__):
         raise KeyError("secret detail")
 
     monkeypatch.setattr(harness.engine, "submit", fail)
@@ -283,6 +283,65 @@ def test_each_kind_of_failure_has_its_status():
     assert to_api_error(own) is own
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_finds_the_queue_full_is_a_429_that_says_when_to_come_back(harness, stream):
+    harness.engine.most = 3
+    response = harness.chat(n=4, stream=stream)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+    error = error_of(response)
+    assert (error.type, error.code, error.param) == ("rate_limit_error", "queue_full", None)
+    assert harness.engine.requests == [], "all or none"
+    assert harness.chat(n=3, stream=stream).status_code == 200
+
+
+def test_priority_and_salt_reach_the_engine(harness):
+    harness.chat(priority=-3, cache_salt="tenant")
+    harness.complete(prompt=["a", "b"], priority=5, stream=True)
+    harness.complete(priority=None, cache_salt=None)
+    assert harness.engine.extras == [(-3, "tenant"), (5, None), (5, None), (0, None)]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"priority": 2**31}, {"priority": "1"}, {"cache_salt": ""}, {"cache_salt": "x" * 129}]
+)
+def test_priority_and_salt_have_bounds(harness, fields):
+    for response in (harness.chat(**fields), harness.complete(**fields)):
+        assert response.status_code == 400
+        assert error_of(response).param == next(iter(fields))
+
+
+def test_what_came_together_is_sent_together_and_a_failure_loses_nothing_before_it(harness):
+    """The client is slow: while it takes the head, five pieces come, and then a failure."""
+    harness.engine.fail_after = 6
+    sent = []
+    body = json.dumps({"prompt": "Hi", "stream": True}).encode()
+
+    async def receive():
+        if body not in sent:
+            sent.append(body)
+            return {"type": "http.request", "body": body}
+        return await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(harness.app(scope_of("/v1/completions"), receive, send), 5))
+    (events,) = [message["body"].split(b"\n\n") for message in sent[1:] if message.get("body")]
+    assert "".join(json.loads(event[6:])["choices"][0]["text"] for event in events[:5]) == "Hello"
+    assert b"internal_error" in events[5]
+    assert events[6:] == [b"data: [DONE]", b""]
+
+
+def scope_of(path):
+    return {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+        "headers": [(b"content-type", b"application/json")], "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+
+
 async def disconnect(harness, path, fields, *, after=0.05):
     """Call the application as a server does, and hang up after some seconds; return what was sent until then."""
     sent = []
@@ -297,12 +356,7 @@ async def disconnect(harness, path, fields, *, after=0.05):
     async def send(message):
         sent.append(message)
 
-    scope = {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
-        "headers": [(b"content-type", b"application/json")], "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
-    await asyncio.wait_for(harness.app(scope, receive, send), 5)
+    await asyncio.wait_for(harness.app(scope_of(path), receive, send), 5)
     return sent
 
 
@@ -357,6 +411,8 @@ def test_metrics_count_tokens_requests_and_times(harness):
     assert f"pyllm:num_requests_waiting{{{label}}} 1.0" in text
     assert f"pyllm:kv_cache_usage_perc{{{label}}} 0.25" in text
     assert f"pyllm:num_preemptions_total{{{label}}} 4.0" in text
+    assert f"pyllm:prefix_cache_queries_total{{{label}}} 50.0" in text
+    assert f"pyllm:prefix_cache_hits_total{{{label}}} 20.0" in text
     for name, count in (("time_to_first_token", 3), ("inter_token_latency", 30), ("e2e_request_latency", 3)):
         assert f"pyllm:{name}_seconds_count{{{label}}} {count}.0" in text
     for phase in ("queue", "prefill", "decode"):

@@ -10,6 +10,7 @@ import socket
 import msgspec
 import pytest
 
+from pyllm.engine.launch import EngineProcess
 from pyllm.server import serve as module
 from pyllm.server.config import ConfigError, ServerConfig
 
@@ -21,6 +22,7 @@ class Listener:
         self.addresses = []
         self.error = RuntimeError("out of luck")
         self.loaded = True
+        self.process = EngineProcess()
         listener = self
 
         async def serve(self, sockets=None):
@@ -31,7 +33,7 @@ class Listener:
             if listener.error is not None:
                 raise listener.error
 
-        async def load(config, *, names):
+        async def load(config, process, *, names):
             if not listener.loaded:
                 await asyncio.Event().wait()
             return harness.model
@@ -45,9 +47,11 @@ class Listener:
 
     def run(self, **flags):
         try:
-            return module.serve(ServerConfig(port=0, **flags))
+            return module.serve(ServerConfig(port=0, **flags), self.process)
         except SystemExit as end:
             return end.code
+        finally:
+            self.process.kill()
 
 
 @pytest.fixture

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any
 
 import pytest
 
 from pyllm.server import terminal
 from pyllm.server.config import GenerateConfig, TerminalConfig
 
+PROCESS: Any = None  # the engine is scripted
+
 
 @pytest.fixture
 def engine(harness, monkeypatch):
-    async def load(config):
+    async def load(config, process):
         return harness.model
 
     monkeypatch.setattr(terminal, "load", load)
@@ -22,7 +25,7 @@ def engine(harness, monkeypatch):
 
 def talk(monkeypatch, *lines, **flags):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    return terminal.chat(TerminalConfig(**flags))
+    return terminal.chat(TerminalConfig(**flags), PROCESS)
 
 
 def prompts(engine):
@@ -30,9 +33,9 @@ def prompts(engine):
 
 
 def test_an_answer_may_take_the_rest_of_the_context_unless_told_otherwise(engine, monkeypatch, capsys):
-    assert terminal.generate(GenerateConfig(prompt="Hi")) == 0
+    assert terminal.generate(GenerateConfig(prompt="Hi"), PROCESS) == 0
     engine.error = None
-    assert terminal.generate(GenerateConfig(prompt="Hi", chat=True, max_tokens=3)) == 0
+    assert terminal.generate(GenerateConfig(prompt="Hi", chat=True, max_tokens=3), PROCESS) == 0
     engine.error = None
     talk(monkeypatch, "Hi")
     assert [params.max_tokens for _, _, params in engine.requests] == [None, 3, None]
