@@ -408,6 +408,7 @@ struct Step {
   const int64_t* slots;                  // [T]
   const int32_t* tables;                 // [S, table_stride]
   const int32_t *query_lens, *seq_lens;  // [S]
+  int64_t page_bytes;                    // from one page of a layer to the next
   int32_t tokens, sequences, table_stride, block_size;
 };
 
@@ -540,8 +541,8 @@ struct Walk {
 // Causal attention of `count` queries of one sequence, from flat token `first` and position `position`, for the query
 // heads of one KV head: one pass over the keys in runs, with the softmax rescaled as larger scores turn up.
 //
-// Args: kqv [T, (kv_heads + heads + kv_heads) * head_dim], normed and rotated; pages [blocks, kv_heads, block_size,
-// head_dim]; out [T, heads * head_dim].
+// Args: kqv [T, (kv_heads + heads + kv_heads) * head_dim], normed and rotated; pages [kv_heads, block_size, head_dim],
+// page_bytes apart; out [T, heads * head_dim].
 template <Kind K>
 void attend(const Attention& a, const Step& step, const float* kqv, const void* all_keys, const void* all_values,
             AttentionScratch& s, int sequence, int first, int count, int position, int kv_head, float* out) {
@@ -551,7 +552,7 @@ void attend(const Attention& a, const Step& step, const float* kqv, const void* 
   const int last = position + count - 1;
   const int begin = a.window && position >= a.window ? (position - a.window + 1) / RUN * RUN : 0;
   const size_t row_bytes = static_cast<size_t>(row_words) * 4, head_bytes = row_bytes * step.block_size;
-  Walk at_row{step.tables + static_cast<size_t>(sequence) * step.table_stride, head_bytes * a.kv_heads, row_bytes,
+  Walk at_row{step.tables + static_cast<size_t>(sequence) * step.table_stride, static_cast<size_t>(step.page_bytes), row_bytes,
               head_bytes * kv_head, step.block_size, begin / step.block_size, begin % step.block_size};
   Walk ahead = at_row;
   ahead.prefetch(all_keys, all_values, last + 1 - begin < RUN ? last + 1 - begin : RUN);
@@ -670,17 +671,17 @@ void pyllm_attention(const Attention* args, const Step* step, const float* x, co
   float* kqv = projected.get<float>(static_cast<size_t>(tokens) * row_size);
   linear(tokens, a.size, x, a.input_norm, a.eps, mu_below, *a.kqv, kqv);
   const int stride = dim / (a.kind == BF16 ? 2 : 1);
-  const Rows key_rows{static_cast<uint32_t*>(keys), nullptr, stride};
-  const Rows value_rows{static_cast<uint32_t*>(values), nullptr, stride};
   for_rows(tokens, [&](int token) {
     float* row = kqv + static_cast<size_t>(token) * row_size;
     const float *cos = step->cos + static_cast<size_t>(token) * half, *sin = step->sin + static_cast<size_t>(token) * half;
-    const int64_t block = step->slots[token] / step->block_size, offset = step->slots[token] % step->block_size;
+    const int64_t page = step->slots[token] / step->block_size * step->page_bytes;
+    const int offset = static_cast<int>(step->slots[token] % step->block_size);
+    const Rows key_rows{reinterpret_cast<uint32_t*>(static_cast<char*>(keys) + page), nullptr, stride};
+    const Rows value_rows{reinterpret_cast<uint32_t*>(static_cast<char*>(values) + page), nullptr, stride};
     for (int h = 0; h < a.kv_heads; ++h) {
       norm_and_rotate(row + h * dim, a.k_norm, a.head_eps, cos, sin, dim);
-      const int64_t place = (block * a.kv_heads + h) * step->block_size + offset;
-      put_row(key_rows, place, row + h * dim, dim, a.kind);
-      put_row(value_rows, place, row + (a.kv_heads + a.heads + h) * dim, dim, a.kind);
+      put_row(key_rows, h * step->block_size + offset, row + h * dim, dim, a.kind);
+      put_row(value_rows, h * step->block_size + offset, row + (a.kv_heads + a.heads + h) * dim, dim, a.kind);
     }
     for (int h = 0; h < a.heads; ++h)
       norm_and_rotate(row + (a.kv_heads + h) * dim, a.q_norm, a.head_eps, cos, sin, dim);

@@ -11,7 +11,7 @@ import functools
 import importlib.machinery
 import os
 from collections.abc import Callable
-from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,11 @@ class _Matrix(Structure):
 
 
 class _Step(Structure):
-    _fields_ = [(name, c_void_p) for name in ("cos", "sin", "slots", "tables", "query_lens", "seq_lens")] + [
-        (name, c_int32) for name in ("tokens", "sequences", "table_stride", "block_size")
-    ]
+    _fields_ = (
+        [(name, c_void_p) for name in ("cos", "sin", "slots", "tables", "query_lens", "seq_lens")]
+        + [("page_bytes", c_int64)]
+        + [(name, c_int32) for name in ("tokens", "sequences", "table_stride", "block_size")]
+    )
 
 
 class _Attention(Structure):
@@ -263,11 +265,14 @@ class NativeBackend(Backend):
                     take(layer, "mu_guidance_proj")
 
     def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """As `Backend.new_kv_cache`; in memory, one head's part of a page is one run."""
+        """As `Backend.new_kv_cache`.
+
+        In memory all layers' part of a page is one run, so that a step touches new memory here and there in one place
+        and not in every layer's; in a layer's part, one head's keys or values are one run.
+        """
         layers, sides, blocks, block_size, kv_heads, head_dim = shape
-        return (
-            super().new_kv_cache((layers, sides, blocks, kv_heads, block_size, head_dim), dtype, device).transpose(3, 4)
-        )
+        pages = super().new_kv_cache((blocks, layers, sides, kv_heads, block_size, head_dim), dtype, device)
+        return pages.permute(1, 2, 0, 4, 3, 5)
 
     def embed(self, input_ids: Tensor, weight: Tensor) -> Tensor:
         """As `Backend.embed`."""
@@ -334,8 +339,8 @@ class NativeBackend(Backend):
         tables = metadata.block_tables.to(torch.int32).contiguous()
         tensors = [*rope, metadata.slot_mapping, tables, query_lens, seq_lens]
         self._step = _Step(
-            *(tensor.data_ptr() for tensor in tensors), len(metadata.slot_mapping), len(seq_lens), tables.shape[1],
-            cache.shape[3],
+            *(tensor.data_ptr() for tensor in tensors), cache.stride(2) * cache.element_size(),
+            len(metadata.slot_mapping), len(seq_lens), tables.shape[1], cache.shape[3],
         )  # fmt: skip
         self._step_address = addressof(self._step)
         self._metadata, self._step_tensors = metadata, tensors  # alive as long as the kernels may read them
