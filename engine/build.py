@@ -19,8 +19,8 @@ from .model_runner import ModelRunner
 from .request import Request
 from .scheduler import ScheduledSequence
 
-# Prompt tokens that take about twice as long as a decode step of a few sequences: streams slow down threefold at most.
-PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
+# Prompt tokens that take about twice as long as a decode step of eight sequences: streams slow down threefold at most.
+PREFILL_TOKENS = {"cpu": 32, "cuda": 1024}
 WARM_UP_STEPS = ((16, 1), (64, 8))
 """(prompt tokens, sequences that decode after it)."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

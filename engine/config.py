@@ -28,8 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_model_len: most tokens of prompt and output together; None is the model's context.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: token budget of one step; a longer prompt is computed in chunks.
-        max_num_prefill_tokens: most prompt tokens in a step in which other sequences decode, so that arriving prompts
-            slow running streams down only so far; None chooses by device.
+        max_num_prefill_tokens: most prompt tokens in a step in which up to eight other sequences decode, so that
+            arriving prompts slow running streams down only so far; None chooses by device.
         max_num_queued_reqs: most requests that wait for their turn; more are refused.
         scheduling_policy: `fcfs` is first come, first served; with `priority`, a lower `priority` goes first.
         enable_prefix_caching: keep the KV blocks of finished sequences for others that begin with the same tokens.

@@ -6,8 +6,8 @@ some of them, within a budget of tokens. The rules, in this order:
 - Requests are served by rank: first come, first served, or by priority first. Nobody is overtaken by a lower rank,
   so whoever is first in the queue waits for those who run, and for nobody else.
 - Every running sequence that needs a single token (a decode) is in the step. Prompts share what is left of the
-  budget, by rank, in chunks if need be; beside decodes they get `max_num_prefill_tokens` at most, so that arriving
-  prompts slow running streams down only so far.
+  budget, by rank, in chunks if need be. Beside decodes they get `max_num_prefill_tokens` at most (in proportion more
+  beside many), so that arriving prompts slow running streams down only so far.
 - A request is admitted when there are blocks for all its tokens, beside one more for each running sequence.
 - When the blocks run out nevertheless, the running request of lowest rank gives up its own and is computed anew
   later, so that the one of highest rank moves on in every step.
@@ -27,6 +27,9 @@ from .config import SchedulingPolicy
 from .request import Request, RequestStatus
 
 by_rank = attrgetter("rank")
+
+
+FEW_DECODES = 8
 
 
 class ScheduledSequence(NamedTuple):
@@ -52,7 +55,8 @@ class Scheduler:
         kv_cache: gives and takes the blocks.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: token budget of a step.
-        max_num_prefill_tokens: most prompt tokens of a step that has decodes; None sets no limit of its own.
+        max_num_prefill_tokens: most prompt tokens of a step that has up to FEW_DECODES decodes, and in proportion more
+            where it has more, since it takes longer anyway; None sets no limit of its own.
         policy: `fcfs` serves in the order of arrival, `priority` by priority and then arrival.
         chunk_multiple: a chunk that is not a prompt's last ends at a multiple of this position, so that the same
             blocks of queries are computed however busy the engine is. It counts only where the budget has room for
@@ -145,7 +149,9 @@ class Scheduler:
         """Tokens that prompts may have in a step beside the decodes of those who run now."""
         decodes = sum([len(request.token_ids) - request.num_computed_tokens == 1 for request in self.running])
         budget = self.max_num_batched_tokens - decodes
-        return min(budget, self.max_num_prefill_tokens) if decodes else budget
+        return (
+            min(budget, self.max_num_prefill_tokens * max(decodes, FEW_DECODES) // FEW_DECODES) if decodes else budget
+        )
 
     def _chunk(self, start: int, end: int, budget: int) -> int:
         """How many of the tokens from `start` to `end` to compute with `budget` left, 0 when no whole chunk fits."""

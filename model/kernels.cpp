@@ -5,7 +5,7 @@
 //
 // Every number of a result is summed in one fixed order, whatever else is in the step: a token's bits do not depend
 // on its company, on chunks or on the number of threads. That is why the products here have one loop for one row and
-// for a thousand, and attention goes over the keys in runs of 32 from position 0.
+// for a thousand, and attention goes over the keys in runs of 64 from position 0.
 
 #include <immintrin.h>
 
@@ -24,7 +24,7 @@ namespace {
 constexpr int LANES = 16;          // floats in a vector
 constexpr int ROW_CHUNK = 96;      // rows whose sums stay in the first-level cache, a multiple of 6
 constexpr int DEPTH_CHUNK = 512;   // bytes of a row multiplied before the next rows are, so that weights stay there
-constexpr int RUN = 32;            // keys that attention takes at a time
+constexpr int RUN = 64;            // keys that attention takes at a time
 constexpr int QUERY_TILE = 16;     // queries of a prompt that share the keys and values they read
 constexpr int MOST_HEAD_DIM = 256;
 constexpr int MOST_GROUP = 16;     // query heads to a KV head
@@ -482,27 +482,31 @@ inline void weigh_rows(int rows, const float* weights, const float* values, int 
   }
 }
 
-// Which of 32 keys from `at` on a query at `place` sees: up to itself, and no further back than the window.
-inline uint32_t visible(int place, int at, int window) {
-  uint32_t seen = place - at >= RUN - 1 ? ~0u : place < at ? 0u : (2u << (place - at)) - 1;
+// Which keys of a run from `at` on a query at `place` sees: up to itself, and no further back than the window.
+inline uint64_t visible(int place, int at, int window) {
+  uint64_t seen = place - at >= RUN - 1 ? ~0ull : place < at ? 0ull : (2ull << (place - at)) - 1;
   const int hidden = window ? place - window + 1 - at : 0;  // of the first keys
-  if (hidden > 0) seen = hidden >= RUN ? 0u : seen & ~((1u << hidden) - 1);
+  if (hidden > 0) seen = hidden >= RUN ? 0ull : seen & ~((1ull << hidden) - 1);
   return seen;
 }
 
 // Turns the scores of one query with a run of keys into weights, and what was summed before to the new scale.
-inline void softmax_run(AttentionScratch& s, int row, uint32_t seen, float scale, int width) {
+inline void softmax_run(AttentionScratch& s, int row, uint64_t seen, float scale, int width) {
+  constexpr int PARTS = RUN / LANES;
   float* scores = s.scores + row * RUN;
-  const __mmask16 low = static_cast<__mmask16>(seen), high = static_cast<__mmask16>(seen >> LANES);
-  const Vec none = all(-INFINITY);
-  const Vec first = _mm512_mask_mul_ps(none, low, _mm512_load_ps(scores), all(scale));
-  const Vec second = _mm512_mask_mul_ps(none, high, _mm512_load_ps(scores + LANES), all(scale));
-  const float before = s.largest[row], found = _mm512_reduce_max_ps(_mm512_max_ps(first, second));
-  const float largest = found > before ? found : before;
-  const Vec w0 = _mm512_maskz_mov_ps(low, exp(_mm512_sub_ps(first, all(largest))));
-  const Vec w1 = _mm512_maskz_mov_ps(high, exp(_mm512_sub_ps(second, all(largest))));
-  _mm512_store_ps(scores, w0);
-  _mm512_store_ps(scores + LANES, w1);
+  Vec part[PARTS], most = all(-INFINITY), sum = _mm512_setzero_ps();
+  UNROLL for (int i = 0; i < PARTS; ++i) {
+    const __mmask16 mask = static_cast<__mmask16>(seen >> (i * LANES));
+    part[i] = _mm512_mask_mul_ps(all(-INFINITY), mask, _mm512_load_ps(scores + i * LANES), all(scale));
+    most = _mm512_max_ps(most, part[i]);
+  }
+  const float before = s.largest[row], found = _mm512_reduce_max_ps(most), largest = found > before ? found : before;
+  UNROLL for (int i = 0; i < PARTS; ++i) {
+    const __mmask16 mask = static_cast<__mmask16>(seen >> (i * LANES));
+    part[i] = _mm512_maskz_mov_ps(mask, exp(_mm512_sub_ps(part[i], all(largest))));
+    sum = _mm512_add_ps(sum, part[i]);
+    _mm512_store_ps(scores + i * LANES, part[i]);
+  }
   if (largest > before) {
     const float factor = before == -INFINITY ? 0.0f : _mm512_cvtss_f32(exp(all(before - largest)));
     s.largest[row] = largest;
@@ -510,7 +514,7 @@ inline void softmax_run(AttentionScratch& s, int row, uint32_t seen, float scale
     for (int d = 0; d < width; d += LANES)
       _mm512_store_ps(s.sums + row * width + d, _mm512_mul_ps(_mm512_load_ps(s.sums + row * width + d), all(factor)));
   }
-  s.total[row] += _mm512_reduce_add_ps(_mm512_add_ps(w0, w1));
+  s.total[row] += _mm512_reduce_add_ps(sum);
 }
 
 // Where a sequence's keys (or values) of one head lie: one row after the other, page by page.
@@ -594,10 +598,10 @@ void attend(const Attention& a, const Step& step, const float* kqv, const void* 
         for (int i = 0; i < LANES; ++i) _mm512_store_si512(s.keys + (word + i) * RUN + half, square[i]);
       }
     prefetch_some();
-    multiply_rows<K, 2>(rows, s.queries, row_words, s.keys, row_words, s.scores, false);
+    multiply_rows<K, RUN / LANES>(rows, s.queries, row_words, s.keys, row_words, s.scores, false);
     for (int row = 0; row < rows; ++row) {
       if (row < 3) prefetch_some();
-      const uint32_t seen = visible(position + row / group, at, a.window);
+      const uint64_t seen = visible(position + row / group, at, a.window);
       if (seen) softmax_run(s, row, seen, scale, width);
       else std::memset(s.scores + row * RUN, 0, RUN * sizeof(float));
     }

@@ -63,7 +63,7 @@ class ModelFlags:
     max_num_seqs: int = flag(64, "most sequences in one step", "int", low=1, high=4096)
     max_num_batched_tokens: int = flag(2048, "most tokens in one step", "int", low=1, high=2**20)
     max_num_prefill_tokens: int | None = flag(
-        None, "most prompt tokens in a step in which others decode (none: by device)", "int", low=1, high=2**20
+        None, "most prompt tokens in a step in which up to 8 others decode (none: by device)", "int", low=1, high=2**20
     )
     max_num_queued_reqs: int = flag(1024, "most requests that wait; more are refused with 429", "int", low=1)
     scheduling_policy: str = flag("fcfs", "whose turn it is; priority: lower first", choices=("fcfs", "priority"))
