@@ -84,6 +84,8 @@ class RequestStream:
         if not self._outputs and self._dead is not None:
             raise EngineDeadError(self._dead)
         outputs, self._outputs = self._outputs, []
+        if outputs and self._dead is not None:
+            self._bell.ring()  # the next look says so
         return outputs
 
     def __aiter__(self) -> RequestStream:
@@ -258,9 +260,9 @@ class AsyncEngine:
 
     def _seconds_until(self, count: int) -> int:
         """How long it will take until so many requests end, at the pace of the last ones: 1 to 60 seconds."""
-        if not self._ends:
+        if len(self._ends) < 2:
             return 1
-        pace = (time.monotonic() - self._ends[0]) / len(self._ends)
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return min(max(math.ceil(count * pace), 1), 60)
 
     def submit(

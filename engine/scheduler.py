@@ -164,6 +164,13 @@ class Scheduler:
 
         First come, first served, there are none such: whoever waits came after all who run.
         """
+        if not self.waiting or not self.running or self.running[-1].rank < self.waiting[0].rank:
+            return
+        first = self.waiting[0]
+        others = [request for request in self.running if request.rank < first.rank]
+        room = self.kv_cache.pool.num_free + sum(len(request.block_ids) for request in self.running[len(others) :])
+        if others and self.kv_cache.num_needed(first, self.kv_cache.find_prefix(first)) + len(others) > room:
+            return  # it would not fit even without all those of lower rank
         while self.waiting and self.running and self.waiting[0].rank < self.running[-1].rank:
             if self._fits(self.waiting[0], self.kv_cache.find_prefix(self.waiting[0])):
                 break

@@ -7,6 +7,7 @@ against the ones here. Element-wise arithmetic, norms and softmax are FP32; prod
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Callable
@@ -68,7 +69,8 @@ def lazy_zeros(size: int) -> Tensor:
     except OSError as error:
         raise MemoryError(f"{size} bytes: {error.strerror}") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:size]
 
 

@@ -341,9 +341,14 @@ inline void put(const Rows& to, int64_t row, int at, Vec v, int count, int kind)
 
 inline void put_int8(const Rows& to, int64_t row, const float* from, int k) {
   Vec largest = _mm512_setzero_ps();
-  for (int i = 0; i < k; i += LANES) largest = _mm512_max_ps(largest, _mm512_abs_ps(load(from + i, k - i)));
+  int not_numbers = 0;
+  for (int i = 0; i < k; i += LANES) {
+    const Vec v = load(from + i, k - i);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
+    not_numbers |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  }
   const float most = _mm512_reduce_max_ps(largest);
-  to.scales[row] = most / 127.0f;
+  to.scales[row] = not_numbers ? NAN : most / 127.0f;
   const Vec factor = all(most > 0.0f ? 127.0f / most : 0.0f);
   uint8_t* data = reinterpret_cast<uint8_t*>(to.data + static_cast<size_t>(row) * to.stride);
   for (int i = 0; i < k; i += LANES) {
@@ -378,7 +383,7 @@ Scratch wide, order;
 
 template <class Body>
 void for_rows(int rows, const Body& body) {
-  const int step = rows <= 4 ? rows : 4;
+  const int step = rows < 1 ? 1 : rows < 4 ? rows : 4;
   pool.run((rows + step - 1) / step, [&](int task, int) {
     for (int row = task * step; row < rows && row < (task + 1) * step; ++row) body(row);
   });
@@ -673,7 +678,7 @@ void pyllm_attention(const Attention* args, const Step* step, const float* x, co
   const Attention& a = *args;
   const int tokens = step->tokens, dim = a.head_dim, row_size = (a.kv_heads * 2 + a.heads) * dim, half = dim / 2;
   float* kqv = projected.get<float>(static_cast<size_t>(tokens) * row_size);
-  linear(tokens, a.size, x, a.input_norm, a.eps, mu_below, *a.kqv, kqv);
+  linear(tokens, a.size, x, a.input_norm, a.eps, a.kqv->k > a.size ? mu_below : nullptr, *a.kqv, kqv);
   const int stride = dim / (a.kind == BF16 ? 2 : 1);
   for_rows(tokens, [&](int token) {
     float* row = kqv + static_cast<size_t>(token) * row_size;
@@ -945,6 +950,11 @@ void pyllm_rms_norm(int rows, int size, const float* x, const float* norm, float
   for_rows(rows, [&](int row) {
     rms_norm(x + static_cast<size_t>(row) * size, norm, eps, size, out + static_cast<size_t>(row) * size);
   });
+}
+
+// What whoever calls must agree on: the sizes of the structures.
+int pyllm_layout() {
+  return static_cast<int>(sizeof(Matrix) + 1000 * (sizeof(Step) + sizeof(Attention) + sizeof(Dynamics) + sizeof(Mlp)));
 }
 
 }  // extern "C"

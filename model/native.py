@@ -11,7 +11,7 @@ import functools
 import importlib.machinery
 import os
 from collections.abc import Callable
-from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_int64, c_void_p, sizeof
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,14 @@ def _library() -> ctypes.CDLL | None:
     found = next((file for file in files if file.exists()), None)
     if found is None or not set(flags.split()) >= CPU_FLAGS:
         return None
-    library = ctypes.CDLL(str(found))
+    try:
+        library = ctypes.CDLL(str(found))
+        # The file may be older or newer than this one, where sources change and are not installed again.
+        fits = library.pyllm_layout() == sizeof(_Matrix) + 1000 * sum(map(sizeof, (_Step, _Attention, _Dynamics, _Mlp)))
+    except (OSError, AttributeError):
+        fits = False
+    if not fits:
+        return None
     pointer, number, real = c_void_p, c_int32, c_float
     signatures: dict[str, list[Any]] = {
         "set_threads": [number],
@@ -234,6 +241,7 @@ class NativeBackend(Backend):
         self._size = model.config.hidden_size
         self._kind = KINDS[model.dtype]
         self._metadata: AttentionMetadata | None = None
+        self._cache: Tensor | None = None
         self._step, self._step_tensors, self._step_address = _Step(), list[Tensor](), 0
         self._whole: tuple[AttentionMetadata, Tensor, AttentionMetadata] | None = None
         self._matrices: dict[int, PackedMatrix] = {}  # by the id of the tensor that stands in the model for each
@@ -306,7 +314,8 @@ class NativeBackend(Backend):
         """As `Backend.attention`; without a cache, over pages of its own that are thrown away."""
         if cache is None:
             cache, metadata = self._passing_pages(layer, metadata)
-        if metadata is not self._metadata:
+        assert mu_below is not None or layer.kqv_proj.shape[1] == self._size
+        if metadata is not self._metadata or rope[0] is not self._step_tensors[0] or cache is not self._cache:
             self._begin_step(metadata, rope, cache)
         h = torch.empty_like(x)
         keys = cache.data_ptr() + layer.index * cache.stride(0) * cache.element_size()
@@ -343,7 +352,11 @@ class NativeBackend(Backend):
             len(metadata.slot_mapping), len(seq_lens), tables.shape[1], cache.shape[3],
         )  # fmt: skip
         self._step_address = addressof(self._step)
-        self._metadata, self._step_tensors = metadata, tensors  # alive as long as the kernels may read them
+        self._cache, self._metadata, self._step_tensors = (
+            cache,
+            metadata,
+            tensors,
+        )  # alive as long as the kernels may read them
 
     def dynamics(
         self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None

@@ -138,7 +138,7 @@ def own_server(
     # Settings of ours in the environment are in the flags already, and those of `serve` could move the server away.
     ours = {ENVIRONMENT_PREFIX + f.name.upper() for f in dataclasses.fields(ServerConfig)}
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
-    command = [sys.executable, "-m", "pyllm", "serve", "--log-level", "warning", *flags, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "pyllm", "serve", "--log-level", "warning", *flags, "--port", str(port)]
     server = subprocess.Popen(command, env=inherited | dict(environment or {}), stdin=subprocess.DEVNULL)
     try:
         base = f"http://127.0.0.1:{port}"
@@ -149,7 +149,11 @@ def own_server(
         yield base, server
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def _is_ready(port: int) -> bool:

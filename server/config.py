@@ -59,7 +59,7 @@ class ModelFlags:
     seed: int | None = flag(
         None, "makes requests that bring no seed repeatable; also dummy weights", "int", low=0, high=2**63 - 1
     )
-    max_model_len: int | None = flag(None, "most tokens of prompt and answer (none: the model's context)", "int", low=1)
+    max_model_len: int | None = flag(None, "most tokens of prompt and answer (none: the model's context)", "int", low=2)
     max_num_seqs: int = flag(64, "most sequences in one step", "int", low=1, high=4096)
     max_num_batched_tokens: int = flag(2048, "most tokens in one step", "int", low=1, high=2**20)
     max_num_prefill_tokens: int | None = flag(

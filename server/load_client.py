@@ -146,10 +146,14 @@ class Client:
     """Sends one request at a time, over one connection as long as the server keeps it."""
 
     def __init__(self, target: Target) -> None:
-        url = urlsplit(target.base_url.rstrip("/").removesuffix("/v1") + "/v1")
-        if url.scheme not in ("http", "https") or not url.hostname:
+        try:
+            url = urlsplit(target.base_url.rstrip("/").removesuffix("/v1") + "/v1")
+            host, port = url.hostname, url.port
+        except ValueError:  # a port that is none, a bracket that is not closed
+            host = None
+        if not host or url.scheme not in ("http", "https"):
             raise LoadError(f"{target.base_url} is no URL of a server: pass one like http://127.0.0.1:8000.")
-        self._address = url.hostname, url.port or (443 if url.scheme == "https" else 80)
+        self._address = host, port or (443 if url.scheme == "https" else 80)
         self._tls = url.scheme == "https" or None
         key = f"Authorization: Bearer {target.api_key}\r\n" if target.api_key else ""
         self._path, self._headers = url.path, f"Host: {url.netloc}\r\nContent-Type: application/json\r\n{key}"

@@ -82,7 +82,9 @@ class Metrics:
         self._model_name = model_name
 
     def on_step(self, outputs: StepOutputs) -> None:
-        """Take note of one engine step."""
+        """Take note of one engine step; messages that no step made (a refusal, an abort) do not count."""
+        if not outputs.stats.step_tokens:
+            return
         self._step.observe(outputs.stats.step_seconds)
         self._step_tokens.observe(outputs.stats.step_tokens)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pyllm.model import DeepConfig, DeepForCausalLM
+from pyllm.model import Architecture, DeepConfig, DeepForCausalLM
 from pyllm.model.loader import save_checkpoint
 
 CHAT_TEMPLATE = (
@@ -32,10 +32,12 @@ TINY = DeepConfig(
 GAINS = {"o_proj": 2.2, "gate_up": 1.6, "down": 1.6, "dynamics_in": 0.8, "router": 3.4, "controller_v": 0.4}
 
 
-def random_model(config: DeepConfig, seed: int, dtype: torch.dtype = torch.float32) -> DeepForCausalLM:
+def random_model(
+    config: DeepConfig, seed: int, dtype: torch.dtype = torch.float32, architecture: Architecture | None = None
+) -> DeepForCausalLM:
     """A model with random weights, in which every parameter matters."""
     generator = torch.Generator().manual_seed(seed)
-    model = DeepForCausalLM(config, dtype=dtype)
+    model = DeepForCausalLM(config, architecture, dtype=dtype)
 
     def normal(parameter: torch.Tensor, mean: float, std: float) -> None:
         parameter.copy_(torch.empty(parameter.shape).normal_(mean, std, generator=generator))

@@ -471,3 +471,17 @@ def test_a_prompt_whose_head_is_in_the_cache_needs_only_the_rest_of_its_blocks()
     bench.step()
     assert second.num_cached_tokens == 16, "its four full blocks are held by the first too"
     assert bench.steps[-1] == [("first", 17, 1), ("second", 16, 5)]
+
+
+def test_nobody_is_displaced_for_a_request_that_would_not_fit_even_then():
+    scheduler = Scheduler(KVCacheManager(20, 4), max_num_seqs=8, max_num_batched_tokens=200, policy="priority")
+    first = make_request("first", list(range(1, 49)), 8, priority=0)  # 12 of the 20 blocks
+    later = make_request("later", list(range(100, 108)), 8, priority=2)
+    for request in (first, later):
+        scheduler.add(request)
+    scheduler.schedule()
+    assert first.status is later.status is RequestStatus.RUNNING
+    scheduler.add(make_request("between", list(range(200, 240)), 8, priority=1))  # 10 blocks: 8 are not the first's
+    scheduler.schedule()
+    assert later.status is RequestStatus.RUNNING
+    assert scheduler.num_preemptions == 0

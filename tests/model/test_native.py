@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import TINY, random_model
 
-from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM
+from pyllm.model import Architecture, AttentionMetadata, DeepConfig, DeepForCausalLM
 from pyllm.model.loader import save_checkpoint
 from pyllm.model.native import NativeBackend, available
 
@@ -35,6 +35,18 @@ VARIANTS = {
     "untied": replace(TINY, tie_word_embeddings=False),
     "other-constants": replace(TINY, rms_norm_eps=0.01, rope_theta=500.0, dynamics_dt=0.3),
 }
+LATEST = Architecture.latest(TINY)
+ERAS = {
+    "mu in attention, no highway": replace(LATEST, mu_highway=False),
+    "mu from the attention output, not in attention": replace(LATEST, mu_attention=False, mu_highway=False),
+    "mu the same for all tokens": replace(
+        LATEST, contextual_mu=False, mu_attention=False, mu_highway=False, mu_router=False
+    ),
+    "no router": replace(LATEST, mu_router=False),
+    "mu after the MLP, a shared expert": replace(
+        LATEST, dynamics=False, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=48
+    ),
+}
 Step = list[tuple[int, int]]
 """(sequence, number of its next tokens), those with one token first."""
 
@@ -56,6 +68,13 @@ def native(config: DeepConfig, dtype: torch.dtype = torch.float32, *, int8: bool
     model = make(config, dtype)
     model.ops = NativeBackend(model, int8=int8)
     return model
+
+
+def both(config: DeepConfig, architecture: Architecture) -> tuple[DeepForCausalLM, DeepForCausalLM]:
+    """A network of another era on the compiled kernels, and on plain torch."""
+    fast, plain = (random_model(config, seed=11, architecture=architecture) for _ in range(2))
+    fast.ops = NativeBackend(fast)
+    return fast, plain
 
 
 def prompts(config: DeepConfig, lengths: list[int]) -> list[torch.Tensor]:
@@ -116,6 +135,15 @@ def test_fp32_logits_equal_plain_torch(variant):
     sequences = prompts(config, [70, 33, 5])
     steps = mixed_steps([70, 33, 5], seed=2)
     for ours, expected in zip(run(native(config), sequences, steps), run(make(config), sequences, steps), strict=True):
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_networks_of_other_eras_equal_plain_torch(era):
+    """An era whose attention takes no mu once wrote the mu that it was handed behind its rows."""
+    sequences, steps = prompts(WIDE, [300, 33, 5]), [[(0, 300), (1, 33), (2, 5)]]
+    fast, plain = both(WIDE, ERAS[era])
+    for ours, expected in zip(run(fast, sequences, steps), run(plain, sequences, steps), strict=True):
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -186,6 +214,24 @@ def test_the_number_of_threads_does_not_change_a_bit(tmp_path):
         for threads in (1, 2, 5)
     }  # fmt: skip
     assert len(outputs) == 1
+
+
+def test_numbers_that_are_none_are_not_hidden_by_int8():
+    model = native(WIDE, int8=True)
+    hidden = torch.randn(3, WIDE.hidden_size)
+    hidden[1, 5] = float("nan")
+    logits = model.logits(hidden)
+    assert logits.isnan().all(dim=1).tolist() == [False, True, False]
+
+
+def test_a_binary_of_other_sources_is_not_used():
+    program = (
+        "import ctypes; from pyllm.model import DeepConfig, native\n"
+        "native._Step = type('_Step', (ctypes.Structure,), {'_fields_': [('other', ctypes.c_int32)]})\n"
+        "print(native.available(DeepConfig()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_environment_turns_them_off(monkeypatch):
