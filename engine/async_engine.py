@@ -260,9 +260,9 @@ class AsyncEngine:
 
     def _seconds_until(self, count: int) -> int:
         """How long it will take until so many requests end, at the pace of the last ones: 1 to 60 seconds."""
-        if len(self._ends) < 2:
+        if not self._ends:
             return 1
-        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        pace = (time.monotonic() - self._ends[0]) / len(self._ends)
         return min(max(math.ceil(count * pace), 1), 60)
 
     def submit(
@@ -367,6 +367,8 @@ class AsyncEngine:
                 self._ends.append(now)
                 if token_output.finish_reason is None:  # a stop string ended it: the engine does not know yet
                     aborts.append(wire_id)
+        if not self._streams:
+            self._ends.clear()  # the time without work is no pace
         if aborts:
             self._pipe.send(Abort(request_ids=aborts))
         if self.step_listener is not None:

@@ -201,7 +201,7 @@ class Backend:
             The residual stream, and the expert of each token, int64 [T], or None for a dense MLP.
         """
         b = self.rms_norm(x, layer.post_norm, layer.config.rms_norm_eps)
-        experts = self._route(layer, input_ids, mu)
+        experts = self.route(layer, input_ids, mu)
         if experts is None:
             x = x + self._mlp(b, layer.gate_up[0], layer.down[0], layer.activation)
         else:
@@ -214,7 +214,7 @@ class Backend:
             x = x + self._mlp(b, layer.shared_gate_up, layer.shared_down, "silu")
         return x, experts
 
-    def _route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
+    def route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
         """The expert of each token: its id's own, unless mu speaks louder -> int64 [T]."""
         if layer.token_to_expert is None:
             return None

@@ -5,7 +5,7 @@
 //
 // Every number of a result is summed in one fixed order, whatever else is in the step: a token's bits do not depend
 // on its company, on chunks or on the number of threads. That is why the products here have one loop for one row and
-// for a thousand, and attention goes over the keys in runs of 64 from position 0.
+// for a thousand, and attention goes over the keys in runs of 32 from position 0.
 
 #include <immintrin.h>
 
@@ -24,7 +24,7 @@ namespace {
 constexpr int LANES = 16;          // floats in a vector
 constexpr int ROW_CHUNK = 96;      // rows whose sums stay in the first-level cache, a multiple of 6
 constexpr int DEPTH_CHUNK = 512;   // bytes of a row multiplied before the next rows are, so that weights stay there
-constexpr int RUN = 64;            // keys that attention takes at a time
+constexpr int RUN = 32;            // keys that attention takes at a time
 constexpr int QUERY_TILE = 16;     // queries of a prompt that share the keys and values they read
 constexpr int MOST_HEAD_DIM = 256;
 constexpr int MOST_GROUP = 16;     // query heads to a KV head

@@ -235,10 +235,14 @@ async def test_when_to_come_back_follows_from_the_pace_of_those_that_end(tiny_ch
     small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=1, max_num_queued_reqs=9)
     engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
     try:
-        for _ in range(4):
-            await read(engine.submit("short", [5], SamplingParams(max_tokens=1, ignore_eos=True)))
+        ended_before_a_pause = engine.submit("first", [5], SamplingParams(max_tokens=1, ignore_eos=True))
+        await read(ended_before_a_pause)
+        assert engine._seconds_until(100) == 1
+        short = [engine.submit("short", [5], SamplingParams(max_tokens=1, ignore_eos=True)) for _ in range(4)]
         for i in range(10):
             engine.submit(f"long-{i}", [5] * 10, ENDLESS)
+        for stream in short:
+            await read(stream)
         now = time.monotonic()
         for seconds, expected in ((0, {1}), (20, range(10, 20)), (10_000, {60})):  # two places; four ended so long ago
             monkeypatch.setattr(time, "monotonic", lambda ago=seconds: now + ago)
