@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import anyio.lowlevel
 import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -133,6 +134,7 @@ class _ServerProcess:
     async def _load(self, http: asyncio.Task[None]) -> ServedModel | None:
         """Load the model; None when a signal or the end of the HTTP server came first."""
         loading = asyncio.create_task(load(self._config, self._process, names=self._config.served_model_name))
+        await anyio.lowlevel.checkpoint()  # loads its event loop's part, which else the first stream would wait for
         await _first_of(loading, http, self._stop.wait())
         if not loading.done():
             loading.cancel()
@@ -153,9 +155,10 @@ class _ServerProcess:
         info = model.engine.info
         source = f"read from {'/'.join(info.file_dtypes)} files" if info.file_dtypes else "made at random"
         logger.info(
-            "PyLLM %s serves %s: era %s, %s parameters, %s in %.1f s, computed in %s on %s",
+            "PyLLM %s serves %s: era %s, %s parameters, %s in %.1f s, computed in %s on %s by %s",
             __version__, ", ".join(model.names), info.era, f"{info.parameters:,}", source, info.load_seconds,
-            info.dtype, info.device,
+            info.dtype if info.quantization == "none" else f"{info.quantization} and {info.dtype}", info.device,
+            "compiled kernels" if info.kernels == "native" else "plain torch",
         )  # fmt: skip
         logger.info(
             "KV cache of %s tokens, %.1f requests of the full %s; at most %d sequences at a time",
