@@ -239,10 +239,11 @@ async def test_when_to_come_back_follows_from_the_pace_of_those_that_end(tiny_ch
         await read(ended_before_a_pause)
         assert engine._seconds_until(100) == 1
         short = [engine.submit("short", [5], SamplingParams(max_tokens=1, ignore_eos=True)) for _ in range(4)]
-        for i in range(10):
-            engine.submit(f"long-{i}", [5] * 10, ENDLESS)
+        engine.submit("long", [5] * 10, ENDLESS)
         for stream in short:
             await read(stream)
+        for _ in range(9):
+            engine.submit("long", [5] * 10, ENDLESS)
         now = time.monotonic()
         for seconds, expected in ((0, {1}), (20, range(10, 20)), (10_000, {60})):  # two places; four ended so long ago
             monkeypatch.setattr(time, "monotonic", lambda ago=seconds: now + ago)
