@@ -40,8 +40,9 @@ async def test_a_late_request_is_served_while_earlier_ones_run(
     tasks = [asyncio.create_task(follow(name, stream)) for name, stream in streams.items()]
     await all_began.wait()
     before = len(events)
-    # A prompt of several chunks, which are computed in steps that also decode for the long ones.
-    await follow("short", await open_stream(async_client, "y" * 300, 30))
+    # A prompt of several chunks, which are computed in steps that also decode for the long ones; and more tokens than
+    # the client reads at once.
+    await follow("short", await open_stream(async_client, "y" * 300, 200))
     running = server.metrics().num_requests_running
     first = events.index("short")
     last = len(events) - 1 - events[::-1].index("short")

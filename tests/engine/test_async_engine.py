@@ -242,6 +242,7 @@ async def test_when_to_come_back_follows_from_the_pace_of_those_that_end(tiny_ch
         engine.submit("long", [5] * 10, ENDLESS)
         for stream in short:
             await read(stream)
+        await until(lambda: (engine.stats.num_running, engine.stats.num_waiting) == (1, 0))
         for _ in range(9):
             engine.submit("long", [5] * 10, ENDLESS)
         now = time.monotonic()
