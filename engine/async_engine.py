@@ -22,6 +22,7 @@ from .messages import (
     EngineInfo,
     EngineStats,
     FromEngine,
+    Pooling,
     SamplingParams,
     Shutdown,
     StartFailed,
@@ -273,6 +274,7 @@ class AsyncEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        pooling: Pooling | None = None,
         bell: Bell | None = None,
     ) -> RequestStream:
         """Send a request to the engine at once.
@@ -283,6 +285,7 @@ class AsyncEngine:
             params: `max_tokens` None takes the rest of the context; `seed` None draws one.
             priority: lower goes first, under the scheduling policy `priority`.
             cache_salt: only requests of one salt share computed prefixes.
+            pooling: generate nothing and answer with the prompt's final hidden states, in one output's `embedding`.
             bell: rung when there is something to `take`, for a reader of several streams.
 
         Raises:
@@ -296,8 +299,9 @@ class AsyncEngine:
         # Never used twice: what is still under way for an aborted request must not reach one of the same name.
         wire_id = f"{request_id}#{next(self._serial)}"
         message = resolve_request(
-            wire_id, prompt_token_ids, params, self.info, self._seeds, priority=priority, cache_salt=cache_salt
-        )
+            wire_id, prompt_token_ids, params, self.info, self._seeds,
+            priority=priority, cache_salt=cache_salt, pooling=pooling,
+        )  # fmt: skip
         stream = RequestStream(self, wire_id, bell or Bell())
         self._processor.add(wire_id, len(prompt_token_ids), message.params)
         self._streams[wire_id] = stream

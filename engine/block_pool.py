@@ -121,10 +121,11 @@ class KVCacheManager:
     def find_prefix(self, request: Request) -> list[int]:
         """The blocks that hold the longest known prefix of a waiting request, without taking them.
 
-        They never hold its last token: that one is always computed, since its result is what is sampled from.
+        They never hold its last token: that one is always computed, since its result is what is sampled from. A
+        request that reads its prompt's hidden states finds nothing, since blocks hold none.
         """
         blocks: list[int] = []
-        if self.enable_prefix_caching:
+        if self.enable_prefix_caching and not request.reads_prompt:
             for name in self._names(request, (request.num_tokens - 1) // self.block_size):
                 block = self.pool.find(name)
                 if block is None:
@@ -147,10 +148,11 @@ class KVCacheManager:
         request.num_computed_tokens = len(prefix) * self.block_size
         return self.allocate(request)
 
-    def allocate(self, request: Request) -> bool:
-        """Make room for all tokens that `request` has; False, and nothing changed, when there is none."""
-        if request.num_tokens > len(request.block_ids) * self.block_size:
-            needed = -(-request.num_tokens // self.block_size) - len(request.block_ids)
+    def allocate(self, request: Request, num_more: int = 0) -> bool:
+        """Make room for all tokens that `request` has, and more; False, and nothing changed, when there is none."""
+        num_tokens = request.num_tokens + num_more
+        if num_tokens > len(request.block_ids) * self.block_size:
+            needed = -(-num_tokens // self.block_size) - len(request.block_ids)
             blocks = self.pool.allocate(needed)
             if blocks is None:
                 return False

@@ -10,9 +10,11 @@ from ..model.config import CheckpointError, DeepConfig
 from ..model.loader import load_checkpoint
 from ..model.native import NativeBackend
 from ..model.native import available as native_available
+from ..model.tokenizer import Tokenizer
 from .config import EngineConfig
 from .core import EngineCore
 from .errors import EngineStartError
+from .grammar import GrammarCompiler
 from .memory import num_kv_blocks
 from .messages import EngineInfo, EngineRequest, SamplingParams
 from .model_runner import ModelRunner
@@ -59,6 +61,10 @@ def _build(config: EngineConfig) -> EngineCore:
     native = device.type == "cpu" and native_available(model.config)
     if config.quantization == "int8" and not native:
         raise EngineStartError("--quantization int8 needs the CPU's compiled kernels, which this machine cannot use.")
+    if config.deterministic and not native:
+        raise EngineStartError(
+            "--deterministic needs the CPU's compiled kernels, which this machine, device or model cannot use."
+        )
     if native:
         model.ops = NativeBackend(model, int8=config.quantization == "int8")
     max_model_len = config.max_model_len or model.config.max_position_embeddings
@@ -84,10 +90,15 @@ def _build(config: EngineConfig) -> EngineCore:
         max_num_prefill_tokens=config.max_num_prefill_tokens or PREFILL_TOKENS[device.type],
         scheduling_policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
+        speculative_config=config.speculative_config,
+        hidden_size=model.config.hidden_size,
+        num_layers=model.config.num_hidden_layers,
+        num_experts=model.config.num_experts if model.config.use_token_routed_mlp else 0,
     )
     runner = ModelRunner(model, num_blocks=num_blocks, block_size=config.block_size)
     _warm_up(runner, info)
-    return EngineCore(info, runner)
+    grammars = GrammarCompiler(lambda: Tokenizer.from_folder(config.model), info.vocab_size, info.eos_token_ids)
+    return EngineCore(info, runner, runner.watcher, grammars)
 
 
 def _warm_up(runner: ModelRunner, info: EngineInfo) -> None:
@@ -108,6 +119,7 @@ def _warm_up(runner: ModelRunner, info: EngineInfo) -> None:
             request.append(0)
             request.num_computed_tokens = length
         runner.execute([ScheduledSequence(request, 1, True) for request in requests])
+    runner.watcher.reset()
 
 
 def _device(config: EngineConfig) -> torch.device:

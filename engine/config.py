@@ -15,6 +15,28 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
+class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the next tokens of a sequence are guessed, to be checked several at a time.
+
+    Attributes:
+        method: `ngram` looks for the last tokens in the sequence itself.
+        num_speculative_tokens: most tokens of one guess.
+        prompt_lookup_min, prompt_lookup_max: how many tokens must have occurred before; longer runs are tried first.
+        disable_by_batch_size: nothing is guessed in steps with more sequences that decode than this, where a guess
+            costs as much as it saves.
+    """
+
+    method: Literal["ngram"] = "ngram"
+    num_speculative_tokens: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
+    prompt_lookup_min: Annotated[int, msgspec.Meta(ge=1, le=16)] = 3
+    prompt_lookup_max: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
+    disable_by_batch_size: Count = 4
+
+    def __post_init__(self) -> None:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError("prompt_lookup_min must be no larger than prompt_lookup_max")
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one engine.
 
@@ -37,6 +59,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         kv_cache_memory_bytes: size of the KV cache; None chooses one.
         gpu_memory_utilization: share of a GPU's memory that the engine may fill, where no size is given.
         num_kv_blocks: number of KV blocks, instead of a size in bytes (for tests and experiments).
+        speculative_config: guess tokens and check several at a time; None computes one by one.
+        deterministic: refuse to start where an answer's last bits could depend on who else is being served.
         quiet: no progress bar while loading.
     """
 
@@ -57,4 +81,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory_bytes: Count | None = None
     gpu_memory_utilization: Share = 0.92
     num_kv_blocks: Count | None = None
+    speculative_config: SpeculativeConfig | None = None
+    deterministic: bool = False
     quiet: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..model.tokenizer import Tokenizer
 from .build import build_engine
 from .config import EngineConfig
 from .errors import EngineStartError
-from .messages import FinishReason, SamplingParams, TokenLogprobs
+from .messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 from .output_processor import OutputProcessor, RequestOutput
 from .request import resolve_request
 
@@ -29,12 +29,16 @@ class Completion:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    dynamics: list[TokenDynamics] = field(default_factory=list)
 
     def take(self, output: RequestOutput) -> None:
         """Add what a step brought."""
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
+        self.dynamics += output.dynamics
         self.finish_reason = output.finish_reason
         self.stop_reason = output.stop_reason
 
@@ -79,25 +83,55 @@ class LLM:
             RequestError: a request can never run; nothing was generated.
         """
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = self._token_ids(prompts)
+        completions = [Completion(tokens) for tokens in ids]
         messages = [
             resolve_request(str(i), tokens, own, self.core.info, self._seeds)
             for i, (tokens, own) in enumerate(zip(ids, each, strict=True))
         ]
+        for output in self._run(messages):
+            completions[int(output.request_id)].take(output)
+        return completions
+
+    def embed(self, prompts: Sequence[str | list[int]], pooling: Pooling = "mean") -> list[list[float]]:
+        """Read the final hidden states of all prompts together, after the last norm.
+
+        Args:
+            prompts: texts, or lists of token ids.
+            pooling: the mean over each prompt's tokens, or the state of its last one.
+
+        Returns:
+            For each prompt, in order, `hidden_size` numbers, not normalised.
+
+        Raises:
+            RequestError: a prompt can never run; nothing was computed.
+        """
+        params = SamplingParams(max_tokens=1)
+        messages = [
+            resolve_request(str(i), tokens, params, self.core.info, self._seeds, pooling=pooling)
+            for i, tokens in enumerate(self._token_ids(prompts))
+        ]
+        found = {int(output.request_id): output.embedding or [] for output in self._run(messages)}
+        return [found[i] for i in range(len(prompts))]
+
+    def _token_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def _run(self, messages: list[EngineRequest]) -> Iterator[RequestOutput]:
+        """Step until all are finished; what each step brings to each of them."""
         processor = OutputProcessor(self.tokenizer)
-        completions = [Completion(tokens) for tokens in ids]
         try:
             for message in messages:
                 processor.add(message.request_id, len(message.prompt_token_ids), message.params)
                 self.core.add_request(message)
-            while self.core.has_work:
+            while self.core.has_requests:
+                self.core.wait_for_work()
                 for token_output in self.core.step().outputs:
                     output = processor.process(token_output)
                     if output is not None:
-                        completions[int(token_output.request_id)].take(output)
+                        yield output
                         if output.finish_reason is not None:
                             self.core.abort([token_output.request_id])  # a stop string ends it unknown to the engine
         finally:
             self.core.abort([message.request_id for message in messages])  # after Ctrl-C nothing may run on
         self.core.check_idle()
-        return completions

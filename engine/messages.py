@@ -11,13 +11,16 @@ from typing import Literal
 
 import msgspec
 
-from .config import Quantization, SchedulingPolicy
+from .config import Quantization, SchedulingPolicy, SpeculativeConfig
 from .errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 512
+Pooling = Literal["mean", "last"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -30,7 +33,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     Raises `RequestError` naming the field when a value is out of its range.
 
     Attributes:
-        max_tokens: most tokens to generate; None means the rest of the context.
+        max_tokens: most tokens to generate; None means the rest of the context; 0 only reads the prompt.
         temperature: 0 is greedy; else logits are divided by it.
         top_k: keep the k most likely tokens (0 or -1: all).
         top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this.
@@ -45,6 +48,14 @@ class SamplingParams(Message, frozen=True, kw_only=True):
         min_tokens: no end-of-sequence or stop id before this many tokens.
         logprobs: None for none; else the number of most likely tokens reported beside the chosen one.
         skip_special_tokens: leave special tokens out of the text.
+        logit_bias: added to the logits of these token ids, after the penalties; -100 and 100 are as good as a ban and
+            a command.
+        bad_words: sequences of token ids, of which the last is ruled out where the others have just been generated
+            (a single one always). Where they and `min_tokens` rule out all that is allowed, they rule out nothing.
+        allowed_token_ids: only these may be generated; None allows all.
+        prompt_logprobs: None for none; else as `logprobs`, for every token of the prompt but the first.
+        grammar: what the text must obey, in llguidance's grammar language (see `engine/grammar.py`); None is anything.
+        return_dynamics: report what the network did for each token (`TokenDynamics`).
     """
 
     max_tokens: int | None = 16
@@ -63,6 +74,12 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     min_tokens: int = 0
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    logit_bias: dict[int, float] = {}
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
+    return_dynamics: bool = False
 
     def __post_init__(self) -> None:
         def require(condition: bool, param: str, text: str) -> None:
@@ -73,7 +90,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
             value = getattr(self, param)
             require(math.isfinite(value) and low <= value <= high, param, f"between {low:g} and {high:g}")
 
-        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
         within("temperature", 0.0, 2.0)
         require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off) or a positive number below 2147483648")
         require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
@@ -88,8 +105,17 @@ class SamplingParams(Message, frozen=True, kw_only=True):
         require(
             self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "no larger than max_tokens"
         )
+        for param in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, param)
+            require(count is None or 0 <= count <= MAX_LOGPROBS, param, f"between 0 and {MAX_LOGPROBS}")
+        require(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"for at most {MAX_LOGIT_BIAS} token ids")
         require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}"
+            all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values()), "logit_bias", "between -100 and 100 each"
+        )
+        require(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} sequences")
+        require(all(self.bad_words), "bad_words", "without empty sequences")
+        require(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "at least one id"
         )
 
 
@@ -102,6 +128,8 @@ class EngineRequest(Message, frozen=True, kw_only=True):
         params: how it is sampled.
         priority: lower goes first, under the scheduling policy `priority`.
         cache_salt: only requests with the same salt share computed prefixes.
+        pooling: generate nothing, but answer with the final hidden states of the prompt: their mean, or the last.
+            The prompt may fill the whole context, and of `params` nothing counts.
     """
 
     request_id: str
@@ -109,6 +137,7 @@ class EngineRequest(Message, frozen=True, kw_only=True):
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    pooling: Pooling | None = None
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -146,6 +175,11 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     """Most prompt tokens in a step in which other sequences decode; None is all that the budget allows."""
     scheduling_policy: SchedulingPolicy = "fcfs"
     enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig | None = None
+    hidden_size: int = 0
+    num_layers: int = 0
+    num_experts: int = 0
+    """0 where the network has no routed experts."""
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -160,12 +194,32 @@ class StartFailed(Message, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(Message, frozen=True, kw_only=True, array_like=True):
-    """Log-probabilities at one generated position, of the raw distribution (before penalties and temperature)."""
+    """Log-probabilities at one position, of the raw distribution (before penalties, masks and temperature)."""
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
     """(token id, log-probability) of the most likely tokens, best first."""
+    rank: int = 1
+    """1 for the most likely token of all."""
+
+
+class TokenDynamics(Message, frozen=True, kw_only=True, array_like=True):
+    """What the network did in the pass whose logits a token was drawn from; the lists have one entry per layer.
+
+    Attributes:
+        input_token_id: the token that the pass read, whose id routes it.
+        experts: the expert used; [] for a network without routed experts.
+        rerouted: whether mu chose another expert than the id's; [] likewise.
+        mu_norm: Euclidean norm of the layer's mu; [] where the network has none.
+        velocity_norm: Euclidean norm of the velocity after the layer; [] where the network has none.
+    """
+
+    input_token_id: int
+    experts: list[int]
+    rerouted: list[bool]
+    mu_norm: list[float]
+    velocity_norm: list[float]
 
 
 class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
@@ -182,6 +236,14 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     scheduled_time: float = 0.0
     """When the request was first scheduled, in seconds of `time.monotonic()` (shared by the processes of a machine)."""
     error: str | None = None
+    refused: bool = False
+    """With an error: it is the request's own fault, and the error says which."""
+    prompt_logprobs: list[TokenLogprobs] = []
+    """Of the prompt's next tokens, for a request that asks; they come in order, the last with the first token."""
+    dynamics: list[TokenDynamics] = []
+    """One per new token, for a request that asks."""
+    embedding: list[float] | None = None
+    """Of a request with `pooling`: its one answer, with the finish reason "stop"."""
 
 
 class EngineStats(Message, frozen=True, kw_only=True):
@@ -201,6 +263,16 @@ class EngineStats(Message, frozen=True, kw_only=True):
     step_tokens: int = 0
     """Tokens computed in the step, of prompts and outputs together."""
     step_generated_tokens: int = 0
+    num_drafts: int = 0
+    """Guesses of next tokens that were checked, since the start."""
+    num_draft_tokens: int = 0
+    """Tokens in them, since the start."""
+    num_accepted_tokens: list[int] = []
+    """How often the first, the second, ... token of a guess was right, since the start; [] without speculation."""
+    expert_tokens: list[list[int]] | None = None
+    """Tokens that each expert has computed since the start, [layer][expert]; None: as last told, or no experts."""
+    expert_reroutes: list[int] | None = None
+    """Tokens that mu has sent to another expert than the id's since the start, [layer]; None likewise."""
 
 
 class StepOutputs(Message, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..model.tokenizer import DecodeStream, Tokenizer
-from .messages import FinishReason, SamplingParams, TokenLogprobs, TokenOutput
+from .messages import FinishReason, SamplingParams, TokenDynamics, TokenLogprobs, TokenOutput
 
 
 class RequestTimes(NamedTuple):
@@ -33,6 +33,10 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         stop_reason: the stop string or the asked-for stop id that ended it; None for the model's own end.
         num_output_tokens: since the start.
         error: one sentence, with finish_reason "error".
+        refused: the error is the request's own fault.
+        prompt_logprobs: of the prompt's next tokens, where asked for; all have come when the first token does.
+        dynamics: one per new id, or [] where none were asked for.
+        embedding: the answer of a request with pooling.
     """
 
     request_id: str
@@ -46,6 +50,10 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_cached_tokens: int
     times: RequestTimes
     error: str | None = None
+    refused: bool = False
+    prompt_logprobs: list[TokenLogprobs] = []
+    dynamics: list[TokenDynamics] = []
+    embedding: list[float] | None = None
 
 
 class StopMatcher:
@@ -172,7 +180,7 @@ class OutputProcessor:
                 pieces.append(text)
                 if stop is not None:
                     break
-        if taken:
+        if taken or output.scheduled_time:
             arrival, scheduled, first, _ = state.times
             now = time.monotonic() if now is None else now
             state.times = RequestTimes(arrival, scheduled or output.scheduled_time, first or now, now)
@@ -193,6 +201,10 @@ class OutputProcessor:
             num_cached_tokens=state.num_cached_tokens,
             times=state.times,
             error=output.error,
+            refused=output.refused,
+            prompt_logprobs=output.prompt_logprobs,
+            dynamics=output.dynamics if stop is None else output.dynamics[:taken],
+            embedding=output.embedding,
         )
 
     def abort(self, request_id: str, *, error: str | None = None) -> RequestOutput | None:

@@ -31,6 +31,8 @@ from .messages import (
     encode_frame,
 )
 
+_GRAMMAR_READY = Abort(request_ids=[])
+"""Wakes the loop up, and asks for nothing."""
 IDLE_SECONDS = 0.1
 """An engine without work for so long is idle, and not between two requests of a busy client."""
 
@@ -48,7 +50,7 @@ def read_frames(sock: socket.socket) -> Iterator[bytes]:
 
 def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> None:
     """Step while there is work, taking in messages between steps; return when asked to or when left alone."""
-    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()  # None: the other side is gone
     decoder = msgspec.msgpack.Decoder(ToEngine)
 
     def receive() -> None:
@@ -58,6 +60,8 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
         finally:
             inbox.put(None)
 
+    if core.grammars is not None:
+        core.grammars.on_ready = lambda: inbox.put(_GRAMMAR_READY)
     threading.Thread(target=receive, name="receive", daemon=True).start()
     while True:
         # Wait for a message only when there is nothing to compute.
@@ -65,6 +69,8 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
             message = _next_message(inbox, core)
             if message is None or isinstance(message, Shutdown):
                 return
+            if message is _GRAMMAR_READY:
+                continue
             refusal = _take(core, message)
             if refusal is not None or not core.has_work:
                 outputs = [refusal] if refusal is not None else []
@@ -89,7 +95,9 @@ def _take(core: EngineCore, message: EngineRequest | Abort) -> TokenOutput | Non
     try:
         core.add_request(message)
     except RequestError as error:
-        return TokenOutput(request_id=message.request_id, token_ids=[], finish_reason="error", error=str(error))
+        return TokenOutput(
+            request_id=message.request_id, token_ids=[], finish_reason="error", error=str(error), refused=True
+        )
     return None
 
 

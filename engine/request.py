@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import random
 import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from .errors import RequestError
-from .messages import EngineInfo, EngineRequest, FinishReason, SamplingParams
+from .messages import EngineInfo, EngineRequest, FinishReason, Pooling, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:  # most need torch, which a client of the engine does without
+    from torch import Tensor
+
+    from .grammar import GrammarState
+    from .logit_rules import LogitRules
+    from .speculation import Drafter
 
 PRIORITY_LIMIT = 2**31
 
@@ -17,6 +27,7 @@ PRIORITY_LIMIT = 2**31
 class RequestStatus(enum.Enum):
     """Where a request stands."""
 
+    COMPILING = enum.auto()  # its grammar is, and the scheduler does not know of it yet
     WAITING = enum.auto()
     RUNNING = enum.auto()
     PREEMPTED = enum.auto()  # waiting again, its blocks given up: what was computed is computed anew
@@ -40,6 +51,16 @@ class Request:
         priority: lower goes first, if the scheduler's policy says so.
         rank: its place in the order of service, the lowest first; set by the scheduler.
         stop_token_ids: the ids that end it.
+        has_logit_rules: whether it asks for anything that is kept in
+        logit_rules: made by the sampler when it first needs them.
+        grammar: how far it has come in its grammar; None for a request without, or before it is compiled.
+        reads_prompt: whether the final hidden states of its prompt are still to be read, all of them: it takes none
+            from the prefix cache. What is read of them is kept in these, by the model runner:
+        prompt_logprobs: of the prompt's tokens from the second on, as far as they have been computed at any time, and
+        pooled: for a request with `pooling`, FP64 [H], the sum of the hidden states, or the last one alone.
+        pooling: what is made of them in the place of an output; None for one without.
+        generates: whether tokens are drawn for it, rather than only its prompt read.
+        drafter: guesses its next tokens; None where nobody does.
         scheduled_time: `time.monotonic()` when it first ran; 0 before.
     """
 
@@ -48,14 +69,23 @@ class Request:
         "block_ids",
         "block_names",
         "cache_salt",
+        "drafter",
         "finish_reason",
+        "generates",
+        "grammar",
+        "has_logit_rules",
+        "logit_rules",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_published_blocks",
         "params",
+        "pooled",
+        "pooling",
         "priority",
+        "prompt_logprobs",
         "rank",
+        "reads_prompt",
         "request_id",
         "scheduled_time",
         "status",
@@ -78,10 +108,27 @@ class Request:
         self.priority = message.priority
         self.rank = (0, 0)
         self.stop_token_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self.has_logit_rules = bool(
+            params.logit_bias or params.bad_words or params.allowed_token_ids is not None or params.min_tokens
+        )
+        self.logit_rules: LogitRules | None = None
+        self.grammar: GrammarState | None = None
+        self.pooling: Pooling | None = message.pooling
+        self.generates = message.pooling is None and params.max_tokens != 0
+        self.reads_prompt = message.pooling is not None or params.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.pooled: Tensor | None = None
+        self.drafter: Drafter | None = None
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.arrival_time = time.monotonic()
         self.scheduled_time = 0.0
+
+    @property
+    def may_be_guessed(self) -> bool:
+        """Whether several next tokens can be checked in one step: nothing but the tokens decides what is drawn."""
+        params = self.params
+        return self.generates and not (self.has_logit_rules or params.grammar or params.return_dynamics)
 
     @property
     def num_tokens(self) -> int:
@@ -94,13 +141,19 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     def append(self, token_id: int) -> None:
-        """Take a sampled token, and finish if it is the last: by a stop id, or by the number of tokens."""
+        """Take a sampled token, and finish if it is the last: by a stop id, its grammar or the number of tokens."""
         self.token_ids.append(token_id)
         params = self.params
         if token_id in self.stop_token_ids and self.num_output_tokens >= params.min_tokens:
             self.finish_reason = "stop"
         elif params.max_tokens is not None and self.num_output_tokens >= params.max_tokens:
             self.finish_reason = "length"
+        if self.grammar is not None and self.finish_reason != "stop":
+            self.grammar.take(token_id)
+            if self.grammar.error:
+                self.finish_reason = "error"
+            elif self.grammar.finished:
+                self.finish_reason = "stop"
 
 
 def check_request(message: EngineRequest, info: EngineInfo) -> None:
@@ -110,21 +163,28 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
         raise RequestError("The prompt is empty: it needs at least one token.", code="empty_prompt")
     if min(message.prompt_token_ids) < 0 or max(message.prompt_token_ids) >= info.vocab_size:
         raise RequestError(f"The prompt has a token id outside 0 to {info.vocab_size - 1}.")
-    if not all(0 <= token < info.vocab_size for token in message.params.stop_token_ids):
-        raise RequestError(f"stop_token_ids has a token id outside 0 to {info.vocab_size - 1}.", param="stop_token_ids")
-    asked = message.params.max_tokens or 1
+    params = message.params
+    named: dict[str, Iterable[int]] = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": params.logit_bias,
+        "bad_words": itertools.chain.from_iterable(params.bad_words),
+        "allowed_token_ids": params.allowed_token_ids or (),
+    }
+    for param, ids in named.items():
+        if not all(0 <= token < info.vocab_size for token in ids):
+            raise RequestError(f"{param} has a token id outside 0 to {info.vocab_size - 1}.", param=param)
+    asked = 0 if message.pooling else 1 if params.max_tokens is None else params.max_tokens
+    has = f"the prompt has {prompt} tokens" + (f" and up to {asked} more were asked for" if asked else "")
     if prompt + asked > info.max_model_len:
         raise RequestError(
-            f"This model's context is {info.max_model_len} tokens, but the prompt has {prompt} tokens and up to "
-            f"{asked} more were asked for.",
-            code="context_length_exceeded",
+            f"This model's context is {info.max_model_len} tokens, but {has}.", code="context_length_exceeded"
         )
-    if prompt + asked - 1 > info.kv_capacity_tokens:  # the last token is never computed
+    if prompt + max(asked - 1, 0) > info.kv_capacity_tokens:  # the last token is never computed
         raise RequestError(
-            f"The KV cache holds {info.kv_capacity_tokens} tokens, but the prompt has {prompt} tokens and up to "
-            f"{asked} more were asked for.",
-            code="context_length_exceeded",
+            f"The KV cache holds {info.kv_capacity_tokens} tokens, but {has}.", code="context_length_exceeded"
         )
+    if message.pooling not in (None, "mean", "last"):
+        raise RequestError(f"pooling must be 'mean' or 'last', got {message.pooling!r}.", param="pooling")
     if not -PRIORITY_LIMIT <= message.priority < PRIORITY_LIMIT:
         raise RequestError("priority must be a 32-bit integer.", param="priority")
 
@@ -138,12 +198,13 @@ def resolve_request(
     *,
     priority: int = 0,
     cache_salt: str | None = None,
+    pooling: Pooling | None = None,
 ) -> EngineRequest:
     """The request with its open ends decided (max_tokens, seed), checked; raises `RequestError`."""
     room = max(info.max_model_len - len(prompt_token_ids), 1)
     params = msgspec.structs.replace(
         params,
-        max_tokens=params.max_tokens or max(room, params.min_tokens),
+        max_tokens=max(room, params.min_tokens) if params.max_tokens is None else params.max_tokens,
         seed=seeds.getrandbits(63) if params.seed is None else params.seed,
     )
     message = EngineRequest(
@@ -152,6 +213,7 @@ def resolve_request(
         params=params,
         priority=priority,
         cache_salt=cache_salt,
+        pooling=pooling,
     )
     check_request(message, info)
     return message

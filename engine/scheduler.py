@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -33,11 +34,15 @@ FEW_DECODES = 8
 
 
 class ScheduledSequence(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of a request; `samples` when they reach its end."""
+    """The next `num_tokens` uncomputed tokens of a request; `samples` when they reach its end and it is to go on.
+
+    The last of them may be a `draft`: tokens that are only guessed, so that each of them is drawn for as well.
+    """
 
     request: Request
     num_tokens: int
     samples: bool
+    draft: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +124,14 @@ class Scheduler:
             if count:  # else a prompt whose next chunk does not fit in what is left
                 if not self._allocate(request):
                     break  # it had the lowest rank and gave up its own blocks: nobody is left after it
+                draft: Sequence[int] = ()
                 if end - start > 1:
                     budget -= count
-                (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, start + count == end))
+                elif request.drafter is not None:
+                    draft = self._draft(request, budget)
+                    budget -= len(draft)
+                sequence = self._sequence(request, start, count, draft)
+                (decodes if sequence.num_tokens == 1 else chunks).append(sequence)
             index += 1
         # A step that had to preempt admits nobody: the blocks that it freed are for those who run.
         while budget and self.waiting and self.num_preemptions == preemptions:
@@ -133,7 +143,7 @@ class Scheduler:
                 break
             self._admit(request, prefix)
             budget -= count
-            (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, start + count == end))
+            (decodes if count == 1 else chunks).append(self._sequence(request, start, count))
         return SchedulerOutput(decodes + chunks, len(decodes) + sum(chunk.num_tokens for chunk in chunks))
 
     def finish(self, request: Request) -> None:
@@ -153,11 +163,25 @@ class Scheduler:
             min(budget, self.max_num_prefill_tokens * max(decodes, FEW_DECODES) // FEW_DECODES) if decodes else budget
         )
 
+    def _draft(self, request: Request, budget: int) -> Sequence[int]:
+        """A guess of the tokens after the request's last one, where there is room for them and it is worth it."""
+        assert request.drafter is not None  # for the type checker
+        most = min(budget, (request.params.max_tokens or budget) - request.num_output_tokens - 1)
+        if most < 1 or len(self.running) > request.drafter.max_batch_size:
+            return ()
+        draft = request.drafter.propose(request.token_ids, most)
+        return draft if self.kv_cache.allocate(request, len(draft)) else ()
+
     def _chunk(self, start: int, end: int, budget: int) -> int:
         """How many of the tokens from `start` to `end` to compute with `budget` left, 0 when no whole chunk fits."""
         if end - start <= budget:
             return end - start
         return max(0, (start + budget) // self.chunk_multiple * self.chunk_multiple - start)
+
+    @staticmethod
+    def _sequence(request: Request, start: int, count: int, draft: Sequence[int] = ()) -> ScheduledSequence:
+        samples = start + count == request.num_tokens and request.generates
+        return ScheduledSequence(request, count + len(draft), samples, draft)
 
     def _make_way(self) -> None:
         """Let the first in the queue displace those of lower rank who run in its place, if it is held up by them.
@@ -196,7 +220,8 @@ class Scheduler:
         if request.status is RequestStatus.WAITING:
             request.scheduled_time = time.monotonic()
             request.num_cached_tokens = request.num_computed_tokens
-            self.num_prefix_queries += request.num_prompt_tokens * self.kv_cache.enable_prefix_caching
+            if self.kv_cache.enable_prefix_caching and not request.reads_prompt:
+                self.num_prefix_queries += request.num_prompt_tokens
             self.num_prefix_hits += request.num_cached_tokens
         request.status = RequestStatus.RUNNING
 

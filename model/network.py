@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,8 @@ from .layer import DeepLayer
 from .sampling import SamplingBatch, sample
 
 
-@dataclass(frozen=True, slots=True)
-class LayerState:
-    """What one layer did, for those who watch.
+class LayerState(NamedTuple):
+    """What one layer did, for those who watch. The layers above write over it: whoever keeps a tensor copies it.
 
     Attributes:
         layer: index of the layer.
@@ -141,9 +140,7 @@ class DeepForCausalLM(nn.Module):
             else:
                 mu_below = mu
             if observer is not None:
-                observer(
-                    LayerState(layer.index, x.clone(), mu, None if velocity is None else velocity.clone(), experts)
-                )
+                observer(LayerState(layer.index, x, mu, velocity, experts))
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ class SamplingBatch:
         frequency_penalty: FP32 [R].
         penalty_rows: int64 [R], the rows that have a penalty.
         token_ids: (tokens so far, how many of them are the prompt) of each such row.
-        banned: (rows, token ids), scores to be ruled out.
+        bias: (rows int64 [B], token ids int64 [B], FP32 [B]), added to single scores.
+        masks: (row, FP32 [vocab]) pairs, 0 or -inf: scores to be ruled out whatever is left.
+        banned: (rows int64 [K], token ids int64 [K]), scores to be ruled out where that leaves the row anything.
         all_greedy: no row needs a draw.
     """
 
@@ -48,6 +50,8 @@ class SamplingBatch:
     frequency_penalty: Tensor | None
     penalty_rows: Tensor | None
     token_ids: list[tuple[Sequence[int], int]]
+    bias: tuple[Tensor, Tensor, Tensor] | None
+    masks: Sequence[tuple[int, Tensor]]
     banned: tuple[Tensor, Tensor] | None
     all_greedy: bool
 
@@ -66,9 +70,15 @@ class SamplingBatch:
         presence_penalty: Sequence[float] | None = None,
         frequency_penalty: Sequence[float] | None = None,
         token_ids: Sequence[tuple[Sequence[int], int]] = (),
-        banned: Sequence[tuple[int, int]] = (),
+        bias: Sequence[tuple[int, Tensor, Tensor]] = (),
+        masks: Sequence[tuple[int, Tensor]] = (),
+        banned: Sequence[tuple[int, Tensor]] = (),
     ) -> SamplingBatch:
-        """Make the tensors of plain lists, one entry per row; what no row uses is left out."""
+        """Make the tensors of plain lists, one entry per row; what no row uses is left out.
+
+        The last three name the rows that use them, with tensors on `device`: `bias` with different token ids and what
+        is added to each, `masks` with an FP32 [vocab], `banned` with token ids (a row may come several times).
+        """
         rows = len(temperature)
         # Of several tokens that tie for the most likely, top-k 1 takes the greedy one.
         temperatures = [0.0 if k == 1 else t for t, k in zip(temperature, top_k, strict=True)]
@@ -95,18 +105,27 @@ class SamplingBatch:
             frequency_penalty=floats([frequency[i] for i in penalised]) if penalised else None,
             penalty_rows=ints(penalised) if penalised else None,
             token_ids=[token_ids[i] for i in penalised],
-            banned=(ints([row for row, _ in banned]), ints([token for _, token in banned])) if banned else None,
+            bias=(*_flat([(row, ids) for row, ids, _ in bias]), torch.cat([add for *_, add in bias])) if bias else None,
+            masks=masks,
+            banned=_flat(banned) if banned else None,
             all_greedy=not any(temperatures),
         )
+
+
+def _flat(pieces: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(row, token ids) pairs as one list of rows and one of ids."""
+    ids = torch.cat([ids for _, ids in pieces])
+    rows = torch.tensor([[row, len(ids)] for row, ids in pieces]).to(ids.device)
+    return rows[:, 0].repeat_interleave(rows[:, 1], output_size=len(ids)), ids
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Draw one token per row.
 
-    Penalties and bans come first, then temperature, top-k, top-p and min-p, then the draw.
+    Penalties, bias and bans come first, then temperature, top-k, top-p and min-p, then the draw.
 
     Args:
-        logits: FP32 [N, vocab]; changed in place by penalties and bans only.
+        logits: FP32 [N, vocab]; changed in place by penalties, bias and bans only.
         batch: how each row is drawn.
 
     Returns:
@@ -114,8 +133,17 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """
     if batch.penalty_rows is not None:
         logits[batch.penalty_rows] = _penalised(logits[batch.penalty_rows], batch)
+    if batch.bias is not None:
+        rows, ids, add = batch.bias
+        logits[rows, ids] += add
+    for row, mask in batch.masks:  # one at a time costs less than a copy of all
+        logits[row].add_(mask)
     if batch.banned is not None:
+        # After all that never yields, so that what is left is known.
+        scores = logits[batch.banned]
         logits[batch.banned] = -torch.inf
+        nothing_left = logits.amax(dim=-1) == -torch.inf
+        logits[batch.banned] = torch.where(nothing_left[batch.banned[0]], scores, -torch.inf)
     greedy = _argmax(logits)
     if batch.all_greedy:
         return greedy
@@ -138,8 +166,8 @@ def _argmax(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of raw scores.
+def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities and ranks of raw scores.
 
     Args:
         logits: FP32 [N, vocab], before penalties and temperature.
@@ -147,11 +175,14 @@ def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, 
         top: how many of the most likely tokens to report.
 
     Returns:
-        FP32 [N] of the chosen tokens, FP32 [N, top] and int64 [N, top] of the most likely, best first.
+        FP32 [N] of the chosen tokens; int64 [N], 1 for each chosen one that none is likelier than; FP32 [N, top] and
+        int64 [N, top] of the most likely, best first.
     """
     scores = logits.log_softmax(dim=-1)
     best, ids = scores.topk(min(top, scores.shape[-1]), dim=-1)
-    return scores.gather(1, chosen[:, None]).squeeze(1), best, ids
+    own = chosen[:, None]
+    ranks = (logits > logits.gather(1, own)).sum(dim=-1) + 1
+    return scores.gather(1, own).squeeze(1), ranks, best, ids
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from pyllm.model import Architecture, DeepConfig, DeepForCausalLM
 from pyllm.model.loader import save_checkpoint
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% for t in tools or [] %}tool: {{ t.function | tojson }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role }}{{ m.name and '/' + m.name }}{{ m.tool_call_id and '/' + m.tool_call_id }}: "
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
+    "{% if aside %}({{ aside }}) {% endif %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 TINY = DeepConfig(

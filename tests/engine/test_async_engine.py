@@ -266,6 +266,30 @@ async def test_a_salt_keeps_prefixes_apart(engine):
     assert min(cached[1], cached[4]) > 0
 
 
+async def test_a_prompt_s_states_and_logprobs_cross_the_border(engine, tiny_checkpoint):
+    llm = LLM(str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=200)
+    prompt = llm.tokenizer.encode("What crosses the border")
+    rules = {"logit_bias": {40: 3.5}, "bad_words": ((41,), (42, 43)), "allowed_token_ids": tuple(range(30, 90))}
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=2, **rules)
+    streams = [
+        engine.submit("asking", prompt, params),
+        engine.submit("mean", prompt, SamplingParams(), pooling="mean"),
+        engine.submit("last", [7] * engine.info.max_model_len, SamplingParams(), pooling="last"),
+    ]
+    asking, mean, last = [await read(stream) for stream in streams]
+    expected = llm.generate([prompt], params)[0]
+    assert ids(asking) == expected.token_ids
+    assert asking[0].prompt_logprobs == expected.prompt_logprobs
+    assert [entry for output in asking for entry in output.logprobs] == expected.logprobs
+    assert all(output.prompt_logprobs == [] for output in asking[1:])
+    for outputs, wanted in ((mean, llm.embed([prompt])), (last, llm.embed([[7] * 256], "last"))):
+        assert [output.finish_reason for output in outputs] == ["stop"]
+        assert outputs[0].embedding == pytest.approx(wanted[0], abs=1e-6)
+        assert outputs[0].times.arrival < outputs[0].times.scheduled < outputs[0].times.last_token
+    with pytest.raises(RequestError, match="257 tokens"):
+        engine.submit("long", [7] * (engine.info.max_model_len + 1), SamplingParams(), pooling="mean")
+
+
 async def test_a_killed_engine_fails_everyone_within_two_seconds(tiny_checkpoint):
     before = children()
     engine = await start(tiny_checkpoint)

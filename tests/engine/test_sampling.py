@@ -24,6 +24,8 @@ def batch(rows: int, **given_values) -> SamplingBatch:
         lists[name] = value if isinstance(value, list) else [value] * rows
     prompts = lists.pop("prompt_ids", [[]] * rows)
     outputs = lists.pop("output_ids", [[]] * rows)
+    if "banned" in lists:
+        lists["banned"] = [(row, torch.tensor([token])) for row, token in lists["banned"]]
     lists["token_ids"] = [(prompt + output, len(prompt)) for prompt, output in zip(prompts, outputs, strict=True)]
     return SamplingBatch.build(**lists, device=CPU)
 
@@ -311,16 +313,47 @@ def test_banned_tokens_are_never_drawn():
         assert one[1] == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bans_that_leave_a_row_nothing_do_not_count_there(temperature):
+    logits = torch.zeros(3, 6)
+    mask = torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, -torch.inf])
+    banned = [(0, 2), (0, 3), (1, 2), *((2, token) for token in range(6))]
+    rules = {"masks": [(0, mask), (1, mask)], "banned": banned, "temperature": temperature}
+    seen = [set(), set(), set()]
+    for seed in range(60):
+        tokens = sample(logits.clone(), batch(3, seed=seed, **rules))
+        for found, token in zip(seen, tokens.tolist(), strict=True):
+            found.add(token)
+    assert seen[0] <= {2, 3}
+    assert seen[1] == {3}
+    assert len(seen[2]) == (6 if temperature else 1)
+
+
+def test_bias_is_added_after_the_penalties():
+    logits = torch.tensor([[4.0, -4.0, 1.0], [4.0, -4.0, 1.0]])
+    bias = [(1, torch.tensor([2, 0]), torch.tensor([5.0, -1.0]))]
+    penalties = {"repetition_penalty": 2.0, "prompt_ids": [[0], [0]], "output_ids": [[2], [2]]}
+    sample(logits, batch(2, temperature=0.0, bias=bias, **penalties))
+    assert logits.tolist() == [[2.0, -4.0, 0.5], [1.0, -4.0, 5.5]]
+
+
 def test_logprobs_are_the_log_softmax():
     logits = torch.randn(9, 700, generator=torch.Generator().manual_seed(6)) * 3
     chosen = torch.arange(9) * 70
-    own, best, ids = logprobs(logits, chosen, 5)
+    own, ranks, best, ids = logprobs(logits, chosen, 5)
     reference = logits.double().log_softmax(-1)
     torch.testing.assert_close(own.double(), reference[torch.arange(9), chosen], atol=1e-5, rtol=0)
     torch.testing.assert_close(best.double(), reference.sort(descending=True).values[:, :5], atol=1e-5, rtol=0)
     assert ids.equal(reference.argsort(descending=True)[:, :5])
     assert all(high >= low for row in best.tolist() for high, low in pairwise(row))
-    own, best, ids = logprobs(logits, chosen, 0)
+    order = logits.argsort(dim=-1, descending=True)
+    assert ranks.tolist() == [row.index(token) + 1 for row, token in zip(order.tolist(), chosen.tolist(), strict=True)]
+    own, _, best, ids = logprobs(logits, chosen, 0)
     assert own.shape == (9,)
     assert best.shape == ids.shape == (9, 0)
-    assert logprobs(logits[:, :3], torch.zeros(9, dtype=torch.int64), 20)[1].shape == (9, 3)
+    assert logprobs(logits[:, :3], torch.zeros(9, dtype=torch.int64), 20)[2].shape == (9, 3)
+
+
+def test_tokens_that_tie_share_the_better_rank():
+    ranks = logprobs(torch.tensor([[1.0, 3.0, 3.0, 2.0]]).repeat(4, 1), torch.arange(4), 0)[1]
+    assert ranks.tolist() == [4, 1, 1, 3]
