@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,19 +20,29 @@ from .body import read_body
 from .chat import create_chat_completion
 from .completions import create_completion
 from .config import ServerConfig
+from .embeddings import create_embedding
 from .errors import JsonResponse, error_response, to_api_error, unavailable
+from .messages import count_tokens, create_message
 from .middleware import RequestMiddleware
-from .protocol import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    Completion,
-    CompletionRequest,
-    ErrorAnswer,
-    ModelCard,
-    ModelList,
+from .pages import add_page_routes
+from .protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from .protocol.common import ErrorAnswer, ModelCard, ModelList
+from .protocol.completions import Completion, CompletionRequest
+from .protocol.embeddings import EmbeddingList, EmbeddingRequest
+from .protocol.messages import (
+    CountTokensRequest,
+    MessageAnswer,
+    MessageEvent,
+    MessagesError,
+    MessagesRequest,
+    TokenCount,
 )
+from .protocol.responses import ResponseEvent, ResponseObject, ResponseRequest
+from .protocol.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
+from .response_store import ResponseStore, add_store_routes
+from .responses import create_response
 from .served_model import ServedModel
+from .tokenize import detokenize, tokenize
 
 REFERENCE = "#/components/schemas/{model}"
 
@@ -95,19 +106,23 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.config.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "request-id"],
         )
     _add_state_routes(app, service)
     _add_model_routes(app, service)
-    _add_generation_routes(app, service)
+    add_page_routes(app)
+    app.state.responses = ResponseStore()
+    add_store_routes(app, app.state.responses)
+    for endpoint in ENDPOINTS:
+        _add_endpoint(app, service, endpoint)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
-    return error_response(to_api_error(error))
+async def _http_error(request: Request, error: Exception) -> Response:
+    return error_response(to_api_error(error), request.scope)
 
 
 def _add_state_routes(app: FastAPI, service: Service) -> None:
@@ -159,47 +174,79 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return JsonResponse(card(model, model.check_name(name)))
 
 
-def _add_generation_routes(app: FastAPI, service: Service) -> None:
-    keep_alive = service.config.sse_keep_alive_interval
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """A route that takes a JSON body.
 
-    def described(body: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
-        """The OpenAPI of a body that the route reads itself, and of its stream."""
-        reference = {"$ref": REFERENCE.format(model=body.__name__)}
-        stream = {"schema": {"type": "string", "description": f"Events of {chunk.__name__} objects, then [DONE]."}}
-        return {
-            "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
-            "responses": {"200": {"content": {"text/event-stream": stream}}},
-        }
+    Attributes:
+        handle: answers a checked body; its docstring's first line describes the route.
+        answer: the model of a whole answer, for the OpenAPI page.
+        chunk: the model of one event of a stream, where there is one.
+        error: the model of a failure.
+    """
 
-    @app.post(
-        "/v1/chat/completions",
-        response_model=ChatCompletion,
-        openapi_extra=described(ChatCompletionRequest, ChatCompletionChunk),
-    )
-    async def chat_completions(request: Request) -> Response:
-        """Answer a chat."""
+    path: str
+    body: type[BaseModel]
+    handle: Callable[[Request, Any, ServedModel, ServerConfig], Awaitable[Response]]
+    answer: type[BaseModel]
+    chunk: type[BaseModel] | None = None
+    error: type[BaseModel] = ErrorAnswer
+
+
+ENDPOINTS = (
+    Endpoint(
+        path="/v1/chat/completions", body=ChatCompletionRequest, handle=create_chat_completion,
+        answer=ChatCompletion, chunk=ChatCompletionChunk,
+    ),
+    Endpoint(
+        path="/v1/responses", body=ResponseRequest, handle=create_response, answer=ResponseObject, chunk=ResponseEvent
+    ),
+    Endpoint(
+        path="/v1/completions", body=CompletionRequest, handle=create_completion, answer=Completion, chunk=Completion
+    ),
+    Endpoint(path="/v1/embeddings", body=EmbeddingRequest, handle=create_embedding, answer=EmbeddingList),
+    Endpoint(path="/tokenize", body=TokenizeRequest, handle=tokenize, answer=TokenizeAnswer),
+    Endpoint(path="/detokenize", body=DetokenizeRequest, handle=detokenize, answer=DetokenizeAnswer),
+    Endpoint(
+        path="/v1/messages", body=MessagesRequest, handle=create_message, answer=MessageAnswer, chunk=MessageEvent,
+        error=MessagesError,
+    ),
+    Endpoint(
+        path="/v1/messages/count_tokens", body=CountTokensRequest, handle=count_tokens, answer=TokenCount,
+        error=MessagesError,
+    ),
+)  # fmt: skip
+"""Every route that generates or counts, with its body and its answer."""
+
+
+def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
+    async def route(request: Request) -> Response:
         model = service.ready_model()
-        body = await read_body(request, ChatCompletionRequest)
-        return await create_chat_completion(request, body, model, keep_alive)
+        body = await read_body(request, endpoint.body)
+        return await endpoint.handle(request, body, model, service.config)
 
-    @app.post(
-        "/v1/completions",
-        response_model=Completion,
-        openapi_extra=described(CompletionRequest, Completion),
-    )
-    async def completions(request: Request) -> Response:
-        """Continue one or more prompts."""
-        model = service.ready_model()
-        body = await read_body(request, CompletionRequest)
-        return await create_completion(request, body, model, keep_alive)
+    # The route reads the body itself, so that FastAPI knows nothing of its shape.
+    reference = {"$ref": REFERENCE.format(model=endpoint.body.__name__)}
+    extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+    if endpoint.chunk is not None:
+        text = f"Events of {endpoint.chunk.__name__} objects, if `stream` is true."
+        stream = {"schema": {"type": "string", "description": text}}
+        extra["responses"] = {"200": {"content": {"text/event-stream": stream}}}
+    name = endpoint.handle.__name__
+    app.add_api_route(
+        endpoint.path, route, methods=["POST"], response_model=endpoint.answer, openapi_extra=extra,
+        name=name, operation_id=name, description=endpoint.handle.__doc__,
+        responses={"4XX": {"model": endpoint.error}, "5XX": {"model": endpoint.error}},
+    )  # fmt: skip
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's page, and the models of the bodies, which it does not see since the routes read them themselves."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        models: list[type[BaseModel]] = [ChatCompletionRequest, CompletionRequest, ChatCompletionChunk]
-        _, extra = models_json_schema([(m, "validation") for m in models], ref_template=REFERENCE)
+        models = {e.body for e in ENDPOINTS} | {e.chunk for e in ENDPOINTS if e.chunk is not None}
+        ordered = sorted(models, key=lambda model: model.__name__)
+        _, extra = models_json_schema([(m, "validation") for m in ordered], ref_template=REFERENCE)
         schema["components"]["schemas"] |= extra["$defs"]
         app.openapi_schema = schema
     return app.openapi_schema

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from .errors import ApiError, shorten
-from .protocol import UNSUPPORTED
+from .protocol.common import UNSUPPORTED
 
 MAX_BODY_BYTES = 8 * 2**20
 LARGE_BODY_BYTES = 64 * 2**10
 MAX_MESSAGE = 600
+QUOTES = "'"
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -92,29 +93,29 @@ def _locate(steps: tuple[int | str, ...], kind: str, data: Any) -> tuple[str, in
 def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
     """Say the most telling of pydantic's errors in one sentence: of a union, the member that fitted furthest."""
     found = []
-    for entry in error.errors(include_url=False, include_context=False, include_input=False):
+    for entry in error.errors(include_url=False, include_input=False):
         path, depth = _locate(entry["loc"], entry["type"], data)
-        found.append((path, depth, entry["type"], entry["msg"]))
+        if entry["type"].startswith("union_tag"):
+            path = f"{path}.{entry['ctx']['discriminator'].strip(QUOTES)}"
+        found.append((path, depth, entry["type"], entry["msg"], entry.get("ctx", {}).get("expected_tags", "")))
     fields = [re.split(r"[.\[]", path)[0] for path, *_ in found]
     found = [item for item, field in zip(found, fields, strict=True) if field == fields[0]]
-    path, _, kind, _ = max(found, key=lambda item: (item[1], not item[2].endswith("_type")))
+    path, _, kind, _, tags = max(found, key=lambda item: (item[1], not item[2].endswith("_type")))
     if kind == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
-    if kind.startswith("union_tag"):
-        path += ".role"
     if kind in ("missing", "union_tag_not_found"):
         return ApiError(400, f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
     if kind == "union_tag_invalid":
-        message = f"{path} should be system, developer, user, assistant or tool."
-        return ApiError(400, message, param=path, code="invalid_value")
+        choices = " or ".join(", ".join(tag.strip(QUOTES) for tag in tags.split(", ")).rsplit(", ", 1))
+        return ApiError(400, f"{path} should be {choices}.", param=path, code="invalid_value")
     same = [item for item in found if item[0] == path and item[2].endswith("_type") == kind.endswith("_type")]
-    texts = list(dict.fromkeys(_predicate(message) for _, _, _, message in same))
+    texts = list(dict.fromkeys(_predicate(message) for _, _, _, message, _ in same))
     text = " or ".join([texts[0], *(other.removeprefix("should be ") for other in texts[1:])])
     return ApiError(400, f"{path} {text}."[:MAX_MESSAGE], param=path, code="invalid_value")
 
 
 def _predicate(message: str) -> str:
     """Turn "Input should be …" into "should be …"."""
-    for subject in ("Input ", "String ", "List ", "Dictionary "):
+    for subject in ("Input ", "String ", "List ", "Dictionary ", "Value error, "):
         message = message.removeprefix(subject)
     return message.replace(" after validation", "")

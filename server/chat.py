@@ -2,83 +2,74 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..engine.errors import RequestError
-from ..engine.messages import TokenLogprobs
+from ..engine.output_processor import RequestOutput
 from ..model.tokenizer import Tokenizer
+from .config import ServerConfig
 from .errors import JsonResponse, encode_json
-from .generation import Generation, sampling_params
-from .protocol import ChatCompletionRequest
+from .generation import Choice, Generation
+from .protocol.chat import ChatCompletionRequest
 from .served_model import ServedModel
 from .streaming import Chunks, EventStream
-
-LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON lacks, as OpenAI does it."""
+from .token_details import chat_logprobs, show_dynamics, show_prompt_logprobs
+from .turn import Turn, TurnPiece, TurnReader, prepare_turn, read_turn
 
 
 async def create_chat_completion(
-    request: Request, body: ChatCompletionRequest, model: ServedModel, keep_alive_seconds: float
+    request: Request, body: ChatCompletionRequest, model: ServedModel, config: ServerConfig
 ) -> Response:
     """Answer a chat, whole or as a stream; every refusal is raised before the answer begins."""
     name = model.check_name(body.model)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    prompt = await model.render([_plain(message.model_dump(exclude_none=True)) for message in body.messages])
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
-        max_tokens = min(default, max(model.engine.info.max_model_len - len(prompt), 1))
-    params = sampling_params(
-        body,
-        model,
-        max_tokens=max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        turn_ends=model.template.stop_strings,
-    )
-    generation = Generation(model, request, [prompt], params, body, "messages")
+    turn = await prepare_turn(body, model)
+    generation = turn.generate(model, request, body)
     head = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": name}
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        chunks = ChatChunks(head, generation, model.tokenizer, body)
-        return EventStream(generation, chunks, keep_alive_seconds)
+        chunks = ChatChunks(head, generation, model.tokenizer, body, turn)
+        return EventStream(generation, chunks, config.sse_keep_alive_interval)
     await generation.collect()
-    choices = []
-    for index, choice in enumerate(generation.choices):
-        logprobs = chat_logprobs(choice.logprobs, model.tokenizer) if body.logprobs else None
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        entry: dict[str, Any] = {"index": index, "message": message, "logprobs": logprobs}
-        entry["finish_reason"] = choice.finish_reason
+
+    def answer() -> Response:
+        choices = [_whole(index, choice, body, turn, model) for index, choice in enumerate(generation.choices)]
+        content = head | {"object": "chat.completion", "choices": choices, "usage": generation.usage()}
         if body.return_token_ids:
-            entry["token_ids"] = choice.token_ids
-        choices.append(entry)
-    answer = head | {"object": "chat.completion", "choices": choices, "usage": generation.usage()}
-    return JsonResponse(answer | ({"prompt_token_ids": prompt} if body.return_token_ids else {}))
+            content["prompt_token_ids"] = turn.prompt
+        if body.prompt_logprobs is not None:
+            positions = generation.choices[0].prompt_logprobs
+            content["prompt_logprobs"] = show_prompt_logprobs(turn.prompt, positions, model.tokenizer)
+        return JsonResponse(content)
+
+    # Candidates for each token of a long prompt are many.
+    return answer() if body.prompt_logprobs is None else await asyncio.to_thread(answer)
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: parts joined to one text."""
-    if isinstance(message.get("content"), list):
-        message["content"] = "\n".join(part["text"] for part in message["content"])
-    return message
-
-
-def chat_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Log-probabilities in the chat format."""
-
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text, data = tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
-        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(data)}
-
-    return {
-        "content": [
-            entry(position.token_id, position.logprob) | {"top_logprobs": [entry(*pair) for pair in position.top]}
-            for position in positions
+def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, model: ServedModel) -> dict[str, Any]:
+    """One choice of a whole answer."""
+    read = read_turn(turn.reader(), choice.text)
+    message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
+    if read.calls:
+        message["content"] = read.content or None
+        message["tool_calls"] = [
+            {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for id_, name, arguments in read.calls
         ]
-    }
+    reason = read.finish_reason if choice.finish_reason == "stop" else choice.finish_reason
+    entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+    if body.logprobs:
+        entry["logprobs"] = chat_logprobs(choice.logprobs, model.tokenizer)
+    if choice.stop_reason is not None:
+        entry["stop_reason"] = choice.stop_reason
+    if body.return_token_ids:
+        entry["token_ids"] = choice.token_ids
+    if body.return_dynamics:
+        entry["dynamics"] = show_dynamics(choice.token_ids, choice.dynamics, model.tokenizer)
+    return entry
 
 
 class ChatChunks(Chunks):
@@ -86,14 +77,64 @@ class ChatChunks(Chunks):
 
     member, empty = b"delta", b"{}"
 
+    def __init__(
+        self,
+        head: dict[str, Any],
+        generation: Generation,
+        tokenizer: Tokenizer,
+        body: ChatCompletionRequest,
+        turn: Turn,
+    ) -> None:
+        super().__init__(head, generation, tokenizer, body)
+        self._must_call = turn.must_call
+        # Without tools the text needs no reading.
+        self._readers = [] if turn.reader is TurnReader else [turn.reader() for _ in self.choices]
+        self._prompt_due = body.prompt_logprobs is not None
+
     def opening(self) -> bytes:
-        """The assistant's role for every choice."""
+        """The assistant's role for every choice; the content is null where only calls can follow."""
         ids = b',"prompt_token_ids":' + encode_json(self.choices[0].prompt_token_ids) if self.with_ids else b""
-        role = b'{"role":"assistant","content":""}'
+        role = b'{"role":"assistant","content":%s}' % (b"null" if self._must_call else b'""')
         return b"".join(self.chunk(index, role, beside=ids) for index in range(len(self.choices)))
 
-    def piece(self, index: int, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bytes:
+    def piece(self, index: int, output: RequestOutput) -> bytes:
         """New text."""
-        shown = encode_json(chat_logprobs(logprobs, self.tokenizer)) if self.with_logprobs else b"null"
-        ids = b',"token_ids":' + encode_json(token_ids) if self.with_ids else b""
-        return self.chunk(index, b'{"content":%s}' % encode_json(text), logprobs=shown, more=ids)
+        shown = encode_json(chat_logprobs(output.logprobs, self.tokenizer)) if self.with_logprobs else b"null"
+        deltas = [b'{"content":%s}' % encode_json(output.text)]
+        if self._readers:
+            deltas = _deltas(self._readers[index].feed(output.text)) or ([self.empty] if self.shows_tokens else [])
+            if not deltas:
+                return b""
+        first = self.chunk(
+            index, deltas[0], logprobs=shown, more=self.details(output), beside=self._about_prompt(index)
+        )
+        return first + b"".join(self.chunk(index, delta) for delta in deltas[1:])
+
+    def ending(self, index: int, output: RequestOutput) -> bytes:
+        """What the reader held back, and the finish reason."""
+        held, about = b"", self._about_prompt(index)
+        if self._readers:
+            reader = self._readers[index]
+            held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish()))
+            if output.finish_reason == "stop":
+                return held + self.last(index, reader.finish_reason, output.stop_reason, about)
+        return held + self.last(index, output.finish_reason, output.stop_reason, about)
+
+    def _about_prompt(self, index: int) -> bytes:
+        """The prompt's log-probabilities, once; they are complete when the first choice has a token."""
+        if not self._prompt_due or index:
+            return b""
+        self._prompt_due = False
+        return self.prompt_logprobs(0)
+
+
+def _deltas(piece: TurnPiece) -> list[bytes]:
+    """What a piece of a turn adds, one delta for each step: clients join those of different chunks only."""
+    deltas = [b'{"content":%s}' % encode_json(piece.content)] if piece.content else []
+    for call in piece.calls:
+        function: dict[str, Any] = {"arguments": call.arguments}
+        shown: dict[str, Any] = {"index": call.index, "function": function}
+        if call.id is not None:
+            shown = {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name} | function}
+        deltas.append(b'{"tool_calls":[%s]}' % encode_json(shown))
+    return deltas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import minijinja
@@ -27,9 +27,16 @@ FUEL = 5_000_000
 """Template instructions per rendering, about a tenth of a second; a long chat needs some ten thousand."""
 MAX_CHARACTERS = 4_000_000
 """Longest rendered prompt."""
+MAX_DEPTH = 64
+"""Levels of lists and objects that a template is given."""
 
 # Noncharacters: Unicode gives them no meaning, no text needs them, and no template or normalisation touches them.
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+
+
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
+"""Names in a template that a request does not set by itself; those of tokens are not among a request's either."""
+FUNCTIONS = frozenset({"range", "namespace", "dict", "debug", "cycler", "joiner", "lipsum"})
 
 
 class ChatTemplateError(ValueError):
@@ -42,12 +49,16 @@ class ChatTemplate:
     Attributes:
         stop_strings: what ends an assistant's turn in formats that mark turns by plain text (`\\n\\nUser:`); empty
             where a special token does, since the engine stops at that by itself.
+        variables: what the template asks for beside messages, tools and tokens, and a request may set.
+        knows_tools: whether the template tells the model of tools.
+        knows_calls: whether it writes calls of tools.
+        source: the template itself.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
         """Compile `source`; raise `ChatTemplateError` where it is not Jinja."""
         self._tokenizer = tokenizer
-        self._source = source
+        self.source = source
         # trim_blocks and lstrip_blocks stay off: the models were fine-tuned on what plain Jinja writes.
         self._environment = minijinja.Environment(
             fuel=FUEL,
@@ -69,6 +80,9 @@ class ChatTemplate:
         except minijinja.TemplateError as error:
             raise ChatTemplateError(f"The chat template is not valid Jinja: {error.message}.") from None
         self._knows_generation_prompt = "add_generation_prompt" in variables
+        self.knows_tools = "tools" in variables
+        self.knows_calls = "tool_calls" in source
+        self.variables = frozenset(name for name in variables - RESERVED - FUNCTIONS if not name.endswith("_token"))
         self.stop_strings = self._find_stop_strings()
 
     @classmethod
@@ -83,6 +97,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of the prompt, with the leading token that the model was tuned with.
 
@@ -93,6 +108,7 @@ class ChatTemplate:
             tools: OpenAI's tool descriptions, for templates that write them.
             add_generation_prompt: end with the opening of an assistant's turn.
             continue_final_message: end inside the last message, for the model to go on with it.
+            variables: values for some of `self.variables`.
 
         Raises `ChatTemplateError` when the template refuses the messages, does too much work, writes too much, or
         leaves a message out.
@@ -102,43 +118,47 @@ class ChatTemplate:
         if not messages:
             raise ChatTemplateError("messages must not be empty.")
         chat = [self._prepare(message) for message in messages]
-        strings = list(_strings([chat, tools]))
-        free = (c for c in NONCHARACTERS if c not in self._source and not any(c in text for text in strings))
+        variables = variables or {}
+        strings = list(_strings([chat, tools, variables]))
+        free = (c for c in NONCHARACTERS if c not in self.source and not any(c in text for text in strings))
         guard, mark = next(free, ""), next(free, "")
         if not mark:
             raise ChatTemplateError("The messages hold too many Unicode noncharacters.")
         if any(map(self._tokenizer.spells_special, strings)):
-            chat, tools = self._shielded([chat, tools], guard)
-        text = self._text(chat, tools, mark, add_generation_prompt, continue_final_message)
+            chat, tools, variables = self._shielded([chat, tools, variables], guard)
+        given = {"tools": tools, **variables}
+        text = self._text(chat, given, mark, add_generation_prompt, continue_final_message)
         ids = self._tokenizer.encode_prompt(text, guard=guard)
         bos = self._tokenizer.bos_token_id
         return [bos, *ids] if self._tokenizer.adds_bos and bos is not None and ids[:1] != [bos] else ids
 
-    def _text(self, chat: list[dict[str, Any]], tools: Any, mark: str, generation: bool, continuation: bool) -> str:
+    def _text(
+        self, chat: list[dict[str, Any]], given: dict[str, Any], mark: str, generation: bool, continuation: bool
+    ) -> str:
         """The prompt as text; `mark` is a character that is nowhere in it."""
         if continuation:
             last = {**chat[-1], "content": (chat[-1].get("content") or "") + mark}
-            before, found, _ = self._run([*chat[:-1], last], tools).rpartition(mark)
+            before, found, _ = self._run([*chat[:-1], last], given).rpartition(mark)
             if not found:
                 raise ChatTemplateError("The model's chat template leaves out the message to continue.")
             return before
-        plain = self._run(chat, tools)
-        self._require_all_written(chat, tools, mark)
+        plain = self._run(chat, given)
+        self._require_all_written(chat, given, mark)
         if not generation:
             return plain
         if self._knows_generation_prompt:
-            prompted = self._run(chat, tools, add_generation_prompt=True)
+            prompted = self._run(chat, given, add_generation_prompt=True)
             if prompted != plain:
                 return prompted
         # The template ignores the wish: take what it writes before an assistant's words, without the last space,
         # which in training was part of the first word's token.
-        before, found, _ = self._run([*chat, {"role": "assistant", "content": mark}], tools).rpartition(mark)
+        before, found, _ = self._run([*chat, {"role": "assistant", "content": mark}], given).rpartition(mark)
         return before.removesuffix(" ") if found else plain
 
-    def _run(self, chat: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
+    def _run(self, chat: list[dict[str, Any]], given: dict[str, Any], add_generation_prompt: bool = False) -> str:
         try:
             text = self._environment.render_template(
-                "chat", messages=chat, tools=tools, add_generation_prompt=add_generation_prompt, **self._marks
+                "chat", messages=chat, add_generation_prompt=add_generation_prompt, **given, **self._marks
             )
         except minijinja.TemplateError as error:
             if error.kind == "OutOfFuel":
@@ -157,17 +177,17 @@ class ChatTemplate:
             ready["tool_calls"] = [_with_parsed_arguments(call) for call in ready["tool_calls"]]
         # Templates ask `content is none` of calls only; elsewhere they join it to other text.
         ready.setdefault("content", None if "tool_calls" in ready else "")
-        if ready.get("role") == "developer" and "developer" not in self._source:
+        if ready.get("role") == "developer" and "developer" not in self.source:
             ready["role"] = "system"  # the same thing under OpenAI's newer name
         return ready
 
-    def _require_all_written(self, chat: list[dict[str, Any]], tools: Any, mark: str) -> None:
+    def _require_all_written(self, chat: list[dict[str, Any]], given: dict[str, Any], mark: str) -> None:
         """Raise where the template silently drops a message of a role, or at a place, that it does not know."""
         doubtful = {n for n, m in enumerate(chat) if m["content"] and m.get("role") not in ("user", "assistant")}
         if not doubtful:
             return
         marked = [{**m, "content": m["content"] + mark} if n in doubtful else m for n, m in enumerate(chat)]
-        if self._run(marked, tools).count(mark) < len(doubtful):
+        if self._run(marked, given).count(mark) < len(doubtful):
             roles = " or ".join(sorted({str(chat[n].get("role")) for n in doubtful}))
             raise ChatTemplateError(f"The model's chat template has no place for a {roles} message where one stands.")
 
@@ -183,8 +203,8 @@ class ChatTemplate:
         question, answer, following = NONCHARACTERS[:3]
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         try:
-            last = self._run(chat, None).partition(answer)[2]
-            text = self._run([*chat, {"role": "user", "content": following}], None)
+            last = self._run(chat, {"tools": None}).partition(answer)[2]
+            text = self._run([*chat, {"role": "user", "content": following}], {"tools": None})
         except ChatTemplateError:
             return ()
         between = text.partition(answer)[2].partition(following)[0]
@@ -200,11 +220,20 @@ def _with_parsed_arguments(call: Message) -> dict[str, Any]:
     if isinstance(function.get("arguments"), str):
         try:
             parsed = json.loads(function["arguments"])
-        except ValueError:
+            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError):
             parsed = None
-        if isinstance(parsed, dict):
+        if isinstance(parsed, dict) and not is_deeper(parsed, MAX_DEPTH):
             function["arguments"] = parsed
     return {**call, "function": function}
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than so many levels."""
+    if not isinstance(value, (dict, list)):
+        return False
+    inner: Iterable[Any] = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_deeper(item, levels - 1) for item in inner)
 
 
 def _strings(value: Any) -> Iterator[str]:

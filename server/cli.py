@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from importlib import import_module
 from .. import __version__
 from ..engine.launch import EngineProcess
 from .config import BenchConfig, ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
+from .logs import configure_logging
 
 # Servers and networks are imported when a command needs them: help and mistakes must be answered at once.
 
@@ -52,7 +52,7 @@ def _run(command: str, words: list[str]) -> int:
             raise ConfigError('A prompt is needed, as in: pyllm generate "Once upon a time".')
     except ConfigError as error:
         return _fail(error)
-    _configure_logging(config.log_level)
+    configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
     # The engine's libraries take a second to load: that begins now, while this process loads its own.
     process = None if isinstance(config, BenchConfig) else EngineProcess()
     try:
@@ -83,12 +83,6 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _configure_logging(level: str) -> None:
-    # Only this program's own loggers follow the level: what libraries say at debug level includes prompts.
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("pyllm").setLevel(level.upper())
 
 
 def _fail(error: Exception) -> int:

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import codecs
+import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..engine.messages import TokenLogprobs
+from ..engine.errors import RequestError
+from ..engine.messages import SamplingParams, TokenLogprobs
+from ..engine.output_processor import RequestOutput
 from ..model.tokenizer import Tokenizer
-from .chat import LOWEST_LOGPROB
+from .config import ServerConfig
 from .errors import JsonResponse, encode_json
-from .generation import Generation, sampling_params
-from .protocol import CompletionRequest
+from .generation import Choice, Generation, answer_grammar, sampling_params, truncate_prompt
+from .protocol.completions import CompletionRequest
 from .served_model import ServedModel
 from .streaming import Chunks, EventStream
+from .token_details import LegacyLogprobs, show_dynamics, show_prompt_logprobs
 
 DEFAULT_MAX_TOKENS = 16
 
 
 async def create_completion(
-    request: Request, body: CompletionRequest, model: ServedModel, keep_alive_seconds: float
+    request: Request, body: CompletionRequest, model: ServedModel, config: ServerConfig
 ) -> Response:
     """Continue each prompt, whole or as a stream; every refusal is raised before the answer begins."""
     name = model.check_name(body.model)
-    max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
-    params = sampling_params(body, model, max_tokens=max_tokens, logprobs=body.logprobs)
-    prompts = await _encode(body, model)
-    generation = Generation(model, request, prompts, params, body, "prompt")
+    params = await _params(body, model)
+    prompts = await encode_prompts(
+        body.prompt, model, add_bos=bool(body.add_special_tokens),
+        keep=body.truncate_prompt_tokens, max_tokens=params.max_tokens,
+    )  # fmt: skip
+    generation = Generation(
+        model, request, prompts, [_fitted(params, prompt, body, model) for prompt in prompts],
+        field="prompt", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
+    )  # fmt: skip
     head = {
         "id": f"cmpl-{request.state.request_id}",
         "object": "text_completion",
@@ -38,79 +48,150 @@ async def create_completion(
     }
     if body.stream:
         chunks = CompletionChunks(head, generation, model.tokenizer, body, params.skip_special_tokens)
-        return EventStream(generation, chunks, keep_alive_seconds)
+        return EventStream(generation, chunks, config.sse_keep_alive_interval)
     await generation.collect()
-    choices = []
-    for index, choice in enumerate(generation.choices):
-        entry: dict[str, Any] = {"index": index, "text": choice.text, "logprobs": None}
-        if body.logprobs is not None:
-            entry["logprobs"] = LegacyLogprobs(model.tokenizer, params.skip_special_tokens).take(choice.logprobs)
-        entry["finish_reason"] = choice.finish_reason
-        if body.return_token_ids:
-            entry |= {"token_ids": choice.token_ids, "prompt_token_ids": choice.prompt_token_ids}
-        choices.append(entry)
-    return JsonResponse(head | {"choices": choices, "usage": generation.usage()})
+
+    def answer() -> Response:
+        choices = [
+            _whole(index, choice, body, model.tokenizer, params.skip_special_tokens)
+            for index, choice in enumerate(generation.choices)
+        ]
+        return JsonResponse(head | {"choices": choices, "usage": generation.usage()})
+
+    # Candidates for each token of long prompts are many.
+    return answer() if params.prompt_logprobs is None else await asyncio.to_thread(answer)
 
 
-async def _encode(body: CompletionRequest, model: ServedModel) -> list[list[int]]:
-    """The token ids of each prompt."""
-    prompts = body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
-    add_bos = bool(body.add_special_tokens)
-    return [await model.encode(p, add_bos=add_bos) if isinstance(p, str) else p for p in prompts]
+async def encode_prompts(
+    given: str | list[int] | list[str] | list[list[int]],
+    model: ServedModel,
+    *,
+    add_bos: bool,
+    keep: int | None,
+    max_tokens: int | None,
+) -> list[list[int]]:
+    """The token ids of one or more prompts, cut as `truncate_prompt` does; raises `RequestError`."""
+    several = isinstance(given, list) and not isinstance(given[0], int)
+    prompts: list[Any] = given if several else [given]  # type: ignore[assignment]
+    ids = [
+        await model.encode(prompt, add_bos=add_bos, any_length=keep is not None) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+    return [truncate_prompt(prompt, keep, model, max_tokens) for prompt in ids]
 
 
-class LegacyLogprobs:
-    """Log-probabilities of one choice in the older format, piece by piece.
+async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams:
+    """What to ask of the engine for a prompt that leaves room enough; raises `RequestError`."""
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens must be at least 1 without echo.", param="max_tokens")
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    grammar = await answer_grammar(body)
+    params = sampling_params(body, model, max_tokens=max_tokens, logprobs=body.logprobs, grammar=grammar)
+    if not body.echo or body.logprobs is None:
+        return params
+    most = max(body.logprobs, body.prompt_logprobs or 0)
+    return msgspec.structs.replace(params, prompt_logprobs=most)
 
-    `text_offset` is where a token begins in the choice's text; a token that is a later part of a character begins
-    where that character does.
-    """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+def _fitted(params: SamplingParams, prompt: list[int], body: CompletionRequest, model: ServedModel) -> SamplingParams:
+    """`params` for one prompt: the default of `max_tokens` is no more than the context has left."""
+    room = max(model.engine.info.max_model_len - len(prompt), 1)
+    if body.max_tokens is not None or room >= DEFAULT_MAX_TOKENS:
+        return params
+    return msgspec.structs.replace(params, max_tokens=room)
+
+
+def _best(positions: Sequence[TokenLogprobs], count: int) -> list[TokenLogprobs]:
+    """`positions` with no more than `count` candidates each."""
+    return [msgspec.structs.replace(position, top=position.top[:count]) for position in positions]
+
+
+class ShownText:
+    """One choice's text and log-probabilities as the client sees them: with echo, the prompt's come first."""
+
+    def __init__(
+        self, body: CompletionRequest, choice: Choice, tokenizer: Tokenizer, skip_special_tokens: bool
+    ) -> None:
+        self._echo = bool(body.echo)
+        self._logprobs = body.logprobs
+        self._choice = choice
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._offset = 0
+        self._skip = skip_special_tokens
+        self._legacy = LegacyLogprobs(tokenizer, skip_special_tokens)
 
-    def take(self, positions: list[TokenLogprobs]) -> dict[str, Any]:
-        """The object for the next positions."""
-        text = self._tokenizer.token_text
-        offsets = []
-        for position in positions:
-            offsets.append(self._offset)
-            if position.token_id not in self._hidden:
-                self._offset += len(self._decode(self._tokenizer.token_bytes(position.token_id)))
-        return {
-            "tokens": [text(position.token_id) for position in positions],
-            "token_logprobs": [max(position.logprob, LOWEST_LOGPROB) for position in positions],
-            "top_logprobs": [
-                {
-                    text(id_): max(logprob, LOWEST_LOGPROB)
-                    for id_, logprob in [*position.top, (position.token_id, position.logprob)]
-                }
-                for position in positions
-            ],
-            "text_offset": offsets,
-        }
+    def take(self, text: str, positions: Sequence[TokenLogprobs]) -> tuple[str, dict[str, Any] | None]:
+        """The next piece; the log-probabilities are None unless asked for."""
+        before: dict[str, Any] = {}
+        if self._echo:
+            self._echo = False
+            prompt = self._choice.prompt_token_ids
+            text = self._tokenizer.decode(prompt, self._skip) + text
+            if self._logprobs is not None:
+                before = self._legacy.take_prompt(prompt, _best(self._choice.prompt_logprobs, self._logprobs))
+        if self._logprobs is None:
+            return text, None
+        shown = self._legacy.take(positions)
+        return text, {name: before[name] + shown[name] for name in shown} if before else shown
+
+
+def _prompt_members(choice: Choice, body: CompletionRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The members of a choice that show its prompt's tokens, as far as they are asked for."""
+    members: dict[str, Any] = {}
+    if body.return_token_ids:
+        members["prompt_token_ids"] = choice.prompt_token_ids
+    if body.prompt_logprobs is not None:
+        positions = _best(choice.prompt_logprobs, body.prompt_logprobs)
+        members["prompt_logprobs"] = show_prompt_logprobs(choice.prompt_token_ids, positions, tokenizer)
+    return members
+
+
+def _whole(
+    index: int, choice: Choice, body: CompletionRequest, tokenizer: Tokenizer, skip_special_tokens: bool
+) -> dict[str, Any]:
+    """A finished choice."""
+    text, logprobs = ShownText(body, choice, tokenizer, skip_special_tokens).take(choice.text, choice.logprobs)
+    entry = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+    if choice.stop_reason is not None:
+        entry["stop_reason"] = choice.stop_reason
+    if body.return_token_ids:
+        entry["token_ids"] = choice.token_ids
+    if body.return_dynamics:
+        entry["dynamics"] = show_dynamics(choice.token_ids, choice.dynamics, tokenizer)
+    return entry | _prompt_members(choice, body, tokenizer)
 
 
 class CompletionChunks(Chunks):
-    """Chunks whose choices have text."""
+    """Chunks whose choices have text; what is shown of a prompt comes with the first piece of each choice."""
 
     member, empty = b"text", b'""'
 
     def __init__(
-        self, head: dict[str, Any], generation: Generation, tokenizer: Tokenizer, body: CompletionRequest, skip: bool
+        self,
+        head: dict[str, Any],
+        generation: Generation,
+        tokenizer: Tokenizer,
+        body: CompletionRequest,
+        skip_special_tokens: bool,
     ) -> None:
         super().__init__(head, generation, tokenizer, body)
-        self._logprobs = [LegacyLogprobs(tokenizer, skip) for _ in self.choices]
-        self._without_prompt = set(range(len(self.choices)))
+        self._body = body
+        self._texts = [ShownText(body, choice, tokenizer, skip_special_tokens) for choice in self.choices]
+        shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
+        self._without_prompt = set(range(len(self.choices))) if shows_prompt else set()
 
-    def piece(self, index: int, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bytes:
-        """New text; the first piece of a choice brings the prompt's ids where ids are asked for."""
-        shown = encode_json(self._logprobs[index].take(logprobs)) if self.with_logprobs else b"null"
-        ids = b',"token_ids":' + encode_json(token_ids) if self.with_ids else b""
-        if self.with_ids and index in self._without_prompt:
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """New text with its tokens."""
+        text, logprobs = self._texts[index].take(output.text, output.logprobs)
+        details = self.details(output)
+        if index in self._without_prompt:
             self._without_prompt.remove(index)
-            ids += b',"prompt_token_ids":' + encode_json(self.choices[index].prompt_token_ids)
-        return self.chunk(index, encode_json(text), logprobs=shown, more=ids)
+            if members := _prompt_members(self.choices[index], self._body, self.tokenizer):
+                details += b"," + encode_json(members)[1:-1]
+        return self.chunk(index, encode_json(text), logprobs=encode_json(logprobs), more=details)
+
+    def ending(self, index: int, output: RequestOutput) -> bytes:
+        """The last chunk of one choice; before it the prompt, where no text has come to bring it."""
+        before = b""
+        if index in self._without_prompt:
+            before = self.piece(index, msgspec.structs.replace(output, text="", token_ids=[], logprobs=[], dynamics=[]))
+        return before + super().ending(index, output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "demo"
 DEMO_NAME = "pyllm-demo"
 ENVIRONMENT_PREFIX = "PYLLM_"
+MAX_LOGPROBS = 20
+"""That of `engine/messages.py`, whose import would let the engine process start later."""
 
 
 class ConfigError(ValueError):
@@ -38,9 +41,10 @@ def flag(
     choices: tuple[str, ...] = (),
     positional: bool = False,
 ) -> Any:
-    """Declare a flag: `kind` is text, list (repeatable), int, float, size or switch; `low` and `high` are inclusive.
+    """Declare a flag: `kind` is text, list (repeatable), int, float, size, switch or json; the bounds are inclusive.
 
-    A size is a number of bytes, or a number with a unit such as 512MB or 2GiB.
+    A size is a number of bytes, or a number with a unit such as 512MB or 2GiB. JSON is the text of an object; in the
+    YAML file it may also be a mapping.
     """
     settings = {"text": text, "kind": kind, "low": low, "high": high, "choices": choices, "positional": positional}
     return field(default=default, metadata=settings)
@@ -68,6 +72,9 @@ class ModelFlags:
     max_num_queued_reqs: int = flag(1024, "most requests that wait; more are refused with 429", "int", low=1)
     scheduling_policy: str = flag("fcfs", "whose turn it is; priority: lower first", choices=("fcfs", "priority"))
     enable_prefix_caching: bool = flag(True, "compute what prompts have in common only once", "switch")
+    speculative_config: str | None = flag(
+        None, 'guess repeated text and check several tokens at once, as in {"method": "ngram"}', "json"
+    )
     block_size: int = flag(16, "tokens in one block of the KV cache", "int", low=1, high=1024)
     kv_cache_memory_bytes: int | None = flag(
         None, "size of the KV cache, such as 2GiB (none: by what is free)", "size", low=1, high=2**60
@@ -76,15 +83,32 @@ class ModelFlags:
         0.92, "share of a GPU's memory to fill, where the KV cache is given no size", "float", low=0.01, high=1
     )
     num_kv_blocks: int | None = flag(None, "number of blocks in the KV cache, instead of a size", "int", low=1)
+    deterministic: bool = flag(
+        False, "refuse to start where an answer's last bits could depend on who else is being served", "switch"
+    )
     chat_template: str | None = flag(None, "file with a Jinja chat template, instead of the checkpoint's own")
+    generation_config: str = flag(
+        "auto", "where generation_config.json with the sampling defaults is: auto (the checkpoint), a folder, or none"
+    )
+    override_generation_config: str | None = flag(
+        None, 'sampling defaults that win over that file, such as {"temperature": 0.5}; null takes one away', "json"
+    )
     log_level: str = flag("info", "least severe messages shown", choices=("debug", "info", "warning", "error"))
 
     def engine_config(self, path: Path) -> EngineConfig:
         """The engine's part of these flags, for the checkpoint at `path`."""
-        from ..engine.config import EngineConfig
+        import msgspec
+
+        from ..engine.config import EngineConfig, SpeculativeConfig
 
         shared = set(EngineConfig.__struct_fields__) & {f.name for f in dataclasses.fields(self)} - {"model"}
-        return EngineConfig(model=str(path), **{name: getattr(self, name) for name in shared})
+        values = {name: getattr(self, name) for name in shared}
+        if self.speculative_config is not None:
+            try:
+                values["speculative_config"] = msgspec.json.decode(self.speculative_config, type=SpeculativeConfig)
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"--speculative-config cannot be used: {error}.") from None
+        return EngineConfig(model=str(path), **values)
 
     def model_arguments(self) -> list[str]:
         """These flags as words of a command line, as far as they differ from the defaults."""
@@ -111,6 +135,16 @@ class ServerConfig(ModelFlags):
     api_key: tuple[str, ...] = flag((), "key that clients must send; repeat it for several", "list")
     allowed_origins: tuple[str, ...] = flag((), "origin whose web pages may call the API (CORS); * is all", "list")
     root_path: str = flag("", "path under which a proxy offers this server")
+    ssl_keyfile: str | None = flag(None, "PEM file with the key to serve HTTPS; needs --ssl-certfile")
+    ssl_certfile: str | None = flag(None, "PEM file with the certificate (chain) of that key")
+    max_logprobs: int = flag(
+        MAX_LOGPROBS, "most likely tokens that a request may ask for at a position", "int", low=0, high=MAX_LOGPROBS
+    )
+    tool_call_parser: str = flag("auto", "format of the tool calls in the model's text; auto: by the checkpoint")
+    metrics_vllm_names: bool = flag(
+        False, "/metrics also has vLLM's metrics under vLLM's names, for its dashboards", "switch"
+    )
+    log_format: str = flag("text", "json writes one object per line", choices=("text", "json"))
     sse_keep_alive_interval: float = flag(
         15.0, "seconds between comments that keep a stream open; 0: none", "float", low=0, high=3600
     )
@@ -190,7 +224,7 @@ def _parser(cls: type[Config], program: str, description: str) -> _Parser:
         if kind == "switch":
             parser.add_argument(_option(f.name), action=argparse.BooleanOptionalAction, help=text)
         else:
-            metavar = {"int": "N", "float": "X", "size": "SIZE"}.get(kind, "TEXT")
+            metavar = {"int": "N", "float": "X", "size": "SIZE", "json": "JSON"}.get(kind, "TEXT")
             metavar = "{" + ",".join(choices) + "}" if choices else metavar
             action = "append" if kind == "list" else "store"
             parser.add_argument(_option(f.name), action=action, metavar=metavar, help=text)
@@ -204,6 +238,17 @@ def _bytes(text: str) -> int:
         raise ValueError(text)
     base = 1024 if found[3] else 1000
     return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")) if found[2] else int(found[1])
+
+
+def _json_object(raw: Any, source: str) -> str:
+    """The text of a JSON object, from that text or from a mapping."""
+    try:
+        value = json.loads(raw) if isinstance(raw, str) else raw
+        if not isinstance(value, dict):
+            raise TypeError
+        return json.dumps(value)
+    except (ValueError, TypeError, RecursionError):
+        raise ConfigError(f'{source} must be a JSON object such as {{"temperature": 0.5}}, got {raw!r:.200}.') from None
 
 
 def _convert(f: dataclasses.Field[Any], raw: Any, source: str) -> Any:
@@ -231,6 +276,8 @@ def _convert(f: dataclasses.Field[Any], raw: Any, source: str) -> Any:
             what = {"int": "a whole number", "size": "a number of bytes, or one such as 2GiB,"}.get(kind, "a number")
             raise ConfigError(f"{source} must be {what} {bounds}, got {raw!r:.200}.")
         return number
+    if kind == "json":
+        return _json_object(raw, source)
     value = str(raw) if isinstance(raw, (str, int, float)) else ""
     if choices and value not in choices:
         raise ConfigError(f"{source} must be one of {', '.join(choices)}, got {value!r:.200}{_nearest(value, choices)}")

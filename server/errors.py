@@ -1,4 +1,4 @@
-"""The one place where failures become HTTP answers, always in OpenAI's shape."""
+"""The one place where failures become HTTP answers, always in OpenAI's shape, to which Anthropic's adds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from ..engine.errors import EngineBusyError, EngineDeadError, RequestError
 from .chat_template import ChatTemplateError
@@ -20,6 +21,16 @@ encode_json = msgspec.json.Encoder().encode
 MAX_ECHO = 200
 """Characters of the client's own input that a message repeats at most."""
 RETRY_AFTER_SECONDS = 5
+ANTHROPIC_ROUTES = "/v1/messages"
+"""Where Anthropic's clients ask, and below."""
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""What Anthropic calls errors of a status; of the others it is invalid_request_error or api_error."""
 
 
 class ApiError(Exception):
@@ -92,6 +103,19 @@ def to_api_error(error: Exception) -> ApiError:
     return ApiError(500, "The server failed to answer this request.", code="internal_error")
 
 
-def error_response(error: ApiError) -> JsonResponse:
-    """The whole HTTP answer for a failure."""
-    return JsonResponse(error.body, status_code=error.status, headers=error.headers)
+def speaks_anthropic(scope: Scope) -> bool:
+    """Whether a request is for Anthropic's routes."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path == ANTHROPIC_ROUTES or path.startswith(ANTHROPIC_ROUTES + "/")
+
+
+def anthropic_error(error: ApiError, request_id: str) -> dict[str, Any]:
+    """The error object as Anthropic's clients read it; it has all that OpenAI's has."""
+    kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": error.body["error"] | {"type": kind}, "request_id": request_id}
+
+
+def error_response(error: ApiError, scope: Scope) -> JsonResponse:
+    """The whole HTTP answer for a failure of the request in `scope`."""
+    body = anthropic_error(error, scope["state"]["request_id"]) if speaks_anthropic(scope) else error.body
+    return JsonResponse(body, status_code=error.status, headers=error.headers)

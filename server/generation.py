@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,17 +13,22 @@ from starlette.requests import ClientDisconnect, Request
 
 from ..engine.async_engine import Bell, RequestStream
 from ..engine.errors import EngineDeadError, RequestError
-from ..engine.messages import SamplingParams, TokenLogprobs
+from ..engine.messages import Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 from ..engine.output_processor import RequestOutput, RequestTimes
 from .errors import ApiError, unavailable
-from .protocol import MAX_SEQUENCES, GenerationRequest
+from .protocol.common import MAX_SEQUENCES, GenerationRequest, JsonObjectFormat, TextFormat
 from .served_model import ServedModel
+from .structured_output import (
+    check_grammar,
+    choice_grammar,
+    json_object_grammar,
+    json_schema_grammar,
+    lark_grammar,
+    regex_grammar,
+)
 
-SHARED_FIELDS = [
-    name
-    for name in GenerationRequest.model_fields
-    if name in SamplingParams.__struct_fields__ and name not in ("stop", "stop_token_ids")
-]
+CONVERTED_FIELDS = frozenset({"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"})
+SHARED_FIELDS = sorted({*GenerationRequest.model_fields} & {*SamplingParams.__struct_fields__} - CONVERTED_FIELDS)
 
 
 def sampling_params(
@@ -32,6 +37,7 @@ def sampling_params(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    grammar: str | None = None,
     turn_ends: tuple[str, ...] = (),
 ) -> SamplingParams:
     """Join a request's fields with the model's defaults; raises `RequestError`.
@@ -40,11 +46,69 @@ def sampling_params(
     """
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is only for requests with stream.", param="stream_options")
-    values: dict[str, Any] = model.defaults | {"max_tokens": max_tokens, "logprobs": logprobs}
+    model.check_logprobs(body)
+    values: dict[str, Any] = model.defaults | {"max_tokens": max_tokens, "logprobs": logprobs, "grammar": grammar}
     values |= {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
+    if body.logit_bias:
+        values["logit_bias"] = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
+    if body.allowed_token_ids is not None:
+        values["allowed_token_ids"] = tuple(body.allowed_token_ids)
+    if body.bad_words:
+        values["bad_words"] = tuple(_spellings(body.bad_words, model))
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     stop_token_ids = tuple(body.stop_token_ids or ())
     return SamplingParams(stop=stop if body.ignore_eos else stop + turn_ends, stop_token_ids=stop_token_ids, **values)
+
+
+async def answer_grammar(body: GenerationRequest) -> str | None:
+    """The grammar that `response_format` or `structured_outputs` asks for, checked; raises `RequestError`."""
+    found = format_grammar(body)
+    if found is None:
+        return None
+    await check_grammar(*found)
+    return found[0]
+
+
+def format_grammar(body: GenerationRequest) -> tuple[str, str] | None:
+    """The grammar that a request asks for and the field that does, not yet checked; None where its text is free."""
+    wanted, outputs = body.response_format, body.structured_outputs
+    if isinstance(wanted, TextFormat):
+        wanted = None
+    if outputs is None:
+        if wanted is None:
+            return None
+        if isinstance(wanted, JsonObjectFormat):
+            return json_object_grammar(), "response_format"
+        schema, field = wanted.json_schema, "response_format.json_schema.schema"
+        return json_schema_grammar(schema.json_schema, schema.strict is True, field), field
+    if wanted is not None:
+        raise RequestError("structured_outputs and response_format cannot both be given.", param="structured_outputs")
+    if outputs.regex is not None:
+        return regex_grammar(outputs.regex, field := "structured_outputs.regex"), field
+    if outputs.choice is not None:
+        return choice_grammar(outputs.choice, field := "structured_outputs.choice"), field
+    if outputs.grammar is not None:
+        return lark_grammar(outputs.grammar, field := "structured_outputs.grammar"), field
+    return json_schema_grammar(outputs.json_schema or {}, False, field := "structured_outputs.json"), field
+
+
+def _spellings(words: list[str], model: ServedModel) -> Iterator[tuple[int, ...]]:
+    """The token ids of each word, at the start of a text and after a space."""
+    for word in words:
+        ids = {tuple(model.tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
+        yield from sorted(spelling for spelling in ids if spelling)
+
+
+def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max_tokens: int | None) -> list[int]:
+    """The last `keep` ids of a prompt; -1 keeps what fits beside `max_tokens`; raises `RequestError`."""
+    if keep is None:
+        return prompt
+    room = model.engine.info.max_model_len - (1 if max_tokens is None else max_tokens)
+    if keep == -1:
+        keep = max(room, 1)
+    if not keep:
+        raise RequestError("truncate_prompt_tokens must be -1 or at least 1.", param="truncate_prompt_tokens")
+    return prompt[-keep:]
 
 
 @dataclass(slots=True)
@@ -55,7 +119,11 @@ class Choice:
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    dynamics: list[TokenDynamics] = field(default_factory=list)
+    embedding: list[float] | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     times: RequestTimes = field(default=RequestTimes(0.0))
@@ -77,12 +145,15 @@ class Generation:
         model: ServedModel,
         request: Request,
         prompts: list[list[int]],
-        params: SamplingParams,
-        body: GenerationRequest,
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
         field: str,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
-        """Submit them all; `field` is what this endpoint calls its prompt."""
-        n = body.n or 1
+        """Submit them all; `params` are for all or for each prompt, `field` is what this endpoint calls a prompt."""
         if len(prompts) * n > MAX_SEQUENCES:
             raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
         model.engine.check_room(len(prompts) * n)
@@ -91,7 +162,8 @@ class Generation:
         self._request = request
         self._arrival: float = request.state.arrival
         self._n = n
-        self.with_logprobs = params.logprobs is not None
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        self.with_logprobs = each[0].logprobs is not None
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self.bell = Bell()
@@ -99,10 +171,11 @@ class Generation:
         name = request.state.request_id
         try:
             for index, choice in enumerate(self.choices):
-                own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
+                own = each[index // n]
+                own = msgspec.structs.replace(own, seed=_shifted(own.seed, index % n))
                 stream = self._engine.submit(
                     f"{name}-{index}", choice.prompt_token_ids, own,
-                    priority=body.priority or 0, cache_salt=body.cache_salt, bell=self.bell,
+                    priority=priority, cache_salt=cache_salt, pooling=pooling, bell=self.bell,
                 )  # fmt: skip
                 self._streams.append(stream)
         except BaseException as error:
@@ -135,8 +208,9 @@ class Generation:
         """Keep the counts of one output and raise if it says that the sequence failed."""
         choice, times = self.choices[index], output.times
         new_tokens = output.num_output_tokens - choice.num_output_tokens
-        if new_tokens and not choice.num_output_tokens:
+        if times.scheduled and not choice.times.scheduled and index % self._n == 0:  # once each, as in the usage
             self._metrics.num_prompt_tokens += output.num_prompt_tokens
+        if new_tokens and not choice.num_output_tokens:
             self._metrics.time_to_first_token.observe(times.first_token - self._arrival)
         elif new_tokens:
             gap = (times.last_token - choice.times.last_token) / new_tokens
@@ -145,8 +219,13 @@ class Generation:
         choice.num_output_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
         choice.times = times
+        choice.prompt_logprobs += output.prompt_logprobs
         if output.finish_reason is not None:
+            choice.stop_reason = output.stop_reason
+            choice.embedding = output.embedding
             self._finish(choice, output.finish_reason)
+        if output.refused:
+            raise RequestError(output.error or "The engine refuses this request.")
         if output.finish_reason == "error":
             if not self._engine.is_alive:
                 raise EngineDeadError(output.error or "The engine has stopped.")
@@ -157,7 +236,9 @@ class Generation:
     def _finish(self, choice: Choice, reason: str) -> None:
         choice.finish_reason = reason
         self._running -= 1
-        self._metrics.on_finish(reason, time.monotonic() - self._arrival, choice.times)
+        seconds = time.monotonic() - self._arrival
+        lengths = len(choice.prompt_token_ids), choice.num_output_tokens
+        self._metrics.on_finish(reason, seconds, choice.times, *lengths)
 
     async def collect(self) -> None:
         """Run to the end and keep everything in `choices`; raise `ClientDisconnect` as soon as the client is gone."""
@@ -181,6 +262,7 @@ class Generation:
                 choice.pieces.append(output.text)
                 choice.token_ids += output.token_ids
                 choice.logprobs += output.logprobs
+                choice.dynamics += output.dynamics
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object: each prompt counts once, each choice's tokens count."""

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, pairwise
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from ..engine.messages import EngineStats, StepOutputs
 from ..engine.output_processor import RequestTimes
 
+PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
+OURS = ("pyllm:engine_step_seconds", "pyllm:expert_tokens", "pyllm:expert_reroutes")
+"""What vLLM does not have."""
 LABEL = "model_name"
+REASONS = ("stop", "length", "abort", "error")
 FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
                        20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
 TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
                  80.0)  # fmt: skip
 REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
                    480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
+LENGTH_BUCKETS = tuple(digit * 10**zeros for zeros in range(6) for digit in (1, 2, 5))
 STEP_TOKEN_BUCKETS = (1, *(2**n for n in range(3, 15)))
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -28,11 +33,15 @@ STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 class Metrics:
     """The metrics of one served model, in a registry of their own.
 
-    `stats` gives the engine's latest state whenever the metrics are read.
+    `stats` gives the engine's latest state whenever the metrics are read. With `vllm_names`, those that vLLM has are
+    there a second time under its names and labels.
     """
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool = False) -> None:
         self._registry = CollectorRegistry()
+        self._vllm_names = vllm_names
+        self._expert_tokens: list[list[int]] = []
+        self._expert_reroutes: list[int] = []
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             made = Histogram(model_name, name, text, buckets)
@@ -40,7 +49,7 @@ class Metrics:
             return made
 
         def counted(name: str, text: str, read: Callable[[], int]) -> None:
-            self._registry.register(_Counted(model_name, name, text, read))
+            self._registry.register(_Counted(model_name, name, text, (), lambda: [((), read())]))
 
         def gauge(name: str, text: str, read: Callable[[], float]) -> None:
             Gauge(name, text, [LABEL], registry=self._registry).labels(model_name).set_function(read)
@@ -53,8 +62,17 @@ class Metrics:
                 lambda: stats().prefix_cache_queries)  # fmt: skip
         counted("pyllm:prefix_cache_hits", "Prompt tokens that were found in the prefix cache.",
                 lambda: stats().prefix_cache_hits)  # fmt: skip
+        counted("pyllm:spec_decode_num_drafts", "Guesses of next tokens that were checked.",
+                lambda: stats().num_drafts)  # fmt: skip
+        counted("pyllm:spec_decode_num_draft_tokens", "Tokens guessed.", lambda: stats().num_draft_tokens)
+        counted("pyllm:spec_decode_num_accepted_tokens", "Tokens guessed rightly.",
+                lambda: sum(stats().num_accepted_tokens))  # fmt: skip
+        self._registry.register(_Counted(
+            model_name, "pyllm:spec_decode_num_accepted_tokens_per_pos", "Right tokens by place in their guess.",
+            ("position",), lambda: (((str(n),), count) for n, count in enumerate(stats().num_accepted_tokens)),
+        ))  # fmt: skip
         self.num_prompt_tokens = self.num_generation_tokens = 0
-        counted("pyllm:prompt_tokens", "Prompt tokens of the requests that were started.",
+        counted("pyllm:prompt_tokens", "Prompt tokens of the requests that were started, each prompt once.",
                 lambda: self.num_prompt_tokens)  # fmt: skip
         counted("pyllm:generation_tokens", "Tokens generated.", lambda: self.num_generation_tokens)
         self.time_to_first_token = histogram(
@@ -72,33 +90,58 @@ class Metrics:
             )
             for phase in ("queue", "prefill", "decode")
         ]
+        self._lengths = [
+            histogram(f"pyllm:request_{part}_tokens", f"Tokens of a sequence's {text}.", LENGTH_BUCKETS)
+            for part, text in (("prompt", "prompt"), ("generation", "output"))
+        ]
         self._step_tokens = histogram(
             "pyllm:iteration_tokens_total", "Tokens of prompts and outputs computed in one step.", STEP_TOKEN_BUCKETS
         )
         self._step = histogram("pyllm:engine_step_seconds", "Time of one engine step.", STEP_BUCKETS)
-        self._finished = Counter(
+        finished = Counter(
             "pyllm:request_success", "Sequences that ended.", [LABEL, "finished_reason"], registry=self._registry
         )
-        self._model_name = model_name
+        # All are there from the start, at 0, so that the first of its kind shows in a rate.
+        self._finished = {reason: finished.labels(model_name, reason) for reason in REASONS}
+        self._registry.register(_Counted(
+            model_name, "pyllm:expert_tokens", "Tokens that an expert has computed.", ("layer", "expert"),
+            lambda: (((str(layer), str(expert)), count) for layer, counts in enumerate(self._expert_tokens)
+                     for expert, count in enumerate(counts)),
+        ))  # fmt: skip
+        self._registry.register(_Counted(
+            model_name, "pyllm:expert_reroutes", "Tokens that mu has sent to another expert than their id's.",
+            ("layer",), lambda: (((str(layer),), count) for layer, count in enumerate(self._expert_reroutes)),
+        ))  # fmt: skip
 
     def on_step(self, outputs: StepOutputs) -> None:
         """Take note of one engine step; messages that no step made (a refusal, an abort) do not count."""
+        if outputs.stats.expert_tokens is not None:
+            self._expert_tokens = outputs.stats.expert_tokens
+        if outputs.stats.expert_reroutes is not None:
+            self._expert_reroutes = outputs.stats.expert_reroutes
         if not outputs.stats.step_tokens:
             return
         self._step.observe(outputs.stats.step_seconds)
         self._step_tokens.observe(outputs.stats.step_tokens)
 
-    def on_finish(self, reason: str, seconds: float, times: RequestTimes) -> None:
+    def on_finish(self, reason: str, seconds: float, times: RequestTimes, prompt_tokens: int, tokens: int) -> None:
         """Take note of a sequence's end, `seconds` after its arrival, and of those phases that it went through."""
-        self._finished.labels(self._model_name, reason).inc()
+        self._finished[reason].inc()
         self.request_latency.observe(seconds)
+        for length, count in zip(self._lengths, (prompt_tokens, tokens), strict=True):
+            length.observe(count)
         for phase, (begin, end) in zip(self._phases, pairwise(times), strict=True):
             if 0 < begin < end:
                 phase.observe(end - begin)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        text = generate_latest(self._registry)
+        if self._vllm_names:
+            second = CollectorRegistry()
+            second.register(_Renamed(self._registry))
+            text += generate_latest(second)
+        return text
 
 
 class Histogram(Collector):
@@ -127,15 +170,40 @@ class Histogram(Collector):
 
 
 class _Counted(Collector):
-    """A counter whose count somebody else keeps."""
+    """A counter whose counts somebody else keeps: `read` gives the values of `labels` and the count of each."""
 
-    def __init__(self, model_name: str, name: str, text: str, read: Callable[[], int]) -> None:
+    def __init__(
+        self, model_name: str, name: str, text: str, labels: tuple[str, ...],
+        read: Callable[[], Iterable[tuple[tuple[str, ...], int]]],
+    ) -> None:  # fmt: skip
         self._model_name = model_name
         self._name = name
         self._text = text
+        self._labels = labels
         self._read = read
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily(self._name, self._text, labels=[LABEL])
-        family.add_metric([self._model_name], self._read())
+        family = CounterMetricFamily(self._name, self._text, labels=[LABEL, *self._labels])
+        for values, count in self._read():
+            family.add_metric([self._model_name, *values], count)
         yield family
+
+
+class _Renamed(Collector):
+    """The metrics of another registry as vLLM shows them, with the number of the engine, of which there is one."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            if family.name in OURS:
+                continue
+            renamed = Metric(family.name.replace(PREFIX, VLLM_PREFIX, 1), family.documentation, family.type)
+            renamed.samples = [
+                sample._replace(
+                    name=sample.name.replace(PREFIX, VLLM_PREFIX, 1), labels={**sample.labels, "engine": "0"}
+                )
+                for sample in family.samples
+            ]
+            yield renamed

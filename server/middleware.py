@@ -13,15 +13,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, error_response, shorten, to_api_error
+from .errors import ApiError, error_response, shorten, speaks_anthropic, to_api_error
+from .pages import PAGE_PATHS
 
 if TYPE_CHECKING:
     from .app import Service
 
 logger = logging.getLogger("pyllm.server")
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""Routes that never need a key and that are logged at debug level only, since machines ask for them all the time."""
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Routes that are logged at debug level only, since machines ask for them all the time."""
+PUBLIC_PATHS = PROBES | PAGE_PATHS
+"""Routes that never need a key."""
 CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -40,7 +43,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        public = scope["path"].removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
@@ -56,7 +59,10 @@ class RequestMiddleware:
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                shown = MutableHeaders(scope=message)
+                shown["x-request-id"] = request_id
+                if speaks_anthropic(scope):
+                    shown["request-id"] = request_id
             await send(message)
 
         async def receive_until_gone() -> Message:
@@ -69,7 +75,7 @@ class RequestMiddleware:
 
         self._service.enter()
         try:
-            if self._keys and not public:
+            if self._keys and path not in PUBLIC_PATHS:
                 self._authorise(headers)
             await self._app(scope, receive_until_gone, send_with_id)
         except ClientDisconnect:
@@ -77,22 +83,23 @@ class RequestMiddleware:
         except Exception as error:
             if status not in (0, CLIENT_GONE):
                 raise
-            await error_response(to_api_error(error))(scope, receive, send_with_id)
+            await error_response(to_api_error(error), scope)(scope, receive, send_with_id)
         finally:
             self._service.leave()
-            level = logging.DEBUG if public else logging.INFO
+            level = logging.DEBUG if path in PROBES else logging.INFO
             _log(level, scope, request_id, status, time.monotonic() - started)
 
     def _authorise(self, headers: Headers) -> None:
         """Raise `ApiError` 401 without a known key."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip().encode("latin-1")
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        given = [text.encode("latin-1") for text in (bearer, headers.get("x-api-key")) if text]
         # All keys are compared, so that the time tells nothing about which one was near.
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
-        if scheme.lower() != "bearer" or not any(matches):
+        matches = [hmac.compare_digest(text, key) for text in given for key in self._keys]
+        if not any(matches):
             raise ApiError(
                 401,
-                "A valid API key is needed, as `Authorization: Bearer KEY`.",
+                "A valid API key is needed, as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
@@ -102,11 +109,15 @@ def _log(level: int, scope: Scope, request_id: str, status: int, seconds: float)
     """One line, without anything of the prompt."""
     if not logger.isEnabledFor(level):
         return
+    path = repr(shorten(scope["path"]).encode("ascii", "backslashreplace").decode())[1:-1]
+    fields = {"method": scope["method"], "path": path, "status": status, "id": request_id}
     tokens = ""
     if (generation := scope["state"].get("generation")) is not None:
         usage = generation.usage()
         tokens = f" prompt_tokens={usage['prompt_tokens']} completion_tokens={usage['completion_tokens']}"
-    path = shorten(scope["path"]).encode("ascii", "backslashreplace").decode()
+        fields["tokens"] = {"prompt": usage["prompt_tokens"], "completion": usage["completion_tokens"]}
+    fields["seconds"] = round(seconds, 6)
     logger.log(
-        level, "%s %s %d id=%s%s seconds=%.3f", scope["method"], repr(path)[1:-1], status, request_id, tokens, seconds
-    )
+        level, "%s %s %d id=%s%s seconds=%.3f", scope["method"], path, status, request_id, tokens, seconds,
+        extra={"fields": fields},
+    )  # fmt: skip

@@ -10,9 +10,11 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio.lowlevel
@@ -33,12 +35,16 @@ KEEP_ALIVE_SECONDS = 60
 LAST_WORDS_SECONDS = 2.0
 """How long clients get to hear that their request has failed, before the server ends."""
 
+MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+"""What OpenSSL says of a key and a certificate that are no pair."""
+
 
 def serve(config: ServerConfig, process: EngineProcess) -> int:
     """Serve with the engine of `process` until a signal comes or that dies; return the exit code.
 
     Raises `ConfigError`, or what `load` raises, each with one plain sentence, when it cannot start.
     """
+    _check_certificate(config)
     sockets = [] if config.uds else _bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         server = _ServerProcess(config, process, sockets)
@@ -49,6 +55,27 @@ def serve(config: ServerConfig, process: EngineProcess) -> int:
             sys.stderr.flush()
             os._exit(code)
     return code
+
+
+def _check_certificate(config: ServerConfig) -> None:
+    """Raise `ConfigError` where the key and the certificate for HTTPS cannot be used."""
+    if config.ssl_keyfile is None and config.ssl_certfile is None:
+        return
+    if config.ssl_keyfile is None or config.ssl_certfile is None:
+        raise ConfigError("HTTPS needs both --ssl-keyfile and --ssl-certfile.")
+    for flag, path in (("--ssl-keyfile", config.ssl_keyfile), ("--ssl-certfile", config.ssl_certfile)):
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}.") from None
+    try:
+        # An encrypted key would be asked for its password on the terminal; with an empty one it is refused.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile, lambda: "")
+    except ssl.SSLError as error:
+        said = error.reason.replace("_", " ").lower() if error.reason else "not unencrypted PEM"
+        reason = "they do not belong together" if error.reason in MISMATCHES else said
+        pair = f"--ssl-keyfile {config.ssl_keyfile} and --ssl-certfile {config.ssl_certfile}"
+        raise ConfigError(f"{pair} cannot be used: {reason}.") from None
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
@@ -103,7 +130,8 @@ class _ServerProcess:
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(self._service), uds=config.uds, root_path=config.root_path, http=_HttpProtocol, ws="none",
-                lifespan="off", log_config=None, access_log=False, server_header=False,
+                ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile, lifespan="off",
+                log_config=None, access_log=False, server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
             )
         )  # fmt: skip
@@ -165,7 +193,7 @@ class _ServerProcess:
             f"{info.kv_capacity_tokens:,}", info.kv_capacity_tokens / info.max_model_len, f"{info.max_model_len:,}",
             info.max_num_seqs,
         )  # fmt: skip
-        url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config.root_path)
+        url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config)
         logger.info("Ready after %.1f s on %s", seconds, url)
 
     async def _serve_until_end(self, model: ServedModel, http: asyncio.Task[None]) -> int:
@@ -201,9 +229,10 @@ def _http_ended(http: asyncio.Task[None]) -> int:
     return 1
 
 
-def _url(listener: socket.socket, root_path: str) -> str:
+def _url(listener: socket.socket, config: ServerConfig) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}{root_path}/v1"
+    scheme = "https" if config.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.root_path}/v1"
 
 
 async def _first_of(*things: Any) -> None:

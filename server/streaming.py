@@ -7,17 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
-from ..engine.messages import TokenLogprobs
+from ..engine.output_processor import RequestOutput
 from ..model.tokenizer import Tokenizer
-from .errors import encode_json, to_api_error
+from .errors import ApiError, encode_json, to_api_error
 from .generation import Generation
-from .protocol import GenerationRequest
+from .protocol.common import GenerationRequest
+from .token_details import show_dynamics, show_prompt_logprobs
 
-_NOTHING: tuple[list[int], list[TokenLogprobs]] = ([], [])
-DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 
 
@@ -26,18 +26,48 @@ def event(content: Any) -> bytes:
     return b"data: " + encode_json(content) + b"\n\n"
 
 
-class Chunks(ABC):
-    """Writes an endpoint's chunks as whole events; what all chunks of a choice share is encoded once.
+class EventWriter(ABC):
+    """Writes what an endpoint says while it generates, as whole events.
+
+    Attributes:
+        shows_tokens: the events show single tokens (ids, log-probabilities, dynamics), so these must all be sent, and
+            with the text that they belong to.
+    """
+
+    shows_tokens: bool = False
+
+    def opening(self) -> bytes:
+        """What comes before the first token."""
+        return b""
+
+    @abstractmethod
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """New text of one choice with its tokens."""
+
+    @abstractmethod
+    def ending(self, index: int, output: RequestOutput) -> bytes:
+        """The end of one choice; `output` has its finish reason, and its text is written already."""
+
+    @abstractmethod
+    def closing(self) -> bytes:
+        """What comes after the last choice has ended."""
+
+    @abstractmethod
+    def failure(self, error: ApiError) -> bytes:
+        """What comes instead when the rest can't be generated."""
+
+
+class Chunks(EventWriter):
+    """OpenAI's chunks with choices; what all chunks of a choice share is encoded once.
 
     Attributes:
         member: the name of the text's place in a choice.
         empty: what stands there, in JSON, where nothing is new.
-        shows_tokens: the chunks show single tokens (ids or log-probabilities), so these must all be sent, and with
-            the text that they belong to.
     """
 
     member: bytes
     empty: bytes
+    DONE = b"data: [DONE]\n\n"
 
     def __init__(
         self, head: dict[str, Any], generation: Generation, tokenizer: Tokenizer, body: GenerationRequest
@@ -45,10 +75,12 @@ class Chunks(ABC):
         """`head` is what every chunk says."""
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.with_ids = bool(body.return_token_ids)
+        self.with_dynamics = bool(body.return_dynamics)
         self.with_logprobs = generation.with_logprobs
-        self.shows_tokens = self.with_ids or self.with_logprobs
+        self.shows_tokens = self.with_ids or self.with_logprobs or self.with_dynamics
         self.choices = generation.choices
         self.tokenizer = tokenizer
+        self._generation = generation
         self._head = head
         start = b"data: " + encode_json(head)[:-1] + b',"choices":[{"index":'
         self._starts = [b'%s%d,"%s":' % (start, index, self.member) for index in range(len(self.choices))]
@@ -60,30 +92,45 @@ class Chunks(ABC):
         parts = (self._starts[index], content, logprobs, reason, more, beside, self._tail)
         return b'%s%s,"logprobs":%s,"finish_reason":%s%s}]%s%s' % parts
 
-    def opening(self) -> bytes:
-        """What comes before the first token."""
-        return b""
+    def details(self, output: RequestOutput) -> bytes:
+        """The members of a choice that show the new tokens, as far as they are asked for."""
+        ids = b',"token_ids":' + encode_json(output.token_ids) if self.with_ids else b""
+        if not self.with_dynamics:
+            return ids
+        return ids + b',"dynamics":' + encode_json(show_dynamics(output.token_ids, output.dynamics, self.tokenizer))
 
-    @abstractmethod
-    def piece(self, index: int, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bytes:
-        """New text of one choice with its tokens."""
+    def prompt_logprobs(self, index: int) -> bytes:
+        """The member that shows a prompt's log-probabilities."""
+        choice = self.choices[index]
+        shown = show_prompt_logprobs(choice.prompt_token_ids, choice.prompt_logprobs, self.tokenizer)
+        return b',"prompt_logprobs":' + encode_json(shown)
 
-    def ending(self, index: int, reason: str) -> bytes:
-        """The end of one choice."""
-        return self.chunk(index, self.empty, reason=encode_json(reason))
+    def ending(self, index: int, output: RequestOutput) -> bytes:
+        """The last chunk of one choice, with the finish reason."""
+        return self.last(index, output.finish_reason, output.stop_reason)
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        """The token counts, without choices."""
-        return event(self._head | {"choices": [], "usage": usage})
+    def last(self, index: int, reason: str | None, stop: str | int | None, beside: bytes = b"") -> bytes:
+        """The chunk with a finish reason and what stopped the choice."""
+        more = b"" if stop is None else b',"stop_reason":' + encode_json(stop)
+        return self.chunk(index, self.empty, reason=encode_json(reason), more=more, beside=beside)
+
+    def closing(self) -> bytes:
+        """The token counts, without choices, if they are asked for, and the mark of the end."""
+        usage = event(self._head | {"choices": [], "usage": self._generation.usage()}) if self.with_usage else b""
+        return usage + self.DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """The error, and the mark of the end."""
+        return event(error.body) + self.DONE
 
 
-async def send_events(generation: Generation, chunks: Chunks, send: Send) -> bytes:
+async def send_events(generation: Generation, writer: EventWriter, send: Send) -> bytes:
     """Send the events of an answer, those that come together as one piece; return what is left to send.
 
     A failure becomes an event too.
     """
-    waiting: dict[int, tuple[list[int], list[TokenLogprobs]]] = {}
-    data = chunks.opening()
+    waiting: dict[int, RequestOutput] = {}
+    data = writer.opening()
     try:
         while generation.running:
             if data:
@@ -91,22 +138,28 @@ async def send_events(generation: Generation, chunks: Chunks, send: Send) -> byt
                 data = b""
             await generation.bell.heard()
             for index, output in generation.take():
-                token_ids, logprobs = waiting.pop(index, _NOTHING) if waiting else _NOTHING
-                if chunks.shows_tokens:
-                    token_ids, logprobs = token_ids + output.token_ids, logprobs + output.logprobs
-                reason = output.finish_reason
+                if waiting and (before := waiting.pop(index, None)) is not None:
+                    output = _joined(before, output)
                 # Tokens without text of their own (a part of a character, a stop string's beginning) wait for some.
-                if output.text or (reason and token_ids):
-                    data += chunks.piece(index, output.text, token_ids, logprobs)
-                elif token_ids:
-                    waiting[index] = token_ids, logprobs
-                if reason is not None:
-                    data += chunks.ending(index, reason)
-        if chunks.with_usage:
-            data += chunks.usage(generation.usage())
+                if output.text or (output.finish_reason and output.token_ids and writer.shows_tokens):
+                    data += writer.piece(index, output)
+                elif writer.shows_tokens and output.token_ids:
+                    waiting[index] = output
+                if output.finish_reason is not None:
+                    data += writer.ending(index, output)
+        return data + writer.closing()
     except Exception as error:
-        data += event(to_api_error(error).body)
-    return data + DONE
+        return data + writer.failure(to_api_error(error))
+
+
+def _joined(before: RequestOutput, output: RequestOutput) -> RequestOutput:
+    """Both as one; the text of `before` is empty."""
+    return msgspec.structs.replace(
+        output,
+        token_ids=before.token_ids + output.token_ids,
+        logprobs=before.logprobs + output.logprobs,
+        dynamics=before.dynamics + output.dynamics,
+    )
 
 
 class EventStream(EventSourceResponse):
@@ -116,10 +169,10 @@ class EventStream(EventSourceResponse):
     the server's end. The events themselves pass it by, which costs half as much.
     """
 
-    def __init__(self, generation: Generation, chunks: Chunks, keep_alive_seconds: float) -> None:
+    def __init__(self, generation: Generation, writer: EventWriter, keep_alive_seconds: float) -> None:
         super().__init__(self._body(), ping=keep_alive_seconds, sep="\n", ping_message_factory=lambda: _KEEP_ALIVE)
         self._generation = generation
-        self._chunks = chunks
+        self._writer = writer
         self._send: Send
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,4 +185,4 @@ class EventStream(EventSourceResponse):
 
     async def _body(self) -> AsyncIterator[bytes]:
         # A task of its own: it is woken without a way through all the layers above.
-        yield await asyncio.create_task(send_events(self._generation, self._chunks, self._send))
+        yield await asyncio.create_task(send_events(self._generation, self._writer, self._send))

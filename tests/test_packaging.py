@@ -45,6 +45,7 @@ def test_the_wheel_holds_the_program_and_the_demo_model(wheel: list[str]) -> Non
     program = {path.relative_to(ROOT).as_posix() for top in ("server", "engine", "model") for path in
                (ROOT / top).glob("*.py")}  # fmt: skip
     assert {f"pyllm/{name}" for name in program | {"__init__.py", "__main__.py", "py.typed"}} <= set(wheel)
+    assert {"pyllm/server/static/chat.html", "pyllm/server/static/docs.html"} <= set(wheel)
     demo = {name.removeprefix("pyllm/model/demo/") for name in wheel if name.startswith("pyllm/model/demo/")}
     assert demo == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

@@ -17,7 +17,17 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from pyllm.engine.async_engine import Bell, RequestStream
 from pyllm.engine.errors import EngineBusyError, EngineDeadError
-from pyllm.engine.messages import EngineInfo, EngineStats, SamplingParams, StepOutputs, TokenLogprobs, TokenOutput
+from pyllm.engine.messages import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    Pooling,
+    SamplingParams,
+    StepOutputs,
+    TokenDynamics,
+    TokenLogprobs,
+    TokenOutput,
+)
 from pyllm.engine.output_processor import OutputProcessor
 from pyllm.engine.request import resolve_request
 from pyllm.model.tokenizer import Tokenizer
@@ -40,6 +50,17 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(library, names={"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"})
 
 
+def dynamics_of(place: int) -> TokenDynamics:
+    """What the scripted network did for its token of this number, from 1."""
+    return TokenDynamics(
+        input_token_id=place,
+        experts=[place % 4, 0],
+        rerouted=[True, False],
+        mu_norm=[0.5, 1.0],
+        velocity_norm=[0.0, 2.0],
+    )
+
+
 class ScriptedEngine:
     """Stands in for `AsyncEngine`: says `reply` to everyone and remembers what it was asked."""
 
@@ -49,7 +70,7 @@ class ScriptedEngine:
         self.info = EngineInfo(
             era="test", dtype="float32", device="cpu", parameters=1, load_seconds=0.0, vocab_size=tokenizer.vocab_size,
             max_model_len=CONTEXT, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=100,
-            eos_token_ids=(0,),
+            eos_token_ids=(0,), hidden_size=4, num_layers=2, num_experts=4,
         )  # fmt: skip
         self.stats = EngineStats(
             num_running=2, num_waiting=1, kv_cache_usage=0.25, num_preemptions=4,
@@ -84,22 +105,40 @@ class ScriptedEngine:
 
     def submit(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, bell: Bell | None = None,
-        priority: int = 0, cache_salt: str | None = None,
+        priority: int = 0, cache_salt: str | None = None, pooling: Pooling | None = None,
     ) -> RequestStream:  # fmt: skip
         if self.error is not None:
             raise EngineDeadError(self.error)
-        message = resolve_request(request_id, prompt_token_ids, params, self.info, random.Random(0))
+        message = resolve_request(request_id, prompt_token_ids, params, self.info, random.Random(0), pooling=pooling)
         self.processor.add(request_id, len(prompt_token_ids), message.params)
         self.requests.append((request_id, prompt_token_ids, params))
         self.extras.append((priority, cache_salt))
         self.running.add(request_id)
         stream = RequestStream(self, request_id, bell or Bell())  # type: ignore[arg-type]
-        self._tasks.append(asyncio.get_running_loop().create_task(self._speak(stream, request_id, message.params)))
+        self._tasks.append(asyncio.get_running_loop().create_task(self._speak(stream, message)))
         return stream
 
-    async def _speak(self, stream: RequestStream, request_id: str, params: SamplingParams) -> None:
-        """Give the reply, one token at a time."""
+    async def _speak(self, stream: RequestStream, message: EngineRequest) -> None:
+        """Give the reply, one token at a time; or nothing but what is read of the prompt."""
+        request_id, params = message.request_id, message.params
         ids = [*self.tokenizer.encode(self.reply), 0]
+        of_prompt = self._prompt_logprobs(message)
+        if message.pooling or params.max_tokens == 0:
+            await asyncio.sleep(0)
+            output = self.processor.process(
+                TokenOutput(
+                    request_id=request_id,
+                    token_ids=[],
+                    finish_reason="stop" if message.pooling else "length",
+                    scheduled_time=time.monotonic(),
+                    prompt_logprobs=of_prompt,
+                    embedding=self.embed(message.prompt_token_ids, message.pooling) if message.pooling else None,
+                )
+            )
+            assert output is not None
+            stream._put(output)
+            self.running.discard(request_id)
+            return
         for sent in count(1):
             await asyncio.sleep(0)
             if sent > self.hold_after:
@@ -127,6 +166,8 @@ class ScriptedEngine:
                     stop_token_id=0 if stops else None,
                     num_cached_tokens=3,
                     scheduled_time=time.monotonic(),
+                    prompt_logprobs=of_prompt if sent == 1 else [],
+                    dynamics=[dynamics_of(sent)] if params.return_dynamics else [],
                 )
             )
             assert output is not None
@@ -134,6 +175,22 @@ class ScriptedEngine:
             if output.finish_reason is not None:
                 self.running.discard(request_id)
                 return
+
+    @staticmethod
+    def embed(prompt: list[int], pooling: Pooling) -> list[float]:
+        """What stands for the hidden states of a prompt."""
+        return [float(prompt[-1] if pooling == "last" else sum(prompt)), 3.0, 0.0, -4.0]
+
+    @staticmethod
+    def _prompt_logprobs(message: EngineRequest) -> list[TokenLogprobs]:
+        """Each token of the prompt is the second likeliest where it stands, after `<s>`."""
+        count = message.params.prompt_logprobs
+        if count is None:
+            return []
+        return [
+            TokenLogprobs(token_id=id_, logprob=-1.0 - place, top=[(2, -0.25), (id_, -1.0 - place)][:count], rank=2)
+            for place, id_ in enumerate(message.prompt_token_ids[1:], 1)
+        ]
 
     def _forget(self, request_id: str) -> None:
         if request_id in self.running:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyllm.server.protocol import ChatCompletion, ChatCompletionChunk
+from pyllm.server.protocol.chat import ChatCompletion, ChatCompletionChunk
 
 REPLY = "Hello, wörld!"
 REPLY_TOKENS = 15  # 14 bytes and the end

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pyllm.engine import messages
+from pyllm.server import config as module
 from pyllm.server.config import ConfigError, GenerateConfig, ServerConfig, TerminalConfig, load_config
 from pyllm.server.served_model import model_name, read_defaults
 
@@ -81,6 +83,13 @@ def test_empty_variable_is_an_absent_one():
         (["--gpu-memory-utilization", "1.1"], "between 0.01 and 1"),
         (["--scheduling-policy", "prio"], "did you mean priority?"),
         (["--max-num-queued-reqs", "0"], "--max-num-queued-reqs"),
+        (["--max-logprobs", "21"], "between 0 and 20"),
+        (["--log-format", "yaml"], "one of text, json"),
+        (["--override-generation-config", "[1]"], "must be a JSON object such as"),
+        (["--override-generation-config", "{"], "must be a JSON object such as"),
+        (["--override-generation-config", "[" * 20000], "must be a JSON object such as"),
+        (["--generation-config", ""], "not empty"),
+        (["--ssl-keyfiles", "x"], "did you mean --ssl-keyfile?"),
         (["a", "b"], "Unexpected argument 'b'"),
         (["--config", "/does/not/exist.yaml"], "cannot be read: No such file"),
     ],
@@ -134,7 +143,25 @@ def test_terminal_flags_keep_an_unset_temperature_apart_from_zero():
     assert load(TerminalConfig, "--temperature", "0").temperature == 0
 
 
+def test_a_json_flag_is_text_or_a_mapping_of_the_file(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("override_generation_config: {temperature: 0.5}")
+    text = '{"temperature": 0.5}'
+    for config in (
+        load(ServerConfig, "--config", str(file)),
+        load(ServerConfig, "--override-generation-config", text),
+        load(ServerConfig, PYLLM_OVERRIDE_GENERATION_CONFIG=text),
+    ):
+        assert config.override_generation_config == text
+
+
+def test_the_cap_of_logprobs_is_the_engines():
+    assert module.MAX_LOGPROBS == messages.MAX_LOGPROBS == load(ServerConfig).max_logprobs
+
+
 def test_engine_gets_its_flags():
+    assert load(ServerConfig, "--deterministic").engine_config(Path("x")).deterministic
+    assert not load(ServerConfig).engine_config(Path("x")).deterministic
     config = load(ServerConfig, "--max-num-seqs", "3", "--seed", "9", "--load-format", "dummy", "--num-kv-blocks", "7")
     engine = config.engine_config(Path("/some/folder"))
     assert (engine.model, engine.max_num_seqs, engine.seed) == ("/some/folder", 3, 9)
@@ -152,25 +179,64 @@ def test_a_local_model_is_named_after_its_folder_and_not_its_path(tmp_path, monk
 def test_generation_config_gives_values_of_the_right_type_only(tmp_path):
     file = tmp_path / "generation_config.json"
     file.write_text('{"temperature": 1, "top_k": 50.0, "top_p": true, "min_p": "0.5", "max_new_tokens": 2.5}')
-    defaults = read_defaults(tmp_path)
+    defaults, _ = read_defaults(tmp_path)
     assert defaults.pop("top_k", 50) == 50
     assert defaults == {"temperature": 1.0}
     assert type(defaults["temperature"]) is float
     file.write_text('{"top_k": true, "max_new_tokens": false, "top_p": NaN, "temperature": 1e999}')
-    assert read_defaults(tmp_path) == {}
+    assert read_defaults(tmp_path)[0] == {}
 
 
 def test_generation_config_gives_defaults_and_loses_what_cannot_be_used(tmp_path, caplog):
-    assert read_defaults(tmp_path) == {}
+    assert read_defaults(tmp_path)[0] == {}
     file = tmp_path / "generation_config.json"
     file.write_text(
         '{"temperature": 0.7, "top_k": 50, "top_p": 7, "max_new_tokens": 9, "min_p": "x", "eos_token_id": 0}'
     )
-    assert read_defaults(tmp_path) == {"temperature": 0.7, "top_k": 50, "max_tokens": 9}
+    assert read_defaults(tmp_path)[0] == {"temperature": 0.7, "top_k": 50, "max_tokens": 9}
     assert "top_p" in caplog.text
     for text in ("[]", "{", "\xff"):
         file.write_text(text, encoding="latin-1")
-        assert read_defaults(tmp_path) == {}
+        assert read_defaults(tmp_path)[0] == {}
+        with pytest.raises(ConfigError, match="cannot be read: it is not a JSON object"):
+            read_defaults(tmp_path, str(tmp_path))
+
+
+def test_the_flags_choose_the_file_of_defaults_and_win_over_it(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder, text in ((own, '{"temperature": 0.7, "top_k": 50}'), (other, '{"min_p": 0.1}')):
+        folder.mkdir()
+        (folder / "generation_config.json").write_text(text)
+    assert read_defaults(own, "none") == read_defaults(own, "vllm") == ({}, "OpenAI's")
+    values, said = read_defaults(own, str(other))
+    assert values == {"min_p": 0.1}
+    assert said == f"min_p = 0.1 from {other}'s generation_config.json; else OpenAI's"
+    override = '{"top_k": null, "temperature": 0, "max_new_tokens": 7}'
+    values, said = read_defaults(own, "auto", override)
+    assert values == {"temperature": 0.0, "max_tokens": 7}
+    assert said == "temperature = 0.0, max_new_tokens = 7 from --override-generation-config; else OpenAI's"
+    assert read_defaults(tmp_path, "auto", '{"top_p": 0.5}')[0] == {"top_p": 0.5}
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_defaults(own, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ('{"temprature": 1}', "'temprature', which is not known; did you mean temperature?"),
+        ('{"zzz": 1}', "it takes temperature, top_p"),
+        ('{"temperature": 3}', "temperature must be between 0 and 2, got 3"),
+        ('{"temperature": NaN}', "temperature must be between 0 and 2"),
+        ('{"temperature": "hot"}', "Expected `float`, got `str`"),
+        ('{"max_new_tokens": 0}', "max_new_tokens must be at least 1"),
+        ('{"top_k": 1.5}', "Expected `int`"),
+    ],
+)
+def test_overrides_that_cannot_be_used_are_refused_in_one_sentence(tmp_path, override, sentence):
+    with pytest.raises(ConfigError) as caught:
+        read_defaults(tmp_path, "auto", override)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def command(*arguments):

@@ -1,0 +1,249 @@
+"""What several endpoints share: types with their bounds, the fields of sampling, token counts and errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+
+MAX_TEXT = 4 * 2**20
+MAX_IDS = 2**20
+MAX_PROMPTS = 256
+MAX_SEQUENCES = 1024
+MAX_INT = 2**31 - 1
+
+MAX_CHOICES = 4096
+MAX_BAD_WORDS = 128
+
+# Fields of OpenAI that mean something which this server cannot do, with the values that ask for nothing.
+# Any other value is refused by name.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "suffix": ("",),
+    "web_search_options": (),
+}
+
+Name = Annotated[str, StringConstraints(max_length=512)]
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
+TokenIdText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+BadWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Grammar = Annotated[str, StringConstraints(min_length=1, max_length=2**16)]
+SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+JsonSchema = dict[str, Any]
+
+
+class StrictModel(BaseModel):
+    """A request or a part of one: no unknown fields, no conversions, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(StrictModel):
+    """How a stream is written."""
+
+    include_usage: bool | None = Field(None, description="Send a last chunk with the token counts.")
+
+
+class JsonSchemaFormat(StrictModel):
+    """A named schema that the answer must satisfy."""
+
+    name: SchemaName
+    description: Annotated[str, StringConstraints(max_length=4096)] | None = None
+    json_schema: JsonSchema = Field(alias="schema", description="JSON Schema of the answer.")
+    strict: bool | None = Field(None, description="The schema is enforced with true and with false.")
+
+
+class TextFormat(StrictModel):
+    """An answer without a form."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(StrictModel):
+    """An answer that is some JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaResponseFormat(StrictModel):
+    """An answer that satisfies a JSON schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaFormat
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaResponseFormat,
+    Field(discriminator="type"),
+]
+
+
+class StructuredOutputs(StrictModel):
+    """The form of the answer, as vLLM's clients ask for it: exactly one of these."""
+
+    json_schema: JsonSchema | None = Field(None, alias="json", description="JSON Schema of the answer.")
+    regex: Grammar | None = Field(None, description="Regular expression that matches the whole answer.")
+    choice: Annotated[list[StopText], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | None = None
+    grammar: Grammar | None = Field(None, description="Grammar in Lark's notation; its first rule is `start`.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutputs:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("needs exactly one of json, regex, choice and grammar")
+        return self
+
+
+class GenerationRequest(StrictModel):
+    """The fields that chat and completions share."""
+
+    model: Name | None = None
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_INT, description="-1 and 0 keep all tokens.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=128, description=f"Answers per prompt; prompts times n ≤ {MAX_SEQUENCES}.")
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Choice j draws with seed + j.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = Field(None, description="Go on past the end of the text or turn.")
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = Field(
+        None, description="Added to the logits of these token ids."
+    )
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = Field(
+        None, description="Words that are never completed."
+    )
+    allowed_token_ids: TokenIds | None = Field(None, description="Only these are generated.")
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Also of the prompt's tokens.")
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=MAX_INT, description="Keep so many of the prompt's last tokens; -1 keeps what fits."
+    )
+    return_dynamics: bool | None = Field(None, description="Tell what the network did for each token.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = Field(
+        None, ge=-(2**31), le=MAX_INT, description="Lower goes first, where the server schedules by priority."
+    )
+    cache_salt: Salt | None = Field(None, description="Only requests of one salt share computed prompts.")
+
+    # OpenAI's bookkeeping, accepted because ignoring it harms nobody.
+    user: Name | None = None
+    metadata: Annotated[dict[Name, Name], Field(max_length=16)] | None = None
+    store: bool | None = None
+    service_tier: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    verbosity: Name | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+
+
+class PromptTokensDetails(StrictModel):
+    """Of the prompt's tokens, those that were not computed again."""
+
+    cached_tokens: int
+
+
+class CompletionTokensDetails(StrictModel):
+    """Of the answer's tokens, those spent on reasoning."""
+
+    reasoning_tokens: int
+
+
+class Usage(StrictModel):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class TopLogprob(StrictModel):
+    """One candidate at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """The chosen token at a position, and the likeliest ones."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class PromptLogprob(StrictModel):
+    """One candidate at a position of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class TokenDynamics(StrictModel):
+    """What the network did for one generated token; the lists have one entry per layer."""
+
+    token_id: int
+    token: str
+    input_token_id: int = Field(description="The token that the pass read: its id routes it.")
+    experts: list[int]
+    rerouted: list[bool] = Field(description="Whether mu chose another expert than the id's.")
+    mu_norm: list[float]
+    velocity_norm: list[float]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class ModelCard(StrictModel):
+    """One served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(StrictModel):
+    """Answer of `GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class ErrorBody(StrictModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(StrictModel):
+    """Every answer with a status of 400 or more."""
+
+    error: ErrorBody
