@@ -54,3 +54,10 @@ async def async_client(server: ServerProcess, anyio_backend: str) -> AsyncIterat
 def http(server: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """`pyllm serve`, with no model named."""
+    with ServerProcess(tmp_path_factory.mktemp("demo") / "log") as process:
+        yield process

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 PATIENCE = 60.0
 """Seconds until a wait is given up: no test is about time, and the machine may be busy with other things."""
+FOREVER = 8000
+"""Tokens that take so many steps that an abort is seen long before."""
 
 
 def environment() -> dict[str, str]:
@@ -76,16 +80,20 @@ class ServerProcess:
         log: file for all that it says.
         arguments: of `pyllm serve`.
         exit_code: what it must end with.
+        port: where it listens; 0 is a free one.
+        faults: what goes wrong in its engine, as `engine/faults.py` tells; then the log may have tracebacks.
     """
 
-    def __init__(self, log: Path, *arguments: str, exit_code: int = 0) -> None:
+    def __init__(self, log: Path, *arguments: str, exit_code: int = 0, port: int = 0, faults: str = "") -> None:
         self._log = log
         self._exit_code = exit_code
-        command = [sys.executable, "-m", "pyllm", "serve", *arguments, "--port", "0"]
+        self._signs_of_failure = () if faults else ("Traceback", "Warning:", "Exception")
+        command = [sys.executable, "-m", "pyllm", "serve", *arguments, "--port", str(port)]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=log.parent, env=environment()
-            )
+                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=log.parent,
+                env=environment() | ({"PYLLM_ENGINE_FAULT": faults} if faults else {}),
+            )  # fmt: skip
 
     def __enter__(self) -> ServerProcess:
         try:
@@ -98,7 +106,7 @@ class ServerProcess:
 
     def _announced_url(self) -> str | None:
         assert self.process.poll() is None, f"the server ended with {self.process.returncode}: {self.log}"
-        found = re.search(r"on (http://127\.0\.0\.1:\d+)/v1", self.log)
+        found = re.search(r"on (https?://127\.0\.0\.1:\d+)/v1", self.log)
         return found[1] if found else None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -112,7 +120,7 @@ class ServerProcess:
         finally:
             self._kill()
         assert code == self._exit_code, self.log
-        for sign_of_failure in ("Traceback", "Warning:", "Exception"):
+        for sign_of_failure in self._signs_of_failure:
             assert sign_of_failure not in self.log, self.log
 
     def _kill(self) -> None:
@@ -131,8 +139,7 @@ class ServerProcess:
     @property
     def engine_pid(self) -> int:
         """The process id of its engine."""
-        (pid,) = children(self.process.pid)
-        return pid
+        return min(children(self.process.pid))  # it is started first; what tries grammars comes when it is needed
 
     def metrics(self) -> Metrics:
         """What /metrics says now."""
@@ -149,3 +156,22 @@ class ServerProcess:
             return None if busy else now
 
         return wait_for(idle, "the engine to be idle")
+
+
+@contextlib.contextmanager
+def posted(server: ServerProcess, **fields: Any) -> Iterator[socket.socket]:
+    """A completion request that has been sent, but whose answer nobody reads; leaving hangs up."""
+    body = json.dumps({"prompt": "Hi", "max_tokens": FOREVER, "ignore_eos": True} | fields).encode()
+    url = httpx.URL(server.url)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        yield connection
+
+
+def wait_for_load(server: ServerProcess, *, running: int, waiting: int = 0) -> None:
+    def reached() -> bool:
+        now = server.metrics()
+        return (now.num_requests_running, now.num_requests_waiting) == (running, waiting)
+
+    wait_for(reached, f"{running} running and {waiting} waiting requests")

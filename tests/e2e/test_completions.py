@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from checkpoints import byte_tokenizer
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
+
+from pyllm.model import DeepForCausalLM
+from pyllm.model.network import AttentionMetadata
 
 GREEDY = {"temperature": 0}
 SEEDED = {"temperature": 1.1, "top_p": 0.9, "seed": 2**63 - 2}
@@ -118,3 +123,97 @@ def test_a_stop_string_is_left_out(client: OpenAI) -> None:
     stop = text[5:8]
     stopped = complete(client, "Hi", stop=stop, **SEEDED).choices[0]
     assert (stopped.text, stopped.finish_reason) == (text[: text.index(stop)], "stop")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> DeepForCausalLM:
+    return DeepForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32)
+
+
+def score(model: DeepForCausalLM, tokens: list[int]) -> list[float]:
+    """The log-probability of each token but the first, by a full forward pass."""
+    with torch.inference_mode():
+        hidden = model(torch.tensor(tokens), torch.arange(len(tokens)), AttentionMetadata.without_cache([len(tokens)]))
+        scores = torch.log_softmax(model.logits(hidden).double(), -1)
+    return scores[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+LONG = "Il était une fois, " * 15
+
+
+@pytest.mark.parametrize("prompt", [TEXTS, [LONG, "a"], ids(LONG)], ids=["texts", "long", "ids"])
+def test_echoed_logprobs_are_those_of_a_full_forward_pass(client: OpenAI, model: DeepForCausalLM, prompt: Any) -> None:
+    answer = complete(client, prompt, echo=True, logprobs=3, max_tokens=4, n=2, **SEEDED)
+    for choice in answer.choices:
+        tokens = choice.prompt_token_ids + choice.token_ids
+        assert choice.logprobs.token_logprobs[0] is None
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(score(model, tokens), abs=1e-3)
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset) == len(tokens)
+        assert choice.text.startswith(byte_tokenizer().decode(choice.prompt_token_ids))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_continuation_is_scored_as_evaluation_programs_ask_for_it(
+    client: OpenAI, model: DeepForCausalLM, max_tokens: int
+) -> None:
+    """They send context and continuation as ids, and read the positions of the continuation."""
+    context, endings = ids("The capital of France is"), [ids(" Paris"), ids(" a cat"), ids(" Rome")]
+    prompts = [context + ending for ending in endings]
+    answer = complete(client, prompts, echo=True, logprobs=1, max_tokens=max_tokens, **GREEDY)
+    assert answer.usage.completion_tokens == max_tokens * len(prompts)
+    for choice, tokens in zip(answer.choices, prompts, strict=True):
+        shown = choice.logprobs.token_logprobs[len(context) : len(tokens)]
+        assert sum(shown) == pytest.approx(sum(score(model, tokens)[len(context) - 1 :]), abs=1e-2)
+        assert len(choice.logprobs.tokens) == len(tokens) + max_tokens
+        assert choice.finish_reason == "length"
+        assert len(choice.token_ids) == max_tokens
+
+
+def test_a_scored_prompt_may_fill_the_context(client: OpenAI) -> None:
+    prompt = (ids("All work and no play. ") * 400)[:8192]
+    answer = complete(client, prompt, echo=True, logprobs=0, max_tokens=0)
+    assert len(answer.choices[0].logprobs.token_logprobs) == 8192
+    with pytest.raises(BadRequestError, match="8192"):
+        complete(client, prompt, echo=True, logprobs=0, max_tokens=1)
+
+
+def test_the_default_of_max_tokens_is_no_more_than_the_context_leaves(client: OpenAI) -> None:
+    answer = complete(client, [(ids("Again. ") * 1200)[: 8192 - 5], ids("Hi")])
+    assert [len(choice.token_ids) for choice in answer.choices] == [5, 16]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 20])
+def test_an_echoing_stream_adds_up_to_the_whole_answer(client: OpenAI, max_tokens: int) -> None:
+    extra = {"prompt_logprobs": 2, "return_dynamics": True}
+    options = {"n": 2, "echo": True, "logprobs": 2, "max_tokens": max_tokens, "extra": extra, **GREEDY}
+    whole = complete(client, [LONG, "né"], **options)
+    chunks = list(complete(client, [LONG, "né"], **options, stream=True))
+    for expected in whole.choices:
+        pieces = [c for chunk in chunks for c in chunk.choices if c.index == expected.index]
+        assert "".join(piece.text for piece in pieces) == expected.text
+        assert [token for piece in pieces for token in getattr(piece, "token_ids", [])] == expected.token_ids
+        experts = [entry["experts"] for piece in pieces for entry in getattr(piece, "dynamics", [])]
+        assert experts == [entry["experts"] for entry in expected.dynamics]
+        assert len(experts) == max_tokens
+        (prompt_logprobs,) = [piece.prompt_logprobs for piece in pieces if hasattr(piece, "prompt_logprobs")]
+        assert [sorted(entry or {}) for entry in prompt_logprobs] == [sorted(e or {}) for e in expected.prompt_logprobs]
+        shown = [piece.logprobs for piece in pieces if piece.logprobs]
+        for name in ("tokens", "text_offset"):
+            assert [one for part in shown for one in getattr(part, name)] == getattr(expected.logprobs, name)
+        scores = [one for part in shown for one in part.token_logprobs]
+        assert scores[0] is expected.logprobs.token_logprobs[0] is None
+        assert scores[1:] == pytest.approx(expected.logprobs.token_logprobs[1:], abs=1e-4)
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(client: OpenAI) -> None:
+    cut = complete(client, LONG, extra={"truncate_prompt_tokens": 7}, **GREEDY)
+    assert cut.choices[0].prompt_token_ids == ids(LONG)[-7:]
+    assert cut.choices[0].text == complete(client, ids(LONG)[-7:], **GREEDY).choices[0].text
+    filled = complete(client, LONG * 400, extra={"truncate_prompt_tokens": -1}, max_tokens=3)
+    assert (filled.usage.prompt_tokens, filled.usage.completion_tokens) == (8189, 3)
+
+
+def test_only_allowed_ids_are_generated(client: OpenAI) -> None:
+    allowed = ids("abc")
+    choice = complete(client, "Hi", extra={"allowed_token_ids": allowed}, **SEEDED).choices[0]
+    assert set(choice.token_ids) <= set(allowed)

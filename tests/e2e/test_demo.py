@@ -25,13 +25,6 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding=
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """`pyllm serve`, with no model named."""
-    with ServerProcess(tmp_path_factory.mktemp("demo") / "log") as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def demo_client(demo: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
         yield client

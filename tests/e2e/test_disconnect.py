@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
 import httpx
 import pytest
-from e2e.serving import ServerProcess, wait_for
+from e2e.serving import FOREVER, ServerProcess, posted, wait_for_load
 from openai import OpenAI
-
-FOREVER = 8000
-"""Tokens that take so many steps that an abort is seen long before."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,25 +19,6 @@ def _work_that_nobody_waits_for_is_dropped(server: ServerProcess) -> Iterator[No
     after = server.wait_until_idle()
     assert after.engine_step_seconds_count - before.engine_step_seconds_count < FOREVER / 2
     assert after.get(("request_success_total", "length")) == before.get(("request_success_total", "length"))
-
-
-@contextmanager
-def posted(server: ServerProcess, **fields: Any) -> Iterator[socket.socket]:
-    """A completion request that has been sent, but whose answer nobody reads; leaving hangs up."""
-    body = json.dumps({"prompt": "Hi", "max_tokens": FOREVER, "ignore_eos": True} | fields).encode()
-    url = httpx.URL(server.url)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    with socket.create_connection((url.host, url.port)) as connection:
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        yield connection
-
-
-def wait_for_load(server: ServerProcess, *, running: int, waiting: int = 0) -> None:
-    def reached() -> bool:
-        now = server.metrics()
-        return (now.num_requests_running, now.num_requests_waiting) == (running, waiting)
-
-    wait_for(reached, f"{running} running and {waiting} waiting requests")
 
 
 def test_a_stream_that_is_closed_ends(server: ServerProcess, client: OpenAI) -> None:

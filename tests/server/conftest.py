@@ -254,7 +254,7 @@ def harness() -> Harness:
     return Harness()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_harness() -> type[Harness]:
     return Harness
 

@@ -1,0 +1,92 @@
+"""Flags whose effect shows only in a whole server: HTTPS, JSON logs, and what is refused at the start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from e2e.serving import PATIENCE, ServerProcess, environment
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A key and a certificate for 127.0.0.1."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("pair")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return key, certificate
+
+
+def test_https_json_logs_own_defaults_and_vllms_metric_names(
+    pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = pair
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--log-format", "json"]
+    flags += ["--override-generation-config", '{"temperature": 0}', "--metrics-vllm-names", "--dtype", "float32"]
+    with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server:
+        assert server.url.startswith("https://")
+        body = {"prompt": "Hello", "max_tokens": 5}
+        answers = {
+            httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": "me"}).json()["choices"][0][
+                "text"
+            ]
+            for _ in range(3)
+        }
+        assert len(answers) == 1, "greedy, as the flag says"
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}) as response:
+            assert "data: [DONE]" in response.read().decode()
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert "vllm:generation_tokens_total{" in metrics
+        lines = [json.loads(line) for line in server.log.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
+    assert any("temperature = 0.0 from --override-generation-config" in line["message"] for line in lines)
+    line = next(line for line in lines if line.get("id") == "me")
+    assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
+    assert line["tokens"] == {"prompt": 5, "completion": 5}
+    assert 0 < line["seconds"] < PATIENCE
+
+
+def refusal(*flags: str, **variables: str) -> str:
+    """The one sentence with which `pyllm serve` refuses to start."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pyllm", "serve", *flags, "--port", "0"], capture_output=True, text=True, check=False,
+        timeout=PATIENCE, env=environment() | variables, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_keys_that_cannot_serve_https_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    key, certificate = map(str, pair)
+    other, locked = str(tmp_path / "other.pem"), str(tmp_path / "locked.pem")
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", other], check=True, capture_output=True)
+    lock = ["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked]
+    subprocess.run(lock, check=True, capture_output=True)
+    assert "both --ssl-keyfile and --ssl-certfile" in refusal("--ssl-keyfile", key)
+    missing = refusal("--ssl-keyfile", "/no/key", "--ssl-certfile", certificate)
+    assert missing == "pyllm: --ssl-keyfile /no/key cannot be read: No such file or directory."
+    for wrong in (other, locked, certificate):
+        assert "cannot be used" in refusal("--ssl-keyfile", wrong, "--ssl-certfile", certificate)
+    assert "do not belong together" in refusal("--ssl-keyfile", other, "--ssl-certfile", certificate)
+
+
+def test_determinism_is_refused_where_plain_torch_would_compute() -> None:
+    assert "--deterministic needs the CPU's compiled kernels" in refusal("--deterministic", PYLLM_NATIVE="0")
+
+
+def test_defaults_that_cannot_be_used_are_refused() -> None:
+    sentence = refusal("--override-generation-config", '{"temprature": 1}')
+    assert sentence.endswith("'temprature', which is not known; did you mean temperature?")
+    assert "generation_config.json cannot be read" in refusal("--generation-config", "/no/such/folder")
