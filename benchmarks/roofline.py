@@ -17,28 +17,10 @@ import time
 import torch
 from checkpoint import SHAPES
 from in_process import LLM, greedy, open_llm, read_bandwidth
+from limits import step_bytes
 from measure import VOCAB_SIZE, report
 
 from pyllm.engine.messages import EngineRequest
-from pyllm.model.config import DeepConfig
-from pyllm.model.network import DeepForCausalLM
-
-
-def step_bytes(config: DeepConfig, batch: int, context: int) -> float:
-    """The fewest bytes that a decode step of `batch` sequences with `context` tokens each must read.
-
-    Every matrix once, counted from the network's own parameters: the embedding as LM head, no mu columns in layer 0,
-    norms and router in FP32. Of E experts a layer reads only those that a token of the batch goes to; ids spread
-    evenly hit E (1 - (1 - 1/E)^batch) of them on average. Keys and values of all tokens so far, in BF16. Embedding
-    rows, activations and what is written are left out: they are small, and counting less makes eta smaller.
-    """
-    model = DeepForCausalLM(config, dtype=torch.bfloat16, device="meta")
-    weights = {name: parameter.numel() * parameter.element_size() for name, parameter in model.named_parameters()}
-    experts = sum(size for name, size in weights.items() if name.endswith(("gate_up", "down")))
-    count = config.experts
-    read = count * (1 - (1 - 1 / count) ** batch) / count
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    return sum(weights.values()) - experts * (1 - read) + batch * context * kv
 
 
 def decode_seconds(llm: LLM, batch: int, context: int, steps: int) -> float:

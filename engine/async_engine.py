@@ -9,34 +9,37 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from .config import EngineConfig
-from .errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError
+from .errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError, describe
 from .launch import EngineProcess
 from .messages import (
-    LENGTH_BYTES,
     Abort,
+    Alive,
     EngineInfo,
     EngineStats,
     FromEngine,
+    Ping,
     Pooling,
     SamplingParams,
     Shutdown,
     StartFailed,
     StepOutputs,
-    encode_frame,
 )
 from .output_processor import OutputProcessor, RequestOutput
+from .pipe import Pipe
 from .request import resolve_request
 
 if TYPE_CHECKING:
     from ..model.tokenizer import Tokenizer
 
-
-_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+LOOKS = 30
+"""How often the engine's silence is looked at before it counts as a hang."""
+EXIT_SECONDS = 1.0
+"""How long an engine that has closed its socket gets to exit, so that its exit code can be told."""
 
 
 class Bell:
@@ -80,6 +83,11 @@ class RequestStream:
         self._finished = False
         self._dead: str | None = None
 
+    @property
+    def unread(self) -> int:
+        """Tokens that have come and were not taken yet."""
+        return sum(len(output.token_ids) for output in self._outputs)
+
     def take(self) -> list[RequestOutput]:
         """All that has come since the last time, at once; raise `EngineDeadError` if nothing ever will again."""
         if not self._outputs and self._dead is not None:
@@ -119,57 +127,6 @@ class RequestStream:
         self._bell.ring()
 
 
-class _Pipe(asyncio.Protocol):
-    """Our end of the socket: what the engine says is handed out as it arrives, without waking a task.
-
-    Attributes:
-        on_message: gets each message; whatever it raises ends the conversation.
-        ended: done, with that exception or None, when nothing will come any more.
-    """
-
-    def __init__(self, on_message: Callable[[FromEngine], None]) -> None:
-        self.on_message = on_message
-        self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        start = 0
-        try:
-            while (body := start + LENGTH_BYTES) <= len(self._buffer):
-                end = body + int.from_bytes(self._buffer[start:body], "little")
-                if end > len(self._buffer):
-                    break
-                message = _decoder.decode(self._buffer[body:end])
-                start = end
-                self.on_message(message)
-        except Exception as error:
-            self._end(error)
-            self.close()
-        del self._buffer[:start]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end(None)
-
-    def _end(self, error: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(error)
-
-    def send(self, message: msgspec.Struct) -> None:
-        """Write a message; nothing happens where the other side is gone."""
-        if self._transport is not None:
-            self._transport.write(encode_frame(message))
-
-    def close(self) -> None:
-        """Let go of the socket, whatever still waits to be sent."""
-        if self._transport is not None:
-            self._transport.abort()
-
-
 class AsyncEngine:
     """Starts the engine process, sends it requests and hands out what comes back.
 
@@ -182,7 +139,7 @@ class AsyncEngine:
     """
 
     def __init__(
-        self, process: EngineProcess, pipe: _Pipe, info: EngineInfo, config: EngineConfig, tokenizer: Tokenizer
+        self, process: EngineProcess, pipe: Pipe, info: EngineInfo, config: EngineConfig, tokenizer: Tokenizer
     ) -> None:
         self.info = info
         self.stats = EngineStats()
@@ -192,8 +149,11 @@ class AsyncEngine:
         self._pipe = pipe
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, RequestStream] = {}
+        self._config = config
+        self._tokenizer = tokenizer
         self._max_queued = config.max_num_queued_reqs
         self._ends: deque[float] = deque(maxlen=64)
+        self._places = info.max_num_seqs
         self._seeds = random.Random(config.seed)
         self._serial = itertools.count()
         self._closing = False
@@ -220,7 +180,7 @@ class AsyncEngine:
             process.configure(config)
         loop = asyncio.get_running_loop()
         first: asyncio.Future[FromEngine] = loop.create_future()
-        pipe = _Pipe(first.set_result)
+        pipe = Pipe(first.set_result)
         try:
             await loop.create_connection(lambda: pipe, sock=process.socket)
             await asyncio.wait((first, pipe.ended), return_when=asyncio.FIRST_COMPLETED)
@@ -232,7 +192,7 @@ class AsyncEngine:
         if isinstance(message, EngineInfo):
             return cls(process, pipe, message, config, tokenizer)
         pipe.close()
-        code = await asyncio.to_thread(process.wait)
+        code = await asyncio.to_thread(process.end, EXIT_SECONDS)
         if isinstance(message, StartFailed):
             raise EngineStartError(message.message)
         raise EngineStartError(f"The engine process ended with code {code} while starting; its messages are above.")
@@ -253,7 +213,7 @@ class AsyncEngine:
         if count > most:
             raise RequestError(f"This server takes at most {most} sequences at once, but {count} were asked for.")
         # What was sent after the engine's last word may run at once if nobody waited then.
-        running = self.stats.num_running if self.stats.num_waiting else self.info.max_num_seqs
+        running = self._places if self.stats.num_waiting else self.info.max_num_seqs
         excess = len(self._streams) + count - running - self._max_queued
         if excess > 0:
             message = f"{self._max_queued} requests wait already, as many as this server lets wait: ask again later."
@@ -313,6 +273,12 @@ class AsyncEngine:
         await self._died.wait()
         return self.error or ""
 
+    async def successor(self) -> AsyncEngine:
+        """A new engine for the same configuration, with the same listener; raises `EngineStartError`."""
+        engine = await AsyncEngine.start(self._config, self._tokenizer)
+        engine.step_listener = self.step_listener
+        return engine
+
     async def shutdown(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109  (the process gets this long to end)
         """End the engine process; requests that still run get `EngineDeadError`."""
         self._closing = True
@@ -320,8 +286,7 @@ class AsyncEngine:
             self._pipe.send(Shutdown())
             await asyncio.wait((self._watcher,), timeout=timeout)
         self._pipe.close()
-        # Also for one that nobody listens to any more: after a fault of ours it may still run.
-        self._process.kill()
+        await asyncio.to_thread(self._process.end)
         await self._watcher
 
     def _forget(self, wire_id: str) -> None:
@@ -331,28 +296,56 @@ class AsyncEngine:
                 self._pipe.send(Abort(request_ids=[wire_id]))
 
     async def _watch(self) -> None:
-        """When the engine process is gone, tell everyone who waits."""
-        fault = await self._pipe.ended
-        if fault is not None:
+        """When the engine process is gone, or hangs, tell everyone who waits, and make sure that it is gone."""
+        hang = asyncio.create_task(self._silence(), name="engine-silence")
+        await asyncio.wait((self._pipe.ended, hang), return_when=asyncio.FIRST_COMPLETED)
+        if not self._pipe.ended.done():
+            reason = f"The engine has made no progress for {self._config.engine_hang_timeout:g} s (a hang)."
+        elif (fault := self._pipe.ended.result()) is not None:
             # Whatever went wrong here, nobody would ever be answered again: that is a dead engine.
             reason = f"The engine's messages could not be handled ({fault!r})."
         else:
-            code = await asyncio.to_thread(self._process.wait)
+            self.error = "The engine process has ended."  # seen at once, and told in full when it has exited
+            code = await asyncio.to_thread(self._process.end, EXIT_SECONDS)
             reason = "The server is shutting down." if self._closing else f"The engine process has ended (code {code})."
+        hang.cancel()
         self.error = reason
+        self.stats = msgspec.structs.replace(self.stats, num_running=0, num_waiting=0, kv_cache_usage=0.0)
         for stream in self._streams.values():
             stream._die(reason)
         self._streams.clear()
         if not self._closing:
             self._died.set()
+        self._pipe.close()
+        await asyncio.to_thread(self._process.end)
+
+    async def _silence(self) -> None:
+        """Return when the engine has said nothing for `engine_hang_timeout`, although it was asked to.
+
+        A word of the engine is a sign that its main loop moves on: a step's outputs, an answer to a ping, or that
+        another layer of a long step is done. Time is counted in looks, so that a pause of this process is not held
+        against the engine, whose words have piled up meanwhile.
+        """
+        heard, silent = self._pipe.num_heard, 0
+        while silent < LOOKS - 1:  # its last word may be up to one look older than the first of these
+            await asyncio.sleep(self._config.engine_hang_timeout / LOOKS)
+            silent = silent + 1 if self._pipe.num_heard == heard else 0
+            heard = self._pipe.num_heard
+            if silent == LOOKS // 3:
+                self._pipe.send(Ping())
 
     def _dispatch(self, message: FromEngine) -> None:
         """Hand out what a step has brought; one call, and one wake-up of each reader, for all of it."""
+        if isinstance(message, Alive):
+            return
         if not isinstance(message, StepOutputs):
             raise TypeError(f"{type(message).__name__} in the middle of the conversation")
         self.stats = message.stats
         now = time.monotonic()
         aborts: list[str] = []
+        if message.stats.step_tokens:  # who has ended in this step leaves a place that the next step gives away
+            ended = sum(output.finish_reason is not None for output in message.outputs)
+            self._places = message.stats.num_running + ended
         for token_output in message.outputs:
             wire_id = token_output.request_id
             stream = self._streams.get(wire_id)
@@ -362,7 +355,7 @@ class AsyncEngine:
                 output = self._processor.process(token_output, now)
             except Exception as error:
                 # A fault in one request's text ends that request and nobody else's.
-                output = self._processor.abort(wire_id, error=f"Its text could not be made: {error!r}.")
+                output = self._processor.abort(wire_id, error=describe(error))
             if output is None:
                 continue
             stream._put(output)

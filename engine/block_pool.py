@@ -162,7 +162,11 @@ class KVCacheManager:
     def advance(self, request: Request, num_tokens: int) -> None:
         """The next `num_tokens` of `request` are computed now: publish the blocks that this has filled."""
         request.num_computed_tokens += num_tokens
-        full = request.num_computed_tokens // self.block_size
+        self.publish(request, request.num_computed_tokens)
+
+    def publish(self, request: Request, num_tokens: int) -> None:
+        """Let the full blocks among the first `num_tokens` be found, which are computed and known."""
+        full = num_tokens // self.block_size
         if full > request.num_published_blocks and self.enable_prefix_caching:
             names = self._names(request, full)
             for index in range(request.num_published_blocks, full):

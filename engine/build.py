@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from ..model.backend import Backend
 from ..model.config import CheckpointError, DeepConfig
 from ..model.loader import load_checkpoint
 from ..model.native import NativeBackend
 from ..model.native import available as native_available
+from ..model.network import DeepForCausalLM
 from ..model.tokenizer import Tokenizer
 from .config import EngineConfig
 from .core import EngineCore
+from .decode_graphs import CudaGraphs, DecodeGraphs, GraphMaker
 from .errors import EngineStartError
 from .grammar import GrammarCompiler
-from .memory import num_kv_blocks
-from .messages import EngineInfo, EngineRequest, SamplingParams
+from .memory import is_out_of_memory, num_kv_blocks
+from .messages import EngineInfo, EngineRequest, Kernels, SamplingParams
 from .model_runner import ModelRunner
 from .request import Request
 from .scheduler import ScheduledSequence
 
+logger = logging.getLogger(__name__)
+
 # Prompt tokens that take about twice as long as a decode step of eight sequences: streams slow down threefold at most.
 PREFILL_TOKENS = {"cpu": 32, "cuda": 1024}
-WARM_UP_STEPS = ((16, 1), (64, 8))
+WARM_UP_STEPS: dict[Kernels, tuple[tuple[int, int], ...]] = {
+    "native": ((16, 1), (64, 8)),
+    "torch": ((16, 1), (64, 8)),
+    # Each kernel is compiled for several ranges of sizes, and for multiples of 16 and other numbers.
+    "triton": ((7, 1), (16, 2), (24, 4), (32, 8), (50, 16), (64, 24), (500, 33), (512, 48), (1500, 64), (2048, 100)),
+}
 """(prompt tokens, sequences that decode after it)."""
+STEP_MARGIN = 1.1
+"""What a step takes of a GPU's memory beyond the sizes of its tensors, since free memory lies in pieces."""
+GRAPH_BYTES = 256 << 20
+"""What the graphs of decode steps take at most, as a rule; `--gpu-memory-utilization` leaves room for exceptions."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -39,11 +55,13 @@ def build_engine(config: EngineConfig) -> EngineCore:
     except CheckpointError as error:
         raise EngineStartError(str(error)) from None
     except (MemoryError, RuntimeError) as error:
-        # torch has a type of its own for a GPU's memory only.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
+        mend = "--kv-cache-memory-bytes"
+        if isinstance(error, torch.OutOfMemoryError):  # torch's type for a GPU's memory
+            mend = "--gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs"
         raise EngineStartError(
-            "The model and its KV cache do not fit in memory: lower --kv-cache-memory-bytes, or use --dtype bfloat16."
+            f"The model and its KV cache do not fit in memory: lower {mend}, or use --dtype bfloat16."
         ) from None
 
 
@@ -67,9 +85,21 @@ def _build(config: EngineConfig) -> EngineCore:
         )
     if native:
         model.ops = NativeBackend(model, int8=config.quantization == "int8")
+    elif device.type == "cuda":
+        model.ops = cuda_ops(model)
+    kernels: Kernels = "native" if native else "triton" if model.ops.capturable else "torch"
     max_model_len = config.max_model_len or model.config.max_position_embeddings
     size = block_bytes(model.config, config.block_size, model.dtype.itemsize)
-    num_blocks = num_kv_blocks(config, device, size, max_model_len)
+    limits = Limits(config.block_size, max_model_len, config.max_num_seqs, config.max_num_batched_tokens)
+    reserve = step_bytes(model, limits) + size if device.type == "cuda" else 0
+    num_blocks = num_kv_blocks(config, device, size, max_model_len, reserve)
+    runner = ModelRunner(model, num_blocks=num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs)
+    for length, count in WARM_UP_STEPS[kernels]:
+        _rehearse(runner, limits, [length], min(count, num_blocks), SamplingParams(temperature=1.0, seed=0))
+    graphs = None
+    if device.type == "cuda" and model.ops.capturable and not config.enforce_eager:
+        graphs = _capture(runner, CudaGraphs(device), max_model_len)
+    runner.watcher.reset()
     info = EngineInfo(
         era=report.era,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -84,42 +114,98 @@ def _build(config: EngineConfig) -> EngineCore:
         block_size=config.block_size,
         num_blocks=num_blocks,
         eos_token_ids=model.config.eos_token_ids,
-        kernels="native" if native else "torch",
+        kernels=kernels,
+        graph_sizes=tuple(graphs.sizes) if graphs is not None else (),
+        graph_seconds=graphs.seconds if graphs is not None else 0.0,
+        graph_bytes=graphs.bytes if graphs is not None else 0,
         quantization=config.quantization,
         chunk_multiple=model.ops.prefill_multiple,
         max_num_prefill_tokens=config.max_num_prefill_tokens or PREFILL_TOKENS[device.type],
         scheduling_policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
         speculative_config=config.speculative_config,
+        overlap_scheduling=device.type == "cuda" if config.overlap_scheduling is None else config.overlap_scheduling,
         hidden_size=model.config.hidden_size,
         num_layers=model.config.num_hidden_layers,
         num_experts=model.config.num_experts if model.config.use_token_routed_mlp else 0,
     )
-    runner = ModelRunner(model, num_blocks=num_blocks, block_size=config.block_size)
-    _warm_up(runner, info)
     grammars = GrammarCompiler(lambda: Tokenizer.from_folder(config.model), info.vocab_size, info.eos_token_ids)
     return EngineCore(info, runner, runner.watcher, grammars)
 
 
-def _warm_up(runner: ModelRunner, info: EngineInfo) -> None:
+def cuda_ops(model: DeepForCausalLM) -> Backend:
+    """The Triton kernels, or plain torch with a warning where they cannot run."""
+    from ..model import cuda  # Triton takes its time, which nobody without a GPU should spend
+
+    reason = "Triton is not installed, or they cannot hold this model"
+    if cuda.available(model.config):
+        ops = cuda.TritonBackend(model)
+        try:
+            ops.rms_norm(model.norm[None], model.norm, model.config.rms_norm_eps)
+        except Exception as error:  # as when there is no C compiler, which Triton calls at its first kernel
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        else:
+            return ops
+    logger.warning("The Triton kernels cannot be used, and plain torch computes, which is slower: %s", reason)
+    return model.ops
+
+
+def _capture(runner: ModelRunner, maker: GraphMaker, max_model_len: int) -> DecodeGraphs | None:
+    """The graphs of decode steps; None, with a warning, where they cannot be recorded: everything works without."""
+    try:
+        return runner.capture(maker, max_model_len)
+    except RuntimeError as error:
+        runner.graphs = None
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("No CUDA graphs could be recorded, and small batches are slower: %s", reason)
+        return None
+
+
+class Limits(NamedTuple):
+    """What bounds a step."""
+
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+def step_bytes(model: DeepForCausalLM, limits: Limits) -> int:
+    """Memory of a GPU that the largest steps take, graphs included, beside weights and KV cache; by trying them."""
+    device = model.device
+    runner = ModelRunner(model, num_blocks=1, block_size=limits.block_size, max_num_seqs=limits.max_num_seqs)
+    longest = limits.max_model_len - 1
+    whole, rest = divmod(limits.max_num_batched_tokens, longest)
+    lengths = [longest] * whole + [rest] * (rest > 0)
+    params = SamplingParams(temperature=1.0, seed=0, top_p=0.9, frequency_penalty=0.1, logprobs=1)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    _rehearse(runner, limits, lengths[: limits.max_num_seqs], limits.max_num_seqs, params)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del runner
+    torch.cuda.empty_cache()
+    return int(peak * STEP_MARGIN) + GRAPH_BYTES
+
+
+def _rehearse(runner: ModelRunner, limits: Limits, lengths: list[int], count: int, params: SamplingParams) -> None:
     """Compute prompts, and decodes after them, of no request, so that the first one finds everything in place.
 
     What they write to the KV cache is written over, like all that a finished sequence leaves there.
     """
-    params = SamplingParams(temperature=1.0, seed=0)
-    for length, count in WARM_UP_STEPS:
-        length = min(length, info.max_num_batched_tokens, info.max_model_len - 1)
-        message = EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params)
-        requests = [Request(message, ()) for _ in range(min(count, info.max_num_seqs, info.num_blocks))]
-        for block_id, request in enumerate(requests):
-            # Prompts wrap around in one block: what they compute is of no use to anybody.
-            request.block_ids = [block_id] * (length // info.block_size + 1)
-        runner.execute([ScheduledSequence(requests[0], length, True)])
-        for request in requests:
-            request.append(0)
-            request.num_computed_tokens = length
-        runner.execute([ScheduledSequence(request, 1, True) for request in requests])
-    runner.watcher.reset()
+    count = min(count, limits.max_num_seqs)
+    lengths = [min(length, limits.max_num_batched_tokens, limits.max_model_len - 1) for length in lengths]
+    requests = []
+    for index in range(max(count, len(lengths))):
+        length = lengths[min(index, len(lengths) - 1)]
+        request = Request(EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params), ())
+        # Prompts wrap around in one block: what they compute is of no use to anybody.
+        request.block_ids = [index % runner.num_blocks] * (length // limits.block_size + 1)
+        requests.append(request)
+    runner.execute([ScheduledSequence(*pair, True) for pair in zip(requests, lengths, strict=False)])
+    for request in requests:
+        request.num_computed_tokens = request.num_tokens
+        request.append(0)
+    runner.execute([ScheduledSequence(request, 1, True) for request in requests[:count]])
 
 
 def _device(config: EngineConfig) -> torch.device:

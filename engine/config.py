@@ -12,6 +12,7 @@ LoadFormat = Literal["auto", "dummy"]
 Quantization = Literal["none", "int8"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
@@ -60,6 +61,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         gpu_memory_utilization: share of a GPU's memory that the engine may fill, where no size is given.
         num_kv_blocks: number of KV blocks, instead of a size in bytes (for tests and experiments).
         speculative_config: guess tokens and check several at a time; None computes one by one.
+        overlap_scheduling: begin a step before the one before it is read; None is on a GPU only.
+        enforce_eager: record no decode steps as CUDA graphs.
+        engine_hang_timeout: seconds without any progress, not even of a layer, after which the engine counts as hung.
         deterministic: refuse to start where an answer's last bits could depend on who else is being served.
         quiet: no progress bar while loading.
     """
@@ -82,5 +86,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_utilization: Share = 0.92
     num_kv_blocks: Count | None = None
     speculative_config: SpeculativeConfig | None = None
+    overlap_scheduling: bool | None = None
+    enforce_eager: bool = False
+    engine_hang_timeout: Seconds = 30.0
     deterministic: bool = False
     quiet: bool = False

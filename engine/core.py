@@ -5,32 +5,45 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 from .block_pool import KVCacheManager
-from .errors import RequestError
+from .errors import RequestError, describe
 from .grammar import GrammarCompiler
+from .isolation import run_apart
+from .memory import is_out_of_memory
 from .messages import EngineInfo, EngineRequest, EngineStats, StepOutputs, TokenOutput
-from .request import Request, RequestStatus, check_request
+from .outputs import failure_of, output_of
+from .request import AWAITED, Request, RequestStatus, check_request
+from .runner import Launched, Runner
 from .sampler import SampledToken
 from .scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from .speculation import Drafter
 from .watcher import Watcher
 
+OUT_OF_MEMORY = (
+    "There was not enough memory to compute even this request alone: lower --gpu-memory-utilization, "
+    "--kv-cache-memory-bytes or --max-num-batched-tokens."
+)
 TELL_SECONDS = 1.0
 """How often the counts of the experts are told while the engine works; also whenever it comes to rest."""
 
 
-class Runner(Protocol):
-    """What computes a step: the model runner, or a stand-in without weights."""
+class _Flight(NamedTuple):
+    """A step under way; its tokens count as computed, and those it draws are awaited."""
 
-    def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
-        """Compute the step's tokens; return a sampled token for each sequence that samples, in order."""
-        ...
+    sequences: list[ScheduledSequence]
+    ends: list[int]
+    """Tokens of each sequence that are computed after it, so also the place of the drawn one."""
+    launched: Launched
 
 
 class EngineCore:
     """Takes requests in and gives tokens out, a step at a time.
+
+    With `info.overlap_scheduling`, `step` begins a step and then returns what the one before it gave, so that a device
+    computes while the host plans and tells. A sequence then ends one step late at most, and what is computed for it in
+    that step is nobody's. Where a sequence `needs_tokens`, the step is finished before the next one is planned.
 
     Args:
         info: sizes and limits.
@@ -48,6 +61,7 @@ class EngineCore:
     ) -> None:
         self.info = info
         self.runner = runner
+        self.watcher = watcher
         self._watcher = watcher if watcher is not None and watcher.expert_tokens.size else None
         self._told_experts = 0.0
         self._speculative = info.speculative_config
@@ -63,6 +77,9 @@ class EngineCore:
             chunk_multiple=info.chunk_multiple,
         )
         self._requests: dict[str, Request] = {}
+        self._overlap = info.overlap_scheduling
+        self._flight: _Flight | None = None  # as long as any of its requests goes on
+        self._num_failures = 0  # steps in a row that there was no memory for
 
     @property
     def has_work(self) -> bool:
@@ -87,6 +104,7 @@ class EngineCore:
         request = Request(message, self.info.eos_token_ids)
         if self._speculative is not None and request.may_be_guessed:
             request.drafter = Drafter(self._speculative)
+            request.needs_tokens = True
         if message.params.grammar is None or not request.generates:
             self.scheduler.add(request)
         elif self.grammars is None:
@@ -102,17 +120,27 @@ class EngineCore:
             request = self._requests.get(request_id)
             if request is not None:
                 self._finish(request)
+        self._forget_ended()
         self._check_released()
 
     def step(self) -> StepOutputs:
-        """Schedule, compute and sample once; return what it added to each request."""
+        """Schedule, compute and sample once; return what that, or the step before, added to each request."""
         started = time.perf_counter()
-        refused = self._admit_compiled()
-        planned = self.scheduler.schedule()
-        sampled = self.runner.execute(planned.sequences) if planned.sequences else []
-        outputs = refused + self._update(planned, sampled)
+        outputs = self._admit_compiled()
+        planned = self._plan(outputs)
+        try:
+            outputs += self._compute(planned.sequences)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            outputs += self._land() + self._make_room(planned)
+        self._forget_ended()
         self._check_released()
-        stats = self.stats(seconds=time.perf_counter() - started, tokens=planned.num_tokens, sampled=len(sampled))
+        stats = self.stats(
+            seconds=time.perf_counter() - started,
+            tokens=planned.num_tokens,
+            sampled=sum([len(output.token_ids) for output in outputs]),
+        )
         return StepOutputs(outputs=outputs, stats=stats)
 
     def stats(self, *, seconds: float = 0.0, tokens: int = 0, sampled: int = 0) -> EngineStats:
@@ -168,23 +196,125 @@ class EngineCore:
         for request, fault in self.grammars.take() if self.grammars is not None else ():
             if fault:
                 del self._requests[request.request_id]
-                refused.append(_failure(request, f"The grammar cannot be used: {fault}."))
+                if isinstance(fault, Exception):
+                    refused.append(failure_of(request, describe(fault), refused=False))
+                else:
+                    refused.append(failure_of(request, f"The grammar cannot be used: {fault}."))
             else:
                 request.status = RequestStatus.WAITING
                 self.scheduler.add(request)
         return refused
 
-    def _update(self, planned: SchedulerOutput, sampled: list[SampledToken]) -> list[TokenOutput]:
+    def _plan(self, outputs: list[TokenOutput]) -> SchedulerOutput:
+        """The next step; the one under way is read first, and told to `outputs`, if that is in the way of it."""
+        if self._flight is not None:
+            planned = self.scheduler.schedule_ahead()
+            if planned is not None:
+                return planned
+            outputs += self._land()
+        return self.scheduler.schedule()
+
+    def _compute(self, sequences: list[ScheduledSequence]) -> list[TokenOutput]:
+        """Begin a step, read the one before it, and finish the new one too unless it may stay under way."""
+        if not sequences:
+            return self._land()
+        if not self._overlap or any(sequence.request.needs_tokens for sequence in sequences):
+            try:
+                sampled = self.runner.execute(sequences)
+            except Exception as error:
+                return self._compute_apart(sequences, error)
+            self._num_failures = 0
+            return self._land() + self._update(sequences, sampled)
+        try:
+            launched = self.runner.launch(sequences)
+        except Exception as error:
+            return self._compute_apart(sequences, error)
+        self._num_failures = 0
+        outputs = self._land()
+        # Whoever has just ended is in the new step in vain: its pages may be given to others, who write to them later.
+        self._flight = _Flight(sequences, [s.request.num_computed_tokens + s.num_tokens for s in sequences], launched)
+        for request, count, samples, _ in sequences:
+            if request.status is not RequestStatus.FINISHED:
+                request.num_computed_tokens += count
+                if samples:
+                    request.token_ids.append(AWAITED)
+        return outputs
+
+    def _compute_apart(self, sequences: list[ScheduledSequence], error: Exception) -> list[TokenOutput]:
+        """What a step that failed gives to those of its requests that are not to blame; the others end."""
+        if is_out_of_memory(error):
+            raise error
+        outputs = self._land()
+        left = [sequence for sequence in sequences if sequence.request.status is not RequestStatus.FINISHED]
+        apart = run_apart(self.runner.execute, left, error)
+        for request, fault in apart.failed:
+            self._finish(request)
+            outputs.append(failure_of(request, describe(fault), refused=False))
+        return outputs + self._update(apart.sequences, apart.sampled)
+
+    def _land(self) -> list[TokenOutput]:
+        """Read the step under way, if there is one."""
+        flight, self._flight = self._flight, None
+        outputs: list[TokenOutput] = []
+        if flight is None:
+            return outputs
+        draws = iter(flight.launched.read())
+        for sequence, end in zip(flight.sequences, flight.ends, strict=True):
+            request = sequence.request
+            draw = next(draws) if sequence.samples else None
+            if request.status is RequestStatus.FINISHED:  # it ended, or was aborted, when this had begun
+                continue
+            try:
+                self.scheduler.kv_cache.publish(request, end)
+                if draw is not None:
+                    request.settle(end, draw.token_id)
+                    outputs.append(output_of(request, [draw]))
+            except Exception as error:
+                request.finish_reason = "error"
+                outputs.append(failure_of(request, describe(error), refused=False))
+            if request.finish_reason is not None:
+                self._finish(request)
+        return outputs
+
+    def _forget_ended(self) -> None:
+        """Do not wait for a step whose every request has ended."""
+        if self._flight is not None and all(s.request.status is RequestStatus.FINISHED for s in self._flight.sequences):
+            self._flight = None
+
+    def _make_room(self, planned: SchedulerOutput) -> list[TokenOutput]:
+        """After a step that found no memory, of which nothing is under way: make the next ones smaller."""
+        self.runner.relieve()
+        self._num_failures += 1
+        if self._num_failures == 1:  # what was kept in reserve may have been enough
+            return []
+        left = [s for s in planned.sequences if s.request.status is not RequestStatus.FINISHED]
+        if not left or self.scheduler.shrink(left):
+            return []
+        request = left[0].request
+        self._finish(request)
+        self._num_failures = 0
+        return [failure_of(request, OUT_OF_MEMORY, refused=False)]
+
+    def _update(self, sequences: list[ScheduledSequence], sampled: list[SampledToken]) -> list[TokenOutput]:
         draws = iter(sampled)
         outputs: list[TokenOutput] = []
-        for sequence in planned.sequences:
+        for sequence in sequences:
             request = sequence.request
-            if sequence.samples:
-                outputs.append(self._append(sequence, list(itertools.islice(draws, 1 + len(sequence.draft)))))
-            else:
-                self.scheduler.kv_cache.advance(request, sequence.num_tokens)
-                if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
-                    outputs.append(self._read(request))
+            if request.status is RequestStatus.FINISHED:  # by the step before this one
+                if sequence.samples:
+                    next(draws)
+                continue
+            own = list(itertools.islice(draws, 1 + len(sequence.draft))) if sequence.samples else []
+            try:
+                if sequence.samples:
+                    outputs.append(self._append(sequence, own))
+                else:
+                    self.scheduler.kv_cache.advance(request, sequence.num_tokens)
+                    if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
+                        outputs.append(self._read(request))
+            except Exception as error:
+                request.finish_reason = "error"
+                outputs.append(failure_of(request, describe(error), refused=False))
             if request.finish_reason is not None:
                 self._finish(request)
         return outputs
@@ -202,20 +332,8 @@ class EngineCore:
             self._note_draft(request, len(sequence.draft), kept - 1)
         if request.finish_reason == "error":  # a token drawn without a mask is nobody's
             assert request.grammar is not None
-            return _failure(request, request.grammar.error)
-        last = draws[kept - 1].token_id
-        by_stop_id = request.finish_reason == "stop" and last in request.stop_token_ids
-        output = TokenOutput(
-            request_id=request.request_id,
-            token_ids=[draw.token_id for draw in draws[:kept]],
-            logprobs=[draw.logprobs for draw in draws[:kept] if draw.logprobs is not None],
-            finish_reason=request.finish_reason,
-            stop_token_id=last if by_stop_id else None,
-            num_cached_tokens=request.num_cached_tokens,
-            scheduled_time=request.scheduled_time,
-            prompt_logprobs=request.prompt_logprobs,
-            dynamics=[draw.dynamics for draw in draws[:kept] if draw.dynamics is not None],
-        )
+            return failure_of(request, request.grammar.error)
+        output = output_of(request, draws[:kept])
         if request.reads_prompt:
             request.reads_prompt, request.prompt_logprobs = False, []
         return output
@@ -251,7 +369,3 @@ class EngineCore:
         else:
             self.scheduler.finish(request)
         del self._requests[request.request_id]
-
-
-def _failure(request: Request, error: str) -> TokenOutput:
-    return TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error=error, refused=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class RequestError(ValueError):
     """A request that cannot be honoured as asked; the client must change it.
@@ -35,3 +37,8 @@ class EngineStartError(RuntimeError):
 
 class EngineDeadError(RuntimeError):
     """The engine process has ended or failed; no request can be served any more."""
+
+
+def describe(error: BaseException) -> str:
+    """What is told of a fault of ours in the log, and to no client: its traceback."""
+    return "".join(traceback.format_exception(error)).rstrip()

@@ -105,7 +105,8 @@ class MaskOrder:
     Attributes:
         states: of the sequences, in order.
         masks: FP32 [len(states), 8 * mask_bytes]; the first `done` rows are made.
-        finished: set when all are.
+        fault: what went wrong in the making, by a fault of ours.
+        finished: set when all are, or none will be any more.
     """
 
     def __init__(self, states: Sequence[GrammarState], first: int = 0) -> None:
@@ -114,16 +115,20 @@ class MaskOrder:
         self.done = first
         self.masks = np.zeros((len(states), 8 * states[0].mask_bytes), np.float32)
         self.abandoned = False
+        self.fault: Exception | None = None
         self.finished = threading.Event()
 
     def work(self) -> None:
         """Make them, as long as somebody wants them."""
-        bits = np.empty(self.states[0].mask_bytes, np.uint8)
-        while self.done < len(self.states) and not self.abandoned:
-            self.states[self.done].fill(bits)
-            if not self.abandoned:
-                np.take(MASK_TABLE, bits, axis=0, out=self.masks[self.done].reshape(-1, 8))
-                self.done += 1
+        try:
+            bits = np.empty(self.states[0].mask_bytes, np.uint8)
+            while self.done < len(self.states) and not self.abandoned:
+                self.states[self.done].fill(bits)
+                if not self.abandoned:
+                    np.take(MASK_TABLE, bits, axis=0, out=self.masks[self.done].reshape(-1, 8))
+                    self.done += 1
+        except Exception as error:
+            self.fault = error
         self.finished.set()
 
 
@@ -140,7 +145,10 @@ class MaskMaker:
         return order
 
     def finish(self, order: MaskOrder) -> Tensor:
-        """Wait for the masks: FP32 [len(states), vocab or more], 0 for what may come next and -inf for the rest."""
+        """Wait for the masks: FP32 [len(states), vocab or more], 0 for what may come next and -inf for the rest.
+
+        Raises what went wrong in the making.
+        """
         done = order.done
         while not order.finished.wait(MASK_SECONDS):
             if order.done == done:
@@ -152,6 +160,8 @@ class MaskMaker:
                 order = rest
                 self._give(order)
             done = order.done
+        if order.fault is not None:
+            raise order.fault
         return torch.from_numpy(order.masks)
 
     def _give(self, order: MaskOrder) -> None:
@@ -202,8 +212,8 @@ class GrammarCompiler:
         self._compiled: OrderedDict[str, llguidance.LLMatcher | str] = OrderedDict()
         self._cached_bytes = 0
         self._waiting: dict[str, list[Request]] = {}
-        self._done: deque[tuple[str, llguidance.LLMatcher | str]] = deque()
-        self._ready: list[tuple[Request, llguidance.LLMatcher | str]] = []
+        self._done: deque[tuple[str, llguidance.LLMatcher | str | Exception]] = deque()
+        self._ready: list[tuple[Request, llguidance.LLMatcher | str | Exception]] = []
         self._news = threading.Event()
 
     def __len__(self) -> int:
@@ -230,9 +240,9 @@ class GrammarCompiler:
         elif text in self._waiting:
             self._waiting[text].append(request)
         else:
-            self._waiting[text] = [request]
             self._pool = self._pool or ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
             self._pool.submit(self._compile, text)
+            self._waiting[text] = [request]  # after what may fail; what is done is looked at in this thread only
 
     def discard(self, request: Request) -> None:
         """Forget a request that was submitted and not taken."""
@@ -241,14 +251,15 @@ class GrammarCompiler:
                 waiting.remove(request)
         self._ready = [entry for entry in self._ready if entry[0] is not request]
 
-    def take(self) -> list[tuple[Request, str]]:
+    def take(self) -> list[tuple[Request, str | Exception]]:
         """The requests that need wait no longer, each with what is wrong with its grammar, "" for nothing.
 
-        Those with nothing wrong have got their `grammar`.
+        Those with nothing wrong have got their `grammar`. An exception is a fault of ours.
         """
         while self._done:
             text, result = self._done.popleft()
-            self._keep(text, result)
+            if not isinstance(result, Exception):
+                self._keep(text, result)
             self._ready += [(request, result) for request in self._waiting.pop(text)]
         ready, self._ready = self._ready, []
         return [(request, self._equip(request, result)) for request, result in ready]
@@ -259,17 +270,21 @@ class GrammarCompiler:
             self._news.wait()
             self._news.clear()
 
-    def _equip(self, request: Request, result: llguidance.LLMatcher | str) -> str:
-        if isinstance(result, str):
+    def _equip(self, request: Request, result: llguidance.LLMatcher | str | Exception) -> str | Exception:
+        if isinstance(result, str | Exception):
             return result
-        assert self._tokenizer is not None  # what compiled it
+        if self._tokenizer is None:
+            return RuntimeError("a grammar was compiled without a tokenizer")
         mask_bytes = -(-self._tokenizer.vocab_size // 32) * 4
         avoided = None
         if request.params.ignore_eos and self._eos_token_ids:
             ends = np.zeros(8 * mask_bytes, np.uint8)
             ends[list(self._eos_token_ids)] = 1
             avoided = np.packbits(ends, bitorder="little")
-        request.grammar = GrammarState(result.deep_copy(), avoided, mask_bytes)
+        try:
+            request.grammar = GrammarState(result.deep_copy(), avoided, mask_bytes)
+        except Exception as error:
+            return error
         return ""
 
     def _keep(self, text: str, result: llguidance.LLMatcher | str) -> None:
@@ -279,10 +294,13 @@ class GrammarCompiler:
             self._cached_bytes -= grammar_bytes(self._compiled.popitem(last=False)[0])
 
     def _compile(self, text: str) -> None:
+        result: llguidance.LLMatcher | str | Exception
         try:
             result = self._try(text)
+        except UnicodeEncodeError:
+            result = "it has half a character"
         except Exception as error:
-            result = f"it could not be compiled ({error!r})"
+            result = error
         self._done.append((text, result))
         self._news.set()
         if self.on_ready is not None:

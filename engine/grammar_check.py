@@ -29,7 +29,11 @@ import msgspec
 from .messages import LENGTH_BYTES
 
 TRY_SECONDS = 2.0
-"""What a grammar may take here, from when it is handed over until the verdict."""
+"""What a grammar may take here of a processor's time, until the verdict."""
+WAIT_SECONDS = 10.0
+"""How long a verdict is waited for where the machine has no time for it."""
+OUR_ENDS = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGPROF, 1)
+"""How the process ends by a grammar's fault: no stack or no memory left, or too much time taken."""
 START_SECONDS = 30.0
 MEMORY_BYTES = 4 << 30
 WALK_SECONDS = 0.2
@@ -138,14 +142,27 @@ class GrammarChecker:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[[subprocess.Popen[bytes]], Any] | None = None
         self._lock = threading.Lock()
+        self._code: int | None = None
+        """How the last process ended; None for one that was killed since no answer came."""
 
     def check(self, grammar: str) -> str:
-        """What is wrong with a grammar, "" for nothing; one at a time, within `TRY_SECONDS` once the process runs."""
+        """What is wrong with a grammar, "" for nothing; one at a time, within `TRY_SECONDS` once the process runs.
+
+        Raises `TimeoutError` where that cannot be said now, since the machine is too busy.
+        """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            answer = self._ask(grammar, TRY_SECONDS)
-        return TOO_SLOW if answer is None else answer
+            for _ in range(2):
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
+                answer = self._ask(grammar, WAIT_SECONDS)
+                if answer is not None:
+                    return answer
+                if self._code in OUR_ENDS:
+                    return TOO_SLOW
+                if self._code is None:
+                    break
+                # Somebody else has ended it: once more.
+        raise TimeoutError("The machine is too busy to try a grammar.")
 
     def close(self) -> None:
         """End the process."""
@@ -175,6 +192,10 @@ class GrammarChecker:
             self._process.stdin.flush()
             if select.select([self._process.stdout], [], [], seconds)[0]:
                 return msgspec.msgpack.decode(_read_frame(self._process.stdout), type=str)
+            self._code = None
+            self.close()
+            return None
+        self._code = self._process.wait()  # the pipe is broken, so it has ended
         self.close()
         return None
 
@@ -212,9 +233,10 @@ def main() -> None:
             sink.write(_frame(answer))
             sink.flush()
             grammar = msgspec.msgpack.decode(_read_frame(source), type=str)
-            signal.setitimer(signal.ITIMER_REAL, TRY_SECONDS + 1)  # in case nobody is left to kill us
+            # What is not done in time ends the process. Only the time that it really had counts.
+            signal.setitimer(signal.ITIMER_PROF, TRY_SECONDS)
             answer = try_grammar(tokenizer, grammar)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 THREAD_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
 
 
+KILL_SECONDS = 3.0
+"""How long a killed process is waited for."""
+
+
 class EngineProcess:
     """A process of `pyllm.engine.process`, which loads its libraries at once and then waits to be configured.
 
@@ -51,12 +55,18 @@ class EngineProcess:
         with contextlib.suppress(OSError):  # it has ended, which whoever waits for its answer will find out
             self.socket.sendall(encode_frame(config))
 
-    def wait(self) -> int:
-        """Block until it has ended; return its exit code."""
-        return self._process.wait()
+    def end(self, seconds: float = 0.0) -> int | None:
+        """End it, after so many seconds to do so itself; return its exit code, None if not even a kill helps.
+
+        Blocks for that long. Harmless when it has ended; the socket is left to whoever reads it.
+        """
+        for patience in (seconds, KILL_SECONDS):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(patience)
+            self._process.kill()
+        return None  # it is stuck in the operating system, as with a driver that hangs
 
     def kill(self) -> None:
-        """End it now, whatever it does; harmless when it has ended."""
-        self._process.kill()
-        self._process.wait()
+        """End it now, whatever it does, and close the socket; harmless when it has ended."""
+        self.end()
         self.socket.close()

@@ -17,10 +17,20 @@ HOST_SHARE = 0.5
 """Of what is free on the CPU: the rest is for the step itself, the API process and other programs."""
 
 
-def num_kv_blocks(config: EngineConfig, device: torch.device, block_bytes: int, max_model_len: int) -> int:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has a type of its own for a GPU's memory only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def num_kv_blocks(
+    config: EngineConfig, device: torch.device, block_bytes: int, max_model_len: int, reserve: int = 0
+) -> int:
     """How many blocks the KV cache has; a request of full length fits at least.
 
-    Call it when the weights are in place: what is free then is what there is.
+    Call it when the weights are in place: what is free then is what there is, but for `reserve` bytes on a GPU, which
+    are for the steps themselves.
 
     Raises:
         EngineStartError: it does not fit; one sentence that says what to set.
@@ -39,13 +49,15 @@ def num_kv_blocks(config: EngineConfig, device: torch.device, block_bytes: int, 
     else:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            room = int(config.gpu_memory_utilization * total) - (total - free)
-            mend = "raise --gpu-memory-utilization, or free memory on the GPU"
+            room = int(config.gpu_memory_utilization * total) - (total - free) - reserve
+            mend = "raise --gpu-memory-utilization, lower --max-num-batched-tokens, or free memory on the GPU"
         else:
             room = min(DEFAULT_HOST_BYTES, int(free_host_bytes() * HOST_SHARE))
             mend = f"free memory, or set --kv-cache-memory-bytes to {per_sequence * block_bytes} if there is as much"
-        # More than all sequences that may run at once can fill would lie idle.
-        blocks = min(max(room, 0) // block_bytes, config.max_num_seqs * per_sequence)
+        blocks = max(room, 0) // block_bytes
+        if device.type == "cpu" or not config.enable_prefix_caching:
+            # All that the sequences that may run at once can fill; a GPU's memory is good for nothing else.
+            blocks = min(blocks, config.max_num_seqs * per_sequence)
     if blocks < per_sequence:
         tokens = blocks * config.block_size
         shorter = f"lower --max-model-len to {tokens}, or " if tokens else ""

@@ -21,6 +21,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 512
 Pooling = Literal["mean", "last"]
+Kernels = Literal["native", "triton", "torch"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -146,6 +147,10 @@ class Abort(Message, frozen=True, kw_only=True):
     request_ids: list[str]
 
 
+class Ping(Message, frozen=True, kw_only=True):
+    """Say that you are alive: between two steps, not from a thread beside them."""
+
+
 class Shutdown(Message, frozen=True, kw_only=True):
     """End the engine process now."""
 
@@ -167,7 +172,12 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     block_size: int
     num_blocks: int
     eos_token_ids: tuple[int, ...]
-    kernels: Literal["native", "torch"] = "torch"
+    kernels: Kernels = "torch"
+    graph_sizes: tuple[int, ...] = ()
+    """Batch sizes for which decode steps were recorded as CUDA graphs, in
+    `graph_seconds` and `graph_bytes` of the device's memory."""
+    graph_seconds: float = 0.0
+    graph_bytes: int = 0
     quantization: Quantization = "none"
     chunk_multiple: int = 1
     """Where a prompt must be cut, if it is, so that the cut does not change its tokens' last bits."""
@@ -176,6 +186,8 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     scheduling_policy: SchedulingPolicy = "fcfs"
     enable_prefix_caching: bool = True
     speculative_config: SpeculativeConfig | None = None
+    overlap_scheduling: bool = False
+    """Whether a step begins before the one before it is read."""
     hidden_size: int = 0
     num_layers: int = 0
     num_experts: int = 0
@@ -191,6 +203,10 @@ class StartFailed(Message, frozen=True, kw_only=True):
     """The engine could not start; one plain sentence."""
 
     message: str
+
+
+class Alive(Message, frozen=True, kw_only=True):
+    """The answer to a ping; also said of itself in a long step, when a layer is done."""
 
 
 class TokenLogprobs(Message, frozen=True, kw_only=True, array_like=True):
@@ -282,8 +298,8 @@ class StepOutputs(Message, frozen=True, kw_only=True):
     stats: EngineStats
 
 
-ToEngine = EngineRequest | Abort | Shutdown
-FromEngine = EngineInfo | StartFailed | StepOutputs
+ToEngine = EngineRequest | Abort | Ping | Shutdown
+FromEngine = EngineInfo | StartFailed | Alive | StepOutputs
 
 
 LENGTH_BYTES = 4

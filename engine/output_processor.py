@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import msgspec
 
 from ..model.tokenizer import DecodeStream, Tokenizer
 from .messages import FinishReason, SamplingParams, TokenDynamics, TokenLogprobs, TokenOutput
+
+logger = logging.getLogger("pyllm.engine")
 
 
 class RequestTimes(NamedTuple):
@@ -167,6 +170,8 @@ class OutputProcessor:
         state = self._states.get(output.request_id)
         if state is None:
             return None
+        if output.error is not None and not output.refused:
+            logger.error("Request %s ended by a fault of ours:\n%s", output.request_id, output.error)
         params, pieces, taken = state.params, [], 0
         stop: str | None = None
         stop_id, hidden = output.stop_token_id, 0

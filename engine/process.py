@@ -6,23 +6,28 @@ Started by `AsyncEngine` as `python -m pyllm.engine.process FD`. It ends when th
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import socket
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 
 import msgspec
 
 from .config import EngineConfig
 from .core import EngineCore
-from .errors import EngineStartError, RequestError
+from .errors import EngineStartError, RequestError, describe
 from .messages import (
     LENGTH_BYTES,
     Abort,
+    Alive,
     EngineInfo,
     EngineRequest,
+    Ping,
     Shutdown,
     StartFailed,
     StepOutputs,
@@ -35,6 +40,28 @@ _GRAMMAR_READY = Abort(request_ids=[])
 """Wakes the loop up, and asks for nothing."""
 IDLE_SECONDS = 0.1
 """An engine without work for so long is idle, and not between two requests of a busy client."""
+PULSE_SECONDS = 0.25
+"""How often a long step says that another of its layers is done."""
+FAULT_VARIABLE = "PYLLM_ENGINE_FAULT"
+"""For tests: see `engine/faults.py`."""
+
+
+class _Voice:
+    """Our side of the conversation. One thread speaks, the one that steps: its silence is the sign of a hang."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._spoke = time.monotonic()
+
+    def say(self, message: msgspec.Struct) -> None:
+        """Send a message."""
+        self._socket.sendall(encode_frame(message))
+        self._spoke = time.monotonic()
+
+    def on_layer(self) -> None:
+        """In a step that takes long, say that it moves on. It has so many layers, so that it cannot say so for ever."""
+        if time.monotonic() - self._spoke > PULSE_SECONDS:
+            self.say(Alive())
 
 
 def read_frames(sock: socket.socket) -> Iterator[bytes]:
@@ -60,6 +87,9 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
         finally:
             inbox.put(None)
 
+    voice = _Voice(sock)
+    if core.watcher is not None:
+        core.watcher.on_layer = voice.on_layer
     if core.grammars is not None:
         core.grammars.on_ready = lambda: inbox.put(_GRAMMAR_READY)
     threading.Thread(target=receive, name="receive", daemon=True).start()
@@ -71,11 +101,14 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
                 return
             if message is _GRAMMAR_READY:
                 continue
+            if isinstance(message, Ping):
+                voice.say(Alive())
+                continue
             refusal = _take(core, message)
             if refusal is not None or not core.has_work:
                 outputs = [refusal] if refusal is not None else []
-                sock.sendall(encode_frame(StepOutputs(outputs=outputs, stats=core.stats())))
-        sock.sendall(encode_frame(core.step()))
+                voice.say(StepOutputs(outputs=outputs, stats=core.stats()))
+        voice.say(core.step())
 
 
 def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -> ToEngine | None:
@@ -88,17 +121,20 @@ def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -
 
 
 def _take(core: EngineCore, message: EngineRequest | Abort) -> TokenOutput | None:
-    """Add or abort; the answer of a request that the engine refuses, else None."""
+    """Add or abort; the answer of a request that the engine refuses or fails to take in, else None."""
     if isinstance(message, Abort):
         core.abort(message.request_ids)
         return None
     try:
         core.add_request(message)
     except RequestError as error:
-        return TokenOutput(
-            request_id=message.request_id, token_ids=[], finish_reason="error", error=str(error), refused=True
-        )
-    return None
+        fault, refused = str(error), True
+    except Exception as error:
+        core.abort([message.request_id])
+        fault, refused = describe(error), False
+    else:
+        return None
+    return TokenOutput(request_id=message.request_id, token_ids=[], finish_reason="error", error=fault, refused=refused)
 
 
 def main() -> None:
@@ -118,10 +154,22 @@ def main() -> None:
             answer: EngineInfo | StartFailed = StartFailed(message=str(error))
         else:
             answer = core.info
+            if faults := os.environ.get(FAULT_VARIABLE):
+                from .faults import plant
+
+                plant(core, faults)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process is gone, and all who waited
             sock.sendall(encode_frame(answer))
             if isinstance(answer, EngineInfo):
-                serve(core, sock, frames)
+                try:
+                    serve(core, sock, frames)
+                except (BrokenPipeError, ConnectionResetError):
+                    raise
+                except BaseException:
+                    # At once: everybody waits, and to take a broken engine apart takes time, if it ends at all.
+                    traceback.print_exc()
+                    sys.stderr.flush()
+                    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,11 @@ def _pool(request: Request, hidden: Tensor) -> None:
     if request.pooling == "last":
         request.pooled = hidden[-1].double()
         return
-    total = hidden.sum(dim=0, dtype=torch.float64)
-    # After a preemption the prompt is computed, and summed, from its first token again.
-    request.pooled = total if request.num_computed_tokens == 0 or request.pooled is None else request.pooled + total
+    # What a preemption or a failed step lets come once more is in the sum already.
+    known = max(request.num_pooled_tokens - request.num_computed_tokens, 0)
+    total = hidden[known:].sum(dim=0, dtype=torch.float64)
+    request.pooled = total if request.pooled is None else request.pooled + total
+    request.num_pooled_tokens = max(request.num_pooled_tokens, request.num_computed_tokens + len(hidden))
 
 
 def _score(model: DeepForCausalLM, request: Request, hidden: Tensor) -> None:
@@ -51,4 +53,4 @@ def _score(model: DeepForCausalLM, request: Request, hidden: Tensor) -> None:
         chosen = torch.tensor(request.token_ids[start + 1 : stop + 1], device=hidden.device)
         wanted = [request.params.prompt_logprobs or 0] * (stop - start)
         scores = model.logits(hidden[start - first : stop - first])
-        request.prompt_logprobs += token_logprobs(scores, chosen, wanted)
+        request.prompt_logprobs += token_logprobs(model.ops, scores, chosen, wanted)

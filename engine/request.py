@@ -6,7 +6,7 @@ import enum
 import itertools
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # most need torch, which a client of the engine does without
     from .speculation import Drafter
 
 PRIORITY_LIMIT = 2**31
+AWAITED = -1
+"""Stands at the end of a sequence for a token that is being drawn: the step that computes it is not read yet."""
 
 
 class RequestStatus(enum.Enum):
@@ -58,9 +60,13 @@ class Request:
             from the prefix cache. What is read of them is kept in these, by the model runner:
         prompt_logprobs: of the prompt's tokens from the second on, as far as they have been computed at any time, and
         pooled: for a request with `pooling`, FP64 [H], the sum of the hidden states, or the last one alone.
+        num_pooled_tokens: how many states are in that sum.
         pooling: what is made of them in the place of an output; None for one without.
         generates: whether tokens are drawn for it, rather than only its prompt read.
         drafter: guesses its next tokens; None where nobody does.
+        needs_tokens: whether a step with it must be read before the one after it is planned: its draws hang on earlier
+            tokens in ways that only the host knows, or the host reads more than a token.
+        draw_row: while its last token is awaited, which of the last step's draws that is; set by the model runner.
         scheduled_time: `time.monotonic()` when it first ran; 0 before.
     """
 
@@ -70,13 +76,16 @@ class Request:
         "block_names",
         "cache_salt",
         "drafter",
+        "draw_row",
         "finish_reason",
         "generates",
         "grammar",
         "has_logit_rules",
         "logit_rules",
+        "needs_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pooled_tokens",
         "num_prompt_tokens",
         "num_published_blocks",
         "params",
@@ -118,7 +127,20 @@ class Request:
         self.reads_prompt = message.pooling is not None or params.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.pooled: Tensor | None = None
+        self.num_pooled_tokens = 0
         self.drafter: Drafter | None = None
+        self.needs_tokens = bool(
+            not self.generates
+            or self.reads_prompt
+            or self.has_logit_rules
+            or params.grammar is not None
+            or params.logprobs is not None
+            or params.return_dynamics
+            or params.repetition_penalty != 1.0
+            or params.presence_penalty
+            or params.frequency_penalty
+        )
+        self.draw_row = 0
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.arrival_time = time.monotonic()
@@ -131,8 +153,14 @@ class Request:
         return self.generates and not (self.has_logit_rules or params.grammar or params.return_dynamics)
 
     @property
+    def is_spent(self) -> bool:
+        """Whether its last token is drawn or being drawn: `max_tokens` of them."""
+        most = self.params.max_tokens
+        return most is not None and self.generates and self.num_output_tokens >= most
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and output."""
+        """Tokens of prompt and output, with one that is awaited."""
         return len(self.token_ids)
 
     @property
@@ -143,10 +171,21 @@ class Request:
     def append(self, token_id: int) -> None:
         """Take a sampled token, and finish if it is the last: by a stop id, its grammar or the number of tokens."""
         self.token_ids.append(token_id)
+        self._judge(token_id, self.num_output_tokens)
+
+    def settle(self, index: int, token_id: int) -> None:
+        """Take the token that was awaited at `index`; what is awaited behind an end is given up."""
+        self.token_ids[index] = token_id
+        self._judge(token_id, index + 1 - self.num_prompt_tokens)
+        if self.finish_reason is not None:
+            del self.token_ids[index + 1 :]
+
+    def _judge(self, token_id: int, count: int) -> None:
+        """Finish if the token, the output's last of `count`, ends it."""
         params = self.params
-        if token_id in self.stop_token_ids and self.num_output_tokens >= params.min_tokens:
+        if token_id in self.stop_token_ids and count >= params.min_tokens:
             self.finish_reason = "stop"
-        elif params.max_tokens is not None and self.num_output_tokens >= params.max_tokens:
+        elif params.max_tokens is not None and count >= params.max_tokens:
             self.finish_reason = "length"
         if self.grammar is not None and self.finish_reason != "stop":
             self.grammar.take(token_id)
@@ -164,14 +203,14 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
     if min(message.prompt_token_ids) < 0 or max(message.prompt_token_ids) >= info.vocab_size:
         raise RequestError(f"The prompt has a token id outside 0 to {info.vocab_size - 1}.")
     params = message.params
-    named: dict[str, Iterable[int]] = {
+    named: dict[str, Collection[int]] = {
         "stop_token_ids": params.stop_token_ids,
         "logit_bias": params.logit_bias,
-        "bad_words": itertools.chain.from_iterable(params.bad_words),
+        "bad_words": [*itertools.chain.from_iterable(params.bad_words)],
         "allowed_token_ids": params.allowed_token_ids or (),
     }
     for param, ids in named.items():
-        if not all(0 <= token < info.vocab_size for token in ids):
+        if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
             raise RequestError(f"{param} has a token id outside 0 to {info.vocab_size - 1}.", param=param)
     asked = 0 if message.pooling else 1 if params.max_tokens is None else params.max_tokens
     has = f"the prompt has {prompt} tokens" + (f" and up to {asked} more were asked for" if asked else "")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.sampling import SamplingBatch, logprobs, sample
+from ..model.backend import Backend
+from ..model.sampling import SamplingBatch, apply_rules
 from .logit_rules import LogitRules
 from .messages import TokenDynamics, TokenLogprobs
 from .request import Request
@@ -27,7 +28,14 @@ Draw = tuple[Request, Sequence[int]]
 
 
 class Sampler:
-    """Draws the next token of several requests from their logits."""
+    """Draws the next token of several requests from their logits.
+
+    Args:
+        ops: the device's way of doing so.
+    """
+
+    def __init__(self, ops: Backend) -> None:
+        self._ops = ops
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw], allowed: Iterable[Tensor] = ()) -> list[SampledToken]:
         """Draw one token per row.
@@ -40,16 +48,17 @@ class Sampler:
         requests = [request for request, _ in draws]
         asking = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
         raw = logits[asking] if asking else None  # a copy, from before the penalties
-        tokens = sample(logits, self._batch(draws, allowed, logits.shape[-1], logits.device))
+        batch = self._batch(draws, allowed, logits.shape[-1], logits.device)
+        apply_rules(logits, batch)
+        tokens = self._ops.draw(logits, batch)
         found: dict[int, TokenLogprobs] = {}
         if raw is not None:
             wanted = [requests[row].params.logprobs or 0 for row in asking]
-            found = dict(zip(asking, token_logprobs(raw, tokens[asking], wanted), strict=True))
+            found = dict(zip(asking, token_logprobs(self._ops, raw, tokens[asking], wanted), strict=True))
         return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens.tolist())]
 
-    @staticmethod
     def _batch(
-        draws: Sequence[Draw], allowed: Iterable[Tensor], vocab_size: int, device: torch.device
+        self, draws: Sequence[Draw], allowed: Iterable[Tensor], vocab_size: int, device: torch.device
     ) -> SamplingBatch:
         requests = [request for request, _ in draws]
         params = [request.params for request in requests]
@@ -81,12 +90,13 @@ class Sampler:
             masks=list(masks.items()),
             banned=[(row, ids) for row, request, rules in ruled for ids in rules.banned(request)],
             device=device,
+            full=self._ops.capturable,
         )
 
 
-def token_logprobs(raw: Tensor, chosen: Tensor, wanted: Sequence[int]) -> list[TokenLogprobs]:
+def token_logprobs(ops: Backend, raw: Tensor, chosen: Tensor, wanted: Sequence[int]) -> list[TokenLogprobs]:
     """Of chosen tokens int64 [N] by raw scores FP32 [N, vocab], each with as many of the most likely as wanted."""
-    of_chosen, ranks, best, ids = logprobs(raw, chosen, max(wanted))
+    of_chosen, ranks, best, ids = ops.logprobs(raw, chosen, max(wanted))
     columns = zip(wanted, chosen.tolist(), of_chosen.tolist(), ranks.tolist(), best.tolist(), ids.tolist(), strict=True)
     return [
         TokenLogprobs(

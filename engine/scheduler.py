@@ -16,6 +16,7 @@ some of them, within a budget of tokens. The rules, in this order:
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from bisect import insort
 from collections.abc import Sequence
@@ -27,10 +28,13 @@ from .block_pool import KVCacheManager
 from .config import SchedulingPolicy
 from .request import Request, RequestStatus
 
+logger = logging.getLogger("pyllm.engine")
 by_rank = attrgetter("rank")
 
 
 FEW_DECODES = 8
+LEAST_TOKENS = 16
+"""A step of one sequence with no more tokens than these is not made smaller."""
 
 
 class ScheduledSequence(NamedTuple):
@@ -43,6 +47,10 @@ class ScheduledSequence(NamedTuple):
     num_tokens: int
     samples: bool
     draft: Sequence[int] = ()
+
+
+class _MustPreempt(Exception):  # noqa: N818 - not an error: somebody else decides what to do
+    """A step cannot be planned ahead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,7 @@ class Scheduler:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self._arrivals = itertools.count()
+        self._ahead = False
 
     @property
     def has_work(self) -> bool:
@@ -109,6 +118,20 @@ class Scheduler:
         request.rank = (request.priority if self.policy == "priority" else 0, next(self._arrivals))
         insort(self.waiting, request, key=by_rank)
 
+    def schedule_ahead(self) -> SchedulerOutput | None:
+        """`schedule` while a step is under way whose tokens count as drawn; None if somebody must be preempted for it.
+
+        Some of those who run may be about to end, so first it is found out who does. Nothing is computed for a request
+        whose last token by `max_tokens` is awaited.
+        """
+        self._ahead = True
+        try:
+            return self.schedule()
+        except _MustPreempt:
+            return None  # blocks that were given until here are used when it is planned anew
+        finally:
+            self._ahead = False
+
     def schedule(self) -> SchedulerOutput:
         """Choose the tokens of the next step and give them their blocks."""
         self._make_way()
@@ -119,6 +142,9 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             request = self.running[index]
+            if self._ahead and request.is_spent:
+                index += 1
+                continue
             start, end = request.num_computed_tokens, request.num_tokens
             count = 1 if end - start == 1 else self._chunk(start, end, budget)
             if count:  # else a prompt whose next chunk does not fit in what is left
@@ -146,6 +172,25 @@ class Scheduler:
             (decodes if count == 1 else chunks).append(self._sequence(request, start, count))
         return SchedulerOutput(decodes + chunks, len(decodes) + sum(chunk.num_tokens for chunk in chunks))
 
+    def shrink(self, sequences: Sequence[ScheduledSequence]) -> bool:
+        """After a step of these that found no memory: halve what steps may hold; False if it can be no smaller.
+
+        The lower half in rank makes way, and is computed anew later.
+        """
+        tokens, kept = sum(sequence.num_tokens for sequence in sequences), len(sequences) // 2
+        if tokens <= LEAST_TOKENS and kept == 0:
+            return False
+        for request in sorted((sequence.request for sequence in sequences), key=by_rank)[max(kept, 1) :]:
+            self._preempt(request)
+        self.max_num_seqs = max(kept, 1)
+        self.max_num_batched_tokens = max(tokens // 2, self.max_num_seqs)
+        if self.max_num_seqs + self.chunk_multiple > self.max_num_batched_tokens:
+            self.chunk_multiple = 1
+        self.max_num_prefill_tokens = max(
+            min(self.max_num_prefill_tokens, self.max_num_batched_tokens), self.chunk_multiple
+        )
+        return True
+
     def finish(self, request: Request) -> None:
         """Forget a request, in whatever state it is, and take its blocks back."""
         if request.status is RequestStatus.RUNNING:
@@ -169,7 +214,12 @@ class Scheduler:
         most = min(budget, (request.params.max_tokens or budget) - request.num_output_tokens - 1)
         if most < 1 or len(self.running) > request.drafter.max_batch_size:
             return ()
-        draft = request.drafter.propose(request.token_ids, most)
+        try:
+            draft = request.drafter.propose(request.token_ids, most)
+        except Exception:
+            logger.exception("Nothing can be guessed for request %s any more.", request.request_id)
+            request.drafter = None
+            return ()
         return draft if self.kv_cache.allocate(request, len(draft)) else ()
 
     def _chunk(self, start: int, end: int, budget: int) -> int:
@@ -235,6 +285,8 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
+        if self._ahead:
+            raise _MustPreempt
         self.running.remove(request)
         self.kv_cache.free(request)
         request.status = RequestStatus.PREEMPTED

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import sampling
 from .layer import DeepLayer
 
 QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
@@ -44,6 +45,10 @@ class AttentionMetadata:
         num_decodes: how many of the first sequences have exactly one token.
         slot_mapping: int64 [T], the place of each token in the flattened pages; None without a cache.
         block_tables: int32 [S, B], the pages of each sequence in order, padded with any valid page.
+        seq_lens_device: int32 [S], `seq_lens` where the kernels of a GPU read them. In a captured graph the lists say
+            what the graph was captured with, and this and the other tensors what is true; 0 is a row of padding.
+        query_starts: int32 [S + 1], the first token of each sequence, on the device; not needed if all are decodes.
+        num_splits: runs into which decode attention cuts a sequence's keys; None lets the backend choose.
     """
 
     query_lens: list[int]
@@ -51,6 +56,9 @@ class AttentionMetadata:
     num_decodes: int = 0
     slot_mapping: Tensor | None = None
     block_tables: Tensor | None = None
+    seq_lens_device: Tensor | None = None
+    query_starts: Tensor | None = None
+    num_splits: int | None = None
 
     @classmethod
     def without_cache(cls, lengths: list[int]) -> AttentionMetadata:
@@ -82,9 +90,12 @@ class Backend:
 
     Attributes:
         prefill_multiple: where a prompt must be cut, if it is, so that the cut does not change its tokens' last bits.
+        capturable: whether a whole step can be captured: no operation of it waits for the device, all lengths are read
+            there, and rows with negative token ids, negative slots and length 0 are left out.
     """
 
     prefill_multiple = PREFILL_BLOCK
+    capturable = False
 
     def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zeroed pages [layers, 2, blocks, block_size, KV, D]."""
@@ -234,6 +245,14 @@ class Backend:
         residual = mu if residual is None else residual + mu
         return mu + HIGHWAY_SHARE * residual, residual
 
+    def draw(self, logits: Tensor, batch: sampling.SamplingBatch) -> Tensor:
+        """One token for each row of final scores, FP32 [N, vocab] -> int64 [N]."""
+        return sampling.draw(logits, batch)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `sampling.logprobs`."""
+        return sampling.logprobs(logits, chosen, top)
+
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [T, heads, D] by tables [T, D/2], pairing element i with i + D/2."""
@@ -256,9 +275,12 @@ def _paged_attention(
     decodes = metadata.num_decodes
     out = torch.empty_like(q)
     if decodes:
-        out[:decodes] = _decode_attention(
-            q[:decodes], cache, metadata.block_tables[:decodes], metadata.seq_lens[:decodes], window
-        )
+        tables, lengths = metadata.block_tables[:decodes], metadata.seq_lens_device
+        if lengths is None:
+            longest = max(metadata.seq_lens[:decodes])
+            tables = tables[:, : -(-longest // cache.shape[2])]
+            lengths = torch.tensor(metadata.seq_lens[:decodes], device=q.device)
+        out[:decodes] = _decode_attention(q[:decodes], cache, tables, lengths[:decodes, None], window)
     start = decodes
     for table, query_len, seq_len in zip(
         metadata.block_tables[decodes:], metadata.query_lens[decodes:], metadata.seq_lens[decodes:], strict=True
@@ -277,19 +299,14 @@ def _paged_attention(
     return out
 
 
-def _decode_attention(
-    q: Tensor, cache: Tensor, block_tables: Tensor, seq_lens: list[int], window: int | None
-) -> Tensor:
-    """One query per sequence, all sequences at once: q [S, heads, D] -> [S, heads, D]."""
-    block_size, kv_heads = cache.shape[2], cache.shape[3]
-    longest = max(seq_lens)
-    tables = block_tables[:, : -(-longest // block_size)]
+def _decode_attention(q: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+    """One query per sequence, all sequences at once: q [S, heads, D], lengths [S, 1] -> [S, heads, D]."""
+    kv_heads = cache.shape[3]
     # One page is one run of memory: index_select copies it as such, nine times as fast as indexing does.
     pages = (side.index_select(0, tables.flatten()) for side in cache)
     keys, values = (page.view(len(q), -1, *page.shape[2:]).transpose(1, 2) for page in pages)  # [S, KV, L, D]
-    lengths = torch.tensor(seq_lens, device=q.device)[:, None]
     at = torch.arange(keys.shape[2], device=q.device)[None]
-    visible = at < lengths  # [S, L]
+    visible = at < lengths.clamp(min=1)  # [S, L]; a row of padding sees something too, or it would be NaN
     if window is not None:
         visible &= at >= lengths - window
     # The query heads that share a KV head stand as rows of one small matrix, so K and V are not repeated.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .transfer import upload
+
 FIRST_CANDIDATES = 128
 _MASK_53 = (1 << 53) - 1
 
@@ -73,11 +75,13 @@ class SamplingBatch:
         bias: Sequence[tuple[int, Tensor, Tensor]] = (),
         masks: Sequence[tuple[int, Tensor]] = (),
         banned: Sequence[tuple[int, Tensor]] = (),
+        full: bool = False,
     ) -> SamplingBatch:
         """Make the tensors of plain lists, one entry per row; what no row uses is left out.
 
         The last three name the rows that use them, with tensors on `device`: `bias` with different token ids and what
-        is added to each, `masks` with an FP32 [vocab], `banned` with token ids (a row may come several times).
+        is added to each, `masks` with an FP32 [vocab], `banned` with token ids (a row may come several times). `full`
+        leaves neither top-k nor top-p nor min-p out, for kernels that are compiled anew for every choice of them.
         """
         rows = len(temperature)
         # Of several tokens that tie for the most likely, top-k 1 takes the greedy one.
@@ -88,16 +92,16 @@ class SamplingBatch:
         penalised = [i for i in range(rows) if repetition[i] != 1.0 or presence[i] != 0.0 or frequency[i] != 0.0]
 
         def floats(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
+            return upload(torch.tensor(values, dtype=torch.float32), device)
 
         def ints(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+            return upload(torch.tensor(values, dtype=torch.int64), device)
 
         return cls(
             temperature=floats(temperatures),
-            top_k=ints([max(k, 0) for k in top_k]) if any(k > 0 for k in top_k) else None,
-            top_p=floats(top_p) if any(p < 1.0 for p in top_p) else None,
-            min_p=floats(min_p) if min_p and any(min_p) else None,
+            top_k=ints([max(k, 0) for k in top_k]) if full or any(k > 0 for k in top_k) else None,
+            top_p=floats(top_p) if full or any(p < 1.0 for p in top_p) else None,
+            min_p=floats(min_p) if min_p and (full or any(min_p)) else None,
             seed=ints(seed),
             position=ints(position),
             repetition_penalty=floats([repetition[i] for i in penalised]) if penalised else None,
@@ -131,6 +135,12 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     Returns:
         int64 [N].
     """
+    apply_rules(logits, batch)
+    return draw(logits, batch)
+
+
+def apply_rules(logits: Tensor, batch: SamplingBatch) -> None:
+    """Put penalties, bias and bans into the scores, FP32 [N, vocab]."""
     if batch.penalty_rows is not None:
         logits[batch.penalty_rows] = _penalised(logits[batch.penalty_rows], batch)
     if batch.bias is not None:
@@ -144,6 +154,10 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
         logits[batch.banned] = -torch.inf
         nothing_left = logits.amax(dim=-1) == -torch.inf
         logits[batch.banned] = torch.where(nothing_left[batch.banned[0]], scores, -torch.inf)
+
+
+def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """One token for each row of final scores, FP32 [N, vocab] -> int64 [N]."""
     greedy = _argmax(logits)
     if batch.all_greedy:
         return greedy

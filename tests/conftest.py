@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+pytest.register_assert_rewrite("e2e.hostile", "e2e.serving", "e2e.soak", "paged_runner")  # before they are imported
+
 import torch
 from checkpoints import write_checkpoint
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, whoever imports it first
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"

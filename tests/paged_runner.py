@@ -5,8 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+import torch
+
 from pyllm.engine.core import EngineCore
 from pyllm.engine.messages import EngineInfo, EngineRequest, SamplingParams, TokenLogprobs, TokenOutput
+from pyllm.engine.request import AWAITED, Request
 from pyllm.engine.sampler import SampledToken
 from pyllm.engine.scheduler import ScheduledSequence
 
@@ -41,6 +44,22 @@ class PagedRunner:
         self.num_computed = 0
         self.prefill_beside_decode = False
         self.fail = False
+        self.drawn: list[int] = []  # by the last step, where only the next one sees them
+        self.num_launched = 0
+        self.failures: list[bool] = []  # of the next steps: which ones find no memory
+
+    def known(self, request: Request) -> list[int]:
+        """Its tokens, the awaited one from the last step's draws."""
+        assert AWAITED not in request.token_ids[:-1]
+        awaited = request.token_ids[-1] == AWAITED
+        return [*request.token_ids[:-1], self.drawn[request.draw_row] if awaited else request.token_ids[-1]]
+
+    def launch(self, sequences: Sequence[ScheduledSequence]) -> LaunchedStep:
+        self.num_launched += 1
+        return LaunchedStep(self.execute(sequences))
+
+    def relieve(self) -> None:
+        pass
 
     def slot(self, sequence: ScheduledSequence, position: int) -> int:
         return sequence.request.block_ids[position // self.block_size] * self.block_size + position % self.block_size
@@ -48,32 +67,52 @@ class PagedRunner:
     def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
         if self.fail:
             raise RuntimeError("the network failed")
+        if self.failures and self.failures.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
         for sequence in sequences:
             request = sequence.request
+            ids = self.known(request)
             start = request.num_computed_tokens
             self.num_computed += sequence.num_tokens
             for position in range(start, start + sequence.num_tokens):
                 # As keys and values do, what is written depends on all tokens so far.
-                entry = (request.cache_salt, request.token_ids[: position + 1])
+                entry = (request.cache_salt, ids[: position + 1])
                 self.pages[self.slot(sequence, position)] = entry
         kinds = {s.request.num_computed_tokens < s.request.num_prompt_tokens for s in sequences}
         self.prefill_beside_decode |= len(kinds) == 2
-        draws = []
+        draws, rows = [], []
         for sequence in sequences:
             if not sequence.samples:
                 continue
             request = sequence.request
-            tokens = []
+            ids, tokens = self.known(request), []
+            rows.append(request)
             for position in range(request.num_computed_tokens + sequence.num_tokens):
                 entry = self.pages[self.slot(sequence, position)]
                 assert entry is not None, "a page was never written"
                 assert entry[0] == request.cache_salt, "a page crossed from one salt to another"
-                assert entry[1] == request.token_ids[: position + 1], "a page belongs to another sequence"
+                assert entry[1] == ids[: position + 1], "a page belongs to another sequence"
                 tokens.append(entry[1][-1])
             token = next_token(tokens)
             found = TokenLogprobs(token_id=token, logprob=-1.0, top=[])
             draws.append(SampledToken(token, None if request.params.logprobs is None else found))
+        self.drawn = [draw.token_id for draw in draws]
+        for row, request in enumerate(rows):
+            request.draw_row = row
         return draws
+
+
+class LaunchedStep:
+    """A step whose tokens nobody knows before it is read."""
+
+    def __init__(self, draws: list[SampledToken]) -> None:
+        self._draws = draws
+        self.is_read = False
+
+    def read(self) -> list[SampledToken]:
+        assert not self.is_read
+        self.is_read = True
+        return self._draws
 
 
 def make_core(**sizes: object) -> EngineCore:

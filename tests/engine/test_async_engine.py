@@ -231,6 +231,32 @@ async def test_requests_beyond_the_queue_are_refused_until_others_end(tiny_check
         await engine.shutdown()
 
 
+async def test_nobody_is_refused_a_place_that_the_end_of_others_has_left(tiny_checkpoint):
+    """All that run end in one step, while others wait: at that moment nothing runs."""
+    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
+    engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
+    left, refusals, seen = 5, [], set()
+
+    def look(message):
+        nonlocal left
+        left -= sum(output.finish_reason is not None for output in message.outputs)
+        seen.add((engine.stats.num_running, engine.stats.num_waiting))
+        try:
+            engine.check_room(5 - left)
+        except EngineBusyError as error:
+            refusals.append((left, str(error)))
+
+    engine.step_listener = look
+    try:
+        streams = [engine.submit(f"r{n}", [5], SamplingParams(max_tokens=2, ignore_eos=True)) for n in range(5)]
+        for stream in streams:
+            await read(stream)
+        assert (0, 3) in seen or (0, 1) in seen
+        assert refusals == []
+    finally:
+        await engine.shutdown()
+
+
 async def test_when_to_come_back_follows_from_the_pace_of_those_that_end(tiny_checkpoint, monkeypatch):
     small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=1, max_num_queued_reqs=9)
     engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import re
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from checkpoints import TINY, write_checkpoint
 from pyllm import LLM, SamplingParams
 from pyllm.engine.errors import RequestError
 from pyllm.engine.grammar import GrammarCompiler, GrammarState, MaskMaker, grammar_bytes
-from pyllm.engine.grammar_check import TRY_SECONDS, GrammarChecker
+from pyllm.engine.grammar_check import WAIT_SECONDS, GrammarChecker
 from pyllm.engine.messages import EngineRequest
 from pyllm.engine.request import Request
 from pyllm.model.config import DeepConfig
@@ -202,23 +204,22 @@ def test_a_hostile_grammar_fails_alone_and_in_time_while_a_neighbour_streams(llm
     core.add_request(request("twin", params(BOMBS[name], max_tokens=200)))
     tokens: list[int] = []
     refused: dict[str, str | None] = {}
-    started, slowest = time.monotonic(), 0.0
+    started, meanwhile = time.monotonic(), 0
     while core.has_requests:
         core.wait_for_work()
-        step_started = time.monotonic()
         for output in core.step().outputs:
             if output.request_id == "victim":
                 tokens += output.token_ids
             elif output.finish_reason is not None:
                 assert output.finish_reason == "error"
                 refused[output.request_id] = output.error
-        slowest = max(slowest, time.monotonic() - step_started)
+                meanwhile = len(tokens)
     core.check_idle()
     assert tokens == expected
     assert set(refused) == {"hostile", "twin"}
-    assert all(error and len(error) < 300 and "/work" not in error for error in refused.values())
-    assert time.monotonic() - started < TRY_SECONDS + 4
-    assert slowest < 0.5
+    assert all(error and len(error) < 300 and str(Path.cwd()) not in error for error in refused.values())
+    assert time.monotonic() - started < 2 * WAIT_SECONDS
+    assert meanwhile > 0
 
 
 def test_a_request_whose_grammar_compiles_can_be_aborted(llm):
@@ -293,10 +294,10 @@ def test_a_mask_that_never_comes_fails_its_request_only(monkeypatch):
 def test_the_process_that_tries_grammars_survives_what_kills_it():
     checker = GrammarChecker()
     assert checker.check(DIGITS) == ""
-    started = time.monotonic()
     assert "too complex" in checker.check(BOMBS["a large prime"])
-    assert time.monotonic() - started < TRY_SECONDS + 1
     assert checker.check(DIGITS) == ""
+    threading.Timer(0.5, checker._process.kill).start()  # somebody else's doing: it is tried once more
+    assert "too complex" in checker.check(BOMBS["a large prime"])
     checker.close()
     assert checker.check(DIGITS) == ""
     del checker

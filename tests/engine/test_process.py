@@ -9,7 +9,8 @@ import msgspec
 import pytest
 from paged_runner import make_core, message
 
-from pyllm.engine.messages import LENGTH_BYTES, Shutdown, StepOutputs, encode_frame
+from pyllm.engine import process as module
+from pyllm.engine.messages import LENGTH_BYTES, Alive, FromEngine, Ping, Shutdown, StepOutputs, encode_frame
 from pyllm.engine.process import read_frames, serve
 
 
@@ -36,3 +37,66 @@ def test_an_engine_whose_books_are_right_goes_on_waiting():
         steps = [msgspec.msgpack.decode(frame, type=StepOutputs) for frame in read_frames(ours)]
     assert [output.finish_reason for step in steps for output in step.outputs] == [None, None, "length"]
     core.check_idle()
+
+
+def conversation(core, *messages):
+    """What the engine says to these messages, which come at once."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        serve(core, theirs, iter([encode_frame(each)[LENGTH_BYTES:] for each in (*messages, Shutdown())]))
+        theirs.close()
+        return [msgspec.msgpack.decode(frame, type=FromEngine) for frame in read_frames(ours)]
+
+
+def test_a_ping_is_answered_by_the_loop_that_steps():
+    assert conversation(make_core(), Ping(), Ping()) == [Alive(), Alive()]
+
+
+def test_a_request_that_cannot_be_taken_in_ends_alone(monkeypatch):
+    core = make_core()
+    add = core.scheduler.add
+
+    def faulty(request):
+        if request.request_id == "bad":
+            raise KeyError("the inside")
+        add(request)
+
+    monkeypatch.setattr(core.scheduler, "add", faulty)
+    said = conversation(core, message("bad", [1], max_tokens=3), message("good", [1] * 70, max_tokens=1), Ping())
+    (failed,), (refused,) = [step.outputs for step in said if isinstance(step, StepOutputs)]
+    assert (failed.request_id, failed.finish_reason, failed.refused) == ("bad", "error", False)
+    assert "the inside" in failed.error, "for the log"
+    assert (refused.request_id, refused.refused) == ("good", True)
+    core.check_idle()
+
+
+@pytest.mark.parametrize(("seconds", "pulses"), [(0.0, 0), (0.1, 3)])
+def test_a_long_step_tells_of_its_layers_and_a_short_one_does_not(monkeypatch, seconds, pulses):
+    monkeypatch.setattr(module, "PULSE_SECONDS", 0.05)
+    core = make_core()
+
+    class Watcher:
+        on_layer = None
+
+    core.watcher, execute = Watcher(), core.runner.execute
+
+    def slow(sequences):
+        for _ in range(3):
+            time.sleep(seconds)
+            core.watcher.on_layer()
+        return execute(sequences)
+
+    core.runner.execute = slow
+    core.add_request(message("r", [1] * 9, max_tokens=1, ignore_eos=True))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def frames():
+            time.sleep(0.6)
+            yield encode_frame(Shutdown())[LENGTH_BYTES:]
+
+        serve(core, theirs, frames())
+        theirs.close()
+        said = [msgspec.msgpack.decode(frame, type=FromEngine) for frame in read_frames(ours)]
+    assert said.count(Alive()) == pulses
+    assert isinstance(said[-1], StepOutputs)

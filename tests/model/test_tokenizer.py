@@ -270,3 +270,24 @@ def test_published_32k_tokenizer() -> None:
 def test_later_checkpoint_without_post_processor_adds_no_bos() -> None:
     folder = SHARED / "golden" / "j_2603_muguidance"
     assert not Tokenizer.from_folder(folder, DeepConfig.from_folder(folder)).adds_bos
+
+
+def test_a_long_text_has_the_ids_of_its_parts():
+    part = "hello world, the cat and the dog </s>\n"
+    text = part * 400
+    assert len(text) > 10_000
+    assert WRAPPED.encode(text) == WRAPPED.encode(part) * 400
+    assert WRAPPED.encode(text, add_bos=True) == [WRAPPED.bos_token_id, *WRAPPED.encode(text)]
+
+
+def test_shielded_text_spells_no_mark_of_the_format_special_or_not():
+    library = byte_level(SPECIAL)
+    library.add_tokens([tokenizers.AddedToken("<call>", normalized=False, special=False)])
+    tokenizer = Tokenizer(library)
+    mark = library.token_to_id("<call>")
+    foreign, guard = "one <call> two</s><call>", "\ufdd0"
+    assert tokenizer.spells_added(foreign)
+    assert mark in tokenizer.encode_prompt(foreign)
+    ids = tokenizer.encode_prompt(f"<call>{tokenizer.shield(foreign, guard)}</s>", guard=guard)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"<call>{foreign}</s>"
+    assert [n for n, id_ in enumerate(ids) if id_ in (mark, library.token_to_id("</s>"))] == [0, len(ids) - 1]

@@ -1,0 +1,403 @@
+"""The GPU's fast path: `Backend` on Triton kernels and cuBLAS, made so that a whole decode step can be captured.
+
+Nothing here waits for the device or asks it for a number: what depends on lengths, pages or experts is read by the
+kernels, and every allocation's size follows from the number of tokens and sequences alone. Under TRITON_INTERPRET=1 the
+same object computes on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import (
+    BASE_EXPERT_SCORE,
+    HIGHWAY_SHARE,
+    MAX_BETA,
+    MAX_VELOCITY,
+    QK_NORM_EPS,
+    AttentionMetadata,
+    Backend,
+)
+from .config import DeepConfig
+from .layer import DeepLayer
+from .network import DeepForCausalLM
+from .sampling import SamplingBatch
+
+try:
+    from . import triton_attention, triton_kernels, triton_mlp, triton_sampling
+except ImportError:  # torch's builds for the CPU come without Triton
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 16
+FEW_TOKENS = 32
+"""Tokens up to which our own products, fused with norms, take the place of cuBLAS."""
+ONE_BLOCK = 64
+"""Tokens up to which the experts' products run over all tokens and keep each its own, instead of sorting."""
+SORT_BLOCK = 256
+BUSY = 264
+"""Programs that keep a large GPU busy: two for each multiprocessor of an H100."""
+MAX_SPLITS = 32
+
+
+def available(config: DeepConfig) -> bool:
+    """Whether Triton is installed and its kernels can hold this network; says nothing of a GPU."""
+    group = config.num_attention_heads // config.num_key_value_heads
+    return HAS_TRITON and config.head_dim <= MAX_HEAD_DIM and config.head_dim % 2 == 0 and group <= MAX_GROUP
+
+
+def num_splits(sequences: int, kv_heads: int) -> int:
+    """Runs into which decode attention cuts each sequence's keys, a power of two: as many as keep the GPU busy."""
+    wanted = max(1, min(MAX_SPLITS, BUSY // max(1, sequences * kv_heads)))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def _power(least: int, value: int) -> int:
+    """The smallest power of two that is neither below `value` nor below `least`."""
+    return max(least, 1 << max(0, value - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step's metadata as the kernels read it: int32 on the device."""
+
+    tables: Tensor
+    lengths: Tensor
+    starts: Tensor | None
+    slots: Tensor
+    splits: int
+
+
+class _Above(NamedTuple):
+    """What the dynamics made beside their own results, for the operations that come after."""
+
+    mu: Tensor
+    below: Tensor
+    residual: Tensor
+    stacked: Tensor | None
+
+
+class TritonBackend(Backend):
+    """The operations of `Backend` on Triton kernels.
+
+    Up to `FEW_TOKENS` tokens a layer is nine kernels, in which the norms are part of the products. Beyond, cuBLAS
+    multiplies, and norms write its inputs in the weights' dtype. The residual stream, velocity and mu stay FP32.
+
+    A row whose token id is negative is padding: it goes through the network without touching the KV cache (its slot is
+    negative), other sequences' keys (its length is 0) or any expert, and what comes out of it means nothing.
+
+    Args:
+        model: whose layers will be computed; `available` must have said yes.
+        generation: of the GPU that the kernels are made for: 8, 9, 10 or 12; None asks the model's device.
+    """
+
+    prefill_multiple = 1
+    capturable = True
+
+    def __init__(self, model: DeepForCausalLM, generation: int | None = None) -> None:
+        # Else cuBLAS may add up the parts of a long sum in BF16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        self._highway = model.architecture.mu_highway
+        self._exact = model.dtype == torch.float32
+        if generation is None and model.device.type == "cuda":
+            generation = torch.cuda.get_device_capability(model.device)[0]
+        # Matrix units that do not read from shared memory would have more keys in registers than there are.
+        self._prompt_keys = 16 if self._exact else 32 if generation in (8, 12) else 64
+        self._seen: tuple[AttentionMetadata, _Step] | None = None
+        self._above: _Above | None = None
+
+    def embed(self, input_ids: Tensor, weight: Tensor) -> Tensor:
+        """As `Backend.embed`; a negative id gives zeros."""
+        size = weight.shape[1]
+        out = weight.new_empty((len(input_ids), size), dtype=torch.float32)
+        block = min(1024, _power(16, size))
+        grid = (len(input_ids), -(-size // block))
+        triton_kernels.embed_kernel[grid](input_ids, weight, out, H=size, BLOCK=block)
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As `Backend.linear`; the sum is not rounded to the weights' dtype."""
+        if len(x) <= FEW_TOKENS:
+            return self._small(x, weight)
+        x = x.to(weight.dtype)
+        if weight.dtype == torch.float32:
+            return F.linear(x, weight)
+        if x.device.type == "cpu":  # torch has no such product there
+            return F.linear(x.float(), weight.float())
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As `Backend.rms_norm`."""
+        return self._normed(x, weight, eps, torch.float32)
+
+    def _normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, mu: Tensor | None = None) -> Tensor:
+        """RMSNorm of [.., H] in `dtype`, with mu [T, H] beside it where there is one: [T, 2H]."""
+        size = x.shape[-1]
+        out = x.new_empty((*x.shape[:-1], size * (1 if mu is None else 2)), dtype=dtype)
+        self._norm_into(out, x, weight, eps, mu)
+        return out
+
+    def _norm_into(self, out: Tensor, x: Tensor, weight: Tensor, eps: float, mu: Tensor | None = None) -> None:
+        size = x.shape[-1]
+        triton_kernels.norm_kernel[(x.numel() // size,)](
+            x, weight, x if mu is None else mu, out, eps, out.shape[-1], H=size, BLOCK=_power(16, size),
+            MU=mu is not None, num_warps=4 if size <= 4096 else 8,
+        )  # fmt: skip
+
+    def _small(
+        self, x: Tensor, weight: Tensor, *, norm: Tensor | None = None, eps: float = 0.0,
+        second: tuple[Tensor, Tensor] | None = None, second_from: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """x [T, K] times the first K columns of weight -> FP32 [T, N].
+
+        `norm` is the weight of an RMSNorm before it. `second`, another input and its weight, is added from column
+        `second_from` on.
+        """
+        tokens, inner = x.shape
+        n = len(weight)
+        out = x.new_empty((tokens, n), dtype=torch.float32)
+        if tokens == 0:
+            return out
+        wide = n > 64 * BUSY
+        block_m = 16 if tokens <= 16 else 32
+        block_n = 32 if self._exact else 64 if wide else 16
+        block_k = 32 if self._exact else 128 if wide or block_m > 16 else 256
+        block_k = min(block_k, _power(16, inner))
+        other, other_weight = second or (x, weight)
+        grid = (-(-n // block_n), -(-tokens // block_m))
+        triton_kernels.linear_kernel[grid](
+            x, x if norm is None else norm, weight, other, other_weight, out, tokens, eps, x.stride(0),
+            weight.stride(0), other.stride(0), other_weight.stride(0), second_from,
+            N=n, K=inner, K2=other.shape[1] if second else 0, NORM=norm is not None,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_stages=4,
+        )  # fmt: skip
+        return out
+
+    def attention(
+        self,
+        layer: DeepLayer,
+        x: Tensor,
+        mu_below: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        cache: Tensor | None,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """As `Backend.attention`; the result may be in the weights' dtype. Without a cache, plain torch computes."""
+        if cache is None:
+            return super().attention(layer, x, mu_below, rope, cache, metadata)
+        size, weight, eps = layer.config.hidden_size, layer.kqv_proj, layer.config.rms_norm_eps
+        takes_mu = weight.shape[1] > size
+        assert mu_below is not None or not takes_mu
+        if len(x) <= FEW_TOKENS:
+            second = None if mu_below is None or not takes_mu else (mu_below, weight[:, size:])
+            kqv = self._small(x, weight, norm=layer.input_norm, eps=eps, second=second)
+        else:
+            above = self._above
+            if takes_mu and above is not None and above.below is mu_below and above.stacked is not None:
+                inputs = above.stacked  # mu is in its right half already
+                self._norm_into(inputs, x, layer.input_norm, eps)
+            else:
+                inputs = self._normed(x, layer.input_norm, eps, weight.dtype, mu_below if takes_mu else None)
+            kqv = F.linear(inputs, weight)
+        out = self._paged(
+            layer, kqv, rope, cache[layer.index], self._prepared(metadata, x.device), metadata.num_decodes
+        )
+        return self._small(out, layer.o_proj) if len(x) <= FEW_TOKENS else F.linear(out, layer.o_proj)
+
+    def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As `Backend.new_kv_cache`; in memory one head's keys or values of a page are one run."""
+        layers, sides, blocks, block_size, kv_heads, head_dim = shape
+        pages = super().new_kv_cache((layers, sides, blocks, kv_heads, block_size, head_dim), dtype, device)
+        return pages.transpose(3, 4)
+
+    def _prepared(self, metadata: AttentionMetadata, device: torch.device) -> _Step:
+        """The step's metadata on the device, made at its first layer unless the caller keeps it there."""
+        if self._seen is None or self._seen[0] is not metadata:
+            assert metadata.block_tables is not None
+            assert metadata.slot_mapping is not None
+            lengths, starts = metadata.seq_lens_device, metadata.query_starts
+            if lengths is None:
+                lengths = torch.tensor(metadata.seq_lens, dtype=torch.int32).to(device, non_blocking=True)
+            if starts is None and metadata.num_decodes < len(metadata.query_lens):
+                sums = torch.tensor([0, *metadata.query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+                starts = sums.to(device, non_blocking=True)
+            tables = metadata.block_tables.to(torch.int32)
+            self._seen = metadata, _Step(tables, lengths, starts, metadata.slot_mapping, metadata.num_splits or 0)
+        return self._seen[1]
+
+    def _paged(
+        self, layer: DeepLayer, kqv: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, step: _Step, decodes: int
+    ) -> Tensor:
+        """Attention over the pages of one layer [2, blocks, block_size, KV, D]: kqv [T, ..] -> [T, heads * D]."""
+        config, tokens = layer.config, len(kqv)
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        out = kqv.new_empty((tokens, heads * size), dtype=cache.dtype)
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        norms = (kqv, kqv) if q_norm is None or k_norm is None else (q_norm, k_norm)
+        sides = (cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3))
+        shape = {"D": size, "HEADS": heads, "KV": kv_heads, "PAGE": cache.shape[2]}
+        qk_norm, window = q_norm is not None, config.sliding_window or 0
+        block_d, group, scale = _power(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
+        if decodes:
+            splits = step.splits or num_splits(decodes, kv_heads)
+            block_n = 16 if self._exact else 32 if splits > 8 else 64
+            partial, weights = out, out
+            if splits > 1:
+                partial = kqv.new_empty((decodes, heads, splits, size), dtype=torch.float32)
+                weights = kqv.new_empty((decodes, heads, splits), dtype=torch.float32)
+            triton_attention.decode_kernel[(splits, kv_heads, decodes)](
+                kqv, *norms, *rope, step.slots, step.tables, step.lengths, cache, out, partial, weights, QK_NORM_EPS,
+                scale, step.tables.stride(0), *sides, **shape, QK_NORM=qk_norm, WINDOW=window, SPLITS=splits,
+                BLOCK_D=block_d, BLOCK_G=_power(16, group), BLOCK_N=block_n, num_stages=2 if self._exact else 5,
+            )  # fmt: skip
+            if splits > 1:
+                triton_attention.combine_kernel[(heads, decodes)](
+                    partial, weights, step.lengths, out, D=size, HEADS=heads, WINDOW=window, SPLITS=splits,
+                    BLOCK_D=block_d, BLOCK_N=block_n, num_warps=2,
+                )  # fmt: skip
+        if decodes < tokens:
+            assert step.starts is not None
+            rest = tokens - decodes
+            q = kqv.new_empty((rest, heads, size), dtype=cache.dtype)
+            triton_attention.rotate_kernel[(rest,)](
+                kqv[decodes:], *norms, rope[0][decodes:], rope[1][decodes:], step.slots[decodes:], cache, q,
+                QK_NORM_EPS, *sides, **shape, QK_NORM=qk_norm, BLOCK_D=block_d, BLOCK_Q=_power(1, heads),
+                BLOCK_KV=_power(1, kv_heads),
+            )  # fmt: skip
+            sequences = len(step.lengths) - decodes
+            block_m = 32 if self._exact else 128
+            grid = (rest // (block_m // group) + sequences, kv_heads)
+            triton_attention.prefill_kernel[grid](
+                q, step.tables[decodes:], step.starts[decodes:], step.lengths[decodes:], cache, out[decodes:], scale,
+                sequences, decodes, step.tables.stride(0), *sides, **shape, WINDOW=window, BLOCK_D=block_d,
+                BLOCK_M=block_m, BLOCK_N=self._prompt_keys, num_warps=8,
+                num_stages=2 if self._exact or block_d > 128 else 4,
+            )  # fmt: skip
+        return out
+
+    def dynamics(
+        self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Backend.dynamics`; changes `x` and `velocity` in place, and makes what `highway` will be asked for."""
+        # For the type checker: an era has all of these or none.
+        assert layer.mu is not None
+        assert layer.dynamics_in is not None
+        assert layer.controller_v is not None
+        assert layer.controller_out is not None
+        tokens, size = x.shape
+        inner = len(layer.controller_v)
+        few = tokens <= FEW_TOKENS
+        from_velocity = None
+        if few:
+            second = None if velocity is None else (velocity, layer.controller_v)
+            at = len(layer.dynamics_in) - inner
+            products = self._small(h, layer.dynamics_in, second=second, second_from=at)
+        else:
+            products = F.linear(h.to(layer.dynamics_in.dtype), layer.dynamics_in)
+            if velocity is not None:
+                from_velocity = self._small(velocity, layer.controller_v)
+        first = velocity is None
+        speed = torch.empty_like(x) if velocity is None else velocity
+        mu = torch.empty_like(x)
+        below = stacked = None
+        residual = mu
+        if self._highway:
+            residual = torch.empty_like(mu) if first or self._above is None else self._above.residual
+            if few:
+                below = x.new_empty((tokens, size), dtype=layer.kqv_proj.dtype)
+            else:
+                stacked = x.new_empty((tokens, 2 * size), dtype=layer.kqv_proj.dtype)
+                below = stacked[:, size:]
+        block_m, block_n = (16, 32) if self._exact else (16, 16) if few else (32, 32)
+        triton_kernels.dynamics_kernel[(-(-size // block_n), -(-tokens // block_m))](
+            x, h, speed, products, products if from_velocity is None else from_velocity, layer.controller_bias,
+            layer.controller_out, layer.controller_out_bias, layer.mu, mu, mu if below is None else below, residual,
+            tokens, layer.config.dynamics_dt, 0 if below is None else below.stride(0), H=size, C=inner,
+            CONTEXTUAL=layer.contextual_mu, MOVING=velocity is not None, SPLIT_INPUT=from_velocity is not None,
+            HIGHWAY=below is not None, FIRST=first, MAX_BETA=MAX_BETA, MAX_VELOCITY=MAX_VELOCITY,
+            SHARE=HIGHWAY_SHARE, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=_power(16, inner),
+        )  # fmt: skip
+        self._above = None if below is None else _Above(mu, below, residual, stacked)
+        return x, speed, mu
+
+    def highway(self, mu: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `Backend.highway`; the mu for the layer above is in the weights' dtype. The dynamics have made both."""
+        if self._above is None or self._above.mu is not mu:
+            return super().highway(mu, residual)
+        return self._above.below, self._above.residual
+
+    def routed_mlp(
+        self, layer: DeepLayer, x: Tensor, input_ids: Tensor, mu: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Backend.routed_mlp`; changes `x` in place. The expert of a padding row is -1."""
+        tokens, size = x.shape
+        table, router = layer.token_to_expert, None if mu is None else layer.router
+        b = x.new_empty(x.shape, dtype=layer.gate_up.dtype)
+        experts = None if table is None else torch.empty_like(input_ids)
+        count = len(layer.gate_up)
+        triton_mlp.route_kernel[(tokens,)](
+            x, layer.post_norm, x if mu is None else mu, x if router is None else router,
+            input_ids if table is None else table, input_ids, input_ids if experts is None else experts, b,
+            layer.config.rms_norm_eps, BASE_EXPERT_SCORE, H=size, E=count, ROUTED=table is not None,
+            ROUTER=router is not None, BLOCK=_power(16, size), num_warps=4 if size <= 4096 else 8,
+        )  # fmt: skip
+        self._experts(x, b, layer.gate_up, layer.down, experts, layer.activation)
+        if layer.shared_gate_up is not None and layer.shared_down is not None:
+            self._experts(x, b, layer.shared_gate_up[None], layer.shared_down[None], None, "silu")
+        return x, experts
+
+    def _experts(
+        self, x: Tensor, b: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor | None, activation: str
+    ) -> None:
+        """Adds to x [T, H] what each token's expert makes of b [T, H]: gate_up [E, 2W, H], down [E, H, W]."""
+        tokens, size = x.shape
+        count, width = len(down), down.shape[2]
+        mode, order, offsets = triton_mlp.DENSE.value, b, b
+        narrow, wide, blocks = self._mlp_blocks(tokens)
+        rows = -(-tokens // blocks["BLOCK_M"])
+        own = b if experts is None else experts
+        if experts is not None and rows == 1 and tokens <= ONE_BLOCK:
+            mode, rows = triton_mlp.MASKED.value, count
+        elif experts is not None:
+            mode, rows = triton_mlp.SORTED.value, rows + count - 1
+            order = experts.new_empty(tokens, dtype=torch.int32)
+            offsets = experts.new_empty(count + 1, dtype=torch.int32)
+            triton_mlp.sort_kernel[(-(-tokens // SORT_BLOCK),)](
+                experts, order, offsets, tokens, E=count, BLOCK=SORT_BLOCK, BLOCK_E=_power(2, count + 1)
+            )
+        act = b.new_empty((tokens, width))
+        triton_mlp.gate_up_kernel[(-(-width // narrow), rows)](
+            b, gate_up, own, order, offsets, act, tokens, H=size, W=width, E=count, MODE=mode, ACTIVATION=activation,
+            BLOCK_N=narrow, **blocks,
+        )  # fmt: skip
+        triton_mlp.down_kernel[(-(-size // wide), rows)](
+            act, down, own, order, offsets, x, tokens, H=size, W=width, E=count, MODE=mode, BLOCK_N=wide, **blocks
+        )
+
+    def _mlp_blocks(self, tokens: int) -> tuple[int, int, dict[str, int]]:
+        """Block shapes of the experts' products: columns of gate and of up each, columns of down, and the rest."""
+        if self._exact:
+            return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        if tokens <= 16:
+            return 16, 16, {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
+        if tokens <= ONE_BLOCK:
+            return 32, 32, {"BLOCK_M": _power(32, tokens), "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+        if tokens <= 1024:
+            return 64, 64, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+        return 64, 128, {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+
+    def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """As `Backend.draw`, but for rounding at the very border of what is kept."""
+        return triton_sampling.draw(logits, batch)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `Backend.logprobs`."""
+        return triton_sampling.logprobs(logits, chosen, top)

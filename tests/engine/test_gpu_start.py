@@ -1,0 +1,68 @@
+"""How an engine is set up for a GPU, as far as that can be tried without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyllm.engine import build
+from pyllm.engine.build import Limits, build_engine, cuda_ops, step_bytes
+from pyllm.engine.config import EngineConfig
+from pyllm.engine.errors import EngineStartError
+from pyllm.model import DeepForCausalLM
+from pyllm.model.backend import Backend
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_device_cuda_is_refused_in_one_sentence(tiny_checkpoint):
+    with pytest.raises(EngineStartError) as caught:
+        build_engine(EngineConfig(model=str(tiny_checkpoint), device="cuda"))
+    assert str(caught.value) == (
+        "There is no CUDA device that torch can use: leave out --device cuda to run on the CPU."
+    )
+
+
+def test_kernels_that_cannot_run_are_replaced_with_a_warning(tiny_checkpoint, monkeypatch, caplog):
+    from pyllm.model import cuda
+
+    class Broken(Backend):
+        def __init__(self, model: DeepForCausalLM) -> None:
+            pass
+
+        def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    model = DeepForCausalLM.from_pretrained(tiny_checkpoint)
+    monkeypatch.setattr(cuda, "available", lambda config: True)
+    monkeypatch.setattr(cuda, "TritonBackend", Broken)
+    assert cuda_ops(model) is model.ops
+    assert "plain torch computes, which is slower: Failed to find C compiler. Please specify one" in caplog.text
+    monkeypatch.setattr(cuda, "available", lambda config: False)
+    assert cuda_ops(model) is model.ops
+    assert "Triton is not installed" in caplog.text
+
+
+def test_memory_for_steps_is_found_by_trying_the_largest_ones(tiny_checkpoint, monkeypatch):
+    model = DeepForCausalLM.from_pretrained(tiny_checkpoint)
+    seen: list[tuple[int, int]] = []
+    forward = model.forward
+
+    def watched(ids, positions, metadata, *rest, **named):
+        seen.append((len(ids), len(metadata.query_lens)))
+        return forward(ids, positions, metadata, *rest, **named)
+
+    model.forward = watched
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + 500)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    assert step_bytes(model, Limits(4, 100, 7, 250)) == int(500 * build.STEP_MARGIN) + build.GRAPH_BYTES
+    assert seen == [(250, 3), (7, 7)]
+
+
+def test_too_little_memory_of_a_gpu_is_one_sentence_that_says_what_to_set(tiny_checkpoint, monkeypatch):
+    def load(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(build, "load_checkpoint", load)
+    with pytest.raises(EngineStartError, match="lower --gpu-memory-utilization, --max-num-batched-tokens or"):
+        build_engine(EngineConfig(model=str(tiny_checkpoint)))
