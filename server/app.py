@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
@@ -14,9 +14,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
 
 from .. import __version__
-from .body import read_body
+from .body import BodyRoom, read_body
 from .chat import create_chat_completion
 from .completions import create_completion
 from .config import ServerConfig
@@ -43,6 +44,7 @@ from .response_store import ResponseStore, add_store_routes
 from .responses import create_response
 from .served_model import ServedModel
 from .tokenize import detokenize, tokenize
+from .tracing import Tracing
 
 REFERENCE = "#/components/schemas/{model}"
 
@@ -53,6 +55,8 @@ class Service:
 
     Attributes:
         model: None until it is loaded.
+        tracing: None unless asked for.
+        restarting: "waiting" before, and "loading" while a new engine takes the place of a dead one; else "".
         draining: no new work is taken, since the server is about to end.
         in_flight: HTTP requests that have not ended.
         idle: set while there is none.
@@ -60,6 +64,8 @@ class Service:
 
     config: ServerConfig
     model: ServedModel | None = None
+    tracing: Tracing | None = None
+    restarting: Literal["", "waiting", "loading"] = ""
     draining: bool = False
     in_flight: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,8 +86,8 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """False once the engine has died."""
-        return self.model is None or self.model.engine.is_alive
+        """Whether there is an engine that works, or is being loaded."""
+        return self.model is None or self.model.engine.is_alive or self.restarting == "loading"
 
     def ready_model(self) -> ServedModel:
         """The model; raise `ApiError` 503 while none can take requests."""
@@ -89,6 +95,8 @@ class Service:
             raise unavailable("The server is shutting down.", "shutting_down")
         if self.model is None:
             raise unavailable("The model is still loading.", "loading")
+        if self.restarting:
+            raise unavailable("The engine has stopped and is being started again.", "engine_restarting")
         if not self.alive:
             raise unavailable("The engine has stopped and cannot serve requests.", "engine_dead")
         return self.model
@@ -113,6 +121,7 @@ def create_app(service: Service) -> FastAPI:
     _add_state_routes(app, service)
     _add_model_routes(app, service)
     add_page_routes(app)
+    app.state.body_room = BodyRoom()
     app.state.responses = ResponseStore()
     add_store_routes(app, app.state.responses)
     for endpoint in ENDPOINTS:
@@ -144,7 +153,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         """The server's version."""
         return JsonResponse({"version": __version__})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
         text = service.model.metrics.exposition() if service.model else b""
@@ -223,7 +232,11 @@ def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
     async def route(request: Request) -> Response:
         model = service.ready_model()
         body = await read_body(request, endpoint.body)
-        return await endpoint.handle(request, body, model, service.config)
+        request.state.model = getattr(body, "model", None)
+        try:
+            return await endpoint.handle(request, body, model, service.config)
+        finally:
+            request.state.place.leave()
 
     # The route reads the body itself, so that FastAPI knows nothing of its shape.
     reference = {"$ref": REFERENCE.format(model=endpoint.body.__name__)}

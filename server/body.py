@@ -4,25 +4,95 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import deque
 from typing import Any, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from ..engine.errors import EngineBusyError
 from .errors import ApiError, shorten
+from .offload import is_large, off_loop
 from .protocol.common import UNSUPPORTED
 
 MAX_BODY_BYTES = 8 * 2**20
 LARGE_BODY_BYTES = 64 * 2**10
+ROOM_BYTES = 4 * MAX_BODY_BYTES
+ROOM_SECONDS = 5.0
+MAX_CONTAINERS = 2**20
+"""Objects and arrays in a body: each takes some 70 bytes of memory for two that are sent."""
 MAX_MESSAGE = 600
 QUOTES = "'"
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
+class BodyRoom:
+    """Room for large bodies, from while they are read until what they ask for is under way: their sum is bounded.
+
+    Those who find none wait for their turn.
+    """
+
+    def __init__(self, total: int = ROOM_BYTES) -> None:
+        self._total = self._free = total
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def enter(self, size: int) -> BodyPlace:
+        """Take a place of so many bytes; raise `EngineBusyError` when none gets free in time."""
+        place = BodyPlace(self, min(size, self._total))
+        if not self._waiting and place.size <= self._free:
+            self._free -= place.size
+            return place
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((place.size, turn))
+        try:
+            await asyncio.wait_for(asyncio.shield(turn), ROOM_SECONDS)
+        except BaseException as error:
+            if turn.done():
+                place.leave()
+            else:
+                turn.cancel()
+                self.give_back(0)
+            if isinstance(error, TimeoutError):
+                message = "Too many large requests are being read: ask again later."
+                raise EngineBusyError(message, retry_after=5) from None
+            raise
+        return place
+
+    def give_back(self, size: int) -> None:
+        """Take back what was given, and let in who waits."""
+        self._free += size
+        while self._waiting and (self._waiting[0][1].cancelled() or self._waiting[0][0] <= self._free):
+            size, turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self._free -= size
+                turn.set_result(None)
+
+
+class BodyPlace:
+    """A body's place in a `BodyRoom`."""
+
+    def __init__(self, room: BodyRoom | None, size: int) -> None:
+        self.size = size
+        self._room = room
+
+    def leave(self) -> None:
+        """Make room; harmless when called again."""
+        if self._room is not None:
+            self._room.give_back(self.size)
+            self._room = None
+
+
+NO_PLACE = BodyPlace(None, 0)
+
+
 async def read_body(request: Request, model: type[Body]) -> Body:
-    """Read and check the body; raise `ApiError` (400, 413, 415) for what is not a `model`."""
+    """Read and check the body; raise `ApiError` (400, 413, 415) for what is not a `model`.
+
+    A large one has its place in the app's `BodyRoom` afterwards, which `request.state.place` leaves.
+    """
+    request.state.place = NO_PLACE
     content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", content_type):
         raise ApiError(
@@ -30,27 +100,39 @@ async def read_body(request: Request, model: type[Body]) -> Body:
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "Compressed bodies are not supported.", code="content_encoding")
-    data = await _read_bytes(request)
-    if len(data) < LARGE_BODY_BYTES:
-        return parse_body(data, model)
-    return await asyncio.to_thread(parse_body, data, model)
-
-
-async def _read_bytes(request: Request) -> bytes:
-    too_large = ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-        raise too_large
+    size = int(length[:20]) if length.isdecimal() else MAX_BODY_BYTES
+    if size > MAX_BODY_BYTES:
+        raise _too_large()
+    try:
+        data = await _read_bytes(request, size)
+        is_large.set(len(data) >= LARGE_BODY_BYTES)
+        return await off_loop(parse_body, data, model) if is_large.get() else parse_body(data, model)
+    except BaseException:
+        request.state.place.leave()
+        raise
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
+
+
+async def _read_bytes(request: Request, size: int) -> bytes:
+    """The body; where it turns out to be large, its `size` is accounted for before the rest is read."""
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY_BYTES:
-            raise too_large
+            raise _too_large()
+        if len(data) >= LARGE_BODY_BYTES and request.state.place is NO_PLACE:
+            request.state.place = await request.app.state.body_room.enter(max(size, len(data)))
     return bytes(data)
 
 
 def parse_body(data: bytes, model: type[Body]) -> Body:
     """Check bytes of JSON against `model`; raise `ApiError` 400 naming the field."""
+    if len(data) > 2 * MAX_CONTAINERS and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+        raise ApiError(400, f"The body has more than {MAX_CONTAINERS} objects and arrays.", code="invalid_json")
     try:
         fields = msgspec.json.decode(data)
     except UnicodeDecodeError:

@@ -124,7 +124,7 @@ class ChatTemplate:
         guard, mark = next(free, ""), next(free, "")
         if not mark:
             raise ChatTemplateError("The messages hold too many Unicode noncharacters.")
-        if any(map(self._tokenizer.spells_special, strings)):
+        if any(map(self._tokenizer.spells_added, strings)):
             chat, tools, variables = self._shielded([chat, tools, variables], guard)
         given = {"tools": tools, **variables}
         text = self._text(chat, given, mark, add_generation_prompt, continue_final_message)
@@ -230,10 +230,12 @@ def _with_parsed_arguments(call: Message) -> dict[str, Any]:
 
 def is_deeper(value: Any, levels: int) -> bool:
     """Whether lists and objects are nested in more than so many levels."""
-    if not isinstance(value, (dict, list)):
-        return False
-    inner: Iterable[Any] = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(is_deeper(item, levels - 1) for item in inner)
+    inner = [value] if isinstance(value, (dict, list)) else []
+    while inner and levels:
+        levels -= 1
+        rows: Iterable[Iterable[Any]] = (each.values() if isinstance(each, dict) else each for each in inner)
+        inner = [item for row in rows for item in row if isinstance(item, (dict, list))]
+    return bool(inner)
 
 
 def _strings(value: Any) -> Iterator[str]:

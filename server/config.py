@@ -40,14 +40,15 @@ def flag(
     high: float = math.inf,
     choices: tuple[str, ...] = (),
     positional: bool = False,
+    secret: bool = False,
 ) -> Any:
     """Declare a flag: `kind` is text, list (repeatable), int, float, size, switch or json; the bounds are inclusive.
 
     A size is a number of bytes, or a number with a unit such as 512MB or 2GiB. JSON is the text of an object; in the
-    YAML file it may also be a mapping.
+    YAML file it may also be a mapping. A secret is not shown where the configuration is.
     """
     settings = {"text": text, "kind": kind, "low": low, "high": high, "choices": choices, "positional": positional}
-    return field(default=default, metadata=settings)
+    return field(default=default, metadata=settings, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,7 @@ class ModelFlags:
         0.92, "share of a GPU's memory to fill, where the KV cache is given no size", "float", low=0.01, high=1
     )
     num_kv_blocks: int | None = flag(None, "number of blocks in the KV cache, instead of a size", "int", low=1)
+    enforce_eager: bool = flag(False, "record no decode steps as CUDA graphs", "switch")
     deterministic: bool = flag(
         False, "refuse to start where an answer's last bits could depend on who else is being served", "switch"
     )
@@ -132,7 +134,8 @@ class ServerConfig(ModelFlags):
     host: str = flag("127.0.0.1", "address to listen on")
     port: int = flag(8000, "port to listen on; 0 picks a free one", "int", low=0, high=65535)
     uds: str | None = flag(None, "Unix socket to listen on, instead of host and port")
-    api_key: tuple[str, ...] = flag((), "key that clients must send; repeat it for several", "list")
+    api_key: tuple[str, ...] = flag((), "key that clients must send; repeat it for several", "list", secret=True)
+    isolate_cache_by_key: bool = flag(False, "share computed prompts only among requests of one key", "switch")
     allowed_origins: tuple[str, ...] = flag((), "origin whose web pages may call the API (CORS); * is all", "list")
     root_path: str = flag("", "path under which a proxy offers this server")
     ssl_keyfile: str | None = flag(None, "PEM file with the key to serve HTTPS; needs --ssl-certfile")
@@ -147,6 +150,23 @@ class ServerConfig(ModelFlags):
     log_format: str = flag("text", "json writes one object per line", choices=("text", "json"))
     sse_keep_alive_interval: float = flag(
         15.0, "seconds between comments that keep a stream open; 0: none", "float", low=0, high=3600
+    )
+    otlp_traces_endpoint: str | None = flag(
+        None, "URL to send OpenTelemetry traces to, such as http://localhost:4318/v1/traces"
+    )
+    max_connections: int = flag(4096, "most open connections; more are refused with 503", "int", low=1, high=2**20)
+    header_timeout: float = flag(15.0, "seconds in which a request's headers must arrive", "float", low=0.1, high=86400)
+    body_timeout: float = flag(
+        30.0, "seconds after which a request is closed whose body does not come on", "float", low=0.1, high=86400
+    )
+    write_timeout: float = flag(
+        30.0, "seconds after which an answer is stopped of which the client takes nothing", "float", low=0.1, high=86400
+    )
+    engine_hang_timeout: float = flag(
+        30.0, "seconds without any progress after which the engine counts as dead", "float", low=1, high=86400
+    )
+    restart_engine: int = flag(
+        0, "how often in a row a dead engine is started again before the server ends", "int", low=0, high=1000
     )
     shutdown_timeout: float = flag(
         30.0, "seconds that running requests get to finish on SIGTERM", "float", low=0, high=86400
@@ -294,7 +314,10 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        # Without the line itself, which may hold a key.
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "it cannot be read"
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"--config {path} is not valid YAML: {problem}{where}.") from None
     if not isinstance(content, (dict, type(None))):
         raise ConfigError(f"--config {path} must hold lines of the form `flag: value`.")
     values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
@@ -314,6 +337,8 @@ def load_config(
         name = word.split("=")[0]
         if name.startswith("-"):
             raise ConfigError(f"Unknown flag {name[:200]}{_nearest(name, [_option(known) for known in fields])}")
+        if any(argument.partition("=")[0] == "--api-key" for argument in arguments):
+            raise ConfigError("There is an argument that belongs to no flag; repeat --api-key before each key.")
         raise ConfigError(f"Unexpected argument {word[:200]!r}.")
     found = vars(given)
     if found.keys() >= {"_model", "model"} and found["_model"] != found["model"]:

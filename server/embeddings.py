@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine.errors import RequestError
-from ..engine.messages import SamplingParams
+from ..engine.messages import EngineRequest, SamplingParams
+from ..engine.request import check_request
 from .completions import encode_prompts
 from .config import ServerConfig
 from .errors import JsonResponse
@@ -37,10 +38,19 @@ async def create_embedding(
         raise RequestError(f"dimensions can only be {size}, the model's hidden size.", param="dimensions")
     keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
     prompts = await encode_prompts(body.input, model, add_bos=add_bos, keep=keep, max_tokens=0)
+    for prompt in prompts:  # all of them before any is computed
+        message = EngineRequest(request_id="", prompt_token_ids=prompt, params=SamplingParams(), pooling="mean")
+        try:
+            check_request(message, model.engine.info)
+        except RequestError as error:
+            error.param = "input"
+            raise
     vectors: list[list[float]] = []
-    for start in range(0, len(prompts), MAX_SEQUENCES):
+    # As many at once as run without waiting, so that they take up no place in the queue.
+    wave = min(model.engine.info.max_num_seqs, MAX_SEQUENCES)
+    for start in range(0, len(prompts), wave):
         generation = Generation(
-            model, request, prompts[start : start + MAX_SEQUENCES], SamplingParams(max_tokens=1),
+            model, request, prompts[start : start + wave], SamplingParams(max_tokens=1),
             field="input", priority=body.priority or 0, pooling=body.pooling or "mean",
         )  # fmt: skip
         await generation.collect()

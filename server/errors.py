@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from ..engine.errors import EngineBusyError, EngineDeadError, RequestError
 from .chat_template import ChatTemplateError
+from .logs import current_request
 
 logger = logging.getLogger("pyllm.server")
 
@@ -99,7 +100,7 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(405, "This route has no such method.", code="method_not_allowed", headers=error.headers)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
-    logger.error("A request failed inside the server.", exc_info=error)
+    logger.error("A request failed inside the server. id=%s", current_request.get(), exc_info=error)
     return ApiError(500, "The server failed to answer this request.", code="internal_error")
 
 

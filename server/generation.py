@@ -27,6 +27,7 @@ from .structured_output import (
     regex_grammar,
 )
 
+MAX_ALLOWED_IDS = 2**22
 CONVERTED_FIELDS = frozenset({"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"})
 SHARED_FIELDS = sorted({*GenerationRequest.model_fields} & {*SamplingParams.__struct_fields__} - CONVERTED_FIELDS)
 
@@ -52,7 +53,7 @@ def sampling_params(
     if body.logit_bias:
         values["logit_bias"] = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
     if body.allowed_token_ids is not None:
-        values["allowed_token_ids"] = tuple(body.allowed_token_ids)
+        values["allowed_token_ids"] = tuple(sorted({*body.allowed_token_ids}))
     if body.bad_words:
         values["bad_words"] = tuple(_spellings(body.bad_words, model))
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
@@ -156,26 +157,38 @@ class Generation:
         """Submit them all; `params` are for all or for each prompt, `field` is what this endpoint calls a prompt."""
         if len(prompts) * n > MAX_SEQUENCES:
             raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
-        model.engine.check_room(len(prompts) * n)
+        try:
+            model.engine.check_room(len(prompts) * n)
+        except RequestError as error:
+            error.param = "n" if n > 1 else field
+            raise
         self._engine = model.engine
         self._metrics = model.metrics
         self._request = request
         self._arrival: float = request.state.arrival
-        self._n = n
+        self.n = n
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        allowed = sum(len(own.allowed_token_ids or ()) for own in each) * n
+        if allowed > MAX_ALLOWED_IDS:  # each sequence takes its own list along
+            text = f"allowed_token_ids has too many ids for so many sequences: {allowed}, of {MAX_ALLOWED_IDS} in all."
+            raise RequestError(text, param="allowed_token_ids")
+        self.params = each[0]
+        self.model_name = model.names[0]
         self.with_logprobs = each[0].logprobs is not None
+        self._token_weight = 1 + (each[0].logprobs or 0)
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self.bell = Bell()
         self._running = len(self.choices)
         name = request.state.request_id
+        salt = request.state.cache_owner + (cache_salt or "") or None  # all owners' names are of one length
         try:
             for index, choice in enumerate(self.choices):
                 own = each[index // n]
                 own = msgspec.structs.replace(own, seed=_shifted(own.seed, index % n))
                 stream = self._engine.submit(
                     f"{name}-{index}", choice.prompt_token_ids, own,
-                    priority=priority, cache_salt=cache_salt, pooling=pooling, bell=self.bell,
+                    priority=priority, cache_salt=salt, pooling=pooling, bell=self.bell,
                 )  # fmt: skip
                 self._streams.append(stream)
         except BaseException as error:
@@ -184,6 +197,7 @@ class Generation:
                 error.param = field
             raise
         request.state.generation = self  # for the log
+        request.state.place.leave()
 
     def abort(self) -> None:
         """Stop what still runs; may be called at any time and more than once."""
@@ -191,6 +205,15 @@ class Generation:
             stream.abort()
             if choice.finish_reason is None:
                 self._finish(choice, "abort" if self._engine.is_alive else "error")
+
+    @property
+    def unread(self) -> int:
+        """Tokens of a stream that have come and were not taken yet; those with candidates weigh as much as these."""
+        return self._token_weight * sum(stream.unread for stream in self._streams)
+
+    def seconds_to(self, moment: float) -> float | None:
+        """From the request's arrival to a moment of `RequestTimes`; None for what has not happened."""
+        return moment - self._arrival if moment else None
 
     @property
     def running(self) -> bool:
@@ -208,7 +231,7 @@ class Generation:
         """Keep the counts of one output and raise if it says that the sequence failed."""
         choice, times = self.choices[index], output.times
         new_tokens = output.num_output_tokens - choice.num_output_tokens
-        if times.scheduled and not choice.times.scheduled and index % self._n == 0:  # once each, as in the usage
+        if times.scheduled and not choice.times.scheduled and index % self.n == 0:  # once each, as in the usage
             self._metrics.num_prompt_tokens += output.num_prompt_tokens
         if new_tokens and not choice.num_output_tokens:
             self._metrics.time_to_first_token.observe(times.first_token - self._arrival)
@@ -266,7 +289,7 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object: each prompt counts once, each choice's tokens count."""
-        firsts = self.choices[:: self._n]
+        firsts = self.choices[:: self.n]
         prompt = sum(len(choice.prompt_token_ids) for choice in firsts)
         completion = sum(choice.num_output_tokens for choice in self.choices)
         return {

@@ -6,6 +6,10 @@ import json
 import logging
 import sys
 import time
+from contextvars import ContextVar
+
+current_request: ContextVar[str] = ContextVar("current_request", default="-")
+"""The id of the request that is being answered, for what is said of its failures."""
 
 
 class JsonFormatter(logging.Formatter):

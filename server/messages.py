@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +15,7 @@ from ..engine.output_processor import RequestOutput
 from .config import ServerConfig
 from .errors import ApiError, JsonResponse, anthropic_error, encode_json
 from .generation import Choice, Generation
+from .offload import off_loop, off_loop_if_large
 from .protocol.chat import (
     AssistantMessage,
     CalledFunction,
@@ -32,7 +32,7 @@ from .protocol.chat import (
     ToolMessage,
     UserMessage,
 )
-from .protocol.common import JsonSchemaFormat, JsonSchemaResponseFormat
+from .protocol.common import MAX_INT, JsonSchemaFormat, JsonSchemaResponseFormat
 from .protocol.messages import (
     AssistantTurn,
     CountTokensRequest,
@@ -91,6 +91,7 @@ async def count_tokens(_: Request, body: CountTokensRequest, model: ServedModel,
     """Count the tokens of the prompt that such a message would have."""
     model.check_name(body.model)
     chat = await _to_chat(body)
+    chat.truncate_prompt_tokens = MAX_INT  # what is longer than the context is counted too
     try:
         turn = await prepare_turn(chat, model)
     except RequestError as error:
@@ -99,7 +100,7 @@ async def count_tokens(_: Request, body: CountTokensRequest, model: ServedModel,
 
 
 async def _to_chat(body: PromptRequest) -> ChatCompletionRequest:
-    return to_chat(body) if len(body.messages) < LARGE_CHAT else await asyncio.to_thread(to_chat, body)
+    return await (off_loop if len(body.messages) >= LARGE_CHAT else off_loop_if_large)(to_chat, body)
 
 
 def to_chat(body: PromptRequest) -> ChatCompletionRequest:
@@ -136,24 +137,27 @@ def _messages(body: PromptRequest) -> list[Message]:
         elif isinstance(turn, AssistantTurn):
             if not messages or not isinstance(messages[-1], AssistantMessage):
                 messages.append(AssistantMessage(role="assistant", content="", tool_calls=None))
-            _extend_answer(messages[-1], turn)
-            called |= {call.id for call in messages[-1].tool_calls or ()}
+            called |= _extend_answer(messages[-1], turn)
         else:
             _extend_question(messages, turn, place, called)
     return messages
 
 
-def _extend_answer(message: AssistantMessage, turn: AssistantTurn) -> None:
-    content = [*(message.content or ())]
-    calls = [*(message.tool_calls or ())]
+def _extend_answer(message: AssistantMessage, turn: AssistantTurn) -> set[str]:
+    """Add a turn to the message of those before it; return the ids of the turn's calls."""
+    called = set()
     for block in _blocks(turn.content):
         if isinstance(block, TextBlock):
-            content.append(TextPart(type="text", text=block.text))
+            if not isinstance(message.content, list):
+                message.content = []
+            message.content.append(TextPart.model_construct(type="text", text=block.text))
         elif isinstance(block, ToolUseBlock):
             function = CalledFunction.model_construct(name=block.name, arguments=encode_json(block.input).decode())
-            calls.append(ToolCall.model_construct(id=block.id, type="function", function=function))
-    message.content = content or ""
-    message.tool_calls = calls or None
+            if message.tool_calls is None:
+                message.tool_calls = []
+            message.tool_calls.append(ToolCall.model_construct(id=block.id, type="function", function=function))
+            called.add(block.id)
+    return called
 
 
 def _extend_question(messages: list[Any], turn: UserTurn, place: int, called: set[str]) -> None:

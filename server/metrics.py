@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise, zip_longest
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -15,8 +16,18 @@ from ..engine.messages import EngineStats, StepOutputs
 from ..engine.output_processor import RequestTimes
 
 PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
-OURS = ("pyllm:engine_step_seconds", "pyllm:expert_tokens", "pyllm:expert_reroutes")
+OURS = (
+    "pyllm:engine_step_seconds",
+    "pyllm:engine_restarts",
+    "pyllm:expert_tokens",
+    "pyllm:expert_reroutes",
+    "pyllm:http_responses",
+)
 """What vLLM does not have."""
+COUNTS = (
+    "num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "num_drafts", "num_draft_tokens",
+)  # fmt: skip
+"""What an engine's statistics count since its start."""
 LABEL = "model_name"
 REASONS = ("stop", "length", "abort", "error")
 FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -33,15 +44,17 @@ STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 class Metrics:
     """The metrics of one served model, in a registry of their own.
 
-    `stats` gives the engine's latest state whenever the metrics are read. With `vllm_names`, those that vLLM has are
-    there a second time under its names and labels.
+    `stats` gives the engine's latest state whenever the metrics are read; counts go on from engine to engine. With
+    `vllm_names`, those that vLLM has are there a second time under its names and labels.
     """
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool = False) -> None:
         self._registry = CollectorRegistry()
         self._vllm_names = vllm_names
-        self._expert_tokens: list[list[int]] = []
-        self._expert_reroutes: list[int] = []
+        self._stats, self._ended = stats, EngineStats(expert_tokens=[], expert_reroutes=[])
+        self._told = self._ended
+        self._num_restarts = 0
+        stats = self._total
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             made = Histogram(model_name, name, text, buckets)
@@ -84,6 +97,11 @@ class Metrics:
         self.request_latency = histogram(
             "pyllm:e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
         )
+        self._answers: dict[int, int] = {}
+        self._registry.register(_Counted(
+            model_name, "pyllm:http_responses", "Answers by HTTP status, but those to probes; 499: none was wanted.",
+            ("status",), lambda: (((str(status),), count) for status, count in sorted(self._answers.items())),
+        ))  # fmt: skip
         self._phases = [  # between two moments of `RequestTimes` each
             histogram(
                 f"pyllm:request_{phase}_time_seconds", f"A sequence's time in its {phase} phase.", REQUEST_BUCKETS
@@ -105,24 +123,46 @@ class Metrics:
         self._finished = {reason: finished.labels(model_name, reason) for reason in REASONS}
         self._registry.register(_Counted(
             model_name, "pyllm:expert_tokens", "Tokens that an expert has computed.", ("layer", "expert"),
-            lambda: (((str(layer), str(expert)), count) for layer, counts in enumerate(self._expert_tokens)
+            lambda: (((str(layer), str(expert)), count) for layer, counts in enumerate(stats().expert_tokens or ())
                      for expert, count in enumerate(counts)),
         ))  # fmt: skip
         self._registry.register(_Counted(
             model_name, "pyllm:expert_reroutes", "Tokens that mu has sent to another expert than their id's.",
-            ("layer",), lambda: (((str(layer),), count) for layer, count in enumerate(self._expert_reroutes)),
+            ("layer",), lambda: (((str(layer),), count) for layer, count in enumerate(stats().expert_reroutes or ())),
         ))  # fmt: skip
+        counted("pyllm:engine_restarts", "New engines in the place of dead ones.", lambda: self._num_restarts)
+
+    def follow(self, stats: Callable[[], EngineStats]) -> None:
+        """Go on with a new engine, whose own counts begin at 0."""
+        self._ended, self._stats = self._total(), stats
+        self._told = EngineStats(expert_tokens=[], expert_reroutes=[])
+        self._num_restarts += 1
+
+    def _total(self) -> EngineStats:
+        """The engine's latest state, with the counts of all engines so far."""
+        now, ended, told = self._stats(), self._ended, self._told
+        nothing: list[int] = []
+        rows = zip_longest(ended.expert_tokens or (), told.expert_tokens or (), fillvalue=nothing)
+        return msgspec.structs.replace(
+            now,
+            **{name: getattr(ended, name) + getattr(now, name) for name in COUNTS},
+            num_accepted_tokens=_sums(ended.num_accepted_tokens, now.num_accepted_tokens),
+            expert_tokens=[_sums(*pair) for pair in rows],
+            expert_reroutes=_sums(ended.expert_reroutes or [], told.expert_reroutes or []),
+        )
 
     def on_step(self, outputs: StepOutputs) -> None:
         """Take note of one engine step; messages that no step made (a refusal, an abort) do not count."""
         if outputs.stats.expert_tokens is not None:
-            self._expert_tokens = outputs.stats.expert_tokens
-        if outputs.stats.expert_reroutes is not None:
-            self._expert_reroutes = outputs.stats.expert_reroutes
+            self._told = outputs.stats
         if not outputs.stats.step_tokens:
             return
         self._step.observe(outputs.stats.step_seconds)
         self._step_tokens.observe(outputs.stats.step_tokens)
+
+    def on_answer(self, status: int) -> None:
+        """Take note of an HTTP answer."""
+        self._answers[status] = self._answers.get(status, 0) + 1
 
     def on_finish(self, reason: str, seconds: float, times: RequestTimes, prompt_tokens: int, tokens: int) -> None:
         """Take note of a sequence's end, `seconds` after its arrival, and of those phases that it went through."""
@@ -142,6 +182,11 @@ class Metrics:
             second.register(_Renamed(self._registry))
             text += generate_latest(second)
         return text
+
+
+def _sums(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Of each place; what one does not have is 0."""
+    return [sum(pair) for pair in zip_longest(first, second, fillvalue=0)]
 
 
 class Histogram(Collector):

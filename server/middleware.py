@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import re
+import secrets
 import time
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response, shorten, speaks_anthropic, to_api_error
+from .logs import current_request
 from .pages import PAGE_PATHS
 
 if TYPE_CHECKING:
     from .app import Service
+    from .generation import Generation
 
 logger = logging.getLogger("pyllm.server")
 
@@ -35,7 +39,11 @@ class RequestMiddleware:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._keys = [key.encode() for key in service.config.api_key]
+        # What belongs to a key is told by a name that says nothing of the key and holds for this run alone.
+        secret = secrets.token_bytes(32)
+        keys = [key.encode() for key in service.config.api_key]
+        self._keys = [(key, hashlib.blake2b(key, key=secret, digest_size=16).hexdigest()) for key in keys]
+        self._isolates = service.config.isolate_cache_by_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, and answer whatever failure comes out of it."""
@@ -49,6 +57,8 @@ class RequestMiddleware:
             request_id = uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["owner"] = state["cache_owner"] = ""
+        current_request.set(request_id)
         state["arrival"] = started = time.monotonic()
         state["send"] = send  # past all layers, for what comes between a stream's head and its end
         status = 0
@@ -76,7 +86,8 @@ class RequestMiddleware:
         self._service.enter()
         try:
             if self._keys and path not in PUBLIC_PATHS:
-                self._authorise(headers)
+                state["owner"] = owner = self._owner(headers)
+                state["cache_owner"] = owner if self._isolates else ""
             await self._app(scope, receive_until_gone, send_with_id)
         except ClientDisconnect:
             status = CLIENT_GONE
@@ -86,23 +97,29 @@ class RequestMiddleware:
             await error_response(to_api_error(error), scope)(scope, receive, send_with_id)
         finally:
             self._service.leave()
+            seconds = time.monotonic() - started
             level = logging.DEBUG if path in PROBES else logging.INFO
-            _log(level, scope, request_id, status, time.monotonic() - started)
+            _log(level, scope, request_id, status, seconds)
+            if self._service.model is not None and level == logging.INFO:
+                self._service.model.metrics.on_answer(status)
+            if self._service.tracing is not None:
+                self._service.tracing.record(scope, path, status, seconds)
 
-    def _authorise(self, headers: Headers) -> None:
-        """Raise `ApiError` 401 without a known key."""
+    def _owner(self, headers: Headers) -> str:
+        """The name of the key that a request brings; raise `ApiError` 401 without a known one."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
         given = [text.encode("latin-1") for text in (bearer, headers.get("x-api-key")) if text]
         # All keys are compared, so that the time tells nothing about which one was near.
-        matches = [hmac.compare_digest(text, key) for text in given for key in self._keys]
-        if not any(matches):
+        owners = [owner for text in given for key, owner in self._keys if hmac.compare_digest(text, key)]
+        if not owners:
             raise ApiError(
                 401,
                 "A valid API key is needed, as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+        return owners[0]
 
 
 def _log(level: int, scope: Scope, request_id: str, status: int, seconds: float) -> None:
@@ -113,11 +130,24 @@ def _log(level: int, scope: Scope, request_id: str, status: int, seconds: float)
     fields = {"method": scope["method"], "path": path, "status": status, "id": request_id}
     tokens = ""
     if (generation := scope["state"].get("generation")) is not None:
-        usage = generation.usage()
-        tokens = f" prompt_tokens={usage['prompt_tokens']} completion_tokens={usage['completion_tokens']}"
-        fields["tokens"] = {"prompt": usage["prompt_tokens"], "completion": usage["completion_tokens"]}
+        tokens, about = _about(generation)
+        fields |= about
     fields["seconds"] = round(seconds, 6)
     logger.log(
         level, "%s %s %d id=%s%s seconds=%.3f", scope["method"], path, status, request_id, tokens, seconds,
         extra={"fields": fields},
     )  # fmt: skip
+
+
+def _about(generation: Generation) -> tuple[str, dict[str, Any]]:
+    """A generation's token counts and its first choice's times, as text and as fields."""
+    usage, times = generation.usage(), generation.choices[0].times
+    prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    text = f" prompt_tokens={prompt} cached_tokens={cached} completion_tokens={completion}"
+    fields: dict[str, Any] = {"tokens": {"prompt": prompt, "cached": cached, "completion": completion}}
+    for name, moment in (("queue", times.scheduled), ("ttft", times.first_token)):
+        if (seconds := generation.seconds_to(moment)) is not None:
+            text += f" {name}={seconds:.3f}"
+            fields[name] = round(seconds, 6)
+    return text, fields

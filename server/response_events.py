@@ -69,7 +69,7 @@ class Answer:
         # Log-probabilities belong to a text as far as their tokens begin inside of it.
         self._logprobs: list[dict[str, Any]] = []
         self._ahead: deque[tuple[int, TokenLogprobs]] = deque()
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._tokens_end = self._text_end = 0
 
     def start(self) -> bytes:
@@ -81,7 +81,7 @@ class Answer:
         for position in logprobs:
             self._ahead.append((self._tokens_end, position))
             if position.token_id not in self._hidden:
-                self._tokens_end += len(self._decode(self._tokenizer.token_bytes(position.token_id)))
+                self._tokens_end += len(self._decoder.decode(self._tokenizer.token_bytes(position.token_id)))
         return self._show(self._reader.feed(part) for part in _CUT.findall(text))
 
     def finish(self, reason: str | None, usage: dict[str, Any]) -> bytes:
@@ -89,6 +89,7 @@ class Answer:
         data = self._show([self._reader.finish()])
         if not self.response["output"] and not self._must_call:
             data += self._open_message()
+        data += self._say_unfinished()
         status = "incomplete" if reason == "length" else "completed"
         data += self._close(status)
         if status == "incomplete":
@@ -98,7 +99,10 @@ class Answer:
     def fail(self, error: ApiError, usage: dict[str, Any]) -> bytes:
         """End in the middle."""
         data = self._close("incomplete")
-        self.response["error"] = {"code": "server_error", "message": error.message}
+        self.response["error"] = {
+            "code": "server_error" if error.status >= 500 else "invalid_prompt",
+            "message": error.message,
+        }
         return data + self._end("failed", usage)
 
     def _end(self, status: str, usage: dict[str, Any]) -> bytes:
@@ -136,6 +140,16 @@ class Answer:
             self._text_end += len(text)
             while self._ahead and self._ahead[0][0] < self._text_end:
                 positions.append(self._ahead.popleft()[1])
+        return self._delta(text, positions)
+
+    def _say_unfinished(self) -> bytes:
+        """The tokens of a character that the answer's end leaves unfinished, of which the text shows nothing."""
+        if self._calls or not self._decoder.getstate()[0] or self._text_end != self._tokens_end:
+            return b""
+        positions = [position for _, position in self._ahead if position.token_id not in self._hidden]
+        return self._delta("", positions) if positions and self._item is not None else b""
+
+    def _delta(self, text: str, positions: list[TokenLogprobs]) -> bytes:
         shown = chat_logprobs(positions, self._tokenizer)["content"] if positions else []
         self._logprobs += shown
         return self._event("output_text.delta", **self._place(), content_index=0, delta=text, logprobs=shown)

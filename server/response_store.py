@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -12,43 +13,72 @@ from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
+from .body import LARGE_BODY_BYTES
 from .errors import ApiError, JsonResponse, encode_json, shorten
+from .offload import is_large, off_loop_if_large
 from .protocol.responses import DeletedResponse, InputItemList, ResponseObject
 
 MAX_RESPONSES = 4096
 MAX_STORE_BYTES = 64 * 2**20
 MAX_PAGE = 100
+NO_ENDS = {"first_id": None, "last_id": None}
 
 Item = dict[str, Any]
 _decode = msgspec.json.Decoder().decode
+_split = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+class _Named(msgspec.Struct):
+    """An item, of which nothing but the id is read."""
+
+    id: str
+
+
+_decode_id = msgspec.json.Decoder(_Named).decode
 
 
 @dataclass(frozen=True, slots=True)
 class KeptResponse:
-    """One response and all that the model read for it, as JSON: its size is known, and nobody can change it."""
+    """One response and all that the model read for it, as JSON: its size is known, and nobody can change it.
+
+    Attributes:
+        output: the response's items without their log-probabilities, which no model reads and which are most of it.
+    """
 
     response: bytes
     input: bytes
+    output: bytes
     item_ids: tuple[str, ...]
+    owner: str
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return len(self.response) + len(self.input)
+        return len(self.response) + len(self.input) + len(self.output)
 
     def input_items(self) -> list[Item]:
         """The items that the model read, oldest first."""
-        items: list[Item] = _decode(self.input)
-        return items
+        return _items(self.input)
 
     def output_items(self) -> list[Item]:
-        """The items that the model wrote."""
-        items: list[Item] = _decode(self.response)["output"]
-        return items
+        """The items that the model wrote, without log-probabilities."""
+        return _items(self.output)
+
+
+def _items(data: bytes) -> list[Item]:
+    return [_decode(item) for item in _split(data)]  # one by one, so that other threads have their turn between them
+
+
+def _without_logprobs(item: Item) -> Item:
+    if "content" not in item:
+        return item
+    return item | {"content": [part | {"logprobs": []} for part in item["content"]]}
 
 
 class ResponseStore:
     """Keeps responses in memory, and forgets the one longest unused when there are too many or too many bytes.
+
+    Each belongs to an owner, and to all others there is none of its name.
 
     A response is kept with its whole conversation, so it does not need those before it to be kept any longer.
     """
@@ -63,10 +93,11 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, response: dict[str, Any], input_items: list[Item]) -> None:
-        """Keep a response with the items that the model read; one that is larger than all the room is not kept."""
+    def put(self, response: dict[str, Any], input_items: bytes, owner: str = "") -> None:
+        """Keep a response with the items that the model read, in JSON; one larger than all the room is not kept."""
+        output = encode_json([_without_logprobs(item) for item in response["output"]])
         ids = tuple(item["id"] for item in response["output"])
-        kept = KeptResponse(encode_json(response), encode_json(input_items), ids)
+        kept = KeptResponse(encode_json(response), input_items, output, ids, owner)
         if kept.size > self._max_bytes:
             return
         self._kept[response["id"]] = kept
@@ -75,21 +106,21 @@ class ResponseStore:
         while len(self._kept) > self._max_responses or self.size > self._max_bytes:
             self.remove(next(iter(self._kept)))
 
-    def find(self, response_id: str) -> KeptResponse | None:
+    def find(self, response_id: str, owner: str = "") -> KeptResponse | None:
         """A response that is kept."""
-        if (kept := self._kept.get(response_id)) is not None:
-            self._kept.move_to_end(response_id)
+        kept = self._kept.get(response_id)
+        if kept is None or kept.owner != owner:
+            return None
+        self._kept.move_to_end(response_id)
         return kept
 
-    def find_item(self, item_id: str) -> Item | None:
-        """An output item of a response that is kept."""
-        if (kept := self.find(self._holders.get(item_id, ""))) is None:
-            return None
-        return next(item for item in kept.output_items() if item["id"] == item_id)
+    def find_holder(self, item_id: str, owner: str = "") -> KeptResponse | None:
+        """The response that is kept and has this output item."""
+        return self.find(self._holders.get(item_id, ""), owner)
 
-    def get(self, response_id: str) -> KeptResponse:
+    def get(self, response_id: str, owner: str = "") -> KeptResponse:
         """A response that is kept; raise `ApiError` 404 where there is none."""
-        if (kept := self.find(response_id)) is None:
+        if (kept := self.find(response_id, owner)) is None:
             message = f"Response with id {shorten(response_id)!r} not found."
             raise ApiError(404, message, param="response_id", code="response_not_found")
         return kept
@@ -110,19 +141,19 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
     async def get_response(response_id: str, request: Request) -> Response:
         """A response that is kept."""
         _check_query(request.query_params, include_obfuscation=("false",), stream=("false",))
-        return Response(store.get(response_id).response, media_type="application/json")
+        return Response(store.get(response_id, request.state.owner).response, media_type="application/json")
 
     @app.delete(path, response_model=DeletedResponse)
-    async def delete_response(response_id: str) -> Response:
+    async def delete_response(response_id: str, request: Request) -> Response:
         """Forget a response."""
-        store.get(response_id)
+        store.get(response_id, request.state.owner)
         store.remove(response_id)
         return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
     @app.post(f"{path}/cancel", response_model=ResponseObject)
-    async def cancel_response(response_id: str) -> Response:
+    async def cancel_response(response_id: str, request: Request) -> Response:
         """Refuse: only a response in the background could be cancelled, and there are none."""
-        store.get(response_id)
+        store.get(response_id, request.state.owner)
         raise ApiError(400, "Only a response with background can be cancelled.", param="response_id")
 
     page = [
@@ -136,10 +167,11 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
         """What the model read for a response, the newest first, also of the responses before it."""
         query = request.query_params
         _check_query(query, order=("asc", "desc"), limit=None, after=None)
-        items = store.get(response_id).input_items()
-        if query.get("order", "desc") == "desc":
-            items.reverse()
-        return JsonResponse(_page(items, query.get("after"), query.get("limit", "20")))
+        limit = _limit(query.get("limit", "20"))
+        items = store.get(response_id, request.state.owner).input
+        is_large.set(len(items) >= LARGE_BODY_BYTES)
+        newest_first = query.get("order") != "asc"
+        return JsonResponse(await off_loop_if_large(_page, items, newest_first, query.get("after"), limit))
 
 
 def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -154,22 +186,31 @@ def _check_query(query: QueryParams, **known: tuple[str, ...] | None) -> None:
         if field not in known:
             raise ApiError(400, f"Unrecognized query argument: {shorten(name)}.", param=name, code="unknown_parameter")
         values = known[field]
-        if values is not None and value.lower() not in values:
+        if values is not None and value not in values:
             message = f"{field} should be {' or '.join(values)}, got {shorten(value)!r}."
             raise ApiError(400, message, param=field, code="invalid_value")
 
 
-def _page(items: list[Item], after: str | None, limit: str) -> dict[str, Any]:
-    """At most `limit` items that follow the item `after`; raise `ApiError` 400."""
-    if not limit.isdecimal() or not 1 <= int(limit[:9]) <= MAX_PAGE:
-        message = f"limit should be a whole number from 1 to {MAX_PAGE}, got {shorten(limit)!r}."
+def _limit(text: str) -> int:
+    """How many items to show; raise `ApiError` 400."""
+    limit = int(text) if re.fullmatch("[0-9]{1,3}", text) else 0
+    if not 1 <= limit <= MAX_PAGE:
+        message = f"limit should be a whole number from 1 to {MAX_PAGE}, got {shorten(text)!r}."
         raise ApiError(400, message, param="limit", code="invalid_value")
+    return limit
+
+
+def _page(data: bytes, newest_first: bool, after: str | None, limit: int) -> dict[str, Any]:
+    """At most `limit` items that follow the item `after`; raise `ApiError` 400."""
+    items = _split(data)
+    if newest_first:
+        items.reverse()
     first = 0
     if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
+        place = next((n for n, item in enumerate(items) if _decode_id(item).id == after), None)
+        if place is None:
             raise ApiError(400, f"There is no item {shorten(after)!r}.", param="after", code="invalid_value")
-        first = ids.index(after) + 1
-    data = items[first : first + int(limit)]
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": data, **ends, "has_more": first + len(data) < len(items)}
+        first = place + 1
+    page = items[first : first + limit]
+    ends = {"first_id": _decode_id(page[0]).id, "last_id": _decode_id(page[-1]).id} if page else NO_ENDS
+    return {"object": "list", "data": page, **ends, "has_more": first + len(page) < len(items)}

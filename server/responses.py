@@ -4,22 +4,44 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pydantic import ValidationError
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine.errors import RequestError
+from .body import LARGE_BODY_BYTES, MAX_BODY_BYTES, NO_PLACE
 from .chat_template import ChatTemplateError
 from .config import ServerConfig
-from .errors import ApiError, JsonResponse, shorten
-from .generation import Generation
-from .protocol.chat import ChatCompletionRequest
+from .errors import ApiError, JsonResponse, encode_json, shorten
+from .offload import is_large, off_loop_if_large
+from .protocol.chat import (
+    MAX_TOOLS,
+    AllowedTools,
+    AllowedToolsChoice,
+    AssistantMessage,
+    CalledFunction,
+    ChatCompletionRequest,
+    Function,
+    FunctionName,
+    InstructionMessage,
+    Message,
+    NamedToolChoice,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolMessage,
+    UserMessage,
+)
+from .protocol.common import JsonSchemaFormat, JsonSchemaResponseFormat
 from .protocol.responses import (
+    MAX_ITEMS,
     AllowedFunctions,
     FunctionChoice,
+    FunctionTool,
     InputCall,
     InputCallOutput,
     InputMessage,
@@ -28,11 +50,17 @@ from .protocol.responses import (
     SchemaFormat,
 )
 from .response_events import Answer, Item, ResponseEvents, new_id
-from .response_store import ResponseStore
+from .response_store import KeptResponse, ResponseStore
 from .served_model import ServedModel
 from .streaming import EventStream
-from .turn import Turn, prepare_turn
+from .turn import BETWEEN_PARTS, Turn, prepare_turn
 
+SPEAKERS: dict[str, type[InstructionMessage | UserMessage | AssistantMessage]] = {
+    "user": UserMessage,
+    "assistant": AssistantMessage,
+    "system": InstructionMessage,
+    "developer": InstructionMessage,
+}
 TRANSLATED_FIELDS = {"tools", "tool_choice", "stream", "stream_options", "top_logprobs"}
 SHARED_FIELDS = sorted({*ResponseRequest.model_fields} & {*ChatCompletionRequest.model_fields} - TRANSLATED_FIELDS)
 RENAMED = (
@@ -51,13 +79,23 @@ async def create_response(
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is only for requests with stream.", param="stream_options")
     store: ResponseStore = request.app.state.responses
-    items = read_items(body, store)
+    owner: str = request.state.owner
+    sources = find_sources(body, store, owner)
+    if sources.size >= LARGE_BODY_BYTES:
+        is_large.set(True)
+        if request.state.place is NO_PLACE:
+            request.state.place = await request.app.state.body_room.enter(sources.size)
     try:
-        turn, generation = await _begin(request, body, items, model)
+        chat, items = await off_loop_if_large(_read, body, sources)
+        # Instructions are of this response alone, and stay when old items go.
+        droppable = int(body.instructions is not None) if body.truncation == "auto" else None
+        turn = await prepare_turn(chat, model, droppable)
+        described = await off_loop_if_large(_describe, body, name, turn)
+        generation = turn.generate(model, request, chat)
     except (RequestError, ChatTemplateError) as error:
         raise _renamed(error) from None
-    answer = Answer(_describe(body, name, turn), turn, model.tokenizer)
-    keep = partial(store.put if body.store is not False else _forget, input_items=items)
+    answer = Answer(described, turn, model.tokenizer)
+    keep = partial(store.put if body.store is not False else _forget, input_items=items, owner=owner)
     if body.stream:
         return EventStream(generation, ResponseEvents(answer, generation, keep), config.sse_keep_alive_interval)
     await generation.collect()
@@ -68,29 +106,78 @@ async def create_response(
     return JsonResponse(answer.response)
 
 
-def _forget(response: dict[str, Any], input_items: list[Item]) -> None:
+def _forget(response: dict[str, Any], input_items: bytes, owner: str) -> None:
     """Keep nothing."""
 
 
-def read_items(body: ResponseRequest, store: ResponseStore) -> list[Item]:
-    """All that the model is to read but the instructions, each item complete; raise `ApiError` or `RequestError`."""
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The earlier responses that a request goes on after or has items of.
+
+    Attributes:
+        holders: by the ids of the items, the response of each.
+        size: bytes that are to be read of them.
+    """
+
+    previous: KeptResponse | None
+    holders: dict[str, KeptResponse]
+    size: int
+
+
+def find_sources(body: ResponseRequest, store: ResponseStore, owner: str = "") -> Sources:
+    """Find what a request names; raise `ApiError` or `RequestError` for what is not kept, and for too much."""
     if body.input is None and body.previous_response_id is None:
         raise ApiError(400, "Missing required parameter: input.", param="input", code="missing_required_parameter")
-    items: list[Item] = []
+    previous, size = None, 0
     if body.previous_response_id is not None:
-        if (kept := store.find(body.previous_response_id)) is None:
+        if (previous := store.find(body.previous_response_id, owner)) is None:
             message = f"Previous response with id {shorten(body.previous_response_id)!r} not found."
             raise ApiError(400, message, param="previous_response_id", code="previous_response_not_found")
-        items += kept.input_items() + kept.output_items()
+        size = len(previous.input) + len(previous.output)
+        _check_size(size, "previous_response_id")
+    holders: dict[str, KeptResponse] = {}
+    counted: set[str] = set()
+    for position, item in enumerate(body.input if isinstance(body.input, list) else ()):
+        if not isinstance(item, ItemReference):
+            continue
+        param = f"input[{position}].id"
+        if (holder := store.find_holder(item.id, owner)) is None:
+            raise RequestError(f"Item with id {shorten(item.id)!r} not found.", param=param, code="item_not_found")
+        if item.id in holders:
+            raise RequestError(f"{param} names an item for the second time.", param=param)
+        holders[item.id] = holder
+        if counted.isdisjoint(holder.item_ids):
+            size += len(holder.output)
+            _check_size(size, param)
+        counted.update(holder.item_ids[:1])
+    return Sources(previous, holders, size)
+
+
+def _check_size(size: int, param: str) -> None:
+    if size > MAX_BODY_BYTES:
+        raise RequestError(f"The earlier items have more than {MAX_BODY_BYTES} bytes.", param=param)
+
+
+def _read(body: ResponseRequest, sources: Sources) -> tuple[ChatCompletionRequest, bytes]:
+    """The request as a chat, and the items that it is of, in JSON."""
+    items = read_items(body, sources)
+    kept = b"" if body.store is False else b"[%s]" % b",".join(map(encode_json, items))
+    return to_chat(body, to_messages(items)), kept
+
+
+def read_items(body: ResponseRequest, sources: Sources) -> list[Item]:
+    """All that the model is to read but the instructions, each item complete."""
+    items: list[Item] = []
+    if sources.previous is not None:
+        items += sources.previous.input_items() + sources.previous.output_items()
     if isinstance(body.input, str):
-        items.append(_complete(InputMessage(role="user", content=body.input)))
-        return items
-    for position, item in enumerate(body.input or ()):
+        return [*items, _complete(InputMessage(role="user", content=body.input))]
+    decoded: dict[str, Item] = {}
+    for item in body.input or ():
         if isinstance(item, ItemReference):
-            if (found := store.find_item(item.id)) is None:
-                message = f"Item with id {shorten(item.id)!r} not found."
-                raise RequestError(message, param=f"input[{position}].id", code="item_not_found")
-            items.append(found)
+            if item.id not in decoded:
+                decoded |= {found["id"]: found for found in sources.holders[item.id].output_items()}
+            items.append(decoded[item.id])
         else:
             items.append(_complete(item))
     return items
@@ -98,8 +185,8 @@ def read_items(body: ResponseRequest, store: ResponseStore) -> list[Item]:
 
 def _complete(item: InputMessage | InputCall | InputCallOutput) -> Item:
     """An item as it is kept and shown."""
-    shown: Item = item.model_dump(exclude_none=True)
-    kind = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}[shown["type"]]
+    kind = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}[item.type]
+    shown: Item = item.model_dump(exclude_none=True, exclude={"content"})
     shown |= {"id": item.id or new_id(kind), "status": item.status or "completed"}
     if isinstance(item, InputMessage):
         spoken = {"type": "output_text", "annotations": [], "logprobs": []}
@@ -109,108 +196,81 @@ def _complete(item: InputMessage | InputCall | InputCallOutput) -> Item:
     return shown
 
 
-def to_messages(items: list[Item]) -> list[dict[str, Any]]:
-    """Items as a chat's messages: calls belong to the message that they follow."""
-    messages: list[dict[str, Any]] = []
+def to_messages(items: list[Item]) -> list[Message]:
+    """Items as a chat's messages, checked before: calls belong to the message that they follow."""
+    messages: list[Message] = []
     for item in items:
         match item["type"]:
             case "message":
-                content = [{"type": "text", "text": part["text"]} for part in item["content"]]
-                messages.append({"role": item["role"], "content": content})
+                role = item["role"]
+                messages.append(SPEAKERS[role].model_construct(role=role, content=_join(item["content"])))
             case "function_call":
-                if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant"})
-                function = {"name": item["name"], "arguments": item["arguments"]}
-                call = {"id": item["call_id"], "type": "function", "function": function}
-                messages[-1].setdefault("tool_calls", []).append(call)
+                if not messages or not isinstance(last := messages[-1], AssistantMessage):
+                    messages.append(last := AssistantMessage.model_construct(role="assistant"))
+                if last.tool_calls is None:
+                    last.tool_calls = []
+                function = CalledFunction.model_construct(name=item["name"], arguments=item["arguments"])
+                last.tool_calls.append(ToolCall.model_construct(id=item["call_id"], type="function", function=function))
+                if len(last.tool_calls) > MAX_TOOLS:
+                    raise RequestError(f"input has more than {MAX_TOOLS} function calls in a row.", param="input")
             case _:
-                output = item["output"]
-                if not isinstance(output, str):
-                    output = [{"type": "text", "text": part["text"]} for part in output]
-                messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": output})
+                text = item["output"] if isinstance(item["output"], str) else _join(item["output"])
+                messages.append(ToolMessage.model_construct(role="tool", tool_call_id=item["call_id"], content=text))
     return messages
 
 
-def to_chat(body: ResponseRequest, messages: list[dict[str, Any]]) -> ChatCompletionRequest:
+def _join(parts: list[dict[str, Any]]) -> str:
+    return BETWEEN_PARTS.join(part["text"] for part in parts)
+
+
+def to_chat(body: ResponseRequest, messages: list[Message]) -> ChatCompletionRequest:
     """The same request as a chat; raise `RequestError` for what a chat cannot be."""
-    fields: dict[str, Any] = {name: getattr(body, name) for name in SHARED_FIELDS}
-    instructions = [{"role": "system", "content": body.instructions}] if body.instructions is not None else []
-    fields |= {"messages": instructions + messages, "max_completion_tokens": body.max_output_tokens}
-    if _with_logprobs(body):
-        fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
-    if body.tools:
-        fields["tools"] = [{"type": "function", "function": _dump(tool, exclude={"type"})} for tool in body.tools]
+    if body.instructions is not None:
+        messages = [InstructionMessage(role="system", content=body.instructions), *messages]
+    if not 1 <= len(messages) <= MAX_ITEMS:
+        many = f"more than {MAX_ITEMS} messages, with those before it" if messages else "no items"
+        raise RequestError(f"input has {many}.", param="input")
+    form = body.text.format if body.text else None
+    # Nothing is checked again: the bounds of the fields are those of chats.
+    return ChatCompletionRequest.model_construct(
+        messages=messages,
+        max_completion_tokens=body.max_output_tokens,
+        logprobs=_with_logprobs(body) or None,
+        top_logprobs=(body.top_logprobs or 0) if _with_logprobs(body) else None,
+        tools=[_tool(tool) for tool in body.tools] if body.tools else None,
+        tool_choice=_tool_choice(body),
+        response_format=_schema_format(form) if isinstance(form, SchemaFormat) else form,
+        **{name: getattr(body, name) for name in SHARED_FIELDS},
+    )
+
+
+def _tool(tool: FunctionTool) -> Tool:
+    function = Function(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
+    return Tool(type="function", function=function)
+
+
+def _tool_choice(body: ResponseRequest) -> ToolChoice | None:
     match body.tool_choice:
         case FunctionChoice() as function:
-            fields["tool_choice"] = _named(function)
+            return _named(function)
         case AllowedFunctions(mode=mode, tools=functions):
-            allowed = {"mode": mode, "tools": [_named(function) for function in functions]}
-            fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
+            allowed = AllowedTools(mode=mode, tools=[_named(function) for function in functions])
+            return AllowedToolsChoice(type="allowed_tools", allowed_tools=allowed)
         case choice:
-            fields["tool_choice"] = choice
-    form = body.text.format if body.text else None
-    if isinstance(form, SchemaFormat):
-        fields["response_format"] = {"type": "json_schema", "json_schema": _dump(form, exclude={"type"})}
-    elif form is not None:
-        fields["response_format"] = {"type": form.type}
-    try:
-        return ChatCompletionRequest.model_validate(fields)
-    except ValidationError as error:  # the fields are checked already; only all the messages together are not
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise RequestError(f"input: {first['msg'].lower()}.", param="input") from None
+            return choice
 
 
-def _named(function: FunctionChoice) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": function.name}}
+def _schema_format(form: SchemaFormat) -> JsonSchemaResponseFormat:
+    schema = JsonSchemaFormat(name=form.name, description=form.description, schema=form.json_schema, strict=form.strict)
+    return JsonSchemaResponseFormat(type="json_schema", json_schema=schema)
 
 
-def _dump(part: Any, **options: Any) -> dict[str, Any]:
-    shown: dict[str, Any] = part.model_dump(by_alias=True, exclude_none=True, **options)
-    return shown
+def _named(function: FunctionChoice) -> NamedToolChoice:
+    return NamedToolChoice(type="function", function=FunctionName(name=function.name))
 
 
 def _with_logprobs(body: ResponseRequest) -> bool:
     return bool(body.include or body.top_logprobs)
-
-
-async def _begin(
-    request: Request, body: ResponseRequest, items: list[Item], model: ServedModel
-) -> tuple[Turn, Generation]:
-    """Submit the items, with `truncation` only those of the newest that fit."""
-    messages = to_messages(items)
-    if body.truncation == "auto" and len(messages) > 1 and not await _fits(body, messages, model):
-        # The fewest of the oldest that make room; results stay with the message that has their calls.
-        low, high = 0, len(messages) - 1
-        while high > 0 and messages[high]["role"] == "tool":
-            high -= 1
-        while low + 1 < high:
-            middle = (low + high) // 2
-            if await _fits(body, _without(messages, middle), model):
-                high = middle
-            else:
-                low = middle
-        messages = _without(messages, high)
-    chat = to_chat(body, messages)
-    turn = await prepare_turn(chat, model)
-    return turn, turn.generate(model, request, chat)
-
-
-def _without(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The messages after the first `count`, less the results of calls that are gone."""
-    called = {call["id"] for message in messages[count:] for call in message.get("tool_calls", ())}
-    last = messages[-1]
-    return [m for m in messages[count:] if m is last or m["role"] != "tool" or m["tool_call_id"] in called]
-
-
-async def _fits(body: ResponseRequest, messages: list[dict[str, Any]], model: ServedModel) -> bool:
-    """Whether messages leave room for the answer; other faults are raised as they are."""
-    try:
-        turn = await prepare_turn(to_chat(body, messages), model)
-    except RequestError as error:
-        if error.code == "context_length_exceeded":
-            return False
-        raise
-    return len(turn.prompt) + (turn.params.max_tokens or 1) <= model.engine.info.max_model_len
 
 
 def _renamed(error: RequestError | ChatTemplateError) -> RequestError:
@@ -229,7 +289,7 @@ def _renamed(error: RequestError | ChatTemplateError) -> RequestError:
 
 def _describe(body: ResponseRequest, name: str, turn: Turn) -> dict[str, Any]:
     """The response object before there is any output: what was asked, and the values that hold where nothing was."""
-    text = _dump(body.text) if body.text else {}
+    text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
     choice = body.tool_choice
     return {
         "id": new_id("resp"),
@@ -251,7 +311,7 @@ def _describe(body: ResponseRequest, name: str, turn: Turn) -> dict[str, Any]:
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
         "truncation": body.truncation or "disabled",
-        "tools": [tool.model_dump() for tool in body.tools or ()],
+        "tools": msgspec.Raw(encode_json([dict(tool) for tool in body.tools or ()])),
         "tool_choice": (choice or "auto") if choice is None or isinstance(choice, str) else choice.model_dump(),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "text": {"format": {"type": "text"}, "verbosity": "medium"} | text,

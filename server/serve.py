@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import gc
 import logging
 import os
@@ -20,14 +21,15 @@ from typing import Any
 import anyio.lowlevel
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import __version__
 from ..engine.launch import EngineProcess
 from .app import Service, create_app
 from .config import ConfigError, ServerConfig
-from .errors import ApiError, encode_json
+from .http_protocol import UNSENT_BYTES, HttpProtocol, connection_limits
+from .restarts import Restarts
 from .served_model import ServedModel, load
+from .tracing import Tracing
 
 logger = logging.getLogger("pyllm.server")
 
@@ -45,15 +47,20 @@ def serve(config: ServerConfig, process: EngineProcess) -> int:
     Raises `ConfigError`, or what `load` raises, each with one plain sentence, when it cannot start.
     """
     _check_certificate(config)
+    if config.isolate_cache_by_key and not config.api_key:
+        raise ConfigError("--isolate-cache-by-key needs keys to tell clients apart by: give --api-key.")
+    tracing = Tracing(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     sockets = [] if config.uds else _bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        server = _ServerProcess(config, process, sockets)
+        server = _ServerProcess(config, process, sockets, tracing)
         code = runner.run(server.run())
         if server.interrupted_loading:
             # A download may still run in a thread, which the interpreter would wait for.
             process.kill()
             sys.stderr.flush()
             os._exit(code)
+    if tracing is not None:
+        tracing.close()
     return code
 
 
@@ -99,6 +106,9 @@ def _bind(host: str, port: int) -> list[socket.socket]:
             listener.close()
         reason = (error.strerror or str(error)).lower().partition(" (while")[0]
         raise ConfigError(f"Cannot listen on {host}:{port} ({reason}): choose another --host or --port.") from None
+    for listener in sockets:
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections have it from their listener
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     return sockets
 
 
@@ -109,27 +119,22 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-class _HttpProtocol(HttpToolsProtocol):
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP in the same shape as every other error."""
-        body = encode_json(ApiError(400, msg, code="invalid_http").body)
-        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self.transport.write(b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body))
-        self.transport.close()
-
-
 class _ServerProcess:
     """The order of things from start to end."""
 
-    def __init__(self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket]) -> None:
+    def __init__(
+        self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket], tracing: Tracing | None = None
+    ) -> None:
         self.interrupted_loading = False
         self._config = config
         self._process = process
         self._sockets = sockets
-        self._service = Service(config)
+        self._service = Service(config, tracing=tracing)
+        protocol = functools.partial(HttpProtocol, limits=connection_limits(config))
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(self._service), uds=config.uds, root_path=config.root_path, http=_HttpProtocol, ws="none",
+                create_app(self._service), uds=config.uds, root_path=config.root_path,
+                http=protocol, ws="none",  # type: ignore[arg-type]  # it is only ever called
                 ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile, lifespan="off",
                 log_config=None, access_log=False, server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
@@ -186,26 +191,46 @@ class _ServerProcess:
             "PyLLM %s serves %s: era %s, %s parameters, %s in %.1f s, computed in %s on %s by %s",
             __version__, ", ".join(model.names), info.era, f"{info.parameters:,}", source, info.load_seconds,
             info.dtype if info.quantization == "none" else f"{info.quantization} and {info.dtype}", info.device,
-            "compiled kernels" if info.kernels == "native" else "plain torch",
+            {"native": "compiled kernels", "triton": "Triton kernels", "torch": "plain torch"}[info.kernels],
         )  # fmt: skip
         logger.info(
             "KV cache of %s tokens, %.1f requests of the full %s; at most %d sequences at a time",
             f"{info.kv_capacity_tokens:,}", info.kv_capacity_tokens / info.max_model_len, f"{info.max_model_len:,}",
             info.max_num_seqs,
         )  # fmt: skip
+        if info.graph_sizes:
+            logger.info(
+                "CUDA graphs of decode steps for %d batch sizes up to %d, recorded in %.1f s and %d MiB",
+                len(info.graph_sizes), info.graph_sizes[-1], info.graph_seconds, info.graph_bytes >> 20,
+            )  # fmt: skip
         url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config)
         logger.info("Ready after %.1f s on %s", seconds, url)
 
     async def _serve_until_end(self, model: ServedModel, http: asyncio.Task[None]) -> int:
-        """Wait for a signal or the engine's death, let requests end, and end the engine."""
-        engine = model.engine
-        death = asyncio.create_task(engine.wait_dead())
-        await _first_of(death, http, self._stop.wait())
+        """Wait for a signal or the engine's last death, let requests end, and end the engine."""
+        restarts = Restarts(self._config.restart_engine)
+        told = False  # of the engine's death, and everybody who waited then
+        while True:
+            engine = model.engine
+            death = asyncio.create_task(engine.wait_dead())
+            await _first_of(death, http, self._stop.wait())
+            if self._stop.is_set() or http.done():
+                break
+            reviving = asyncio.create_task(restarts.revive(self._service, model))
+            await _first_of(reviving, http, self._stop.wait())
+            if not reviving.done():
+                reviving.cancel()
+                await asyncio.wait([reviving])
+                told = True
+                break
+            if (revived := reviving.result()) is None:
+                break
+            model = revived
         self._service.draining = True
         if self._stop.is_set():
             logger.info("Stopping; requests that still run: %d", self._service.in_flight)
             await _first_of(self._drained(self._config.shutdown_timeout), death, self._force.wait())
-            code = 1 if self._force.is_set() or death.done() else 0
+            code = 1 if self._force.is_set() or (death.done() and not told) else 0
         elif http.done():
             code = _http_ended(http)
         else:

@@ -24,6 +24,7 @@ from .chat_template import ChatTemplate
 from .config import DEMO_FOLDER, DEMO_NAME, ConfigError, ModelFlags, ServerConfig
 from .errors import ApiError, encode_json, shorten
 from .metrics import Metrics
+from .offload import is_large, off_loop
 from .tools import FORMATS, ToolCallFormat, detect_format
 
 logger = logging.getLogger("pyllm.server")
@@ -79,9 +80,10 @@ class ServedModel:
 
     async def encode(self, text: str, *, add_bos: bool, any_length: bool = False) -> list[int]:
         """Tokenise plain text; raises `RequestError` where it cannot fit the context, unless it has `any_length`."""
-        if len(text) < LARGE_TEXT if any_length else self._is_small(len(text), "prompt"):
+        small = len(text) < LARGE_TEXT if any_length else self._is_small(len(text), "prompt")
+        if small and not is_large.get():
             return self.tokenizer.encode(text, add_bos=add_bos)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_bos=add_bos)
+        return await off_loop(self.tokenizer.encode, text, add_bos=add_bos)
 
     async def render(
         self, messages: list[dict[str, Any]], *, any_length: bool = False, tools: Any = None, **options: Any
@@ -94,9 +96,9 @@ class ServedModel:
         characters = sum(len(message.get("content") or "") for message in messages)
         if not any_length:
             self._is_small(characters, "messages")
-        if len(messages) < LARGE_CHAT and len(encode_json([messages, tools, options])) < LARGE_TEXT:
-            return render()
-        return await asyncio.to_thread(render)
+        if is_large.get() or len(messages) >= LARGE_CHAT or len(encode_json([messages, tools, options])) >= LARGE_TEXT:
+            return await off_loop(render)
+        return render()
 
     def _is_small(self, characters: int, param: str) -> bool:
         """Whether text may be tokenised on the event loop; raise `RequestError` where it cannot fit the context."""

@@ -19,13 +19,13 @@ import llguidance
 
 from ..engine.errors import EngineBusyError, RequestError
 from ..engine.grammar_check import GrammarChecker
+from .protocol.common import MAX_CHOICES
 
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_GRAMMAR_BYTES = 64 << 10
 """Of a regular expression, a Lark grammar, or all choices together."""
 MAX_DEPTH = 64
 MAX_NODES = 20_000
-MAX_CHOICES = 2_000
 MAX_ECHO = 200
 CHECKERS = 2
 MAX_CHECKS = 32
@@ -146,7 +146,10 @@ class _Gate:
             future = asyncio.get_running_loop().run_in_executor(self._pool, self._check, grammar)
             self._running[key] = future
             future.add_done_callback(lambda done: self._keep(key, done))
-        return await asyncio.shield(future)  # one who goes away must not take it from the others
+        try:
+            return await asyncio.shield(future)  # one who goes away must not take it from the others
+        except TimeoutError as error:
+            raise EngineBusyError(f"{error} Ask again later.", retry_after=5) from None
 
     def _check(self, grammar: str) -> str:
         checker = self._checkers.get()

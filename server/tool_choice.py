@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..engine.errors import RequestError
 from .chat_template import MAX_DEPTH, is_deeper
 from .errors import shorten
+from .offload import off_loop_if_large
 from .protocol.chat import AllowedToolsChoice, ChatCompletionRequest, Function, NamedToolChoice, Tool
 from .structured_output import check_grammar, choice_grammar, json_object_grammar, json_schema_grammar
 from .tools import CallReader, ToolCallFormat
@@ -59,12 +60,7 @@ class Offer:
         """
         if self.mode == "auto" and answer is None and self.parallel and not any(t.function.strict for t in self.tools):
             return None
-        grammars = [{"name": "turn", "lark_grammar": self._rules(answer is not None)}]
-        arguments = {field: self._arguments(tool.function, field) for field, tool in self._fields()}
-        grammars += [_named(f"arguments_{n}", text) for n, text in enumerate(arguments.values())]
-        if answer is not None:
-            grammars.append(_named("answer", answer))
-        text = json.dumps({"grammars": grammars})
+        text, arguments = await off_loop_if_large(self._compose, answer)
         try:
             await check_grammar(text, "tools")
         except RequestError:
@@ -72,6 +68,15 @@ class Offer:
                 await check_grammar(alone, field)
             raise
         return text
+
+    def _compose(self, answer: str | None) -> tuple[str, dict[str, str]]:
+        """The grammar, not yet checked, and those in it for each function's arguments, by their field."""
+        grammars = [{"name": "turn", "lark_grammar": self._rules(answer is not None)}]
+        arguments = {field: self._arguments(tool.function, field) for field, tool in self._fields()}
+        grammars += [_named(f"arguments_{n}", text) for n, text in enumerate(arguments.values())]
+        if answer is not None:
+            grammars.append(_named("answer", answer))
+        return json.dumps({"grammars": grammars}), arguments
 
     def _fields(self) -> Iterator[tuple[str, Tool]]:
         return ((f"tools[{self.places[tool.function.name]}].function.parameters", tool) for tool in self.tools)

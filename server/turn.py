@@ -17,15 +17,19 @@ from ..engine.messages import SamplingParams
 from .chat_template import MAX_DEPTH, is_deeper
 from .errors import encode_json, shorten
 from .generation import Generation, format_grammar, sampling_params, truncate_prompt
-from .protocol.chat import AssistantMessage, ChatCompletionRequest, ToolMessage
+from .offload import off_loop_if_large
+from .protocol.chat import AssistantMessage, ChatCompletionRequest, Message, ToolMessage
 from .served_model import ServedModel
 from .structured_output import check_grammar
 from .tool_choice import Offer, read_offer
-from .tools import CallPiece, TurnPiece, TurnReader
+from .tools import CallPiece, ToolCallFormat, TurnPiece, TurnReader
+from .truncation import render_newest
 
 __all__ = ["CallPiece", "Turn", "TurnPiece", "TurnReader", "WholeTurn", "prepare_turn", "read_turn"]
 
 MAX_VARIABLE_BYTES = 2**14
+BETWEEN_PARTS = "\n"
+"""What stands between the texts of a message made of parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,21 +79,22 @@ def read_turn(reader: TurnReader, text: str) -> WholeTurn:
     return WholeTurn("".join(part.content for part in parts), calls, reader.finish_reason)
 
 
-async def prepare_turn(body: ChatCompletionRequest, model: ServedModel) -> Turn:
-    """Render, tokenise and check a chat; raises `RequestError` or `ChatTemplateError`."""
-    if body.top_logprobs is not None and not body.logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    _check_results(body)
-    offer = read_offer(body, model.tool_format)
+async def prepare_turn(body: ChatCompletionRequest, model: ServedModel, droppable: int | None = None) -> Turn:
+    """Render, tokenise and check a chat; raises `RequestError` or `ChatTemplateError`.
+
+    With `droppable`, the oldest messages from that one on are left out where all are too many.
+    """
+    offer = await off_loop_if_large(_read_offer, body, model.tool_format)
     max_tokens = body.max_completion_tokens or body.max_tokens
-    prompt = await _render(body, model, offer)
+    prompt = await _render(body, model, offer, droppable)
     prompt = truncate_prompt(prompt, body.truncate_prompt_tokens, model, max_tokens)
     if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
         max_tokens = min(default, max(model.engine.info.max_model_len - len(prompt), 1))
     grammar = await _grammar(body, offer)
     # What ends a turn in plain text may stand inside an answer whose form says where it ends.
     is_free = grammar is None or (offer is not None and offer.mode == "auto")
-    params = sampling_params(
+    params = await off_loop_if_large(
+        sampling_params,
         body,
         model,
         max_tokens=max_tokens,
@@ -101,9 +106,17 @@ async def prepare_turn(body: ChatCompletionRequest, model: ServedModel) -> Turn:
     return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call)
 
 
+def _read_offer(body: ChatCompletionRequest, form: ToolCallFormat) -> Offer | None:
+    """What the turn's tools are, after what can be checked of a chat by itself."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    _check_results(body)
+    return read_offer(body, form)
+
+
 async def _grammar(body: ChatCompletionRequest, offer: Offer | None) -> str | None:
     """What the turn's text must obey, of its format and its tools."""
-    answer = format_grammar(body)
+    answer = await off_loop_if_large(format_grammar, body)
     if answer is None:
         return await offer.grammar(None) if offer else None
     text, field = answer
@@ -118,8 +131,26 @@ async def _grammar(body: ChatCompletionRequest, offer: Offer | None) -> str | No
     return await offer.grammar(text)
 
 
-async def _render(body: ChatCompletionRequest, model: ServedModel, offer: Offer | None) -> list[int]:
+async def _render(
+    body: ChatCompletionRequest, model: ServedModel, offer: Offer | None, droppable: int | None
+) -> list[int]:
     """The prompt, with the tools and in the way that the request asks for."""
+    messages, options = await off_loop_if_large(_template_input, body, model, offer)
+
+    async def render(chosen: list[dict[str, Any]]) -> list[int]:
+        written = await off_loop_if_large(_written, chosen, model, offer)
+        return await model.render(written, any_length=body.truncate_prompt_tokens is not None, **options)
+
+    if droppable is None:
+        return await render(messages)
+    room = model.engine.info.max_model_len - (body.max_completion_tokens or body.max_tokens or 1)
+    return await render_newest(messages, droppable, room, render)
+
+
+def _template_input(
+    body: ChatCompletionRequest, model: ServedModel, offer: Offer | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages, for `_written`, and the options for the chat template."""
     template = model.template
     continues = bool(body.continue_final_message)
     prompts = not continues if body.add_generation_prompt is None else body.add_generation_prompt
@@ -133,20 +164,14 @@ async def _render(body: ChatCompletionRequest, model: ServedModel, offer: Offer 
         if is_deeper(value, MAX_DEPTH) or len(encode_json(value)) > MAX_VARIABLE_BYTES:
             limits = f"{MAX_VARIABLE_BYTES} bytes or nested deeper than {MAX_DEPTH} levels"
             raise RequestError(f"{field} is larger than {limits}.", param=field)
-    messages = [_plain(message.model_dump(exclude_none=True)) for message in body.messages]
+    messages = [_plain(message) for message in body.messages]
     tools = [tool.model_dump(exclude_none=True) for tool in offer.tools] if offer else None
-    if offer and not template.knows_tools:
-        messages = _instructed(messages, offer.describe())
-    if not template.knows_calls:
-        messages = [_spoken(message, model) for message in messages]
-    return await model.render(
-        messages,
-        tools=tools,
-        add_generation_prompt=prompts,
-        continue_final_message=continues,
-        variables=variables,
-        any_length=body.truncate_prompt_tokens is not None,
-    )
+    return messages, {
+        "tools": tools,
+        "add_generation_prompt": prompts,
+        "continue_final_message": continues,
+        "variables": variables,
+    }
 
 
 def _check_continuation(body: ChatCompletionRequest, continues: bool, prompts: bool) -> None:
@@ -169,11 +194,22 @@ def _check_results(body: ChatCompletionRequest) -> None:
             raise RequestError(f"{field} is not the id of a tool call in a message before.", param=field)
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
+def _plain(message: Message) -> dict[str, Any]:
     """A message as templates expect it: parts joined to one text."""
-    if isinstance(message.get("content"), list):
-        message["content"] = "\n".join(part["text"] for part in message["content"])
-    return message
+    shown = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
+    if message.content is not None:
+        parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
+        shown["content"] = BETWEEN_PARTS.join(parts)
+    if isinstance(message, AssistantMessage) and message.tool_calls is not None:
+        shown["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    return shown
+
+
+def _written(messages: list[dict[str, Any]], model: ServedModel, offer: Offer | None) -> list[dict[str, Any]]:
+    """The messages with what the chat template does not write by itself."""
+    if offer and not model.template.knows_tools:
+        messages = _instructed(messages, offer.describe())
+    return messages if model.template.knows_calls else [_spoken(message, model) for message in messages]
 
 
 def _instructed(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

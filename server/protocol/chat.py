@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from ...engine.messages import MAX_LOGPROBS
 from .common import (
@@ -22,6 +22,15 @@ from .common import (
 )
 
 MAX_TOOLS = 128
+
+
+def _pass(value: Any) -> Any:
+    return value
+
+
+GiveWay = BeforeValidator(_pass)
+"""Changes nothing: checking a long list is one step of the interpreter, unless there is some Python in it, at which
+the other threads have their turn."""
 
 
 class TextPart(StrictModel):
@@ -88,8 +97,8 @@ class ToolMessage(StrictModel):
 
 
 Message = Annotated[
-    InstructionMessage | UserMessage | AssistantMessage | ToolMessage,
-    Field(discriminator="role"),
+    Annotated[InstructionMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")],
+    GiveWay,
 ]
 
 

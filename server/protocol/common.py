@@ -14,7 +14,7 @@ MAX_PROMPTS = 256
 MAX_SEQUENCES = 1024
 MAX_INT = 2**31 - 1
 
-MAX_CHOICES = 4096
+MAX_CHOICES = 2000
 MAX_BAD_WORDS = 128
 
 # Fields of OpenAI that mean something which this server cannot do, with the values that ask for nothing.
@@ -37,7 +37,7 @@ Salt = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
-TokenIdText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
+TokenIdText = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 BadWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Grammar = Annotated[str, StringConstraints(min_length=1, max_length=2**16)]
@@ -55,6 +55,7 @@ class StreamOptions(StrictModel):
     """How a stream is written."""
 
     include_usage: bool | None = Field(None, description="Send a last chunk with the token counts.")
+    include_obfuscation: Literal[False] | None = Field(None, description="Chunks are not padded.")
 
 
 class JsonSchemaFormat(StrictModel):
@@ -101,7 +102,7 @@ class StructuredOutputs(StrictModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:
-        if len(self.model_dump(exclude_none=True)) != 1:
+        if sum(value is not None for value in (self.json_schema, self.regex, self.choice, self.grammar)) != 1:
             raise ValueError("needs exactly one of json, regex, choice and grammar")
         return self
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, RootModel, StringConstraints
 
-from .chat import MAX_TOOLS
+from .chat import MAX_TOOLS, GiveWay
 from .common import MAX_INT, ErrorBody, JsonSchema, Name, Salt, SchemaName, StopText, StrictModel, Text
 
 
@@ -110,7 +110,7 @@ class SystemTurn(StrictModel):
     content: Text | TextBlocks
 
 
-MessagesTurn = Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")]
+MessagesTurn = Annotated[Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")], GiveWay]
 
 
 def _only_custom(value: Any) -> Any:

@@ -206,7 +206,7 @@ class ResponseRequest(StrictModel):
     # Beyond OpenAI's, with the meaning that they have in the other endpoints.
     top_k: int | None = _shared("top_k")
     min_p: float | None = _shared("min_p")
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: int | None = _shared("seed")
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -277,7 +277,7 @@ OutputItem = Annotated[OutputMessage | OutputCall, Field(discriminator="type")]
 class ResponseFailure(StrictModel):
     """Why a response could not be finished."""
 
-    code: Literal["server_error"]
+    code: Literal["server_error", "invalid_prompt"]
     message: str
 
 

@@ -1,0 +1,203 @@
+"""One HTTP connection with its limits: uvicorn knows none for slow clients, large headers or many connections.
+
+Nothing is timed per request. A look around once in a while finds the connections on which something takes too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from .errors import ApiError, encode_json, unavailable
+
+if TYPE_CHECKING:
+    from .config import ServerConfig
+    from .generation import Generation
+
+logger = logging.getLogger("pyllm.server")
+
+MAX_HEADER_BYTES = 64 * 2**10
+PIECE_BYTES = 16 * 2**10
+"""Headers are measured in pieces of this size, so by as much they may be larger."""
+LEAST_PROGRESS = 4096
+"""Bytes that a body, or an answer that is held up, must come on by within its time."""
+MAX_UNREAD = 65536
+"""Tokens that a stream's client may be behind; those with log-probabilities count more."""
+UNSENT_BYTES = 128 * 2**10
+"""What the system takes of an answer before the client does, so that we see who does not read."""
+SPARE_FILES = 128
+"""Open files that are no connections."""
+
+
+@dataclass(slots=True)
+class ConnectionLimits:
+    """What the connections of a server may do, and the look around that keeps them to it; times are in seconds.
+
+    Attributes:
+        header: from the opening of a connection, or a request's first byte, to the end of its headers.
+        body: in which a request's body must come on.
+        write: in which a client must take something of an answer that waits for it.
+        connections: how many may be open.
+    """
+
+    header: float
+    body: float
+    write: float
+    connections: int
+    _timer: asyncio.TimerHandle | None = None
+
+    def watch(self, connections: set[Any]) -> None:
+        """Go on looking around until there is no connection left."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self.interval, self._look, connections)
+
+    @property
+    def interval(self) -> float:
+        """Between two looks: by as much a limit may be late."""
+        return min(1.0, self.header / 4, self.body / 4, self.write / 4)
+
+    def _look(self, connections: set[HttpProtocol]) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        closed = Counter(reason for connection in list(connections) if (reason := connection.check(now, self)))
+        for reason, count in closed.items():
+            logger.info("Closed %d connection(s): %s", count, reason)
+        if connections:
+            self.watch(connections)
+
+
+def connection_limits(config: ServerConfig) -> ConnectionLimits:
+    """The limits of the flags; of open files, which each connection is, this process may have as many as it can get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = config.max_connections + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < needed:
+            logger.warning("The system allows %d open files: at most %d connections.", soft, max(soft - SPARE_FILES, 1))
+    most = config.max_connections if soft == resource.RLIM_INFINITY else max(min(needed, soft) - SPARE_FILES, 1)
+    return ConnectionLimits(config.header_timeout, config.body_timeout, config.write_timeout, most)
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """A connection of uvicorn's that ends when its client is too slow or sends too large a header."""
+
+    def __init__(self, *arguments: Any, limits: ConnectionLimits, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._limits = limits
+        self._header_bytes = 0  # of one that is not complete yet
+        self._received = 0
+        self._resumed = 0
+        self._phase: tuple[str, object] = ("", None)
+        self._since = 0.0
+        self._begun_at = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, or refuse it where there are too many."""
+        super().connection_made(transport)
+        self._limits.watch(self.connections)
+        if len(self.connections) > self._limits.connections:
+            self._refuse(unavailable("The server has too many connections.", "too_many_connections"))
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, in pieces where a header might be too large."""
+        self._received += len(data)
+        if len(data) <= PIECE_BYTES and not self._header_bytes:
+            HttpToolsProtocol.data_received(self, data)
+            if self.cycle is None or self.cycle.scope is not self.scope:
+                self._header_bytes = len(data)
+            return
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            super().data_received(piece)
+            if self.transport.is_closing():
+                return
+            self._header_bytes = self._header_bytes + len(piece) if self._in_header else 0
+            if self._header_bytes > MAX_HEADER_BYTES:
+                message = f"The request's headers are larger than {MAX_HEADER_BYTES} bytes."
+                self._refuse(ApiError(431, message, code="headers_too_large"))
+                return
+
+    def resume_writing(self) -> None:
+        """Note that the client has taken what waited for it."""
+        self._resumed += 1
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP in the same shape as every other error."""
+        self._refuse(ApiError(400, msg, code="invalid_http"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer without a request and close; in the middle of an answer only close."""
+        if not self._answering:
+            body = encode_json(error.body)
+            head = STATUS_LINE[error.status] + b"content-type: application/json\r\nconnection: close\r\n"
+            for name, value in error.headers.items():
+                head += f"{name}: {value}\r\n".encode()
+            self.transport.write(b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body))
+        self.transport.close()
+
+    @property
+    def _answering(self) -> bool:
+        cycle = self.cycle
+        return bool(self.pipeline) or (cycle is not None and cycle.response_started and not cycle.response_complete)
+
+    @property
+    def _in_header(self) -> bool:
+        """Whether a header has begun that is not complete."""
+        return self.scope is not None and (self.cycle is None or self.cycle.scope is not self.scope)
+
+    def _what_is_awaited(self) -> tuple[str, object]:
+        """What the client must do next, and an object that is another one as soon as it has done so."""
+        if self.flow.write_paused or (self.transport.is_closing() and self.transport.get_write_buffer_size()):
+            return "write", self._resumed
+        if self.pipeline:
+            return "", None
+        if self.cycle is None or self._in_header:
+            return "header", self.scope
+        if self.cycle.more_body:  # or an answer came first: then it is not known whether the rest has come
+            # While we do not read (too much waits to be parsed), the client is not to blame.
+            return ("", None) if self.flow.read_paused else ("body", self.cycle)
+        if self.cycle.response_complete and self.timeout_keep_alive_task is None:
+            return "header", self.cycle  # it has sent something that is no request
+        return "", None
+
+    def check(self, now: float, limits: ConnectionLimits) -> str | None:
+        """Close the connection, and say why, if the client has been too slow until `now`, in the loop's time."""
+        phase, mark = self._what_is_awaited()
+        progress = -self.transport.get_write_buffer_size() if phase == "write" else self._received
+        if (phase, mark) != self._phase:
+            self._phase, self._since, self._begun_at = (phase, mark), now, progress
+        if phase == "write" and self._unread > MAX_UNREAD:
+            self.transport.abort()
+            return f"the client was more than {MAX_UNREAD} tokens behind its stream"
+        limit = {"header": limits.header, "body": limits.body, "write": limits.write}.get(phase)
+        if limit is None or now - self._since < limit:
+            return None
+        answered = self.cycle is not None and self.cycle.response_complete and not self._in_header
+        if progress - self._begun_at >= LEAST_PROGRESS and (phase == "write" or (phase == "body" and not answered)):
+            self._since, self._begun_at = now, progress
+            return None
+        if phase == "write":
+            self.transport.abort()
+            return f"the client took nothing of its answer for {limit:g} s"
+        if self.scope is None or answered:
+            self.transport.close()
+            return f"no request within {limit:g} s"
+        reason = f"the request's {phase} did not arrive within {limit:g} s"
+        self._refuse(ApiError(408, f"{reason[0].upper()}{reason[1:]}.", code="request_timeout"))
+        return reason
+
+    @property
+    def _unread(self) -> int:
+        """How far the client of a stream is behind, in tokens."""
+        if self.cycle is None:
+            return 0
+        generation: Generation | None = self.cycle.scope["state"].get("generation")
+        return generation.unread if generation is not None else 0
