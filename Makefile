@@ -1,4 +1,4 @@
-# The five commands that people use. They need make and Python 3.11 or newer, and nothing else.
+# The five commands that people use, and two for a release. They need make and Python 3.11 or newer, and nothing else.
 
 PYTHON ?= python3
 MODEL ?=
@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test lint bench clean lock audit
 
 ## serve: serve the bundled demo model (or MODEL=folder-or-hub-id) on port 8000
 serve: .venv/installed
@@ -28,6 +28,20 @@ lint: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
+## lock: write requirements*.lock anew, from pyproject.toml and the versions of constraints.txt
+lock: .venv/tools/installed
+	.venv/tools/bin/uv pip compile pyproject.toml --quiet --constraint constraints.txt --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-emit-index-url --output-file .venv/all.lock
+	rm -f requirements.lock requirements-torch.lock
+	awk 'BEGIN { head = "# Written by `make lock`: versions, and hashes of all their files; docs/security.md says what it is for." } \
+	  /^[a-z0-9]/ { to = /^(torch|triton|cuda-|nvidia-)/ ? "requirements-torch.lock" : "requirements.lock"; \
+	    if (!(to in begun)) { begun[to] = 1; print head > to } } { print > to }' .venv/all.lock
+	rm .venv/all.lock
+
+## audit: ask whether a locked version has a known vulnerability
+audit: .venv/tools/installed
+	@.venv/tools/bin/python .ci/audit.py
+
 ## clean: remove the environment and every cache
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
@@ -44,4 +58,9 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $@
+
+.venv/tools/installed: .venv/bin/python
+	$(BIN)/python -m venv .venv/tools
+	.venv/tools/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1 uv==0.13.9
 	@touch $@

@@ -13,6 +13,8 @@ import tokenizers
 
 from .config import CheckpointError, DeepConfig
 
+LARGE_TEXT = 4000
+"""Characters from which tokenising takes long enough for others to notice."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -70,7 +72,8 @@ class Tokenizer:
             and library.encode("a", add_special_tokens=False).ids[:1] != [self.bos_token_id]
         )
         self._special_by_text = {token.content: id_ for id_, token in added.items() if token.special}
-        self._special_pattern = _special_pattern(token for token in added.values() if token.special)
+        self._special_pattern = _pattern(token for token in added.values() if token.special)
+        self._added_pattern = _pattern(added.values())
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: DeepConfig | None = None) -> Tokenizer:
@@ -109,7 +112,11 @@ class Tokenizer:
 
         With `add_bos`, the beginning-of-sequence token (if there is one) comes first.
         """
-        ids = self._library.encode(_well_formed(text), add_special_tokens=False).ids
+        text = _well_formed(text)
+        if len(text) < LARGE_TEXT:
+            ids = self._library.encode(text, add_special_tokens=False).ids
+        else:  # this one lets other threads run meanwhile
+            ids = self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
 
     def encode_prompt(self, text: str, *, guard: str = "") -> list[int]:
@@ -117,7 +124,8 @@ class Tokenizer:
 
         Args:
             text: the whole prompt.
-            guard: a character which `shield` has put into foreign parts; it is taken out again.
+            guard: a character which `shield` has put into foreign parts. It is taken out again, and the text before
+                and behind it is tokenised apart wherever it would be one token of its own otherwise.
         """
         ids: list[int] = []
         text = _well_formed(text)
@@ -125,19 +133,38 @@ class Tokenizer:
         for match in self._special_pattern.finditer(text):
             if guard and text.startswith(guard, match.end()):
                 continue
-            ids += self.encode(self._unguarded(text[start : match.start()], guard))
+            ids += self._encode_guarded(text[start : match.start()], guard)
             ids.append(self._special_by_text[match[match.lastindex or 0]])
             start = match.end()
-        return ids + self.encode(self._unguarded(text[start:], guard))
+        return ids + self._encode_guarded(text[start:], guard)
 
-    @staticmethod
-    def _unguarded(text: str, guard: str) -> str:
-        return text.replace(guard, "") if guard else text
+    def _encode_guarded(self, text: str, guard: str) -> list[int]:
+        """Ids of text with guards, in which no special token is recognised."""
+        if not guard or guard not in text:
+            return self.encode(text)
+        ids: list[int] = []
+        before, *parts = text.split(guard)
+        for part in parts:
+            # The library leaves special tokens alone, but not the others that were added.
+            match = self._added_pattern.match(before[-1:] + part)
+            if match is not None and match[match.lastindex or 0] not in self._special_by_text:
+                ids += self.encode(before)
+                before = part
+            else:
+                before += part
+        return ids + self.encode(before)
 
     def shield(self, text: str, guard: str) -> str:
-        """Put the character `guard` inside each special token spelled in `text`, so that it is none any more."""
+        """Put the character `guard` inside each token spelled in `text` that was added to the vocabulary.
+
+        Those are marks of the format (the end of a turn, the beginning of a call): in foreign text they are words.
+        """
         # One character at a time, so that overlapping spellings are all broken.
-        return re.sub(rf"(?={self._special_pattern.pattern}).", lambda match: match[0] + guard, text, flags=re.DOTALL)
+        return re.sub(rf"(?={self._added_pattern.pattern}).", lambda match: match[0] + guard, text, flags=re.DOTALL)
+
+    def spells_added(self, text: str) -> bool:
+        """Whether `text` spells a token that was added to the vocabulary, special or not."""
+        return self._added_pattern.search(text) is not None
 
     def spells_special(self, text: str) -> bool:
         """Whether `text` spells a special token."""
@@ -224,10 +251,10 @@ def _special_tokens(library: tokenizers.Tokenizer, ids: Mapping[str, int]) -> di
     return {role: text for role, (id_, text) in spelled.items() if id_ in special or re.fullmatch("<.+>", text)}
 
 
-def _special_pattern(special: Iterable[tokenizers.AddedToken]) -> re.Pattern[str]:
-    """Matches any special token as the library does: the longest first, with the spaces that it swallows."""
+def _pattern(added: Iterable[tokenizers.AddedToken]) -> re.Pattern[str]:
+    """Matches any of these tokens as the library does: the longest first, with the spaces that it swallows."""
     alternatives = []
-    for token in sorted(special, key=lambda token: -len(token.content)):
+    for token in sorted(added, key=lambda token: -len(token.content)):
         body = f"({re.escape(token.content)})"
         if token.single_word:
             body = rf"(?<!\w){body}(?!\w)"

@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
@@ -22,7 +23,7 @@ from .chat import create_chat_completion
 from .completions import create_completion
 from .config import ServerConfig
 from .embeddings import create_embedding
-from .errors import JsonResponse, error_response, to_api_error, unavailable
+from .errors import ApiError, JsonResponse, error_response, to_api_error, unavailable
 from .messages import count_tokens, create_message
 from .middleware import RequestMiddleware
 from .pages import add_page_routes
@@ -112,7 +113,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestMiddleware, service=service)
     if service.config.allowed_origins:
         app.add_middleware(
-            CORSMiddleware,
+            _Cors,
             allow_origins=service.config.allowed_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
@@ -128,6 +129,18 @@ def create_app(service: Service) -> FastAPI:
         _add_endpoint(app, service, endpoint)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+class _Cors(CORSMiddleware):
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """As the library's; a refusal in our shape."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        message = "Pages of this origin may not call this server: see --allowed-origins."
+        refusal = error_response(ApiError(response.status_code, message, code="cors"), {"path": ""})
+        refusal.headers.update({name: value for name, value in response.headers.items() if name == "vary"})
+        return refusal
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -30,7 +30,8 @@ PROBES = frozenset({"/health", "/ready", "/metrics"})
 PUBLIC_PATHS = PROBES | PAGE_PATHS
 """Routes that never need a key."""
 CLIENT_GONE = 499
-_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")
+"""Nothing that could pass for another member of a log line."""
 
 
 class RequestMiddleware:
@@ -43,6 +44,7 @@ class RequestMiddleware:
         secret = secrets.token_bytes(32)
         keys = [key.encode() for key in service.config.api_key]
         self._keys = [(key, hashlib.blake2b(key, key=secret, digest_size=16).hexdigest()) for key in keys]
+        self._root = service.config.root_path.rstrip("/")
         self._isolates = service.config.isolate_cache_by_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,6 +53,9 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        # A proxy may take the prefix off or leave it there.
+        if self._root and (scope["path"] + "/").startswith(self._root + "/"):
+            scope["root_path"] = self._root
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
@@ -88,7 +93,9 @@ class RequestMiddleware:
             if self._keys and path not in PUBLIC_PATHS:
                 state["owner"] = owner = self._owner(headers)
                 state["cache_owner"] = owner if self._isolates else ""
-            await self._app(scope, receive_until_gone, send_with_id)
+            # HEAD is answered as GET; the HTTP server leaves the body out.
+            asked = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
+            await self._app(asked, receive_until_gone, send_with_id)
         except ClientDisconnect:
             status = CLIENT_GONE
         except Exception as error:

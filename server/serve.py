@@ -133,7 +133,7 @@ class _ServerProcess:
         protocol = functools.partial(HttpProtocol, limits=connection_limits(config))
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(self._service), uds=config.uds, root_path=config.root_path,
+                create_app(self._service), uds=config.uds,
                 http=protocol, ws="none",  # type: ignore[arg-type]  # it is only ever called
                 ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile, lifespan="off",
                 log_config=None, access_log=False, server_header=False,

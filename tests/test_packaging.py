@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -23,13 +24,28 @@ def test_every_package_of_the_tree_is_installed() -> None:
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(names)
 
 
+def _program() -> set[str]:
+    """Every module of the product, in every package."""
+    folders = [folder for top in ("server", "engine", "model") for folder in (ROOT / top).rglob("__init__.py")]
+    return {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.parent.glob("*.py")}
+
+
+def _static() -> set[str]:
+    """What the server sends as it is."""
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "server" / "static").iterdir()}
+
+
+def _copy(target: Path) -> Path:
+    """A clean copy of the tree."""
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist")
+    return Path(shutil.copytree(ROOT, target, ignore=unwanted))
+
+
 @pytest.fixture(scope="module", params=["with a compiler", "without a compiler"])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The names in a wheel built from a clean copy of the tree, without a network."""
-    source, target = tmp_path_factory.mktemp("source") / "pyllm", tmp_path_factory.mktemp("wheel")
-    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist")
+    source, target = _copy(tmp_path_factory.mktemp("source") / "pyllm"), tmp_path_factory.mktemp("wheel")
     compiler = {"CC": "/bin/false", "CXX": "/bin/false"} if request.param == "without a compiler" else {}
-    shutil.copytree(ROOT, source, ignore=unwanted)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run(
         [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False,
@@ -42,10 +58,8 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_the_wheel_holds_the_program_and_the_demo_model(wheel: list[str]) -> None:
-    program = {path.relative_to(ROOT).as_posix() for top in ("server", "engine", "model") for path in
-               (ROOT / top).glob("*.py")}  # fmt: skip
-    assert {f"pyllm/{name}" for name in program | {"__init__.py", "__main__.py", "py.typed"}} <= set(wheel)
-    assert {"pyllm/server/static/chat.html", "pyllm/server/static/docs.html"} <= set(wheel)
+    assert {f"pyllm/{name}" for name in _program() | {"__init__.py", "__main__.py", "py.typed"}} <= set(wheel)
+    assert {f"pyllm/{name}" for name in _static()} <= set(wheel)
     demo = {name.removeprefix("pyllm/model/demo/") for name in wheel if name.startswith("pyllm/model/demo/")}
     assert demo == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -60,6 +74,18 @@ def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
     assert folders == {"server", "engine", "model"}
     assert not [name for name in wheel if "train" in name or "corpus" in name]
     assert len([name for name in wheel if name.endswith(".so")]) <= 1  # the kernels, where they could be compiled
+
+
+def test_the_source_archive_holds_all_that_the_wheel_is_made_of(tmp_path: Path) -> None:
+    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    source = _copy(tmp_path / "pyllm")
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = source.glob("dist/*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    rest = {"LICENSE", "README.md", "pyproject.toml", "py.typed", "model/kernels.cpp", "model/demo/model.safetensors"}
+    assert _program() | _static() | rest <= names
 
 
 @pytest.mark.parametrize(

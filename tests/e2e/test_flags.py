@@ -54,7 +54,7 @@ def test_https_json_logs_own_defaults_and_vllms_metric_names(
     assert any("temperature = 0.0 from --override-generation-config" in line["message"] for line in lines)
     line = next(line for line in lines if line.get("id") == "me")
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
-    assert line["tokens"] == {"prompt": 5, "completion": 5}
+    assert line["tokens"] == {"prompt": 5, "cached": 0, "completion": 5}
     assert 0 < line["seconds"] < PATIENCE
 
 

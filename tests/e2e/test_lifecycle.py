@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, is_running, wait_for
+from e2e.serving import FOREVER, PATIENCE, ServerProcess, children, is_running, posted, wait_for, wait_for_load
 from openai import OpenAI
-
-FOREVER = 8000
 
 
 def connect(server: ServerProcess) -> OpenAI:
@@ -43,7 +44,8 @@ async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint:
                 async with http.stream("POST", "/v1/completions", json=streamed) as answer:
                     lines = []
                     async for line in answer.aiter_lines():
-                        started.release()
+                        if not lines:
+                            started.release()
                         lines += [line] if line else []
                     return lines
 
@@ -146,3 +148,52 @@ def test_the_users_wait_policy_is_not_silenced_by_a_spin_count(
         environment = Path(f"/proc/{process.engine_pid}/environ").read_bytes().split(b"\0")
     spins = any(setting.startswith(b"GOMP_SPINCOUNT=") for setting in environment)
     assert spins == (policy is None)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_a_server_killed_three_times_leaves_nobody_waiting_nothing_behind_and_its_port_free(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    for n in range(3):
+        started = time.monotonic()
+        with ServerProcess(tmp_path / f"log{n}", str(checkpoint), port=port, exit_code=-9) as server:
+            assert time.monotonic() - started < 10
+            with contextlib.ExitStack() as stack:
+                # The process that tries grammars is a child of the engine.
+                regex = {"structured_outputs": {"regex": "[a-z]{8000}"}}
+                connections = [stack.enter_context(posted(server, stream=True, **regex)) for _ in range(4 if n else 0)]
+                wait_for_load(server, running=len(connections))
+                engine = server.engine_pid
+                family = [engine, *children(engine), *children(server.process.pid)]
+                assert len(set(family)) > bool(connections), "there is an engine, and where it works more"
+                killed = time.monotonic()
+                server.process.kill()
+                for connection in connections:
+                    connection.settimeout(10)
+                    with contextlib.suppress(ConnectionResetError):
+                        while connection.recv(65536):
+                            pass
+                assert time.monotonic() - killed < 10
+            assert server.process.wait(PATIENCE) == -9
+            wait_for(lambda running=family: not any(map(is_running, running)), "all its processes to end")
+            assert time.monotonic() - killed < 10
+
+
+def test_requests_that_do_not_end_in_time_are_told_so_when_the_server_stops(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--shutdown-timeout", "0.5")
+    with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server, connect(server) as client:
+        engine = server.engine_pid
+        stream = iter(stream_of(client, FOREVER))
+        assert len(list(islice(stream, 3))) == 3
+        asked = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="engine has stopped"):
+            list(stream)
+        assert server.process.wait(PATIENCE) == 0
+        assert 0.5 < time.monotonic() - asked < 5
+    assert not is_running(engine)

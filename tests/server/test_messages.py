@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from pyllm.server import messages as module
 from pyllm.server.chat_template import ChatTemplate
-from pyllm.server.protocol.messages import MessageAnswer, MessageEvent, TokenCount
+from pyllm.server.protocol.chat import AssistantMessage
+from pyllm.server.protocol.messages import AssistantTurn, MessageAnswer, MessageEvent, TokenCount
 from pyllm.server.turn import CallPiece, Turn, TurnPiece, TurnReader
 
 Harness = Any  # of conftest.py
@@ -327,6 +328,30 @@ def test_count_tokens_counts_the_prompt_without_generating(harness: Harness) -> 
     assert (
         harness.post("/v1/messages/count_tokens", fields | {"max_tokens": 1}).json()["error"]["param"] == "max_tokens"
     )
+
+
+def test_count_tokens_counts_what_is_longer_than_the_context(harness: Harness) -> None:
+    fields = {"model": "alias", "messages": [{"role": "user", "content": "x" * 5000}]}
+    body = valid(harness.post("/v1/messages/count_tokens", fields), TokenCount)
+    assert body["input_tokens"] > 5000
+    assert send(harness, **fields).status_code == 400
+
+
+def test_turns_of_the_assistant_in_a_row_are_joined_without_going_over_those_before(showing: Harness) -> None:
+    def answer(number: int) -> dict[str, Any]:
+        return {"role": "assistant", "content": [text(f"{number}"), CALL | {"id": f"call_{number}"}]}
+
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_0", "content": "Rain"}]}
+    messages, _ = shown(showing, messages=[*HI, answer(0), answer(1), answer(2), result])
+    assert messages[1]["content"] == "0\n1\n2"
+    assert [call["id"] for call in messages[1]["tool_calls"]] == ["call_0", "call_1", "call_2"]
+
+    message = AssistantMessage(role="assistant", content="", tool_calls=None)
+    turns = [AssistantTurn.model_validate(answer(number)) for number in range(2)]
+    assert module._extend_answer(message, turns[0]) == {"call_0"}
+    lists = message.content, message.tool_calls
+    assert module._extend_answer(message, turns[1]) == {"call_1"}
+    assert (message.content is lists[0], message.tool_calls is lists[1]) == (True, True)
 
 
 def test_the_openapi_page_describes_both_routes(harness: Harness) -> None:

@@ -84,7 +84,7 @@ def test_vllms_names_stand_beside_ours_where_they_are_asked_for(also):
         return
     assert {
         (key[0].replace("vllm:", "pyllm:"), *(pair for pair in key[1:] if pair[0] != "engine")) for key in theirs
-    } == {key for key in ours if not key[0].startswith(("pyllm:expert", "pyllm:engine_step"))}
+    } == {key for key in ours if not key[0].startswith(("pyllm:expert", "pyllm:engine_"))}
     engine = ("engine", "0")
     assert found["vllm:generation_tokens_total", engine] == 3
     assert found["vllm:request_success_total", engine, ("finished_reason", "stop")] == 1

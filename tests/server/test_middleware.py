@@ -181,9 +181,9 @@ def test_models_are_listed_and_found_by_names_with_slashes(harness):
 
 
 def test_request_id_is_taken_over_or_made(harness):
-    response = harness.post(CHAT, {"messages": [USER]}, headers={"x-request-id": "my-id 7"})
-    assert response.headers["x-request-id"] == "my-id 7"
-    assert response.json()["id"] == "chatcmpl-my-id 7"
+    response = harness.post(CHAT, {"messages": [USER]}, headers={"x-request-id": "my-id.7"})
+    assert response.headers["x-request-id"] == "my-id.7"
+    assert response.json()["id"] == "chatcmpl-my-id.7"
     for bad in ("", "x" * 129, "tab\there"):
         made = harness.get("/v1/models", **{"x-request-id": bad}).headers["x-request-id"]
         assert made != bad
@@ -422,6 +422,41 @@ def test_openapi_has_the_real_models_and_their_bounds(harness):
     used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert used <= models.keys()
     assert "HTTPValidationError" not in models
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/llm/v1/models"])
+def test_a_root_path_is_for_proxies_that_take_it_off_and_for_those_that_do_not(make_harness, path):
+    harness = make_harness(root_path="/llm", api_key=("k",))
+    assert harness.get(path, authorization="Bearer k").status_code == 200
+    assert harness.get(path).status_code == 401
+    assert harness.get("/llm/health").status_code == harness.get("/health").status_code == 200
+    assert harness.get("/llmx/health", authorization="Bearer k").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics", "/", "/docs", "/v1/models"])
+def test_whatever_can_be_got_can_be_asked_for_its_head(harness, path):
+    answer = harness.run(lambda client: client.head(path))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == harness.get(path).headers["content-type"]
+
+
+def test_a_page_of_another_origin_is_refused_in_our_words(make_harness):
+    harness = make_harness(allowed_origins=("http://mine",))
+
+    def preflight(origin: str) -> httpx.Response:
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        return harness.run(lambda client: client.options("/v1/models", headers=headers))
+
+    assert preflight("http://mine").status_code == 200
+    refused = preflight("http://other")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "cors"
+    assert "access-control-allow-origin" not in refused.headers
+
+
+@pytest.mark.parametrize("own", ["a tokens=1 status=500", 'say "x"', "a;b"])
+def test_a_request_id_that_would_confuse_the_log_is_replaced(harness, own):
+    assert harness.get("/version", **{"x-request-id": own}).headers["x-request-id"] != own
 
 
 def test_version_is_told(harness):

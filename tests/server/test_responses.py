@@ -11,9 +11,11 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from pydantic import TypeAdapter
 
 from pyllm.engine.messages import SamplingParams, TokenLogprobs
+from pyllm.server import responses
+from pyllm.server.chat_template import ChatTemplate
 from pyllm.server.protocol.responses import InputItemList, ResponseEvent, ResponseObject
 from pyllm.server.response_events import Answer
-from pyllm.server.response_store import ResponseStore
+from pyllm.server.response_store import KeptResponse, ResponseStore
 from pyllm.server.tools import FORMATS, CallReader
 from pyllm.server.turn import Turn
 
@@ -24,8 +26,12 @@ WEATHER = {
     "type": "function",
     "name": "get_weather",
     "description": "Tells the weather.",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
-                   "additionalProperties": False},
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
     "strict": True,
 }
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
@@ -135,6 +141,20 @@ def test_logprobs_are_of_the_texts_tokens_the_same_whole_and_streamed(create, to
     assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == whole
 
 
+def test_logprobs_show_the_tokens_of_a_character_that_the_end_leaves_unfinished_as_a_chat_does(create, harness):
+    for length in (9, 1):  # the first byte of ö; and of an answer that is nothing else
+        harness.engine.reply = harness.engine.reply if length == 9 else "ö"
+        chat = harness.chat(max_tokens=length, logprobs=True, top_logprobs=1).json()["choices"][0]["logprobs"][
+            "content"
+        ]
+        answer = create(max_output_tokens=length, top_logprobs=1)
+        assert answer["output"][0]["content"][0]["logprobs"] == chat
+        events = create(max_output_tokens=length, top_logprobs=1, stream=True)
+        deltas = [event for event in events if event["type"].endswith("text.delta")]
+        assert [entry for event in deltas for entry in event["logprobs"]] == chat
+        assert without_ids(events[-1]["response"]) == without_ids(answer)
+
+
 def test_logprobs_of_a_stopped_text_are_those_of_what_is_shown(create):
     logprobs = create(stop=["wö"], top_logprobs=1)["output"][0]["content"][0]["logprobs"]
     assert "".join(entry["token"] for entry in logprobs) == "Hello, "
@@ -215,6 +235,44 @@ def test_items_may_be_named_by_their_id(create, harness):
     assert REPLY in prompts(harness)[1]
     error = create(400, input=[{"type": "item_reference", "id": "msg_0"}])
     assert (error["param"], error["code"]) == ("input[0].id", "item_not_found")
+    twice = [{"type": "item_reference", "id": message["id"]}, {"type": "item_reference", "id": message["id"]}]
+    assert create(400, input=twice)["param"] == "input[1].id"
+
+
+def test_items_of_one_response_are_read_once_and_without_their_logprobs(create, harness, long_context, monkeypatch):
+    reads = []
+    read = KeptResponse.output_items
+    monkeypatch.setattr(KeptResponse, "output_items", lambda kept: reads.append(read(kept)) or reads[-1])
+    harness.engine.reply = f"Let me look. {CALL}"
+    first = create(tools=[WEATHER], max_output_tokens=100, top_logprobs=2)
+    assert first["output"][0]["content"][0]["logprobs"]
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    result = {"type": "function_call_output", "call_id": first["output"][1]["call_id"], "output": "Rain"}
+    second = create(input=[*references, result])
+    assert len(reads) == 1
+    listed = harness.get(f"/v1/responses/{second['id']}/input_items?order=asc").json()["data"]
+    assert [item["type"] for item in listed] == ["message", "function_call", "function_call_output"]
+    assert listed[0]["content"] == [first["output"][0]["content"][0] | {"logprobs": []}]
+    create(input="And?", previous_response_id=first["id"])
+    assert len(reads) == 2
+    assert harness.get(f"/v1/responses/{first['id']}").json() == first
+
+
+@pytest.mark.parametrize("field", ["previous_response_id", "input[1].id"])
+def test_too_much_of_earlier_responses_is_refused(create, harness, monkeypatch, field):
+    first, second = create(), create()
+    monkeypatch.setattr(responses, "MAX_BODY_BYTES", 450)  # room for one conversation, or two answers
+    if field == "previous_response_id":
+        create(previous_response_id=first["id"])
+        monkeypatch.setattr(responses, "MAX_BODY_BYTES", 100)
+        error = create(400, previous_response_id=first["id"])
+    else:
+        one, two = ({"type": "item_reference", "id": answer["output"][0]["id"]} for answer in (first, second))
+        create(input=[one, two])
+        monkeypatch.setattr(responses, "MAX_BODY_BYTES", 300)
+        create(input=[one])
+        error = create(400, input=[one, two])
+    assert error["param"] == field
 
 
 def test_input_items_are_listed_newest_first_in_pages(create, harness):
@@ -235,7 +293,12 @@ def test_input_items_are_listed_newest_first_in_pages(create, harness):
     assert rest["first_id"] == rest["last_id"] == rest["data"][0]["id"]
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up", "after=msg_0", "foo=1", "include=x"])
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=101", "limit=x", "limit=0020", f"limit={'0' * 5000}", "limit=\u0661", "order=up", "order=DESC",
+     "after=msg_0", "foo=1", "include=x"],
+    ids=lambda query: query[:20],
+)  # fmt: skip
 def test_a_wrong_query_is_refused_by_name(create, harness, query):
     answer = harness.get(f"/v1/responses/{create()['id']}/input_items?{query}")
     assert answer.status_code == 400
@@ -264,17 +327,17 @@ def test_the_store_forgets_what_is_longest_unused_and_stays_within_its_bytes():
     def response(number, size=100):
         return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": "x" * size}]}
 
-    store = ResponseStore(max_responses=3, max_bytes=2000)
+    store = ResponseStore(max_responses=3, max_bytes=4000)
     for number in range(3):
-        store.put(response(number), [])
+        store.put(response(number), b"[]")
     assert store.find("resp_0")
-    store.put(response(3), [])
+    store.put(response(3), b"[]")
     assert [bool(store.find(f"resp_{number}")) for number in range(4)] == [True, False, True, True]
-    assert store.find_item("msg_1") is None
-    assert store.find_item("msg_3")["text"] == "x" * 100
-    store.put(response(4, size=1700), [])
-    assert (len(store), store.size <= 2000) == (2, True)
-    store.put(response(5, size=2000), [])
+    assert store.find_holder("msg_1") is None
+    assert store.find_holder("msg_3").output_items() == response(3)["output"]
+    store.put(response(4, size=1700), b"[]")
+    assert (len(store), store.size <= 4000) == (2, True)
+    store.put(response(5, size=2000), b"[]")
     assert store.find("resp_5") is None
     for number in (3, 4):
         store.remove(f"resp_{number}")
@@ -292,6 +355,24 @@ def test_a_failure_in_a_stream_is_its_last_event(create, harness):
     assert last["response"]["output"][0]["content"][0]["text"] == "Hel"
     harness.engine.fail_after = 4
     assert create(500)["type"] == "server_error"
+
+
+def test_what_the_engine_refuses_later_names_no_field(create, harness, monkeypatch):
+    process = harness.engine.processor.process
+
+    def refuse(output, now=None):
+        error = "The grammar cannot be used: it is too slow."
+        refused = msgspec.structs.replace(output, token_ids=[], finish_reason="error", error=error, refused=True)
+        return process(refused, now)
+
+    monkeypatch.setattr(harness.engine.processor, "process", refuse)
+    error = create(400)
+    assert (error["param"], error["message"]) == (None, "The grammar cannot be used: it is too slow.")
+    last = create(stream=True)[-1]
+    assert (last["type"], last["response"]["error"]["code"]) == ("response.failed", "invalid_prompt")
+    anthropic = {"model": "alias", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    answer = harness.post("/v1/messages", anthropic)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, None)
 
 
 def test_null_fields_mean_their_defaults(create, harness):
@@ -352,6 +433,30 @@ def test_truncation_drops_the_result_of_a_call_that_is_gone(create, harness):
     create(input=[words[0], words[0], words[0], short, items[3]], truncation="auto")
     assert "Rain" in prompts(harness)[1]
     create(400, input=[], instructions="." * 300, truncation="auto")
+
+
+@pytest.mark.parametrize("size", [100, 1])
+def test_truncation_reads_the_items_once_and_renders_little_more_than_what_fits(create, harness, monkeypatch, size):
+    chats, rendered = [], []
+    to_chat, render = responses.to_chat, ChatTemplate.render
+    monkeypatch.setattr(responses, "to_chat", lambda *given: chats.append(to_chat(*given)) or chats[-1])
+    monkeypatch.setattr(
+        ChatTemplate, "render", lambda *given, **more: rendered.append(len(given[1])) or render(*given, **more)
+    )
+    items = [{"role": "user", "content": f"{number:04}" + "." * size} for number in range(1000)]
+    create(input=items, truncation="auto", max_output_tokens=20)
+    kept = [number for number in range(1000) if f"{number:04}" in prompts(harness)[0]]
+    assert kept == list(range(kept[0], 1000))
+    assert len(chats) == 1
+    assert sum(rendered) < 100
+
+
+def test_too_many_items_or_calls_together_are_refused(create, monkeypatch):
+    first = create(input="One")
+    monkeypatch.setattr(responses, "MAX_ITEMS", 2)
+    assert create(400, input="Two", previous_response_id=first["id"])["param"] == "input"
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    assert create(400, input=[call] * 129)["param"] == "input"
 
 
 def test_truncation_leaves_alone_what_fits(create, harness):
