@@ -1,4 +1,4 @@
-# The five commands that people use, and two for a release. They need make and Python 3.11 or newer, and nothing else.
+# The five commands that people use, and three for a release. They need make and Python 3.11 or newer, and nothing else.
 
 PYTHON ?= python3
 MODEL ?=
@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test lint bench clean lock audit
+.PHONY: serve test test-optimized lint bench clean lock audit
 
 ## serve: serve the bundled demo model (or MODEL=folder-or-hub-id) on port 8000
 serve: .venv/installed
@@ -16,6 +16,10 @@ serve: .venv/installed
 ## test: run the tests
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+## test-optimized: the tests once more, in a Python that takes asserts out of the product: nothing may hang on them
+test-optimized: .venv/installed-dev
+	PYTHONOPTIMIZE=1 $(BIN)/python -m pytest $(ARGS)
 
 ## lint: style, types, and the direction of imports
 lint: .venv/installed-dev

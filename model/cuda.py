@@ -140,8 +140,7 @@ class TritonBackend(Backend):
 
     def _normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, mu: Tensor | None = None) -> Tensor:
         """RMSNorm of [.., H] in `dtype`, with mu [T, H] beside it where there is one: [T, 2H]."""
-        size = x.shape[-1]
-        out = x.new_empty((*x.shape[:-1], size * (1 if mu is None else 2)), dtype=dtype)
+        out = x.new_empty((*x.shape[:-1], x.shape[-1] * (1 if mu is None else 2)), dtype=dtype)
         self._norm_into(out, x, weight, eps, mu)
         return out
 
@@ -161,8 +160,7 @@ class TritonBackend(Backend):
         `norm` is the weight of an RMSNorm before it. `second`, another input and its weight, is added from column
         `second_from` on.
         """
-        tokens, inner = x.shape
-        n = len(weight)
+        (tokens, inner), n = x.shape, len(weight)
         out = x.new_empty((tokens, n), dtype=torch.float32)
         if tokens == 0:
             return out
@@ -273,13 +271,12 @@ class TritonBackend(Backend):
                 BLOCK_KV=_power(1, kv_heads),
             )  # fmt: skip
             sequences = len(step.lengths) - decodes
-            block_m = 32 if self._exact else 128
+            block_m, keys = 32 if self._exact else 128, self._prompt_keys
             grid = (rest // (block_m // group) + sequences, kv_heads)
             triton_attention.prefill_kernel[grid](
                 q, step.tables[decodes:], step.starts[decodes:], step.lengths[decodes:], cache, out[decodes:], scale,
                 sequences, decodes, step.tables.stride(0), *sides, **shape, WINDOW=window, BLOCK_D=block_d,
-                BLOCK_M=block_m, BLOCK_N=self._prompt_keys, num_warps=8,
-                num_stages=2 if self._exact or block_d > 128 else 4,
+                BLOCK_M=block_m, BLOCK_N=keys, num_warps=8, num_stages=2 if keys < 64 or block_d > 128 else 4,
             )  # fmt: skip
         return out
 

@@ -23,6 +23,7 @@ ROOM_SECONDS = 5.0
 MAX_CONTAINERS = 2**20
 """Objects and arrays in a body: each takes some 70 bytes of memory for two that are sent."""
 MAX_MESSAGE = 600
+MAX_ERRORS = 1000
 QUOTES = "'"
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -143,10 +144,22 @@ def parse_body(data: bytes, model: type[Body]) -> Body:
         raise ApiError(400, f"The body is not valid JSON: {shorten(str(error))}.", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    known = {field.alias or name for name, field in model.model_fields.items()}
+    for name in fields:  # the first of perhaps very many
+        if name not in known and name not in UNSUPPORTED:
+            raise _unknown(shorten(name))
     try:
         return model.model_validate(_drop_unsupported_noops(fields, model))
     except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:  # to list them would take longer than to find them did
+            path = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], dict | list | str) else 0)
+            message = f"{shorten(path)} has {error.error_count()} wrong values or names."
+            raise ApiError(400, message, param=shorten(path), code="invalid_value") from None
         raise _describe(error, fields) from None
+
+
+def _unknown(path: str) -> ApiError:
+    return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
 
 
 def _drop_unsupported_noops(fields: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
@@ -184,7 +197,7 @@ def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
     found = [item for item, field in zip(found, fields, strict=True) if field == fields[0]]
     path, _, kind, _, tags = max(found, key=lambda item: (item[1], not item[2].endswith("_type")))
     if kind == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
+        return _unknown(path)
     if kind in ("missing", "union_tag_not_found"):
         return ApiError(400, f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
     if kind == "union_tag_invalid":

@@ -141,6 +141,11 @@ class HttpProtocol(HttpToolsProtocol):
             for name, value in error.headers.items():
                 head += f"{name}: {value}\r\n".encode()
             self.transport.write(b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body))
+        # Whoever still answers on this connection must not write to it any more.
+        for cycle in [self.cycle, *(waiting for waiting, _ in self.pipeline)]:
+            if cycle is not None:
+                cycle.disconnected = True
+                cycle.message_event.set()
         self.transport.close()
 
     @property

@@ -9,8 +9,8 @@ import pytest
 
 pytest.register_assert_rewrite("e2e.hostile", "e2e.serving", "e2e.soak", "paged_runner")  # before they are imported
 
-import torch
-from checkpoints import write_checkpoint
+import torch  # noqa: E402
+from checkpoints import write_checkpoint  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, whoever imports it first

@@ -19,7 +19,7 @@ def test_every_kernel_compiles_and_fits(target, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(TOOL), "--targets", target, "--json", str(tmp_path / "table.json")]
     if target != "90":
-        command += ["--steps", "decode 1", "decode 256", "mixed 2048"]
+        command += ["--steps", "decode 1", "mixed 2048"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     table = json.loads((tmp_path / "table.json").read_text())

@@ -475,3 +475,15 @@ def test_proxies_path_prefix_does_not_hide_the_routes(make_harness, caplog):
     assert asyncio.run(ask()) == [200, 401]
     assert "/llm/v1/models" in caplog.text
     assert "/llm/health" not in caplog.text, "the machines' own questions are for the debug level"
+
+
+@pytest.mark.parametrize("field", ["metadata", "logit_bias", "stream_options", "structured_outputs"])
+def test_very_many_wrong_names_are_not_listed_one_by_one(harness, field):
+    error = harness.post(CHAT, {"messages": [USER], field: {f"x{n}": [] for n in range(200_000)}}).json()["error"]
+    assert error["param"].startswith(field)
+    assert len(error["message"]) < 1000
+
+
+def test_of_very_many_unknown_names_the_first_is_told(harness):
+    error = harness.post(CHAT, {"messages": [USER]} | {f"x{n}": 1 for n in range(200_000)}).json()["error"]
+    assert (error["param"], error["code"]) == ("x0", "unknown_parameter")

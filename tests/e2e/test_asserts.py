@@ -1,0 +1,36 @@
+"""Nothing that must hold hangs on an `assert`: all these tests also run, as `.ci/run` does, under PYTHONOPTIMIZE=1.
+
+That takes the asserts out of the product, in this process and in every server and engine that is started; those of
+the tests stay, for pytest writes them anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+from e2e import serving
+from e2e.hostile import canary
+from e2e.serving import ServerProcess
+
+
+def test_the_asserts_of_tests_and_of_what_they_share_always_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="assert 1 == 2"):
+        assert int("1") == 2
+    monkeypatch.setattr(serving, "PATIENCE", 0)
+    with pytest.raises(AssertionError, match="waited in vain for it"):
+        serving.wait_for(lambda: False, "it")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="environments are read from Linux's /proc")
+def test_a_server_without_asserts_has_an_engine_without_them_and_answers_the_same(
+    demo: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    with ServerProcess(tmp_path / "log") as server:
+        for pid in (server.process.pid, server.engine_pid):
+            assert b"PYTHONOPTIMIZE=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert canary(server.url) == canary(demo.url)
+        wrong = httpx.post(f"{server.url}/v1/completions", json={"prompt": [10**6]})
+        assert wrong.status_code == 400

@@ -1,0 +1,54 @@
+"""Thousands of hostile requests against one real server: none fails inside, none hangs, and nobody else notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+from e2e import hostile_bodies, hostile_bytes, hostile_forms
+from e2e.hostile import LATEST, Case, Prober, canary, send_all
+from e2e.serving import ServerProcess
+
+SEED = 6
+GROUPS: dict[str, Callable[[], Iterable[Case]]] = {
+    "fields": lambda: hostile_bodies.fields(SEED),
+    "members": lambda: hostile_bodies.members(SEED),
+    "whole bodies": hostile_bodies.whole_bodies,
+    "special tokens": lambda: hostile_bodies.special_tokens(SEED),
+    "caps": hostile_bodies.caps,
+    "forms": hostile_forms.forms,
+    "templates": hostile_forms.templates,
+    "tools": lambda: hostile_forms.tools(SEED),
+    "headers": hostile_bytes.headers,
+    "bytes": hostile_bytes.odd_bytes,
+    "paths": hostile_bytes.paths,
+}
+FLAGS = ("--served-model-name", "tiny", "--max-model-len", "128")
+"""The bundled model; so short a context that no request is large work by right."""
+CONCURRENCY = {"forms": 3, "tools": 3, "caps": 1}
+"""Where each may be seconds of work by right: two new grammars at a time, or a text of 4 MiB to tokenise."""
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, bytes]]:
+    """A server whose health is asked for all the time, and its answer to the canary."""
+    with ServerProcess(tmp_path_factory.mktemp("hostile") / "log", *FLAGS) as server:
+        before = canary(server.url)
+        with Prober(server.url) as prober:
+            yield server, before
+        assert len(prober.seconds) > 10
+        assert prober.p99() <= 1, sorted(prober.seconds)[-10:]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_request_fails_inside_hangs_or_harms_another(watched: tuple[ServerProcess, bytes], group: str) -> None:
+    server, before = watched
+    engine, said = server.engine_pid, len(server.log)
+    outcome = send_all(server.url, GROUPS[group](), CONCURRENCY.get(group, 8))
+    assert not outcome.faults, "\n".join(outcome.faults[:20])
+    assert outcome.slowest[0] <= LATEST
+    assert sum(n for status, n in outcome.statuses.items() if status >= 400) > outcome.tried / 10, "they are hostile"
+    server.wait_until_idle()
+    assert canary(server.url) == before
+    assert server.engine_pid == engine
+    assert "Traceback" not in server.log[said:]

@@ -1,0 +1,56 @@
+"""Mixed load leaves nothing behind: for a few seconds each time, and for two minutes where asked with `-m slow`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from e2e.serving import ServerProcess, wait_for
+from e2e.soak import PROBE, Soak, open_files, soak
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in Linux's /proc")
+FLAGS = ("--served-model-name", "tiny", "--max-num-seqs", "16", "--num-kv-blocks", "512")
+"""So few blocks that all of them have been used before anything is measured."""
+
+
+def check(server: ServerProcess, seconds: float) -> Soak:
+    """Nothing but answers during the load, and everything given back behind it."""
+    asyncio.run(soak(server, 5))  # what is loaded when it is first needed
+    before = server.wait_until_idle()
+    files = wait_until_closed(server)
+    answer = httpx.post(f"{server.url}/v1/completions", json=PROBE).json()["choices"]
+    found = asyncio.run(soak(server, seconds, seed=60))
+    assert found.statuses.keys() <= {0, 200, 400, 404}, found.statuses
+    assert found.statuses[200] > found.statuses.total() / 2
+    after = server.wait_until_idle()
+    assert after.kv_cache_usage_perc == before.kv_cache_usage_perc == 0
+    assert wait_until_closed(server) <= files
+    assert httpx.post(f"{server.url}/v1/completions", json=PROBE).json()["choices"] == answer
+    return found
+
+
+def wait_until_closed(server: ServerProcess) -> int:
+    """Open files, once the ended connections are gone, when the number stays."""
+    seen: list[int] = []
+
+    def settled() -> int:
+        seen.append(open_files(server))
+        return seen[-1] if len(seen) > 20 and len(set(seen[-20:])) == 1 else 0
+
+    return int(wait_for(settled, "the number of open files to settle"))
+
+
+def test_a_mixed_load_gives_back_its_memory_blocks_and_its_files(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", *FLAGS) as server:
+        check(server, 8)
+
+
+@pytest.mark.slow
+def test_two_minutes_of_mixed_load_take_no_more_memory_at_the_end(tmp_path: Path) -> None:
+    """Caches fill up in the first minutes: how little grows in ten is for `benchmarks/chaos.py` to say."""
+    with ServerProcess(tmp_path / "log", *FLAGS) as server:
+        found = check(server, 120)
+    assert found.slope() < 600, f"{found.slope():.0f} MB per hour"
+    assert found.p99(2) <= 1.5 * found.p99(0) + 0.5
