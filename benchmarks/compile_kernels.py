@@ -36,7 +36,7 @@ from pyllm.model.sampling import SamplingBatch
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one program may have, by GPU generation."""
-MAX_SPILL = 16
+MAX_SPILL = 32
 WANTED_SHAPES = SHAPES | {
     "350m": DeepConfig(
         vocab_size=32000, hidden_size=1280, intermediate_size=3456, num_attention_heads=16, num_key_value_heads=4

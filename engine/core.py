@@ -135,6 +135,8 @@ class EngineCore:
                 raise
             outputs += self._land() + self._make_room(planned)
         self._forget_ended()
+        if not self.scheduler.has_work:
+            self.scheduler.recover()
         self._check_released()
         stats = self.stats(
             seconds=time.perf_counter() - started,
@@ -293,6 +295,7 @@ class EngineCore:
         request = left[0].request
         self._finish(request)
         self._num_failures = 0
+        self.scheduler.recover()
         return [failure_of(request, OUT_OF_MEMORY, refused=False)]
 
     def _update(self, sequences: list[ScheduledSequence], sampled: list[SampledToken]) -> list[TokenOutput]:

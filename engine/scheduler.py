@@ -99,6 +99,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_prefill_tokens = max(max_num_prefill_tokens or max_num_batched_tokens, self.chunk_multiple)
+        self._limits = self.chunk_multiple, max_num_seqs, max_num_batched_tokens, self.max_num_prefill_tokens
         self.policy = policy
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -171,6 +172,10 @@ class Scheduler:
             budget -= count
             (decodes if count == 1 else chunks).append(self._sequence(request, start, count))
         return SchedulerOutput(decodes + chunks, len(decodes) + sum(chunk.num_tokens for chunk in chunks))
+
+    def recover(self) -> None:
+        """Take back what `shrink` did: whoever needed so much memory is gone."""
+        self.chunk_multiple, self.max_num_seqs, self.max_num_batched_tokens, self.max_num_prefill_tokens = self._limits
 
     def shrink(self, sequences: Sequence[ScheduledSequence]) -> bool:
         """After a step of these that found no memory: halve what steps may hold; False if it can be no smaller.

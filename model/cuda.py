@@ -109,8 +109,8 @@ class TritonBackend(Backend):
         self._exact = model.dtype == torch.float32
         if generation is None and model.device.type == "cuda":
             generation = torch.cuda.get_device_capability(model.device)[0]
-        # Matrix units that do not read from shared memory would have more keys in registers than there are.
-        self._prompt_keys = 16 if self._exact else 32 if generation in (8, 12) else 64
+        # Queries, keys and warps. Where matrix units do not read from shared memory, more would not fit in registers.
+        self._prompt_block = (32, 16, 8) if self._exact else (64, 32, 4) if generation in (8, 12) else (128, 64, 8)
         self._seen: tuple[AttentionMetadata, _Step] | None = None
         self._above: _Above | None = None
 
@@ -271,12 +271,12 @@ class TritonBackend(Backend):
                 BLOCK_KV=_power(1, kv_heads),
             )  # fmt: skip
             sequences = len(step.lengths) - decodes
-            block_m, keys = 32 if self._exact else 128, self._prompt_keys
+            block_m, keys, warps = self._prompt_block
             grid = (rest // (block_m // group) + sequences, kv_heads)
             triton_attention.prefill_kernel[grid](
                 q, step.tables[decodes:], step.starts[decodes:], step.lengths[decodes:], cache, out[decodes:], scale,
                 sequences, decodes, step.tables.stride(0), *sides, **shape, WINDOW=window, BLOCK_D=block_d,
-                BLOCK_M=block_m, BLOCK_N=keys, num_warps=8, num_stages=2 if keys < 64 or block_d > 128 else 4,
+                BLOCK_M=block_m, BLOCK_N=keys, num_warps=warps, num_stages=2 if keys < 64 or block_d > 128 else 4,
             )  # fmt: skip
         return out
 

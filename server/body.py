@@ -20,7 +20,7 @@ MAX_BODY_BYTES = 8 * 2**20
 LARGE_BODY_BYTES = 64 * 2**10
 ROOM_BYTES = 4 * MAX_BODY_BYTES
 ROOM_SECONDS = 5.0
-MAX_CONTAINERS = 2**20
+MAX_CONTAINERS = 2**18
 """Objects and arrays in a body: each takes some 70 bytes of memory for two that are sent."""
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
