@@ -10,7 +10,7 @@ import logging
 import resource
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -85,6 +85,25 @@ def connection_limits(config: ServerConfig) -> ConnectionLimits:
     return ConnectionLimits(config.header_timeout, config.body_timeout, config.write_timeout, most)
 
 
+class _Transport:
+    """A connection that takes what is written to it after its end, and drops it.
+
+    Between a connection's end and the moment at which its answers hear of it, they may write once more; uvloop's own
+    transport raises an error then.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._real = transport
+
+    def write(self, data: bytes) -> None:
+        """Write, if anybody is there."""
+        if not self._real.is_closing():
+            self._real.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
 class HttpProtocol(HttpToolsProtocol):
     """A connection of uvicorn's that ends when its client is too slow or sends too large a header."""
 
@@ -100,7 +119,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, or refuse it where there are too many."""
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _Transport(transport)))
         self._limits.watch(self.connections)
         if len(self.connections) > self._limits.connections:
             self._refuse(unavailable("The server has too many connections.", "too_many_connections"))

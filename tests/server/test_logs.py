@@ -35,9 +35,9 @@ def test_a_failure_inside_is_logged_with_the_id_of_its_request(harness, caplog, 
 
     monkeypatch.setattr(harness.engine, "submit", fail)
     for _ in range(2):
-        harness.post("/v1/completions", {"prompt": "a"}, headers={"x-request-id": "find me"})
+        harness.post("/v1/completions", {"prompt": "a"}, headers={"x-request-id": "find-me"})
     failures = [record for record in caplog.records if record.exc_info]
-    assert [record.getMessage().endswith("id=find me") for record in failures] == [True, True]
+    assert [record.getMessage().endswith("id=find-me") for record in failures] == [True, True]
 
 
 def test_every_record_is_one_line_of_json_also_with_a_traceback():
