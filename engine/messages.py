@@ -19,7 +19,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
-MAX_BAD_WORDS = 512
+MAX_BAD_SEQUENCES = 512
 Pooling = Literal["mean", "last"]
 Kernels = Literal["native", "triton", "torch"]
 
@@ -113,7 +113,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
         require(
             all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values()), "logit_bias", "between -100 and 100 each"
         )
-        require(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} sequences")
+        require(len(self.bad_words) <= MAX_BAD_SEQUENCES, "bad_words", f"at most {MAX_BAD_SEQUENCES} sequences")
         require(all(self.bad_words), "bad_words", "without empty sequences")
         require(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "at least one id"

@@ -177,10 +177,10 @@ _gate = _Gate()
 
 def _check_size(schema: Any, param: str | None) -> None:
     """Raise `RequestError` for what is too deep or too large for those who come after."""
-    pending, nodes = [(schema, 1)], 0
+    pending, nodes = [(schema, 1)], 1
     while pending:
         value, depth = pending.pop()
-        nodes += 1
+        nodes += len(value) if isinstance(value, (dict, list)) else 0  # counted before they are laid out
         if depth > MAX_DEPTH or nodes > MAX_NODES:
             text = f"nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"of more than {MAX_NODES} values"
             raise RequestError(f"The schema is too complex: it is {text}.", param=param)
