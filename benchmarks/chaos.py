@@ -128,17 +128,20 @@ def disconnects(quick: bool) -> Result:
         async def run() -> None:
             await asyncio.gather(*(work() for _ in range(16)))
 
-        asyncio.run(run())
-        since = time.monotonic()
-        after = server.wait_until_idle()
-        seconds = time.monotonic() - since
+        with Prober(server.url) as prober:
+            asyncio.run(run())
+            since = time.monotonic()
+            after = server.wait_until_idle()
+            seconds = time.monotonic() - since
+        time.sleep(0.5)  # the last question's connection
+        leaked = open_files(server) - files
         done = ("request_success_total", "length")
         return {
             "tried": count, "kinds": dict(chosen), "idle_after_s": round(seconds, 3),
             "running": after.num_requests_running, "waiting": after.num_requests_waiting,
             "leaked_kv_share": after.kv_cache_usage_perc - before.kv_cache_usage_perc,
-            "leaked_files": open_files(server) - files, "ran_to_their_end": after.get(done, 0) - before.get(done, 0),
-            "tracebacks": server.log.count("Traceback"),
+            "leaked_files": leaked, "ran_to_their_end": after.get(done, 0) - before.get(done, 0),
+            "tracebacks": server.log.count("Traceback"), "health_p99_s": round(prober.p99(), 3),
         }  # fmt: skip
 
 
@@ -170,12 +173,16 @@ def drain(quick: bool) -> Result:
         wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "readiness to go")
         unready = time.monotonic() - since
         refused = httpx.post(f"{server.url}{PATH}", json={"prompt": "Hi"}).status_code
+        with Prober(server.url) as prober:
+            first = [head + stream.recv(2**16) for head, stream in zip(first, streams, strict=True)]
+            time.sleep(0.2 if quick else 1)
         whole = sum(b"data: [DONE]\n\n" in head + read_all(s) for head, s in zip(first, streams, strict=True))
         code = server.process.wait(PATIENCE)
         seconds = time.monotonic() - since
-    return {"streams": 16, "whole": whole, "refused_with": refused, "exit_code": code, "unready_after_s": round(unready,
-    3),
-            "ended_after_s": round(seconds, 2), "orphans": int(is_running(engine))}  # fmt: skip
+    return {
+        "streams": 16, "whole": whole, "refused_with": refused, "exit_code": code, "unready_after_s": round(unready, 3),
+        "ended_after_s": round(seconds, 2), "orphans": int(is_running(engine)), "health_p99_s": round(prober.p99(), 3),
+    }  # fmt: skip
 
 
 def kill(quick: bool) -> Result:
@@ -212,7 +219,7 @@ def slowloris(quick: bool) -> Result:
     """A hundred connections that never finish their headers."""
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx: ".encode()
     flags = ("--header-timeout", "3") if quick else ()
-    with server_of(*flags) as server, contextlib.ExitStack() as stack:
+    with server_of(*flags) as server, Prober(server.url) as prober, contextlib.ExitStack() as stack:
         url = httpx.URL(server.url)
         sockets = [stack.enter_context(socket.create_connection((url.host, url.port))) for _ in range(100)]
         since, canaries, open_ones = time.monotonic(), [], list(sockets)
@@ -233,9 +240,10 @@ def slowloris(quick: bool) -> Result:
                     open_ones.remove(connection)
             time.sleep(0.2)
         seconds = time.monotonic() - since
-    return {"sockets": 100, "still_open": len(open_ones), "closed_after_s": round(seconds, 1),
-    "canaries": len(canaries),
-            "canary_max_s": round(max(canaries), 3)}  # fmt: skip
+    return {
+        "sockets": 100, "still_open": len(open_ones), "closed_after_s": round(seconds, 1), "canaries": len(canaries),
+        "canary_max_s": round(max(canaries), 3), "health_p99_s": round(prober.p99(), 3),
+    }  # fmt: skip
 
 
 def soaking(minutes: float) -> Result:
@@ -243,18 +251,19 @@ def soaking(minutes: float) -> Result:
     with server_of("--served-model-name", "tiny", "--max-num-seqs", "16", "--num-kv-blocks", "512") as server:
         asyncio.run(soak(server, min(10, 20 * minutes)))
         server.wait_until_idle()
-        found = asyncio.run(soak(server, 60 * minutes, seed=60))
+        with Prober(server.url) as prober:
+            found = asyncio.run(soak(server, 60 * minutes, seed=60))
         after = server.wait_until_idle()
     middle = len(found.files) // 2
     return {
-        "minutes": minutes, "requests": found.statuses.total(), "5xx": sum(n for s,
-        n in found.statuses.items() if s >= 500),
+        "minutes": minutes, "requests": found.statuses.total(),
+        "5xx": sum(n for status, n in found.statuses.items() if status >= 500),
         "statuses": {str(status): n for status, n in sorted(found.statuses.items())},
         "rss_mb": [round(found.memory[at][1] / 1e6, 1) for at in (0, len(found.memory) // 2, -1)],
         "rss_slope_second_half_mb_per_hour": round(found.slope(), 1),
         "files_max": [max(found.files[:middle]), max(found.files[middle:])],
         "p99_s": [round(found.p99(third), 3) for third in range(3)], "p99_ratio": round(found.p99(2) / found.p99(0), 2),
-        "kv_share": after.kv_cache_usage_perc,
+        "kv_share": after.kv_cache_usage_perc, "health_p99_s": round(prober.p99(), 3),
     }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ It needs no network, no checkpoint and no installed package: the folder above th
 every operation with plain torch in FP32, compares greedy texts, measures what the GPU can do at best and how near the
 engine comes to it, and shows where a decode step's time goes. A table goes to the terminal, and JSON to
 `gpu_check.json` in the folder that the variable OUT names (or to `--json FILE`). It exits with 1 if anything is wrong.
-The goals are those of docs/performance.md; those that need the engine run where msgspec is installed.
+The goals are those of docs/performance.md; those that need the engine run where msgspec is installed, those over HTTP
+where all that a server needs is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+REPLACED = {"tqdm", "tokenizers", "llguidance"}
+"""Modules that are imported on the way, but not needed for anything but a server."""
+SERVER = (*REPLACED, "msgspec", "fastapi", "uvicorn", "uvloop", "httptools", "minijinja", "sse_starlette")
+"""Modules that a server cannot do without."""
 
 
 class _Nothing:
@@ -69,12 +74,9 @@ def _prepare(dry: bool) -> list[str]:
         module = importlib.util.module_from_spec(spec)
         sys.modules["pyllm"] = module
         spec.loader.exec_module(module)
-    missing = []
-    for name in ("tqdm", "tokenizers", "llguidance", "msgspec", "triton"):
-        if importlib.util.find_spec(name) is None:
-            missing.append(name)
-            if name not in ("msgspec", "triton"):
-                sys.modules[name] = _Absent(name)
+    missing = [name for name in ("triton", *SERVER) if importlib.util.find_spec(name) is None]
+    for name in REPLACED.intersection(missing):
+        sys.modules[name] = _Absent(name)
     return missing
 
 
@@ -87,7 +89,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-PARTS = ("kernels", "greedy", "ceilings", "decode", "prefill", "engine", "profile")
+PARTS = ("kernels", "greedy", "ceilings", "decode", "prefill", "engine", "profile", "serving")
 
 
 class Report:
@@ -178,6 +180,12 @@ def main() -> int:
                 from gpu_engine import engine_goals
 
                 report.table(part, engine_goals(machine, best, args.quick))
+            elif part == "serving" and (absent := [name for name in SERVER if name in missing]):
+                report.say(f"serving: left out, since {', '.join(absent)} are not installed")
+            elif part == "serving":
+                from gpu_serving import serving_goals
+
+                report.table(part, serving_goals(machine, args.quick))
         except Exception as error:  # what the other parts find is worth having all the same
             report.wrong.append(f"{part}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             import traceback

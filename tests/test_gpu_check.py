@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
-PARTS = ["kernels", "ceilings", "greedy", "decode", "prefill", "engine", "profile of a decode step at batch 1"]
+PARTS = [
+    "kernels",
+    "ceilings",
+    "greedy",
+    "decode",
+    "prefill",
+    "engine",
+    "profile of a decode step at batch 1",
+    "serving",
+]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

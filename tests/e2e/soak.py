@@ -28,10 +28,9 @@ def _mixed(draw: random.Random) -> tuple[str, dict[str, Any]]:
     return draw.choice([
         ("/v1/chat/completions", chat), ("/v1/chat/completions", chat | {"stream": True, "logprobs": True}),
         ("/v1/chat/completions", chat | {"response_format": form, "max_tokens": 30}),
-        ("/v1/chat/completions", chat | {"max_tokens": 10**6}), ("/v1/completions", {"prompt": text, "n": 3,
-        "seed": number}),
-        ("/v1/completions", {"prompt": [text, text[::-1]], "logprobs": 5, "stream": True}), ("/v1/completions",
-        {"prompt": 7}),
+        ("/v1/chat/completions", chat | {"max_tokens": 10**6}),
+        ("/v1/completions", {"prompt": text, "n": 3, "seed": number}), ("/v1/completions", {"prompt": 7}),
+        ("/v1/completions", {"prompt": [text, text[::-1]], "logprobs": 5, "stream": True}),
         ("/v1/responses", {"input": text, "max_output_tokens": 8}), ("/v1/embeddings", {"input": [text, "a"]}),
         ("/v1/messages", {"model": "tiny", **chat}), ("/tokenize", {"prompt": text}), ("/v1/nothing", {}),
         ("/v1/completions", {"prompt": text, "structured_outputs": {"regex": f"[a-z]{{3}}{number % 500}"}}),
