@@ -1,10 +1,13 @@
 """Compile every Triton kernel as it will be launched, for GPUs that need not be here, and show what each costs.
 
     python benchmarks/compile_kernels.py [--targets 80 90 100] [--shapes 1.5b 150m] [--dtypes bfloat16] [--json FILE]
+    python benchmarks/compile_kernels.py --deterministic
+    python benchmarks/compile_kernels.py --kv-cache-dtype fp8 --kernels rotate decode combine prefill --targets 89 90
 
 The network runs on tensors without memory ("meta"), and each launch is compiled instead of made, so what is compiled is
 what is shipped. Registers and spills are per thread, shared memory per program in KiB. Exits with 1 if a kernel spills
-more than `MAX_SPILL` bytes or needs more shared memory than its GPU has.
+more than `MAX_SPILL` bytes or needs more shared memory than its GPU has, or if a deterministic step needs one that the
+first step did not: then an operation is not the same program for any number of tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM, triton_sampling
 from pyllm.model.cuda import TritonBackend
+from pyllm.model.fp8 import FP8
 from pyllm.model.sampling import SamplingBatch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -97,13 +101,15 @@ class _Device:
 
 @contextlib.contextmanager
 def launches_compile(
-    target: int, found: dict[str, tuple[JITFunction[Any], Any, str]], user: list[str]
+    target: int, found: dict[str, tuple[JITFunction[Any], Any, str]], user: list[str], kernels: list[str]
 ) -> Iterator[None]:
-    """Within it, a launch compiles and notes the kernel by its hash, with who needed it."""
+    """Within it, a launch compiles and notes the kernel by its hash, with who needed it; of all kernels or of some."""
     plain = JITFunction.run
 
     def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         assert all(number > 0 for number in grid), f"{self.__name__}: empty grid {grid}"
+        if kernels and _name(self) not in kernels:
+            return
         kernel = plain(self, *args, grid=grid, warmup=True, **options)
         found.setdefault(kernel.hash, (self, kernel, user[0]))
 
@@ -112,25 +118,32 @@ def launches_compile(
         yield
 
 
-def compile_all(target: int, shapes: list[str], dtypes: list[str], steps: list[str]) -> list[Compiled]:
+def _name(function: JITFunction[Any]) -> str:
+    return str(function.__name__).removesuffix("_kernel")
+
+
+def compile_all(
+    target: int, shapes: list[str], dtypes: list[str], steps: list[str], kernels: list[str], kept: torch.dtype | None,
+    deterministic: bool,
+) -> list[Compiled]:  # fmt: skip
     """Every kernel that these networks launch in these steps, compiled for one GPU generation."""
     found: dict[str, tuple[JITFunction[Any], Any, str]] = {}
     user = [""]
-    with launches_compile(target, found, user), torch.inference_mode():
+    with launches_compile(target, found, user, kernels), torch.inference_mode():
         for shape in shapes:
             for dtype in dtypes:
                 config = replace(WANTED_SHAPES[shape], num_hidden_layers=2)
                 model = DeepForCausalLM(config, dtype=getattr(torch, dtype), device="meta")
-                model.ops = TritonBackend(model, target // 10)
+                model.ops = TritonBackend(model, target // 10, deterministic=deterministic)
                 for step in steps:
-                    user[0] = f"{shape} {step}" + (" fp32" if dtype == "float32" else "")
-                    _step(model, STEPS[step])
+                    user[0] = f"{shape} {'fp32 ' if dtype == 'float32' else ''}{step}"
+                    _step(model, STEPS[step], kept)
                 user[0] = shape
                 _sample(config.vocab_size)
     return [_described(function, kernel, target, who) for function, kernel, who in found.values()]
 
 
-def _step(model: DeepForCausalLM, lengths: list[int]) -> None:
+def _step(model: DeepForCausalLM, lengths: list[int], kept: torch.dtype | None) -> None:
     def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -141,7 +154,7 @@ def _step(model: DeepForCausalLM, lengths: list[int]) -> None:
         query_starts=ints(len(lengths) + 1),
     )  # fmt: skip
     ids = ints(tokens, dtype=torch.int64)
-    model.logits(model(ids, ids, metadata, model.new_kv_cache(256, PAGE))[: len(lengths)])
+    model.logits(model(ids, ids, metadata, model.new_kv_cache(256, PAGE, kept))[: len(lengths)])
 
 
 def _sample(vocab: int) -> None:
@@ -171,7 +184,7 @@ def _described(function: JITFunction[Any], kernel: Any, target: int, who: str) -
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if names[path[0]].isupper()}
     metadata = kernel.metadata
     return Compiled(
-        kernel=function.__name__.removesuffix("_kernel"), target=target, first_used=who,
+        kernel=_name(function), target=target, first_used=who,
         constants=" ".join(f"{name}={value}" for name, value in constants.items()), num_warps=metadata.num_warps,
         num_stages=metadata.num_stages, registers=numbers["REG"], spilled=max(numbers["STACK"], numbers["LOCAL"]),
         shared=round(metadata.shared / 1024, 1),
@@ -184,21 +197,29 @@ def main() -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], choices=SHARED_LIMIT)
     parser.add_argument("--shapes", nargs="+", default=["1.5b"], choices=WANTED_SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
+    parser.add_argument("--deterministic", action="store_true", help="the kernels of that mode")
+    parser.add_argument("--kernels", nargs="+", default=[], help="only these, such as decode")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--json", type=Path, help="write the table here too")
     options = parser.parse_args()
     table: list[Compiled] = []
     for target in options.targets:
-        table += compile_all(target, options.shapes, options.dtypes, options.steps)
+        kept = FP8 if options.kv_cache_dtype == "fp8" else None
+        table += compile_all(
+            target, options.shapes, options.dtypes, options.steps, options.kernels, kept, options.deterministic
+        )
+    later = tuple(options.steps[1:]) if options.deterministic else ()
+    late = [row for row in table if row.first_used.endswith(later)]
     for row in table:
-        mark = "" if row.fits else "  <-- does not fit"
+        mark = "  <-- does not fit" if not row.fits else "  <-- not the first step's" if row in late else ""
         print(
             f"sm_{row.target} {row.kernel:10} {row.first_used:18} warps {row.num_warps} stages {row.num_stages} "
             f"regs {row.registers:3} spilled {row.spilled:4} shared {row.shared:6}  {row.constants}{mark}"
         )
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in table], indent=1))
-    return int(not all(row.fits for row in table))
+    return int(bool(late) or not all(row.fits for row in table))
 
 
 if __name__ == "__main__":

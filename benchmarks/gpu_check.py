@@ -89,7 +89,18 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-PARTS = ("kernels", "greedy", "ceilings", "decode", "prefill", "engine", "profile", "serving")
+PARTS = (
+    "kernels",
+    "greedy",
+    "ceilings",
+    "decode",
+    "flashinfer",
+    "prefill",
+    "deterministic",
+    "engine",
+    "profile",
+    "serving",
+)
 
 
 class Report:
@@ -169,8 +180,21 @@ def main() -> int:
                 report.table("ceilings", [{"what": key, "value": value} for key, value in best.items()])
             if part == "decode":
                 report.table(part, decode_goals(machine, best, args.quick))
+            elif part == "flashinfer":
+                from gpu_flashinfer import against_flashinfer
+
+                report.table(part, against_flashinfer(machine))
             elif part == "prefill":
                 report.table(part, prefill_goals(machine, best, args.quick))
+            elif part == "deterministic":
+                from gpu_deterministic import check_deterministic, deterministic_goals
+
+                rows = deterministic_goals(machine, args.quick)
+                report.table(part, rows)
+                report.wrong += [
+                    row["what"] for row in rows if row["what"].startswith("same bits") and not row["value"]
+                ]
+                report.wrong += check_deterministic(machine)
             elif part == "profile":
                 for batch, rows in profile_steps(machine, args.quick).items():
                     report.table(f"profile of a decode step at batch {batch}", rows)

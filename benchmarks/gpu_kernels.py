@@ -19,12 +19,15 @@ from torch import Tensor
 from pyllm.model import sampling
 from pyllm.model.backend import AttentionMetadata, Backend
 from pyllm.model.config import DeepConfig
+from pyllm.model.fp8 import FP8, has_fp8
 from pyllm.model.layer import DeepLayer
 from pyllm.model.network import DeepForCausalLM
 
 PAGE = 16
 LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1.5e-2}
 """Largest error of a result, as a share of its root mean square."""
+FP8_LIMITS = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
+"""The same for FP8 pages: a number between two of them may go either way."""
 Cut = tuple[int, int]
 """(tokens in the pages already, new tokens)."""
 Make = Callable[[DeepForCausalLM], Backend]
@@ -174,8 +177,8 @@ def step_of(cuts: list[Cut], device: torch.device) -> tuple[AttentionMetadata, T
     return metadata, torch.cat(at).to(device), len(cuts) * per
 
 
-def check_attention(pair: Pair, cuts: list[Cut]) -> dict[str, float]:
-    """Attention over pages that hold random keys and values, and the pages that it has written."""
+def check_attention(pair: Pair, cuts: list[Cut], kept: torch.dtype | None = None) -> dict[str, float]:
+    """Attention over pages that hold random keys and values, in dtype `kept`, and the pages that it has written."""
     config = pair.model.config
     metadata, positions, blocks = step_of(cuts, pair.device)
     tokens, size = len(positions), config.hidden_size
@@ -183,16 +186,19 @@ def check_attention(pair: Pair, cuts: list[Cut]) -> dict[str, float]:
     pages = pair.randn(config.num_hidden_layers, 2, blocks, PAGE, config.num_key_value_heads, config.head_dim)
 
     def attend(model: DeepForCausalLM) -> tuple[Tensor, ...]:
-        cache = model.new_kv_cache(blocks, PAGE)
+        cache = model.new_kv_cache(blocks, PAGE, kept)
         cache.copy_(pages)
         angles = positions[:, None].float() * model.inv_freq
         below = mu.to(model.dtype) if model is pair.model else mu
         out = model.ops.attention(
             pair.layer(model, 1), x, below, (angles.cos(), angles.sin()), cache, metadata
         )  # fmt: skip
-        return out, cache[1]
+        return out, cache[1].float()
 
     (out, exact), (written, wanted) = pair.both(attend)
+    if kept == FP8:  # in whose pages single numbers differ by whole steps
+        spread = float((written - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+        return {"attention, FP8": relative(out, exact), "pages, FP8": spread}
     return {"attention": relative(out, exact), "pages": relative(written, wanted)}
 
 
@@ -269,6 +275,9 @@ def check_all(device: torch.device, make: Make, *, quick: bool, dry: bool, secon
             found = check_attention(pair, case) if isinstance(case, list) else check_tokens(pair, case)
             shown = f"{name}, {case if isinstance(case, int) else f'{len(case)} sequences, {case[-1]} last'}"
             checks += [Check(op, shown, str(dtype)[6:], error, LIMITS[dtype]) for op, error in found.items()]
+            if isinstance(case, list) and has_fp8(device):
+                found = check_attention(pair, case, FP8)
+                checks += [Check(op, shown, str(dtype)[6:], error, FP8_LIMITS[dtype]) for op, error in found.items()]
         rows, vocab = (3, 300) if dry else (64, config.vocab_size)
         drawn = check_draws(pair, rows, vocab)
         checks += [Check(op, name, "float32", error, LIMITS[torch.float32]) for op, error in drawn.items()]

@@ -21,15 +21,18 @@ from torch import Tensor
 from pyllm.model import cuda
 from pyllm.model.backend import AttentionMetadata, Backend
 from pyllm.model.config import DeepConfig
+from pyllm.model.fp8 import FP8, has_fp8
 from pyllm.model.loader import load_checkpoint
 from pyllm.model.network import DeepForCausalLM
 from pyllm.model.sampling import SamplingBatch
 
 Work = Callable[[], object]
-GOALS = {  # (batch, context): (goal, accept on an H100, on an H200)
-    (1, 512): ("G1", 0.40, 0.33), (32, 512): ("G2", 0.50, 0.45), (128, 512): ("G3", 0.60, 0.60),
-    (256, 512): ("G3", 0.60, 0.60), (256, 2048): ("G3", 0.65, 0.65),
+GOALS: dict[tuple[int, int, torch.dtype], tuple[str, float | str, float | str]] = {
+    (1, 512, torch.bfloat16): ("G1", 0.40, 0.33), (32, 512, torch.bfloat16): ("G2", 0.50, 0.45),
+    (128, 512, torch.bfloat16): ("G3", 0.60, 0.60), (256, 512, torch.bfloat16): ("G3", 0.60, 0.60),
+    (256, 2048, torch.bfloat16): ("G3", 0.65, 0.65), (256, 2048, FP8): ("FP8 KV", "", ""),
 }  # fmt: skip
+"""(batch, context, dtype of keys and values): (goal, accept on an H100, on an H200)."""
 
 
 class Machine:
@@ -136,9 +139,17 @@ def ceilings(machine: Machine) -> dict[str, float]:
 class Decode:
     """A decode step of the network alone: embedding to drawn tokens, all sequences at one context."""
 
-    def __init__(self, model: DeepForCausalLM, batch: int, context: int, *, splits: int | None = None) -> None:
+    def __init__(
+        self,
+        model: DeepForCausalLM,
+        batch: int,
+        context: int,
+        *,
+        splits: int | None = None,
+        kept: torch.dtype | None = None,
+    ) -> None:
         device, pages = model.device, -(-context // PAGE)
-        cache = model.new_kv_cache(batch * pages, PAGE)
+        cache = model.new_kv_cache(batch * pages, PAGE, kept)
         tables = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0)).to(torch.int32)
         tables = tables.view(batch, pages).to(device)
         positions = torch.full((batch,), context - 1, device=device)
@@ -147,6 +158,7 @@ class Decode:
             query_lens=[1] * batch, seq_lens=[context] * batch, num_decodes=batch, slot_mapping=slots,
             block_tables=tables, num_splits=splits,
             seq_lens_device=torch.full((batch,), context, dtype=torch.int32, device=device),
+            query_starts=torch.arange(batch + 1, dtype=torch.int32, device=device),
         )  # fmt: skip
         ids = (torch.arange(batch, device=device) * 7919 + 11) % model.config.vocab_size
         draws = SamplingBatch.build(
@@ -160,8 +172,8 @@ class Decode:
         self.work = torch.inference_mode()(work)
 
 
-def _kv_bytes(config: DeepConfig, tokens: int) -> float:
-    return 4.0 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+def _kv_bytes(config: DeepConfig, tokens: int, kept: torch.dtype) -> float:
+    return 2.0 * kept.itemsize * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
 
 
 def decode_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[dict[str, Any]]:
@@ -169,17 +181,18 @@ def decode_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[
     config = machine.shape("1.5b")
     model, rows = machine.model(config), []
     wide = "H200" in str(machine.describe()["device"])
-    for (batch, context), (goal, *accept) in list(GOALS.items())[: 2 if machine.dry else None]:
-        if quick and batch == 128:
+    steps = list(GOALS.items())
+    for (batch, context, kept), (goal, *accept) in [*steps[:2], steps[-1]] if machine.dry else steps:
+        if (quick and batch == 128) or (kept == FP8 and not has_fp8(machine.device)):
             continue
-        if not machine.fits(_kv_bytes(config, batch * context)):
+        if not machine.fits(_kv_bytes(config, batch * context, kept)):
             rows.append({"goal": goal, "batch": batch, "context": context, "ms": "does not fit"})
             continue
         batch, context = (min(batch, 3), 8) if machine.dry else (batch, context)
-        step = Decode(model, batch, context)
+        step = Decode(model, batch, context, kept=kept if kept == FP8 else None)
         seconds = machine.seconds(machine.captured(step.work) if model.ops.capturable else step.work)
         eager = machine.seconds(step.work) if batch in (1, 32) else float("nan")
-        size = step_bytes(config, batch, context)
+        size = step_bytes(config, batch, context, kept)
         rows.append(
             {"goal": goal, "batch": batch, "context": context, "ms": 1000 * seconds, "tok/s": batch / seconds,
              "eta": size / seconds / best["copy_bytes_per_s"], "accept": accept[wide], "eager ms": 1000 * eager,

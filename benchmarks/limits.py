@@ -10,19 +10,19 @@ from pyllm.model.network import DeepForCausalLM
 MATRICES = ("_proj", "dynamics_in", "controller_v", "controller_out", "gate_up", "down")
 
 
-def step_bytes(config: DeepConfig, batch: int, context: int) -> float:
+def step_bytes(config: DeepConfig, batch: int, context: int, kept: torch.dtype = torch.bfloat16) -> float:
     """The fewest bytes that a decode step of `batch` sequences with `context` tokens each must read.
 
     Every matrix once: the embedding as LM head, no mu columns in layer 0, norms and router in FP32. Of E experts a
     layer reads only those that a token of the batch goes to; ids spread evenly hit E (1 - (1 - 1/E)^batch) of them on
-    average. Keys and values of all tokens so far, in BF16. Embedding rows, activations and what is written are left
-    out: they are small, and counting less makes eta smaller.
+    average. Keys and values of all tokens so far, in dtype `kept`. Embedding rows, activations and what is written are
+    left out: they are small, and counting less makes eta smaller.
     """
     weights = _weights(config)
     experts = sum(size for name, size in weights.items() if name.endswith(("gate_up", "down")))
     count = config.experts
     read = count * (1 - (1 - 1 / count) ** batch) / count
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * kept.itemsize
     return sum(weights.values()) - experts * (1 - read) + batch * context * kv
 
 

@@ -10,6 +10,8 @@ import torch
 
 from ..model.backend import Backend
 from ..model.config import CheckpointError, DeepConfig
+from ..model.fp8 import FP8, centre, has_fp8
+from ..model.layer import DeepLayer
 from ..model.loader import load_checkpoint
 from ..model.native import NativeBackend
 from ..model.native import available as native_available
@@ -77,23 +79,26 @@ def _build(config: EngineConfig) -> EngineCore:
     )
     model.eval().requires_grad_(False)
     native = device.type == "cpu" and native_available(model.config)
+    kv_dtype = kv_cache_dtype(config, model, native)
     if config.quantization == "int8" and not native:
         raise EngineStartError("--quantization int8 needs the CPU's compiled kernels, which this machine cannot use.")
-    if config.deterministic and not native:
-        raise EngineStartError(
-            "--deterministic needs the CPU's compiled kernels, which this machine, device or model cannot use."
-        )
     if native:
         model.ops = NativeBackend(model, int8=config.quantization == "int8")
     elif device.type == "cuda":
-        model.ops = cuda_ops(model)
+        model.ops = cuda_ops(model, deterministic=config.deterministic)
+    if config.deterministic and not native and not model.ops.capturable:
+        raise EngineStartError(
+            "--deterministic needs the CPU's compiled kernels or a GPU's Triton kernels, and neither can be used here."
+        )
     kernels: Kernels = "native" if native else "triton" if model.ops.capturable else "torch"
     max_model_len = config.max_model_len or model.config.max_position_embeddings
-    size = block_bytes(model.config, config.block_size, model.dtype.itemsize)
-    limits = Limits(config.block_size, max_model_len, config.max_num_seqs, config.max_num_batched_tokens)
+    size = block_bytes(model.config, config.block_size, kv_dtype.itemsize)
+    limits = Limits(
+        config.block_size, max_model_len, config.most_seqs(device.type), config.max_num_batched_tokens, kv_dtype
+    )
     reserve = step_bytes(model, limits) + size if device.type == "cuda" else 0
     num_blocks = num_kv_blocks(config, device, size, max_model_len, reserve)
-    runner = ModelRunner(model, num_blocks=num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs)
+    runner = _runner(model, num_blocks, limits)
     for length, count in WARM_UP_STEPS[kernels]:
         _rehearse(runner, limits, [length], min(count, num_blocks), SamplingParams(temperature=1.0, seed=0))
     graphs = None
@@ -109,7 +114,7 @@ def _build(config: EngineConfig) -> EngineCore:
         load_seconds=report.seconds,
         vocab_size=model.config.vocab_size,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
         num_blocks=num_blocks,
@@ -119,6 +124,7 @@ def _build(config: EngineConfig) -> EngineCore:
         graph_seconds=graphs.seconds if graphs is not None else 0.0,
         graph_bytes=graphs.bytes if graphs is not None else 0,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         chunk_multiple=model.ops.prefill_multiple,
         max_num_prefill_tokens=config.max_num_prefill_tokens or PREFILL_TOKENS[device.type],
         scheduling_policy=config.scheduling_policy,
@@ -133,13 +139,13 @@ def _build(config: EngineConfig) -> EngineCore:
     return EngineCore(info, runner, runner.watcher, grammars)
 
 
-def cuda_ops(model: DeepForCausalLM) -> Backend:
+def cuda_ops(model: DeepForCausalLM, *, deterministic: bool = False) -> Backend:
     """The Triton kernels, or plain torch with a warning where they cannot run."""
     from ..model import cuda  # Triton takes its time, which nobody without a GPU should spend
 
     reason = "Triton is not installed, or they cannot hold this model"
     if cuda.available(model.config):
-        ops = cuda.TritonBackend(model)
+        ops = cuda.TritonBackend(model, deterministic=deterministic)
         try:
             ops.rms_norm(model.norm[None], model.norm, model.config.rms_norm_eps)
         except Exception as error:  # as when there is no C compiler, which Triton calls at its first kernel
@@ -162,18 +168,26 @@ def _capture(runner: ModelRunner, maker: GraphMaker, max_model_len: int) -> Deco
 
 
 class Limits(NamedTuple):
-    """What bounds a step."""
+    """What bounds a step, and what its pages are kept in; None is the model's dtype."""
 
     block_size: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    kv_cache_dtype: torch.dtype | None = None
+
+
+def _runner(model: DeepForCausalLM, num_blocks: int, limits: Limits) -> ModelRunner:
+    return ModelRunner(
+        model, num_blocks=num_blocks, block_size=limits.block_size, max_num_seqs=limits.max_num_seqs,
+        kv_cache_dtype=limits.kv_cache_dtype,
+    )  # fmt: skip
 
 
 def step_bytes(model: DeepForCausalLM, limits: Limits) -> int:
     """Memory of a GPU that the largest steps take, graphs included, beside weights and KV cache; by trying them."""
     device = model.device
-    runner = ModelRunner(model, num_blocks=1, block_size=limits.block_size, max_num_seqs=limits.max_num_seqs)
+    runner = _runner(model, 1, limits)
     longest = limits.max_model_len - 1
     whole, rest = divmod(limits.max_num_batched_tokens, longest)
     lengths = [longest] * whole + [rest] * (rest > 0)
@@ -221,6 +235,20 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
         return DTYPES[config.dtype]
     bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def kv_cache_dtype(config: EngineConfig, model: DeepForCausalLM, native: bool) -> torch.dtype:
+    """The number format of keys and values in the cache; FP8 brings the model's weights to where it has room."""
+    if config.kv_cache_dtype == "auto":
+        return model.dtype
+    if native:
+        raise EngineStartError("--kv-cache-dtype fp8 needs a GPU: the CPU's compiled kernels have no such numbers.")
+    if not has_fp8(model.device):
+        raise EngineStartError("--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less.")
+    for layer in model.layers:
+        assert isinstance(layer, DeepLayer)  # nn.ModuleList forgets its type
+        centre(layer)
+    return FP8
 
 
 def block_bytes(config: DeepConfig, block_size: int, itemsize: int) -> int:

@@ -10,10 +10,13 @@ DType = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
 Quantization = Literal["none", "int8"]
+KVCacheDType = Literal["auto", "fp8"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 
 
 class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,9 +50,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         device: `auto` is cuda where there is one, else cpu.
         load_format: `dummy` gives random weights of the config's shapes.
         quantization: `int8` packs the weights of the large products to 8 bits at load.
+        kv_cache_dtype: of keys and values in the cache; `auto` is that of the weights, `fp8` (e4m3) needs a GPU.
         seed: of dummy weights, and of the seeds drawn for requests that bring none; None draws those at random.
         max_model_len: most tokens of prompt and output together; None is the model's context.
-        max_num_seqs: most sequences in one step.
+        max_num_seqs: most sequences in one step; None chooses by device.
         max_num_batched_tokens: token budget of one step; a longer prompt is computed in chunks.
         max_num_prefill_tokens: most prompt tokens in a step in which up to eight other sequences decode, so that
             arriving prompts slow running streams down only so far; None chooses by device.
@@ -64,7 +68,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         overlap_scheduling: begin a step before the one before it is read; None is on a GPU only.
         enforce_eager: record no decode steps as CUDA graphs.
         engine_hang_timeout: seconds without any progress, not even of a layer, after which the engine counts as hung.
-        deterministic: refuse to start where an answer's last bits could depend on who else is being served.
+        deterministic: compute so that an answer's last bits do not depend on who else is being served, which takes a
+            GPU longer, and refuse to start where that cannot be.
         quiet: no progress bar while loading.
     """
 
@@ -73,9 +78,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: Device = "auto"
     load_format: LoadFormat = "auto"
     quantization: Quantization = "none"
+    kv_cache_dtype: KVCacheDType = "auto"
     seed: int | None = None
     max_model_len: Count | None = None
-    max_num_seqs: Count = 64
+    max_num_seqs: Count | None = None
     max_num_batched_tokens: Count = 2048
     max_num_prefill_tokens: Count | None = None
     max_num_queued_reqs: Count = 1024
@@ -91,3 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     engine_hang_timeout: Seconds = 30.0
     deterministic: bool = False
     quiet: bool = False
+
+    def most_seqs(self, device: str) -> int:
+        """`max_num_seqs`, or what it is on a `cpu` or `cuda` where nothing is said."""
+        return self.max_num_seqs or MAX_NUM_SEQS[device]

@@ -114,6 +114,7 @@ class _Buffers:
             size += -(-count // ALIGNMENT) * ALIGNMENT
         self._host = np.zeros(size, np.uint8)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.host: dict[str, npt.NDArray[Any]] = {}
         self.device: dict[str, Tensor] = {}
         for name, (shape, dtype, place) in places.items():
@@ -272,7 +273,7 @@ class DecodeGraphs:
         given = buffers.device
         metadata = AttentionMetadata(
             query_lens=[1] * rows, seq_lens=[1] * rows, num_decodes=rows, slot_mapping=given["slots"],
-            block_tables=given["tables"], seq_lens_device=given["lengths"],
+            block_tables=given["tables"], seq_lens_device=given["lengths"], query_starts=buffers.starts,
         )  # fmt: skip
         batch = SamplingBatch(
             temperature=given["temperature"], top_k=given["top_k"], top_p=given["top_p"], min_p=given["min_p"],

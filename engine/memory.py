@@ -57,7 +57,7 @@ def num_kv_blocks(
         blocks = max(room, 0) // block_bytes
         if device.type == "cpu" or not config.enable_prefix_caching:
             # All that the sequences that may run at once can fill; a GPU's memory is good for nothing else.
-            blocks = min(blocks, config.max_num_seqs * per_sequence)
+            blocks = min(blocks, config.most_seqs(device.type) * per_sequence)
     if blocks < per_sequence:
         tokens = blocks * config.block_size
         shorter = f"lower --max-model-len to {tokens}, or " if tokens else ""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from .config import Quantization, SchedulingPolicy, SpeculativeConfig
+from .config import KVCacheDType, Quantization, SchedulingPolicy, SpeculativeConfig
 from .errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -179,6 +179,7 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     graph_seconds: float = 0.0
     graph_bytes: int = 0
     quantization: Quantization = "none"
+    kv_cache_dtype: KVCacheDType = "auto"
     chunk_multiple: int = 1
     """Where a prompt must be cut, if it is, so that the cut does not change its tokens' last bits."""
     max_num_prefill_tokens: int | None = None
@@ -278,7 +279,6 @@ class EngineStats(Message, frozen=True, kw_only=True):
     step_seconds: float = 0.0
     step_tokens: int = 0
     """Tokens computed in the step, of prompts and outputs together."""
-    step_generated_tokens: int = 0
     num_drafts: int = 0
     """Guesses of next tokens that were checked, since the start."""
     num_draft_tokens: int = 0

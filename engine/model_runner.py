@@ -50,13 +50,22 @@ class ModelRunner:
         num_blocks: pages of the KV cache; one more is there for what is nobody's.
         block_size: tokens per page.
         max_num_seqs: most sequences in a step.
+        kv_cache_dtype: of the pages; None is the model's.
     """
 
-    def __init__(self, model: DeepForCausalLM, *, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        model: DeepForCausalLM,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        kv_cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.kv_cache = model.new_kv_cache(num_blocks + 1, block_size)
+        self.kv_cache = model.new_kv_cache(num_blocks + 1, block_size, kv_cache_dtype)
         self.sampler = Sampler(model.ops)
         self.watcher = Watcher(model)
         self.masks = MaskMaker()

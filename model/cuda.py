@@ -25,6 +25,7 @@ from .backend import (
     Backend,
 )
 from .config import DeepConfig
+from .cuda_blocks import BUSY, ONE_BLOCK, Blocks, FixedBlocks, power_of_two
 from .layer import DeepLayer
 from .network import DeepForCausalLM
 from .sampling import SamplingBatch
@@ -40,12 +41,10 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 FEW_TOKENS = 32
 """Tokens up to which our own products, fused with norms, take the place of cuBLAS."""
-ONE_BLOCK = 64
-"""Tokens up to which the experts' products run over all tokens and keep each its own, instead of sorting."""
 SORT_BLOCK = 256
-BUSY = 264
-"""Programs that keep a large GPU busy: two for each multiprocessor of an H100."""
 MAX_SPLITS = 32
+NO_WINDOW = 1 << 30
+"""A sliding window that leaves nothing out."""
 
 
 def available(config: DeepConfig) -> bool:
@@ -58,11 +57,6 @@ def num_splits(sequences: int, kv_heads: int) -> int:
     """Runs into which decode attention cuts each sequence's keys, a power of two: as many as keep the GPU busy."""
     wanted = max(1, min(MAX_SPLITS, BUSY // max(1, sequences * kv_heads)))
     return 1 << (wanted.bit_length() - 1)
-
-
-def _power(least: int, value: int) -> int:
-    """The smallest power of two that is neither below `value` nor below `least`."""
-    return max(least, 1 << max(0, value - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +91,23 @@ class TritonBackend(Backend):
     Args:
         model: whose layers will be computed; `available` must have said yes.
         generation: of the GPU that the kernels are made for: 8, 9, 10 or 12; None asks the model's device.
+        deterministic: give a token the same bits whatever else is in the step. Then each operation is one compiled
+            kernel, whose block does not depend on the number of tokens; cuBLAS, which chooses by it, is never called;
+            and decodes are computed as prompts of one token, with their keys taken one block after the other.
     """
 
     prefill_multiple = 1
     capturable = True
 
-    def __init__(self, model: DeepForCausalLM, generation: int | None = None) -> None:
+    def __init__(self, model: DeepForCausalLM, generation: int | None = None, *, deterministic: bool = False) -> None:
         # Else cuBLAS may add up the parts of a long sum in BF16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._highway = model.architecture.mu_highway
         self._exact = model.dtype == torch.float32
         if generation is None and model.device.type == "cuda":
             generation = torch.cuda.get_device_capability(model.device)[0]
-        # Queries, keys and warps. Where matrix units do not read from shared memory, more would not fit in registers.
-        self._prompt_block = (32, 16, 8) if self._exact else (64, 32, 4) if generation in (8, 12) else (128, 64, 8)
+        self._fixed = deterministic
+        self._blocks = (FixedBlocks if deterministic else Blocks)(self._exact, generation)
         self._seen: tuple[AttentionMetadata, _Step] | None = None
         self._above: _Above | None = None
 
@@ -118,14 +115,18 @@ class TritonBackend(Backend):
         """As `Backend.embed`; a negative id gives zeros."""
         size = weight.shape[1]
         out = weight.new_empty((len(input_ids), size), dtype=torch.float32)
-        block = min(1024, _power(16, size))
+        block = min(1024, power_of_two(16, size))
         grid = (len(input_ids), -(-size // block))
         triton_kernels.embed_kernel[grid](input_ids, weight, out, H=size, BLOCK=block)
         return out
 
+    def _few(self, tokens: int) -> bool:
+        """Whether our own products compute so many tokens."""
+        return self._fixed or tokens <= FEW_TOKENS
+
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """As `Backend.linear`; the sum is not rounded to the weights' dtype."""
-        if len(x) <= FEW_TOKENS:
+        if self._few(len(x)):
             return self._small(x, weight)
         x = x.to(weight.dtype)
         if weight.dtype == torch.float32:
@@ -147,7 +148,7 @@ class TritonBackend(Backend):
     def _norm_into(self, out: Tensor, x: Tensor, weight: Tensor, eps: float, mu: Tensor | None = None) -> None:
         size = x.shape[-1]
         triton_kernels.norm_kernel[(x.numel() // size,)](
-            x, weight, x if mu is None else mu, out, eps, out.shape[-1], H=size, BLOCK=_power(16, size),
+            x, weight, x if mu is None else mu, out, eps, out.shape[-1], H=size, BLOCK=power_of_two(16, size),
             MU=mu is not None, num_warps=4 if size <= 4096 else 8,
         )  # fmt: skip
 
@@ -164,18 +165,13 @@ class TritonBackend(Backend):
         out = x.new_empty((tokens, n), dtype=torch.float32)
         if tokens == 0:
             return out
-        wide = n > 64 * BUSY
-        block_m = 16 if tokens <= 16 else 32
-        block_n = 32 if self._exact else 64 if wide else 16
-        block_k = 32 if self._exact else 128 if wide or block_m > 16 else 256
-        block_k = min(block_k, _power(16, inner))
+        blocks = self._blocks.linear(tokens, n, inner)
         other, other_weight = second or (x, weight)
-        grid = (-(-n // block_n), -(-tokens // block_m))
+        grid = (-(-n // blocks["BLOCK_N"]), -(-tokens // blocks["BLOCK_M"]))
         triton_kernels.linear_kernel[grid](
             x, x if norm is None else norm, weight, other, other_weight, out, tokens, eps, x.stride(0),
             weight.stride(0), other.stride(0), other_weight.stride(0), second_from,
-            N=n, K=inner, K2=other.shape[1] if second else 0, NORM=norm is not None,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_stages=4,
+            N=n, K=inner, K2=other.shape[1] if second else 0, NORM=norm is not None, **blocks,
         )  # fmt: skip
         return out
 
@@ -194,7 +190,7 @@ class TritonBackend(Backend):
         size, weight, eps = layer.config.hidden_size, layer.kqv_proj, layer.config.rms_norm_eps
         takes_mu = weight.shape[1] > size
         assert mu_below is not None or not takes_mu
-        if len(x) <= FEW_TOKENS:
+        if self._few(len(x)):
             second = None if mu_below is None or not takes_mu else (mu_below, weight[:, size:])
             kqv = self._small(x, weight, norm=layer.input_norm, eps=eps, second=second)
         else:
@@ -205,10 +201,9 @@ class TritonBackend(Backend):
             else:
                 inputs = self._normed(x, layer.input_norm, eps, weight.dtype, mu_below if takes_mu else None)
             kqv = F.linear(inputs, weight)
-        out = self._paged(
-            layer, kqv, rope, cache[layer.index], self._prepared(metadata, x.device), metadata.num_decodes
-        )
-        return self._small(out, layer.o_proj) if len(x) <= FEW_TOKENS else F.linear(out, layer.o_proj)
+        step, decodes = self._prepared(metadata, x.device), 0 if self._fixed else metadata.num_decodes
+        out = self._paged(layer, kqv, rope, cache[layer.index], step, decodes)
+        return self._small(out, layer.o_proj) if self._few(len(x)) else F.linear(out, layer.o_proj)
 
     def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """As `Backend.new_kv_cache`; in memory one head's keys or values of a page are one run."""
@@ -224,7 +219,7 @@ class TritonBackend(Backend):
             lengths, starts = metadata.seq_lens_device, metadata.query_starts
             if lengths is None:
                 lengths = torch.tensor(metadata.seq_lens, dtype=torch.int32).to(device, non_blocking=True)
-            if starts is None and metadata.num_decodes < len(metadata.query_lens):
+            if starts is None and (self._fixed or metadata.num_decodes < len(metadata.query_lens)):
                 sums = torch.tensor([0, *metadata.query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
                 starts = sums.to(device, non_blocking=True)
             tables = metadata.block_tables.to(torch.int32)
@@ -237,13 +232,14 @@ class TritonBackend(Backend):
         """Attention over the pages of one layer [2, blocks, block_size, KV, D]: kqv [T, ..] -> [T, heads * D]."""
         config, tokens = layer.config, len(kqv)
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        out = kqv.new_empty((tokens, heads * size), dtype=cache.dtype)
+        out = kqv.new_empty((tokens, heads * size), dtype=layer.o_proj.dtype)
         q_norm, k_norm = layer.q_norm, layer.k_norm
         norms = (kqv, kqv) if q_norm is None or k_norm is None else (q_norm, k_norm)
         sides = (cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3))
         shape = {"D": size, "HEADS": heads, "KV": kv_heads, "PAGE": cache.shape[2]}
-        qk_norm, window = q_norm is not None, config.sliding_window or 0
-        block_d, group, scale = _power(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
+        # With a window, all keys of a prompt go through one loop, whichever tokens are in the block.
+        qk_norm, window = q_norm is not None, config.sliding_window or (NO_WINDOW if self._fixed else 0)
+        block_d, group, scale = power_of_two(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
         if decodes:
             splits = step.splits or num_splits(decodes, kv_heads)
             block_n = 16 if self._exact else 32 if splits > 8 else 64
@@ -254,7 +250,7 @@ class TritonBackend(Backend):
             triton_attention.decode_kernel[(splits, kv_heads, decodes)](
                 kqv, *norms, *rope, step.slots, step.tables, step.lengths, cache, out, partial, weights, QK_NORM_EPS,
                 scale, step.tables.stride(0), *sides, **shape, QK_NORM=qk_norm, WINDOW=window, SPLITS=splits,
-                BLOCK_D=block_d, BLOCK_G=_power(16, group), BLOCK_N=block_n, num_stages=2 if self._exact else 5,
+                BLOCK_D=block_d, BLOCK_G=power_of_two(16, group), BLOCK_N=block_n, num_stages=2 if self._exact else 5,
             )  # fmt: skip
             if splits > 1:
                 triton_attention.combine_kernel[(heads, decodes)](
@@ -264,14 +260,14 @@ class TritonBackend(Backend):
         if decodes < tokens:
             assert step.starts is not None
             rest = tokens - decodes
-            q = kqv.new_empty((rest, heads, size), dtype=cache.dtype)
+            q = kqv.new_empty((rest, heads, size), dtype=layer.o_proj.dtype)
             triton_attention.rotate_kernel[(rest,)](
                 kqv[decodes:], *norms, rope[0][decodes:], rope[1][decodes:], step.slots[decodes:], cache, q,
-                QK_NORM_EPS, *sides, **shape, QK_NORM=qk_norm, BLOCK_D=block_d, BLOCK_Q=_power(1, heads),
-                BLOCK_KV=_power(1, kv_heads),
+                QK_NORM_EPS, *sides, **shape, QK_NORM=qk_norm, BLOCK_D=block_d, BLOCK_Q=power_of_two(1, heads),
+                BLOCK_KV=power_of_two(1, kv_heads),
             )  # fmt: skip
             sequences = len(step.lengths) - decodes
-            block_m, keys, warps = self._prompt_block
+            block_m, keys, warps = self._blocks.prompt()
             grid = (rest // (block_m // group) + sequences, kv_heads)
             triton_attention.prefill_kernel[grid](
                 q, step.tables[decodes:], step.starts[decodes:], step.lengths[decodes:], cache, out[decodes:], scale,
@@ -291,7 +287,7 @@ class TritonBackend(Backend):
         assert layer.controller_out is not None
         tokens, size = x.shape
         inner = len(layer.controller_v)
-        few = tokens <= FEW_TOKENS
+        few = self._few(tokens)
         from_velocity = None
         if few:
             second = None if velocity is None else (velocity, layer.controller_v)
@@ -313,14 +309,14 @@ class TritonBackend(Backend):
             else:
                 stacked = x.new_empty((tokens, 2 * size), dtype=layer.kqv_proj.dtype)
                 below = stacked[:, size:]
-        block_m, block_n = (16, 32) if self._exact else (16, 16) if few else (32, 32)
-        triton_kernels.dynamics_kernel[(-(-size // block_n), -(-tokens // block_m))](
+        blocks = self._blocks.dynamics(few)
+        triton_kernels.dynamics_kernel[(-(-size // blocks["BLOCK_N"]), -(-tokens // blocks["BLOCK_M"]))](
             x, h, speed, products, products if from_velocity is None else from_velocity, layer.controller_bias,
             layer.controller_out, layer.controller_out_bias, layer.mu, mu, mu if below is None else below, residual,
             tokens, layer.config.dynamics_dt, 0 if below is None else below.stride(0), H=size, C=inner,
             CONTEXTUAL=layer.contextual_mu, MOVING=velocity is not None, SPLIT_INPUT=from_velocity is not None,
             HIGHWAY=below is not None, FIRST=first, MAX_BETA=MAX_BETA, MAX_VELOCITY=MAX_VELOCITY,
-            SHARE=HIGHWAY_SHARE, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=_power(16, inner),
+            SHARE=HIGHWAY_SHARE, **blocks, BLOCK_C=power_of_two(16, inner),
         )  # fmt: skip
         self._above = None if below is None else _Above(mu, below, residual, stacked)
         return x, speed, mu
@@ -344,7 +340,7 @@ class TritonBackend(Backend):
             x, layer.post_norm, x if mu is None else mu, x if router is None else router,
             input_ids if table is None else table, input_ids, input_ids if experts is None else experts, b,
             layer.config.rms_norm_eps, BASE_EXPERT_SCORE, H=size, E=count, ROUTED=table is not None,
-            ROUTER=router is not None, BLOCK=_power(16, size), num_warps=4 if size <= 4096 else 8,
+            ROUTER=router is not None, BLOCK=power_of_two(16, size), num_warps=4 if size <= 4096 else 8,
         )  # fmt: skip
         self._experts(x, b, layer.gate_up, layer.down, experts, layer.activation)
         if layer.shared_gate_up is not None and layer.shared_down is not None:
@@ -358,17 +354,17 @@ class TritonBackend(Backend):
         tokens, size = x.shape
         count, width = len(down), down.shape[2]
         mode, order, offsets = triton_mlp.DENSE.value, b, b
-        narrow, wide, blocks = self._mlp_blocks(tokens)
+        narrow, wide, blocks = self._blocks.experts(tokens)
         rows = -(-tokens // blocks["BLOCK_M"])
         own = b if experts is None else experts
-        if experts is not None and rows == 1 and tokens <= ONE_BLOCK:
+        if experts is not None and rows == 1 and tokens <= ONE_BLOCK and not self._fixed:
             mode, rows = triton_mlp.MASKED.value, count
         elif experts is not None:
             mode, rows = triton_mlp.SORTED.value, rows + count - 1
             order = experts.new_empty(tokens, dtype=torch.int32)
             offsets = experts.new_empty(count + 1, dtype=torch.int32)
             triton_mlp.sort_kernel[(-(-tokens // SORT_BLOCK),)](
-                experts, order, offsets, tokens, E=count, BLOCK=SORT_BLOCK, BLOCK_E=_power(2, count + 1)
+                experts, order, offsets, tokens, E=count, BLOCK=SORT_BLOCK, BLOCK_E=power_of_two(2, count + 1)
             )
         act = b.new_empty((tokens, width))
         triton_mlp.gate_up_kernel[(-(-width // narrow), rows)](
@@ -378,18 +374,6 @@ class TritonBackend(Backend):
         triton_mlp.down_kernel[(-(-size // wide), rows)](
             act, down, own, order, offsets, x, tokens, H=size, W=width, E=count, MODE=mode, BLOCK_N=wide, **blocks
         )
-
-    def _mlp_blocks(self, tokens: int) -> tuple[int, int, dict[str, int]]:
-        """Block shapes of the experts' products: columns of gate and of up each, columns of down, and the rest."""
-        if self._exact:
-            return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-        if tokens <= 16:
-            return 16, 16, {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
-        if tokens <= ONE_BLOCK:
-            return 32, 32, {"BLOCK_M": _power(32, tokens), "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-        if tokens <= 1024:
-            return 64, 64, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-        return 64, 128, {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
     def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """As `Backend.draw`, but for rounding at the very border of what is kept."""

@@ -147,11 +147,11 @@ class DeepForCausalLM(nn.Module):
         """Scores of the next token: hidden [N, H] -> FP32 [N, vocab]."""
         return self.ops.linear(hidden, self.lm_head)
 
-    def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
-        """Zeroed pages [layers, 2, num_blocks, block_size, kv_heads, D] in the model's dtype, on its device."""
+    def new_kv_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeroed pages [layers, 2, num_blocks, block_size, kv_heads, D] in `dtype` or the model's, on its device."""
         config = self.config
         shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        return self.ops.new_kv_cache(shape, self.dtype, self.device)
+        return self.ops.new_kv_cache(shape, dtype or self.dtype, self.device)
 
     @classmethod
     def from_pretrained(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .fp8 import MAX_FP8
 from .triton_kernels import dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(MAX_FP8)
 
 
 @triton.jit
@@ -34,6 +36,14 @@ def _rotated(
     c = tl.load(cos + angle, mask=at < D, other=0.0)[None, :]
     s = tl.load(sin + angle, mask=at < D, other=0.0)[None, :]
     return value * c + tl.where(at < half, -1.0, 1.0)[None, :] * other * s
+
+
+@triton.jit
+def _kept(value, dtype: tl.constexpr):
+    """Keys or values as the pages keep them; in FP8, which has no infinity, what is too large is its largest number."""
+    if dtype == tl.float8e4nv:
+        value = tl.clamp(value.to(tl.float32), -LARGEST, LARGEST)
+    return value.to(dtype)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -62,8 +72,8 @@ def rotate_kernel(
         mask = (kv < KV)[:, None] & (at < D)[None, :]
         v = tl.load(line + (KV + HEADS + kv)[:, None] * D + at[None, :], mask=mask, other=0.0)
         page = cache + slot // PAGE * page_stride + slot % PAGE * slot_stride + kv[:, None] * head_stride
-        tl.store(page + at[None, :], k.to(cache.dtype.element_ty), mask=mask)
-        tl.store(page + side_stride + at[None, :], v.to(cache.dtype.element_ty), mask=mask)
+        tl.store(page + at[None, :], _kept(k, cache.dtype.element_ty), mask=mask)
+        tl.store(page + side_stride + at[None, :], _kept(v, cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -87,7 +97,7 @@ def _attend(
         mask = ok[:, None]
         if D != BLOCK_D:
             mask = mask & (at < D)[None, :]
-        k = tl.load(place, mask=mask, other=0.0)
+        k = tl.load(place, mask=mask, other=0.0).to(q.dtype)
         scores = dot(q, k, tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale
         if CAUSAL:
             seen = ok[None, :] & (key[None, :] <= query_at[:, None])
@@ -101,9 +111,9 @@ def _attend(
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         share = tl.exp2(scores - safe[:, None])
         fade = tl.exp2(highest - safe)
-        v = tl.load(place + side_stride, mask=mask, other=0.0)
+        v = tl.load(place + side_stride, mask=mask, other=0.0).to(q.dtype)
         total = total * fade + tl.sum(share, axis=1)
-        acc = tl.dot(share.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        acc = tl.dot(share.to(q.dtype), v, acc * fade[:, None], input_precision="ieee")
         highest = higher
     return acc, highest, total
 
@@ -118,8 +128,8 @@ def decode_kernel(
     """One new token per sequence: QK-norm, rotary positions, its K and V to their page, and attention over all keys.
 
     The keys before the new token are cut into at most SPLITS runs; the first run's program takes the new key as well,
-    from its registers, so no program waits for another's write. With SPLITS > 1 the results go to `partial`
-    [S, HEADS, SPLITS, D] with their log2 weights [S, HEADS, SPLITS]. Grid: (SPLITS, KV, sequences).
+    from its registers but as the pages keep it, so no program waits for another's write. With SPLITS > 1 the results go
+    to `partial` [S, HEADS, SPLITS, D] with their log2 weights [S, HEADS, SPLITS]. Grid: (SPLITS, KV, sequences).
     """
     split, kv, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group: tl.constexpr = HEADS // KV
@@ -142,7 +152,7 @@ def decode_kernel(
         cos += sequence * (D // 2)
         sin += sequence * (D // 2)
         q = _rotated(line + (KV * D + head * D)[:, None], q_norm, cos, sin, member < group, at, eps, D, QK_NORM)
-        q = q.to(dtype)
+        q = q.to(out.dtype.element_ty)
         pages = cache + kv * head_stride
         acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
         highest = tl.full((BLOCK_G,), -float("inf"), tl.float32)
@@ -150,8 +160,9 @@ def decode_kernel(
         scale = scale * LOG2_E
         if split == 0:
             one = tl.zeros((1,), tl.int32)
-            k = _rotated(line + (kv * D + one)[:, None], k_norm, cos, sin, one == 0, at, eps, D, QK_NORM).to(dtype)
-            v = tl.load(line + (KV + HEADS + kv) * D + at, mask=at < D, other=0.0).to(dtype)
+            k = _rotated(line + (kv * D + one)[:, None], k_norm, cos, sin, one == 0, at, eps, D, QK_NORM)
+            v = tl.load(line + (KV + HEADS + kv) * D + at, mask=at < D, other=0.0)
+            k, v = _kept(k, dtype), _kept(v, dtype)
             slot = tl.load(slots + sequence)
             if slot >= 0:
                 place = pages + slot // PAGE * page_stride + slot % PAGE * slot_stride

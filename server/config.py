@@ -60,12 +60,17 @@ class ModelFlags:
     dtype: str = flag("auto", "number format of the weights", choices=("auto", "bfloat16", "float32"))
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     quantization: str = flag("none", "int8 packs the large weights to 8 bits at load", choices=("none", "int8"))
+    kv_cache_dtype: str = flag(
+        "auto", "fp8 keeps twice as many tokens in the KV cache, on a GPU", choices=("auto", "fp8")
+    )
     load_format: str = flag("auto", "dummy gives random weights of the config's shapes", choices=("auto", "dummy"))
     seed: int | None = flag(
         None, "makes requests that bring no seed repeatable; also dummy weights", "int", low=0, high=2**63 - 1
     )
     max_model_len: int | None = flag(None, "most tokens of prompt and answer (none: the model's context)", "int", low=2)
-    max_num_seqs: int = flag(64, "most sequences in one step", "int", low=1, high=4096)
+    max_num_seqs: int | None = flag(
+        None, "most sequences in one step (none: 64 on the CPU, 256 on a GPU)", "int", low=1, high=4096
+    )
     max_num_batched_tokens: int = flag(2048, "most tokens in one step", "int", low=1, high=2**20)
     max_num_prefill_tokens: int | None = flag(
         None, "most prompt tokens in a step in which up to 8 others decode (none: by device)", "int", low=1, high=2**20
@@ -86,7 +91,7 @@ class ModelFlags:
     num_kv_blocks: int | None = flag(None, "number of blocks in the KV cache, instead of a size", "int", low=1)
     enforce_eager: bool = flag(False, "record no decode steps as CUDA graphs", "switch")
     deterministic: bool = flag(
-        False, "refuse to start where an answer's last bits could depend on who else is being served", "switch"
+        False, "an answer's last bits never depend on who else is served; refused where that cannot be", "switch"
     )
     chat_template: str | None = flag(None, "file with a Jinja chat template, instead of the checkpoint's own")
     generation_config: str = flag(

@@ -194,8 +194,9 @@ class _ServerProcess:
             {"native": "compiled kernels", "triton": "Triton kernels", "torch": "plain torch"}[info.kernels],
         )  # fmt: skip
         logger.info(
-            "KV cache of %s tokens, %.1f requests of the full %s; at most %d sequences at a time",
-            f"{info.kv_capacity_tokens:,}", info.kv_capacity_tokens / info.max_model_len, f"{info.max_model_len:,}",
+            "KV cache of %s tokens%s, %.1f requests of the full %s; at most %d sequences at a time",
+            f"{info.kv_capacity_tokens:,}", " in FP8" if info.kv_cache_dtype == "fp8" else "",
+            info.kv_capacity_tokens / info.max_model_len, f"{info.max_model_len:,}",
             info.max_num_seqs,
         )  # fmt: skip
         if info.graph_sizes:

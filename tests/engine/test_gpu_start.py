@@ -11,6 +11,7 @@ from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
 from pyllm.model import DeepForCausalLM
 from pyllm.model.backend import Backend
+from pyllm.model.fp8 import FP8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -26,7 +27,7 @@ def test_kernels_that_cannot_run_are_replaced_with_a_warning(tiny_checkpoint, mo
     from pyllm.model import cuda
 
     class Broken(Backend):
-        def __init__(self, model: DeepForCausalLM) -> None:
+        def __init__(self, model: DeepForCausalLM, *, deterministic: bool) -> None:
             pass
 
         def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -40,6 +41,44 @@ def test_kernels_that_cannot_run_are_replaced_with_a_warning(tiny_checkpoint, mo
     monkeypatch.setattr(cuda, "available", lambda config: False)
     assert cuda_ops(model) is model.ops
     assert "Triton is not installed" in caplog.text
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_deterministic_on_a_gpu_makes_such_kernels_or_refuses_in_one_sentence(tiny_checkpoint, monkeypatch, usable):
+    from pyllm.model import cuda
+
+    made: list[bool] = []
+
+    class StartedError(Exception):
+        pass
+
+    class Kernels(Backend):
+        capturable = True
+
+        def __init__(self, model: DeepForCausalLM, *, deterministic: bool) -> None:
+            made.append(deterministic)
+
+    def stop(*_: object) -> None:
+        raise StartedError
+
+    monkeypatch.setattr(cuda, "available", lambda config: usable)
+    monkeypatch.setattr(cuda, "TritonBackend", Kernels)
+    monkeypatch.setattr(build, "_device", lambda config: torch.device("cuda"))
+    monkeypatch.setattr(build, "step_bytes", stop)
+    plain = build.load_checkpoint
+
+    def load(folder: object, **settings: object) -> object:
+        return plain(folder, **{**settings, "device": torch.device("cpu")})
+
+    monkeypatch.setattr(build, "load_checkpoint", load)
+    config = EngineConfig(model=str(tiny_checkpoint), deterministic=True, quiet=True)
+    with pytest.raises(StartedError if usable else EngineStartError) as caught:
+        build_engine(config)
+    assert made == [True] * usable
+    if not usable:
+        assert str(caught.value) == (
+            "--deterministic needs the CPU's compiled kernels or a GPU's Triton kernels, and neither can be used here."
+        )
 
 
 def test_memory_for_steps_is_found_by_trying_the_largest_ones(tiny_checkpoint, monkeypatch):
@@ -66,3 +105,18 @@ def test_too_little_memory_of_a_gpu_is_one_sentence_that_says_what_to_set(tiny_c
     monkeypatch.setattr(build, "load_checkpoint", load)
     with pytest.raises(EngineStartError, match="lower --gpu-memory-utilization, --max-num-batched-tokens or"):
         build_engine(EngineConfig(model=str(tiny_checkpoint)))
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((12, 0), True)])
+def test_a_gpu_that_has_no_fp8_refuses_it_in_one_sentence(tiny_checkpoint, monkeypatch, capability, fits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config, model = EngineConfig(model="m", kv_cache_dtype="fp8"), DeepForCausalLM.from_pretrained(tiny_checkpoint)
+    monkeypatch.setattr(DeepForCausalLM, "device", torch.device("cuda"))
+    if fits:
+        assert build.kv_cache_dtype(config, model, native=False) == FP8
+        return
+    with pytest.raises(EngineStartError) as caught:
+        build.kv_cache_dtype(config, model, native=False)
+    assert str(caught.value) == (
+        "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less."
+    )

@@ -101,6 +101,12 @@ def test_a_gpu_is_filled_up_to_the_given_share(monkeypatch: pytest.MonkeyPatch) 
         num_kv_blocks(config, torch.device("cuda"), 11 * GIB, 32)
 
 
+@pytest.mark.parametrize(("device", "most"), [("cpu", 64), ("cuda", 256)])
+def test_how_many_sequences_run_at_once_is_chosen_by_device(device: str, most: int) -> None:
+    assert EngineConfig(model="m").most_seqs(device) == most
+    assert EngineConfig(model="m", max_num_seqs=3).most_seqs(device) == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

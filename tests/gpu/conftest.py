@@ -35,7 +35,6 @@ else:
         return np.where(np.isnan(data), 0x7FC0, nearest).astype(np.uint16).reshape(data.shape)
 
     _cast = interpreter.InterpreterBuilder.cast_impl
-    _dot = interpreter.InterpreterBuilder.create_dot
 
     def _mended_cast(self: Any, src: Any, dst_type: Any) -> Any:
         target = dst_type.scalar
@@ -46,11 +45,26 @@ else:
         return _cast(self, src, dst_type)
 
     def _mended_dot(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
-        """The interpreter multiplies the bit patterns of BF16 numbers as if they were integers."""
-        if a.dtype.scalar == tl.bfloat16:
-            product = np.matmul(_as_float(a.data), _as_float(b.data), dtype=np.float32)
-            return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-        return _dot(self, a, b, d, *how)
+        """The interpreter multiplies the bit patterns of BF16 numbers as if they were integers.
+
+        Row by row, as NumPy adds up one row of a product in another order than the next, which no GPU does.
+        """
+        left, right = (_as_float(side.data) if side.dtype.scalar == tl.bfloat16 else side.data for side in (a, b))
+        product = np.matmul(left[:, None], right, dtype=np.float32)[:, 0]
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def _mended_fp8(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
+        """From and to FP8; the interpreter's own conversions do not carry when they round up. Overflow is NaN."""
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.float8e4nv:
+            bits = torch.from_numpy(np.array(src.data, dtype=np.uint8))
+            data = bits.view(torch.float8_e4m3fn).float().numpy()
+            return interpreter.TensorHandle(_narrowed(data) if target == tl.bfloat16 else data, target)
+        assert (source, target) == (tl.float32, tl.float8e4nv)
+        wide = torch.from_numpy(np.array(src.data, dtype=np.float32))
+        bits = wide.to(torch.float8_e4m3fn).view(torch.uint8)
+        bits[wide.abs() > 448] = 0x7F
+        return interpreter.TensorHandle(bits.numpy(), target)
 
     _patch_tensor = interpreter._patch_lang_tensor
 
@@ -77,6 +91,7 @@ else:
     interpreter._patch_lang_tensor = _mended_tensor
     interpreter.InterpreterBuilder.cast_impl = _mended_cast
     interpreter.InterpreterBuilder.create_dot = _mended_dot
+    interpreter.InterpreterBuilder.create_fp_to_fp = _mended_fp8
     # Half of the time went into two things: a table made anew at every look-up, and a proof at every sum of integers
     # that it fits, which with shapes this small tells nothing.
     _by_dtype = functools.cache(interpreter._get_np_dtype)

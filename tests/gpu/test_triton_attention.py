@@ -11,6 +11,7 @@ from checkpoints import TINY, random_model
 
 from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM, cuda
 from pyllm.model.backend import Backend
+from pyllm.model.fp8 import FP8
 from pyllm.model.layer import DeepLayer
 
 SHAPES = {
@@ -34,12 +35,19 @@ def shape(heads: int, kv_heads: int, head_dim: int, **other: object) -> DeepConf
 
 def compare(
     config: DeepConfig, cuts: list[Cut], *, page: int = 4, splits: int | None = None, padding: int = 0,
-    dtype: torch.dtype = torch.float32, layer_index: int = 1,
+    dtype: torch.dtype = torch.float32, layer_index: int = 1, kept: torch.dtype | None = None, gain: float = 1.0,
 ) -> None:  # fmt: skip
-    """The layer's output and its pages after one step, computed by both; decodes come first, then padding."""
+    """The layer's output and its pages after one step, computed by both; decodes come first, then padding.
+
+    Pages are of dtype `kept`, or that of the weights. `gain` makes keys and values so many times as large.
+    """
     exact = random_model(config, seed=3)
     model = DeepForCausalLM(config, exact.architecture, dtype=dtype)
     model.load_state_dict(exact.state_dict())
+    for own in model.layers:
+        own.kqv_proj.data.mul_(gain)
+        if own.k_norm is not None:
+            own.k_norm.data.mul_(gain)
     generator = torch.Generator().manual_seed(9)
     decodes = sum(new == 1 for _, new in cuts)
     assert padding == 0 or decodes == len(cuts)
@@ -55,7 +63,7 @@ def compare(
     tokens = len(positions)
     x, mu = torch.randn(2, tokens, config.hidden_size, generator=generator)
     angles = positions[:, None].float() * model.inv_freq
-    written = torch.randn(2, 2, blocks, page, *_kv(config), generator=generator).to(dtype)
+    written = torch.randn(2, 2, blocks, page, *_kv(config), generator=generator).to(kept or dtype)
     lens = [past + new for past, new in cuts]
     metadata = AttentionMetadata(
         query_lens=[new for _, new in cuts], seq_lens=lens, num_decodes=decodes, slot_mapping=slots, block_tables=tables
@@ -64,7 +72,8 @@ def compare(
     assert isinstance(layer, DeepLayer)
     below = mu if layer_index else None
     caches = [
-        ops.new_kv_cache(written.shape, dtype, torch.device("cpu")) for ops in (Backend(), cuda.TritonBackend(model))
+        ops.new_kv_cache(written.shape, kept or dtype, torch.device("cpu"))
+        for ops in (Backend(), cuda.TritonBackend(model))
     ]
     for cache in caches:
         cache.copy_(written)
@@ -87,11 +96,13 @@ def compare(
     close = 3e-5 if dtype == torch.float32 else 2e-2
     assert (out[:tokens].float() - expected).abs().max() <= close * expected.abs().max()
     wide = [cache.float() for cache in caches]
-    assert torch.allclose(*wide, rtol=0.0, atol=1e-4 if dtype == torch.float32 else 4e-2)
+    # A number between two of FP8 may go either way where BF16 is rounded earlier or later.
+    step = 0.126 if kept == FP8 and dtype == torch.bfloat16 else 0.0
+    assert torch.allclose(*wide, rtol=step, atol=1e-4 if dtype == torch.float32 else 4e-2)
     untouched = torch.ones(blocks * page, dtype=torch.bool)
     untouched[slots] = False
-    before = written.flatten(2, 3)[:, :, untouched]
-    assert torch.equal(caches[1].flatten(2, 3)[:, :, untouched], before)
+    before = written.float().flatten(2, 3)[:, :, untouched]
+    assert torch.equal(wide[1].flatten(2, 3)[:, :, untouched], before)
 
 
 def _kv(config: DeepConfig) -> tuple[int, int]:
@@ -149,6 +160,35 @@ def test_no_qk_norm():
 @pytest.mark.parametrize("cuts", [[(70, 1), (130, 1)], [(9, 1), (40, 70), (0, 3)]], ids=["decodes", "mixed"])
 def test_bf16_equals_plain_torch_within_its_rounding(cuts):
     compare(shape(4, 2, 32), cuts, page=16, splits=2, dtype=torch.bfloat16)
+
+
+FP8_STEPS: dict[str, tuple[DeepConfig, list[Cut], dict[str, int]]] = {
+    "decodes": (shape(8, 1, 128), [(0, 1), (3, 1), (37, 1)], {"splits": 1}),
+    "keys cut into runs": (shape(4, 2, 16), [(0, 1), (16, 1), (17, 1), (77, 1)], {"splits": 4}),
+    "prompts and chunks": (shape(4, 1, 80), [(0, 9), (5, 4), (16, 17)], {}),
+    "mixed, three queries a head": (shape(3, 1, 96), [(0, 1), (33, 1), (0, 5), (7, 20)], {"page": 3}),
+    "sliding window": (shape(4, 2, 16, sliding_window=5), [(4, 1), (60, 1), (0, 7), (45, 20)], {"splits": 2}),
+    "padding": (shape(4, 2, 16), [(0, 1), (33, 1)], {"splits": 2, "padding": 2}),
+    "no QK-norm": (shape(4, 2, 16, use_qk_norm=False), [(3, 1), (0, 6)], {}),
+}
+
+
+@pytest.mark.usefixtures("by_cublas")
+@pytest.mark.parametrize("name", FP8_STEPS)
+def test_pages_in_fp8_equal_plain_torch_with_the_same_rounding(name):
+    config, cuts, options = FP8_STEPS[name]
+    compare(config, cuts, kept=FP8, **options)
+
+
+@pytest.mark.usefixtures("by_cublas")
+@pytest.mark.parametrize("cuts", [[(5, 1), (20, 1)], [(5, 1), (20, 9)]], ids=["decodes", "mixed"])
+def test_keys_and_values_too_large_for_fp8_become_its_largest_number(cuts):
+    compare(shape(4, 2, 16), cuts, kept=FP8, gain=300.0)
+
+
+@pytest.mark.parametrize("cuts", [[(70, 1), (9, 1)], [(9, 1), (40, 30)]], ids=["decodes", "mixed"])
+def test_fp8_pages_of_bf16_weights_equal_plain_torch_within_rounding(cuts):
+    compare(shape(4, 2, 32), cuts, page=16, splits=2, dtype=torch.bfloat16, kept=FP8)
 
 
 @pytest.mark.parametrize("layer_index", [0, 1])

@@ -9,6 +9,7 @@ from pyllm.engine.core import EngineCore
 from pyllm.engine.decode_graphs import Reruns
 from pyllm.engine.model_runner import ModelRunner
 from pyllm.model.cuda import TritonBackend
+from pyllm.model.fp8 import FP8
 
 PROMPTS = ["Hi", "A prompt of two pages", "c"]
 PARAMS = [
@@ -32,13 +33,21 @@ def wanted(tiny_checkpoint) -> list[list[int]]:
     return answers(open_llm(tiny_checkpoint), PARAMS)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_engine_gives_the_same_tokens_on_triton_kernels_and_graphs(tiny_checkpoint, wanted, monkeypatch, overlap):
+@pytest.mark.parametrize(
+    ("overlap", "deterministic", "kept"),
+    [(False, False, "auto"), (True, False, "auto"), (True, True, "auto"), (True, False, "fp8"), (True, True, "fp8")],
+)
+def test_the_engine_gives_the_same_tokens_on_triton_kernels_and_graphs(
+    tiny_checkpoint, wanted, monkeypatch, overlap, deterministic, kept
+):
     monkeypatch.setenv("PYLLM_NATIVE", "0")
-    llm = open_llm(tiny_checkpoint, overlap_scheduling=overlap)
+    llm = open_llm(tiny_checkpoint, overlap_scheduling=overlap, kv_cache_dtype=kept)
+    if kept == "fp8":
+        wanted = answers(llm, PARAMS)  # by plain torch
     model = llm.core.runner.model
-    model.ops = TritonBackend(model)
-    runner = ModelRunner(model, num_blocks=24, block_size=8, max_num_seqs=4)
+    model.ops = TritonBackend(model, deterministic=deterministic)
+    dtype = FP8 if kept == "fp8" else None
+    runner = ModelRunner(model, num_blocks=24, block_size=8, max_num_seqs=4, kv_cache_dtype=dtype)
     runner.capture(Reruns(), 48, [2, 4])
     llm.core = core = EngineCore(llm.core.info, runner, runner.watcher)
     assert answers(llm, PARAMS) == wanted

@@ -143,9 +143,7 @@ def test_padding_rows_reach_no_expert(tokens, monkeypatch):
     model = make(replace(SMALL, hidden_size=16, intermediate_size=64), torch.float32)
     x, mu, ids = noise(tokens, 16), noise(tokens, 16), torch.arange(tokens) % 60
     ids[1::3] = -1
-    monkeypatch.setattr(
-        cuda.TritonBackend, "_mlp_blocks", lambda self, tokens: (16, 16, {"BLOCK_M": 64, "BLOCK_K": 16})
-    )
+    monkeypatch.setattr(cuda.Blocks, "experts", lambda self, tokens: (16, 16, {"BLOCK_M": 64, "BLOCK_K": 16}))
     out, experts = cuda.TritonBackend(model).routed_mlp(layer_of(model), x.clone(), ids, mu)
     real = ids >= 0
     expected, true = Backend().routed_mlp(layer_of(model), x[real], ids[real], mu[real])

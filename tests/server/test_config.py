@@ -162,6 +162,8 @@ def test_the_cap_of_logprobs_is_the_engines():
 def test_engine_gets_its_flags():
     assert load(ServerConfig, "--deterministic").engine_config(Path("x")).deterministic
     assert not load(ServerConfig).engine_config(Path("x")).deterministic
+    assert load(ServerConfig, "--kv-cache-dtype", "fp8").engine_config(Path("x")).kv_cache_dtype == "fp8"
+    assert load(ServerConfig).engine_config(Path("x")).max_num_seqs is None, "the engine knows the device"
     config = load(ServerConfig, "--max-num-seqs", "3", "--seed", "9", "--load-format", "dummy", "--num-kv-blocks", "7")
     engine = config.engine_config(Path("/some/folder"))
     assert (engine.model, engine.max_num_seqs, engine.seed) == ("/some/folder", 3, 9)

@@ -1,0 +1,104 @@
+"""How much of an operation one program of a kernel computes at once on a GPU, and by how many warps.
+
+A matrix unit adds up as its instruction does, and the block's shape chooses the instruction. So where an answer must
+not depend on how many tokens a step has, no block may either.
+"""
+
+from __future__ import annotations
+
+BUSY = 264
+"""Programs that keep a large GPU busy: two for each multiprocessor of an H100."""
+ONE_BLOCK = 64
+"""Tokens up to which the experts' products run over all tokens and keep each its own, instead of sorting."""
+Shape = dict[str, int]
+"""Constants and launch options of a kernel."""
+
+
+def power_of_two(least: int, value: int) -> int:
+    """The smallest power of two that is neither below `value` nor below `least`."""
+    return max(least, 1 << max(0, value - 1).bit_length())
+
+
+class Blocks:
+    """Blocks by the number of tokens: few read the weights at full speed, many multiply at full speed.
+
+    Args:
+        exact: whether products are FP32, which matrix units have no instructions for.
+        generation: of the GPU that the kernels are made for: 8, 9, 10 or 12; None is unknown.
+
+    Attributes:
+        fixed: whether no block depends on the number of tokens.
+    """
+
+    fixed = False
+
+    def __init__(self, exact: bool, generation: int | None) -> None:
+        self._exact = exact
+        self._generation = generation
+
+    def linear(self, tokens: int, columns: int, inner: int) -> Shape:
+        """Of a product [tokens, inner] x [columns, inner]."""
+        wide = columns > 64 * BUSY
+        block_m = 16 if tokens <= 16 else 32
+        block_n = 32 if self._exact else 64 if wide else 16
+        block_k = 32 if self._exact else 128 if wide or block_m > 16 else 256
+        return _linear(block_m, block_n, min(block_k, power_of_two(16, inner)))
+
+    def dynamics(self, few: bool) -> Shape:
+        """Of the dynamics: tokens and columns."""
+        block_m, block_n = (16, 32) if self._exact else (16, 16) if few else (32, 32)
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n}
+
+    def experts(self, tokens: int) -> tuple[int, int, Shape]:
+        """Of the experts' products: columns of gate and of up each, columns of down, and the rest."""
+        if self._exact:
+            return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        if tokens <= 16:
+            return 16, 16, {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
+        if tokens <= ONE_BLOCK:
+            rows = power_of_two(32, tokens)
+            return 32, 32, {"BLOCK_M": rows, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+        if tokens <= 1024:
+            return 64, 64, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+        return 64, 128, {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+
+    def prompt(self) -> tuple[int, int, int]:
+        """Of attention over prompts: queries, keys and warps."""
+        if self._exact:
+            return 32, 16, 8
+        # Where matrix units do not read from shared memory, more would not fit in registers.
+        return (64, 32, 4) if self._generation in (8, 12) else (128, 64, 8)
+
+
+class FixedBlocks(Blocks):
+    """One shape for each operation, as few tokens as a matrix unit of sm_90 takes: 64.
+
+    At batch 1 most of it is padding, which is arithmetic that nobody waits for while weights are read; a prompt is
+    slower by it than it could be.
+    """
+
+    fixed = True
+
+    def linear(self, tokens: int, columns: int, inner: int) -> Shape:
+        """See `Blocks`; the weights' shape may choose, for it is the same in every step."""
+        if self._exact:
+            return _linear(32, 32, 32)
+        return _linear(64, 32 if columns < 64 * 64 else 64, min(64, power_of_two(16, inner)))
+
+    def dynamics(self, few: bool) -> Shape:
+        """See `Blocks`."""
+        return {"BLOCK_M": 16 if self._exact else 32, "BLOCK_N": 32}
+
+    def experts(self, tokens: int) -> tuple[int, int, Shape]:
+        """See `Blocks`."""
+        if self._exact:
+            return super().experts(tokens)
+        return 32, 32, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6}
+
+    def prompt(self) -> tuple[int, int, int]:
+        """See `Blocks`; decodes are computed with it as well."""
+        return (32, 16, 8) if self._exact else (64, 32, 4)
+
+
+def _linear(block_m: int, block_n: int, block_k: int) -> Shape:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
