@@ -34,8 +34,8 @@ bench: .venv/installed-dev
 
 ## lock: write requirements*.lock anew, from pyproject.toml and the versions of constraints.txt
 lock: .venv/tools/installed
-	.venv/tools/bin/uv pip compile pyproject.toml --quiet --constraint constraints.txt --universal --python-version 3.11 \
-	  --generate-hashes --no-header --no-emit-index-url --output-file .venv/all.lock
+	.venv/tools/bin/uv pip compile pyproject.toml --extra otel --quiet --constraint constraints.txt --universal \
+	  --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --output-file .venv/all.lock
 	rm -f requirements.lock requirements-torch.lock
 	awk 'BEGIN { head = "# Written by `make lock`: versions, and hashes of all their files; docs/security.md says what it is for." } \
 	  /^[a-z0-9]/ { to = /^(torch|triton|cuda-|nvidia-)/ ? "requirements-torch.lock" : "requirements.lock"; \

@@ -26,6 +26,7 @@ from typing import IO, Any
 import llguidance
 import msgspec
 
+from .launch import python
 from .messages import LENGTH_BYTES
 
 TRY_SECONDS = 2.0
@@ -172,8 +173,7 @@ class GrammarChecker:
 
     def _start(self) -> None:
         self.close()
-        # -P: a file of the user's folder must not be taken for a module.
-        command = [sys.executable, "-P", "-m", __name__]
+        command = [*python(), "-m", __name__]
         # stderr is dropped: a stack that overflows there is a grammar's fault and told as such.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True

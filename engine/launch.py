@@ -24,6 +24,15 @@ KILL_SECONDS = 3.0
 """How long a killed process is waited for."""
 
 
+def python() -> list[str]:
+    """The command of an interpreter like this one: without asserts, the environment or the user's packages where it is.
+
+    A file of the folder it is started in is never taken for a module.
+    """
+    flags = sys.flags
+    return [sys.executable, "-P" + "O" * flags.optimize + "E" * flags.ignore_environment + "s" * flags.no_user_site]
+
+
 class EngineProcess:
     """A process of `pyllm.engine.process`, which loads its libraries at once and then waits to be configured.
 
@@ -37,10 +46,9 @@ class EngineProcess:
         self.socket, theirs = socket.socketpair()
         with theirs:
             try:
-                # -P: a file of the user's folder must not be taken for a module. A session of its own: Ctrl-C in a
-                # terminal is for this process, which then decides.
+                # A session of its own: Ctrl-C in a terminal is for this process, which then decides.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "pyllm.engine.process", str(theirs.fileno())],
+                    [*python(), "-m", "pyllm.engine.process", str(theirs.fileno())],
                     pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
                     env=({} if "OMP_WAIT_POLICY" in os.environ else THREAD_SETTINGS) | os.environ,
                 )  # fmt: skip

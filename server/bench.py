@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import uvloop
 
+from ..engine.launch import python
 from .config import ENVIRONMENT_PREFIX, BenchConfig, ConfigError, ServerConfig
 from .load_client import Client, LoadError, Target, closed_loop, summarize
 
@@ -138,7 +139,7 @@ def own_server(
     # Settings of ours in the environment are in the flags already, and those of `serve` could move the server away.
     ours = {ENVIRONMENT_PREFIX + f.name.upper() for f in dataclasses.fields(ServerConfig)}
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
-    command = [sys.executable, "-P", "-m", "pyllm", "serve", "--log-level", "warning", *flags, "--port", str(port)]
+    command = [*python(), "-m", "pyllm", "serve", "--log-level", "warning", *flags, "--port", str(port)]
     server = subprocess.Popen(command, env=inherited | dict(environment or {}), stdin=subprocess.DEVNULL)
     try:
         base = f"http://127.0.0.1:{port}"

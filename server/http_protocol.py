@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .errors import ApiError, encode_json, unavailable
@@ -128,13 +129,13 @@ class HttpProtocol(HttpToolsProtocol):
         """Read on, in pieces where a header might be too large."""
         self._received += len(data)
         if len(data) <= PIECE_BYTES and not self._header_bytes:
-            HttpToolsProtocol.data_received(self, data)
+            self._parse(data)
             if self.cycle is None or self.cycle.scope is not self.scope:
                 self._header_bytes = len(data)
             return
         for start in range(0, len(data), PIECE_BYTES):
             piece = data[start : start + PIECE_BYTES]
-            super().data_received(piece)
+            self._parse(piece)
             if self.transport.is_closing():
                 return
             self._header_bytes = self._header_bytes + len(piece) if self._in_header else 0
@@ -142,6 +143,39 @@ class HttpProtocol(HttpToolsProtocol):
                 message = f"The request's headers are larger than {MAX_HEADER_BYTES} bytes."
                 self._refuse(ApiError(431, message, code="headers_too_large"))
                 return
+
+    def _parse(self, data: bytes) -> None:
+        """Read requests."""
+        self._unset_keepalive_if_required()
+        try:
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except HttpParserUpgrade as end_of_header:
+                    data = data[end_of_header.args[0] :]
+                    self._ignore_upgrade()
+        except (HttpParserError, HttpParserUpgrade):
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _ignore_upgrade(self) -> None:
+        """Begin a request that asks for another protocol anew, without the question: it is answered in HTTP/1.1.
+
+        Java's client asks with every request. The parser takes what follows the header for that protocol, so another
+        one is given the header without the question, and reads the body. CONNECT asks by itself, so it ends in
+        `HttpParserUpgrade` once more.
+        """
+        lines = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        method, version = self.scope["method"].encode(), self.scope["http_version"].encode()
+        head = b"\r\n".join([b"%s %s HTTP/%s" % (method, self.url, version), *lines, b"\r\n"])
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does, to answer first
+        self.parser.feed_data(head)
+
+    def _should_upgrade(self) -> bool:
+        """Whether a request is left alone that asks for another protocol, which it is until it has begun anew."""
+        return True
 
     def resume_writing(self) -> None:
         """Note that the client has taken what waited for it."""

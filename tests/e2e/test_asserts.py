@@ -6,13 +6,16 @@ the tests stay, for pytest writes them anew.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 from e2e import serving
 from e2e.hostile import canary
-from e2e.serving import ServerProcess
+from e2e.serving import PATIENCE, ServerProcess, children
+
+JSON_OBJECT = {"type": "json_object"}
 
 
 def test_the_asserts_of_tests_and_of_what_they_share_always_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +37,25 @@ def test_a_server_without_asserts_has_an_engine_without_them_and_answers_the_sam
         assert canary(server.url) == canary(demo.url)
         wrong = httpx.post(f"{server.url}/v1/completions", json={"prompt": [10**6]})
         assert wrong.status_code == 400
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="command lines are read from Linux's /proc")
+@pytest.mark.parametrize(("options", "expected"), [("", "-P"), ("-O", "-PO"), ("-OO -E", "-POOE"), ("-I", "-PEs")])
+def test_every_process_of_a_server_has_its_interpreters_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, expected: str
+) -> None:
+    """Those that take asserts out, and those that keep the user's own modules out: -I is -P, -E and -s together."""
+    for name in ("PYTHONOPTIMIZE", "PYTHONNOUSERSITE"):
+        monkeypatch.delenv(name, raising=False)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with ServerProcess(tmp_path / "log") as server:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "response_format": JSON_OBJECT}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE).status_code == 200
+        started = children(server.process.pid)
+        assert len(started) == 2, "the engine, and what tries grammars"
+        for pid in started:
+            _, *words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            assert words[: words.index("-m")] == [expected]

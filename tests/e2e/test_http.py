@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,19 @@ def test_anthropics_clients_send_their_key_in_a_header_of_their_own(locked: http
     path = "/v1/messages/count_tokens"
     assert locked.post(path, json=POSTS[path], headers={"x-api-key": "first"}).status_code == 200
     error_of(locked.post(path, json=POSTS[path], headers={"x-api-key": "wrong"}), 401)
+
+
+@pytest.mark.parametrize(
+    "data", [b"no HTTP at all\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"\x16\x03\x01\r\n\r\n"]
+)
+def test_what_is_no_http_is_refused_in_the_same_shape(server: ServerProcess, data: bytes) -> None:
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), timeout=PATIENCE) as connection:
+        connection.sendall(data)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
