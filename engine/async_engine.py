@@ -20,6 +20,7 @@ from .messages import (
     Abort,
     Alive,
     EngineInfo,
+    EngineRequest,
     EngineStats,
     FromEngine,
     Ping,
@@ -151,7 +152,6 @@ class AsyncEngine:
         self._streams: dict[str, RequestStream] = {}
         self._config = config
         self._tokenizer = tokenizer
-        self._max_queued = config.max_num_queued_reqs
         self._ends: deque[float] = deque(maxlen=64)
         self._places = info.max_num_seqs
         self._seeds = random.Random(config.seed)
@@ -209,14 +209,15 @@ class AsyncEngine:
             RequestError: so many can never be taken at once.
             EngineBusyError: more requests would wait for their turn than the queue holds.
         """
-        most = self._max_queued + self.info.max_num_seqs
+        queued = self._config.max_num_queued_reqs
+        most = queued + self.info.max_num_seqs
         if count > most:
             raise RequestError(f"This server takes at most {most} sequences at once, but {count} were asked for.")
         # What was sent after the engine's last word may run at once if nobody waited then.
         running = self._places if self.stats.num_waiting else self.info.max_num_seqs
-        excess = len(self._streams) + count - running - self._max_queued
+        excess = len(self._streams) + count - running - queued
         if excess > 0:
-            message = f"{self._max_queued} requests wait already, as many as this server lets wait: ask again later."
+            message = f"{queued} requests wait already, as many as this server lets wait: ask again later."
             raise EngineBusyError(message, retry_after=self._seconds_until(excess))
 
     def _seconds_until(self, count: int) -> int:
@@ -258,10 +259,11 @@ class AsyncEngine:
         self.check_room()
         # Never used twice: what is still under way for an aborted request must not reach one of the same name.
         wire_id = f"{request_id}#{next(self._serial)}"
-        message = resolve_request(
-            wire_id, prompt_token_ids, params, self.info, self._seeds,
+        message = EngineRequest(
+            request_id=wire_id, prompt_token_ids=prompt_token_ids, params=params,
             priority=priority, cache_salt=cache_salt, pooling=pooling,
         )  # fmt: skip
+        message = resolve_request(message, self.info, self._seeds)
         stream = RequestStream(self, wire_id, bell or Bell())
         self._processor.add(wire_id, len(prompt_token_ids), message.params)
         self._streams[wire_id] = stream

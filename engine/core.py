@@ -138,14 +138,10 @@ class EngineCore:
         if not self.scheduler.has_work:
             self.scheduler.recover()
         self._check_released()
-        stats = self.stats(
-            seconds=time.perf_counter() - started,
-            tokens=planned.num_tokens,
-            sampled=sum([len(output.token_ids) for output in outputs]),
-        )
+        stats = self.stats(seconds=time.perf_counter() - started, tokens=planned.num_tokens)
         return StepOutputs(outputs=outputs, stats=stats)
 
-    def stats(self, *, seconds: float = 0.0, tokens: int = 0, sampled: int = 0) -> EngineStats:
+    def stats(self, *, seconds: float = 0.0, tokens: int = 0) -> EngineStats:
         """The engine's state now; the arguments say what the last step did."""
         expert_tokens = expert_reroutes = None
         if self._watcher is not None and not (self.has_work and time.monotonic() < self._told_experts + TELL_SECONDS):
@@ -162,7 +158,6 @@ class EngineCore:
             prefix_cache_hits=self.scheduler.num_prefix_hits,
             step_seconds=seconds,
             step_tokens=tokens,
-            step_generated_tokens=sampled,
             num_drafts=self._num_drafts,
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_tokens=self._num_accepted,
@@ -249,9 +244,7 @@ class EngineCore:
         outputs = self._land()
         left = [sequence for sequence in sequences if sequence.request.status is not RequestStatus.FINISHED]
         apart = run_apart(self.runner.execute, left, error)
-        for request, fault in apart.failed:
-            self._finish(request)
-            outputs.append(failure_of(request, describe(fault), refused=False))
+        outputs += [self._fail(request, fault) for request, fault in apart.failed]
         return outputs + self._update(apart.sequences, apart.sampled)
 
     def _land(self) -> list[TokenOutput]:
@@ -272,10 +265,10 @@ class EngineCore:
                     request.settle(end, draw.token_id)
                     outputs.append(output_of(request, [draw]))
             except Exception as error:
-                request.finish_reason = "error"
-                outputs.append(failure_of(request, describe(error), refused=False))
-            if request.finish_reason is not None:
-                self._finish(request)
+                outputs.append(self._fail(request, error))
+            else:
+                if request.finish_reason is not None:
+                    self._finish(request)
         return outputs
 
     def _forget_ended(self) -> None:
@@ -303,11 +296,9 @@ class EngineCore:
         outputs: list[TokenOutput] = []
         for sequence in sequences:
             request = sequence.request
-            if request.status is RequestStatus.FINISHED:  # by the step before this one
-                if sequence.samples:
-                    next(draws)
-                continue
             own = list(itertools.islice(draws, 1 + len(sequence.draft))) if sequence.samples else []
+            if request.status is RequestStatus.FINISHED:  # by the step before this one
+                continue
             try:
                 if sequence.samples:
                     outputs.append(self._append(sequence, own))
@@ -316,10 +307,10 @@ class EngineCore:
                     if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
                         outputs.append(self._read(request))
             except Exception as error:
-                request.finish_reason = "error"
-                outputs.append(failure_of(request, describe(error), refused=False))
-            if request.finish_reason is not None:
-                self._finish(request)
+                outputs.append(self._fail(request, error))
+            else:
+                if request.finish_reason is not None:
+                    self._finish(request)
         return outputs
 
     def _append(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput:
@@ -364,6 +355,11 @@ class EngineCore:
             prompt_logprobs=request.prompt_logprobs,
             embedding=None if pooled is None else pooled.tolist(),
         )
+
+    def _fail(self, request: Request, error: Exception) -> TokenOutput:
+        """End a request by a fault of ours."""
+        self._finish(request)
+        return failure_of(request, describe(error), refused=False)
 
     def _finish(self, request: Request) -> None:
         if request.status is RequestStatus.COMPILING:

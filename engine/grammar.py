@@ -191,6 +191,7 @@ class GrammarCompiler:
 
     Attributes:
         on_ready: called, from another thread, when there may be something to `take`.
+        cached_bytes: estimated memory of the grammars that are kept.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._cache_bytes = cache_bytes
         self._compiled: OrderedDict[str, llguidance.LLMatcher | str] = OrderedDict()
-        self._cached_bytes = 0
+        self.cached_bytes = 0
         self._waiting: dict[str, list[Request]] = {}
         self._done: deque[tuple[str, llguidance.LLMatcher | str | Exception]] = deque()
         self._ready: list[tuple[Request, llguidance.LLMatcher | str | Exception]] = []
@@ -219,11 +220,6 @@ class GrammarCompiler:
     def __len__(self) -> int:
         """Number of requests that were submitted and neither taken nor discarded."""
         return len(self._ready) + sum(map(len, self._waiting.values()))
-
-    @property
-    def cached_bytes(self) -> int:
-        """Estimated memory of the grammars that are kept."""
-        return self._cached_bytes
 
     @property
     def has_ready(self) -> bool:
@@ -273,8 +269,7 @@ class GrammarCompiler:
     def _equip(self, request: Request, result: llguidance.LLMatcher | str | Exception) -> str | Exception:
         if isinstance(result, str | Exception):
             return result
-        if self._tokenizer is None:
-            return RuntimeError("a grammar was compiled without a tokenizer")
+        assert self._tokenizer is not None  # it has compiled the grammar
         mask_bytes = -(-self._tokenizer.vocab_size // 32) * 4
         avoided = None
         if request.params.ignore_eos and self._eos_token_ids:
@@ -289,9 +284,9 @@ class GrammarCompiler:
 
     def _keep(self, text: str, result: llguidance.LLMatcher | str) -> None:
         self._compiled[text] = result
-        self._cached_bytes += grammar_bytes(text)
-        while self._cached_bytes > self._cache_bytes:
-            self._cached_bytes -= grammar_bytes(self._compiled.popitem(last=False)[0])
+        self.cached_bytes += grammar_bytes(text)
+        while self.cached_bytes > self._cache_bytes:
+            self.cached_bytes -= grammar_bytes(self._compiled.popitem(last=False)[0])
 
     def _compile(self, text: str) -> None:
         result: llguidance.LLMatcher | str | Exception

@@ -83,12 +83,8 @@ class LLM:
             RequestError: a request can never run; nothing was generated.
         """
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        ids = self._token_ids(prompts)
-        completions = [Completion(tokens) for tokens in ids]
-        messages = [
-            resolve_request(str(i), tokens, own, self.core.info, self._seeds)
-            for i, (tokens, own) in enumerate(zip(ids, each, strict=True))
-        ]
+        messages = self._requests(prompts, each)
+        completions = [Completion(message.prompt_token_ids) for message in messages]
         for output in self._run(messages):
             completions[int(output.request_id)].take(output)
         return completions
@@ -106,16 +102,20 @@ class LLM:
         Raises:
             RequestError: a prompt can never run; nothing was computed.
         """
-        params = SamplingParams(max_tokens=1)
-        messages = [
-            resolve_request(str(i), tokens, params, self.core.info, self._seeds, pooling=pooling)
-            for i, tokens in enumerate(self._token_ids(prompts))
-        ]
+        messages = self._requests(prompts, [SamplingParams(max_tokens=1)] * len(prompts), pooling)
         found = {int(output.request_id): output.embedding or [] for output in self._run(messages)}
         return [found[i] for i in range(len(prompts))]
 
-    def _token_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    def _requests(
+        self, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams], pooling: Pooling | None = None
+    ) -> list[EngineRequest]:
+        """The checked requests, named by their places."""
+        requests = []
+        for place, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            request = EngineRequest(request_id=str(place), prompt_token_ids=ids, params=own, pooling=pooling)
+            requests.append(resolve_request(request, self.core.info, self._seeds))
+        return requests
 
     def _run(self, messages: list[EngineRequest]) -> Iterator[RequestOutput]:
         """Step until all are finished; what each step brings to each of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .messages import TokenOutput
+from .messages import EngineRequest, TokenOutput
 from .request import Request
 from .sampler import SampledToken
 
@@ -24,6 +24,6 @@ def output_of(request: Request, draws: list[SampledToken]) -> TokenOutput:
     )
 
 
-def failure_of(request: Request, error: str, *, refused: bool = True) -> TokenOutput:
+def failure_of(request: Request | EngineRequest, error: str, *, refused: bool = True) -> TokenOutput:
     """The end of a request; `refused` is for what it has brought upon itself, and may know."""
     return TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error=error, refused=refused)

@@ -1,6 +1,6 @@
 """The engine process: owns the model, the KV cache and all compute, and speaks messages over a socket.
 
-Started by `AsyncEngine` as `python -m pyllm.engine.process FD`. It ends when the other side is gone.
+Started by `EngineProcess` as `python -m pyllm.engine.process FD`. It ends when the other side is gone.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .messages import (
     TokenOutput,
     encode_frame,
 )
+from .outputs import failure_of
 
 _GRAMMAR_READY = Abort(request_ids=[])
 """Wakes the loop up, and asks for nothing."""
@@ -128,13 +129,11 @@ def _take(core: EngineCore, message: EngineRequest | Abort) -> TokenOutput | Non
     try:
         core.add_request(message)
     except RequestError as error:
-        fault, refused = str(error), True
+        return failure_of(message, str(error))
     except Exception as error:
         core.abort([message.request_id])
-        fault, refused = describe(error), False
-    else:
-        return None
-    return TokenOutput(request_id=message.request_id, token_ids=[], finish_reason="error", error=fault, refused=refused)
+        return failure_of(message, describe(error), refused=False)
+    return None
 
 
 def main() -> None:

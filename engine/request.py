@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import itertools
 import random
-import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,6 @@ class Request:
     """
 
     __slots__ = (
-        "arrival_time",
         "block_ids",
         "block_names",
         "cache_salt",
@@ -143,7 +141,6 @@ class Request:
         self.draw_row = 0
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
-        self.arrival_time = time.monotonic()
         self.scheduled_time = 0.0
 
     @property
@@ -228,31 +225,15 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
         raise RequestError("priority must be a 32-bit integer.", param="priority")
 
 
-def resolve_request(
-    request_id: str,
-    prompt_token_ids: list[int],
-    params: SamplingParams,
-    info: EngineInfo,
-    seeds: random.Random,
-    *,
-    priority: int = 0,
-    cache_salt: str | None = None,
-    pooling: Pooling | None = None,
-) -> EngineRequest:
+def resolve_request(message: EngineRequest, info: EngineInfo, seeds: random.Random) -> EngineRequest:
     """The request with its open ends decided (max_tokens, seed), checked; raises `RequestError`."""
-    room = max(info.max_model_len - len(prompt_token_ids), 1)
+    params = message.params
+    room = max(info.max_model_len - len(message.prompt_token_ids), 1)
     params = msgspec.structs.replace(
         params,
         max_tokens=max(room, params.min_tokens) if params.max_tokens is None else params.max_tokens,
         seed=seeds.getrandbits(63) if params.seed is None else params.seed,
     )
-    message = EngineRequest(
-        request_id=request_id,
-        prompt_token_ids=prompt_token_ids,
-        params=params,
-        priority=priority,
-        cache_salt=cache_salt,
-        pooling=pooling,
-    )
+    message = msgspec.structs.replace(message, params=params)
     check_request(message, info)
     return message

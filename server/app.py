@@ -201,7 +201,7 @@ class Endpoint:
     """A route that takes a JSON body.
 
     Attributes:
-        handle: answers a checked body; its docstring's first line describes the route.
+        handle: answers a checked body, whose `model` is the name to answer with; its docstring describes the route.
         answer: the model of a whole answer, for the OpenAPI page.
         chunk: the model of one event of a stream, where there is one.
         error: the model of a failure.
@@ -209,7 +209,7 @@ class Endpoint:
 
     path: str
     body: type[BaseModel]
-    handle: Callable[[Request, Any, ServedModel, ServerConfig], Awaitable[Response]]
+    handle: Callable[[Request, Any, ServedModel], Awaitable[Response]]
     answer: type[BaseModel]
     chunk: type[BaseModel] | None = None
     error: type[BaseModel] = ErrorAnswer
@@ -244,10 +244,11 @@ ENDPOINTS = (
 def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
     async def route(request: Request) -> Response:
         model = service.ready_model()
-        body = await read_body(request, endpoint.body)
-        request.state.model = getattr(body, "model", None)
+        body: Any = await read_body(request, endpoint.body)
+        request.state.model = body.model
         try:
-            return await endpoint.handle(request, body, model, service.config)
+            body.model = model.check_name(body.model)
+            return await endpoint.handle(request, body, model)
         finally:
             request.state.place.leave()
 
@@ -255,9 +256,11 @@ def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
     reference = {"$ref": REFERENCE.format(model=endpoint.body.__name__)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
     if endpoint.chunk is not None:
-        text = f"Events of {endpoint.chunk.__name__} objects, if `stream` is true."
-        stream = {"schema": {"type": "string", "description": text}}
-        extra["responses"] = {"200": {"content": {"text/event-stream": stream}}}
+        chunk = {"$ref": REFERENCE.format(model=endpoint.chunk.__name__)}
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}
+        event = {"type": "object", "description": "One event, if `stream` is true.", "properties": {
+            "event": {"type": "string"}, "data": {"anyOf": [{"const": "[DONE]"}, data]}}}  # fmt: skip
+        extra["responses"] = {"200": {"content": {"text/event-stream": {"schema": event}}}}
     name = endpoint.handle.__name__
     app.add_api_route(
         endpoint.path, route, methods=["POST"], response_model=endpoint.answer, openapi_extra=extra,

@@ -11,28 +11,25 @@ from starlette.responses import Response
 
 from ..engine.output_processor import RequestOutput
 from ..model.tokenizer import Tokenizer
-from .config import ServerConfig
 from .errors import JsonResponse, encode_json
 from .generation import Choice, Generation
 from .protocol.chat import ChatCompletionRequest
 from .served_model import ServedModel
 from .streaming import Chunks, EventStream
-from .token_details import chat_logprobs, show_dynamics, show_prompt_logprobs
-from .turn import Turn, TurnPiece, TurnReader, prepare_turn, read_turn
+from .token_details import chat_logprobs, show_details, show_prompt_logprobs
+from .tools import TurnPiece, TurnReader
+from .turn import Turn, prepare_turn, read_turn
 
 
-async def create_chat_completion(
-    request: Request, body: ChatCompletionRequest, model: ServedModel, config: ServerConfig
-) -> Response:
+async def create_chat_completion(request: Request, body: ChatCompletionRequest, model: ServedModel) -> Response:
     """Answer a chat, whole or as a stream; every refusal is raised before the answer begins."""
-    name = model.check_name(body.model)
     turn = await prepare_turn(body, model)
     generation = turn.generate(model, request, body)
-    head = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": name}
+    head = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": body.model}
     if body.stream:
         head["object"] = "chat.completion.chunk"
         chunks = ChatChunks(head, generation, model.tokenizer, body, turn)
-        return EventStream(generation, chunks, config.sse_keep_alive_interval)
+        return EventStream(generation, chunks, model.flags.sse_keep_alive_interval)
     await generation.collect()
 
     def answer() -> Response:
@@ -63,13 +60,7 @@ def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, 
     entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
     if body.logprobs:
         entry["logprobs"] = chat_logprobs(choice.logprobs, model.tokenizer)
-    if choice.stop_reason is not None:
-        entry["stop_reason"] = choice.stop_reason
-    if body.return_token_ids:
-        entry["token_ids"] = choice.token_ids
-    if body.return_dynamics:
-        entry["dynamics"] = show_dynamics(choice.token_ids, choice.dynamics, model.tokenizer)
-    return entry
+    return entry | show_details(choice, body, model.tokenizer)
 
 
 class ChatChunks(Chunks):
@@ -125,7 +116,9 @@ class ChatChunks(Chunks):
         if not self._prompt_due or index:
             return b""
         self._prompt_due = False
-        return self.prompt_logprobs(0)
+        choice = self.choices[0]
+        shown = show_prompt_logprobs(choice.prompt_token_ids, choice.prompt_logprobs, self.tokenizer)
+        return b',"prompt_logprobs":' + encode_json(shown)
 
 
 def _deltas(piece: TurnPiece) -> list[bytes]:

@@ -15,22 +15,21 @@ from ..engine.errors import RequestError
 from ..engine.messages import SamplingParams, TokenLogprobs
 from ..engine.output_processor import RequestOutput
 from ..model.tokenizer import Tokenizer
-from .config import ServerConfig
 from .errors import JsonResponse, encode_json
-from .generation import Choice, Generation, answer_grammar, sampling_params, truncate_prompt
+from .generation import Choice, Generation, sampling_params
+from .offload import off_loop_if_large
 from .protocol.completions import CompletionRequest
 from .served_model import ServedModel
 from .streaming import Chunks, EventStream
-from .token_details import LegacyLogprobs, show_dynamics, show_prompt_logprobs
+from .structured_output import check_grammar, format_grammar
+from .token_details import LegacyLogprobs, show_details, show_prompt_logprobs
+from .truncation import truncate_prompt
 
 DEFAULT_MAX_TOKENS = 16
 
 
-async def create_completion(
-    request: Request, body: CompletionRequest, model: ServedModel, config: ServerConfig
-) -> Response:
+async def create_completion(request: Request, body: CompletionRequest, model: ServedModel) -> Response:
     """Continue each prompt, whole or as a stream; every refusal is raised before the answer begins."""
-    name = model.check_name(body.model)
     params = await _params(body, model)
     prompts = await encode_prompts(
         body.prompt, model, add_bos=bool(body.add_special_tokens),
@@ -44,11 +43,11 @@ async def create_completion(
         "id": f"cmpl-{request.state.request_id}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": name,
+        "model": body.model,
     }
     if body.stream:
-        chunks = CompletionChunks(head, generation, model.tokenizer, body, params.skip_special_tokens)
-        return EventStream(generation, chunks, config.sse_keep_alive_interval)
+        chunks = CompletionChunks(head, generation, model.tokenizer, body)
+        return EventStream(generation, chunks, model.flags.sse_keep_alive_interval)
     await generation.collect()
 
     def answer() -> Response:
@@ -85,8 +84,12 @@ async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens must be at least 1 without echo.", param="max_tokens")
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    grammar = await answer_grammar(body)
-    params = sampling_params(body, model, max_tokens=max_tokens, logprobs=body.logprobs, grammar=grammar)
+    found = await off_loop_if_large(format_grammar, body)
+    if found is not None:
+        await check_grammar(*found)
+    params = await off_loop_if_large(
+        sampling_params, body, model, max_tokens=max_tokens, logprobs=body.logprobs, grammar=found and found[0]
+    )
     if not body.echo or body.logprobs is None:
         return params
     most = max(body.logprobs, body.prompt_logprobs or 0)
@@ -151,13 +154,7 @@ def _whole(
     """A finished choice."""
     text, logprobs = ShownText(body, choice, tokenizer, skip_special_tokens).take(choice.text, choice.logprobs)
     entry = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-    if choice.stop_reason is not None:
-        entry["stop_reason"] = choice.stop_reason
-    if body.return_token_ids:
-        entry["token_ids"] = choice.token_ids
-    if body.return_dynamics:
-        entry["dynamics"] = show_dynamics(choice.token_ids, choice.dynamics, tokenizer)
-    return entry | _prompt_members(choice, body, tokenizer)
+    return entry | show_details(choice, body, tokenizer) | _prompt_members(choice, body, tokenizer)
 
 
 class CompletionChunks(Chunks):
@@ -166,16 +163,12 @@ class CompletionChunks(Chunks):
     member, empty = b"text", b'""'
 
     def __init__(
-        self,
-        head: dict[str, Any],
-        generation: Generation,
-        tokenizer: Tokenizer,
-        body: CompletionRequest,
-        skip_special_tokens: bool,
+        self, head: dict[str, Any], generation: Generation, tokenizer: Tokenizer, body: CompletionRequest
     ) -> None:
         super().__init__(head, generation, tokenizer, body)
         self._body = body
-        self._texts = [ShownText(body, choice, tokenizer, skip_special_tokens) for choice in self.choices]
+        skip = generation.params.skip_special_tokens
+        self._texts = [ShownText(body, choice, tokenizer, skip) for choice in self.choices]
         shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
         self._without_prompt = set(range(len(self.choices))) if shows_prompt else set()
 

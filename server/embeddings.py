@@ -17,9 +17,8 @@ from ..engine.errors import RequestError
 from ..engine.messages import EngineRequest, SamplingParams
 from ..engine.request import check_request
 from .completions import encode_prompts
-from .config import ServerConfig
 from .errors import JsonResponse
-from .generation import Generation
+from .generation import Choice, Generation
 from .protocol.common import MAX_SEQUENCES
 from .protocol.embeddings import EmbeddingRequest
 from .served_model import ServedModel
@@ -28,11 +27,8 @@ LARGE_ANSWER = 2**16
 """Numbers from which an answer is written off the event loop."""
 
 
-async def create_embedding(
-    request: Request, body: EmbeddingRequest, model: ServedModel, config: ServerConfig
-) -> Response:
+async def create_embedding(request: Request, body: EmbeddingRequest, model: ServedModel) -> Response:
     """Turn each input into a vector of length 1."""
-    name = model.check_name(body.model)
     size = model.engine.info.hidden_size
     if body.dimensions not in (None, size):
         raise RequestError(f"dimensions can only be {size}, the model's hidden size.", param="dimensions")
@@ -45,22 +41,25 @@ async def create_embedding(
         except RequestError as error:
             error.param = "input"
             raise
-    vectors: list[list[float]] = []
+    choices: list[Choice] = []
     # As many at once as run without waiting, so that they take up no place in the queue.
     wave = min(model.engine.info.max_num_seqs, MAX_SEQUENCES)
     for start in range(0, len(prompts), wave):
+        inputs = prompts[start : start + wave]
         generation = Generation(
-            model, request, prompts[start : start + wave], SamplingParams(max_tokens=1),
+            model, request, inputs, [SamplingParams(max_tokens=1)] * len(inputs),
             field="input", priority=body.priority or 0, pooling=body.pooling or "mean",
         )  # fmt: skip
         await generation.collect()
-        vectors += [choice.embedding or [] for choice in generation.choices]
+        choices += generation.choices
+        generation.choices = choices  # what is logged of the request is of all its inputs
+    vectors = [choice.embedding or [] for choice in choices]
     count = sum(map(len, prompts))
     usage = {"prompt_tokens": count, "total_tokens": count}
 
     def answer() -> Response:
         data = _shown(vectors, body.encoding_format == "base64")
-        return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
+        return JsonResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
 
     return answer() if len(vectors) * size < LARGE_ANSWER else await asyncio.to_thread(answer)
 

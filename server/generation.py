@@ -16,16 +16,8 @@ from ..engine.errors import EngineDeadError, RequestError
 from ..engine.messages import Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 from ..engine.output_processor import RequestOutput, RequestTimes
 from .errors import ApiError, unavailable
-from .protocol.common import MAX_SEQUENCES, GenerationRequest, JsonObjectFormat, TextFormat
+from .protocol.common import MAX_SEQUENCES, GenerationRequest
 from .served_model import ServedModel
-from .structured_output import (
-    check_grammar,
-    choice_grammar,
-    json_object_grammar,
-    json_schema_grammar,
-    lark_grammar,
-    regex_grammar,
-)
 
 MAX_ALLOWED_IDS = 2**22
 CONVERTED_FIELDS = frozenset({"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"})
@@ -61,55 +53,11 @@ def sampling_params(
     return SamplingParams(stop=stop if body.ignore_eos else stop + turn_ends, stop_token_ids=stop_token_ids, **values)
 
 
-async def answer_grammar(body: GenerationRequest) -> str | None:
-    """The grammar that `response_format` or `structured_outputs` asks for, checked; raises `RequestError`."""
-    found = format_grammar(body)
-    if found is None:
-        return None
-    await check_grammar(*found)
-    return found[0]
-
-
-def format_grammar(body: GenerationRequest) -> tuple[str, str] | None:
-    """The grammar that a request asks for and the field that does, not yet checked; None where its text is free."""
-    wanted, outputs = body.response_format, body.structured_outputs
-    if isinstance(wanted, TextFormat):
-        wanted = None
-    if outputs is None:
-        if wanted is None:
-            return None
-        if isinstance(wanted, JsonObjectFormat):
-            return json_object_grammar(), "response_format"
-        schema, field = wanted.json_schema, "response_format.json_schema.schema"
-        return json_schema_grammar(schema.json_schema, schema.strict is True, field), field
-    if wanted is not None:
-        raise RequestError("structured_outputs and response_format cannot both be given.", param="structured_outputs")
-    if outputs.regex is not None:
-        return regex_grammar(outputs.regex, field := "structured_outputs.regex"), field
-    if outputs.choice is not None:
-        return choice_grammar(outputs.choice, field := "structured_outputs.choice"), field
-    if outputs.grammar is not None:
-        return lark_grammar(outputs.grammar, field := "structured_outputs.grammar"), field
-    return json_schema_grammar(outputs.json_schema or {}, False, field := "structured_outputs.json"), field
-
-
 def _spellings(words: list[str], model: ServedModel) -> Iterator[tuple[int, ...]]:
     """The token ids of each word, at the start of a text and after a space."""
     for word in words:
         ids = {tuple(model.tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
         yield from sorted(spelling for spelling in ids if spelling)
-
-
-def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max_tokens: int | None) -> list[int]:
-    """The last `keep` ids of a prompt; -1 keeps what fits beside `max_tokens`; raises `RequestError`."""
-    if keep is None:
-        return prompt
-    room = model.engine.info.max_model_len - (1 if max_tokens is None else max_tokens)
-    if keep == -1:
-        keep = max(room, 1)
-    if not keep:
-        raise RequestError("truncate_prompt_tokens must be -1 or at least 1.", param="truncate_prompt_tokens")
-    return prompt[-keep:]
 
 
 @dataclass(slots=True)
@@ -146,7 +94,7 @@ class Generation:
         model: ServedModel,
         request: Request,
         prompts: list[list[int]],
-        params: SamplingParams | Sequence[SamplingParams],
+        params: Sequence[SamplingParams],
         *,
         field: str,
         n: int = 1,
@@ -154,28 +102,17 @@ class Generation:
         cache_salt: str | None = None,
         pooling: Pooling | None = None,
     ) -> None:
-        """Submit them all; `params` are for all or for each prompt, `field` is what this endpoint calls a prompt."""
-        if len(prompts) * n > MAX_SEQUENCES:
-            raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
-        try:
-            model.engine.check_room(len(prompts) * n)
-        except RequestError as error:
-            error.param = "n" if n > 1 else field
-            raise
+        """Submit them all; `params` are of each prompt, `field` is what this endpoint calls a prompt."""
+        _check_size(model, prompts, params, field, n)
         self._engine = model.engine
         self._metrics = model.metrics
         self._request = request
         self._arrival: float = request.state.arrival
         self.n = n
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        allowed = sum(len(own.allowed_token_ids or ()) for own in each) * n
-        if allowed > MAX_ALLOWED_IDS:  # each sequence takes its own list along
-            text = f"allowed_token_ids has too many ids for so many sequences: {allowed}, of {MAX_ALLOWED_IDS} in all."
-            raise RequestError(text, param="allowed_token_ids")
-        self.params = each[0]
+        self.params = params[0]
         self.model_name = model.names[0]
-        self.with_logprobs = each[0].logprobs is not None
-        self._token_weight = 1 + (each[0].logprobs or 0)
+        self.with_logprobs = self.params.logprobs is not None
+        self._token_weight = 1 + (self.params.logprobs or 0)
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self.bell = Bell()
@@ -184,7 +121,7 @@ class Generation:
         salt = request.state.cache_owner + (cache_salt or "") or None  # all owners' names are of one length
         try:
             for index, choice in enumerate(self.choices):
-                own = each[index // n]
+                own = params[index // n]
                 own = msgspec.structs.replace(own, seed=_shifted(own.seed, index % n))
                 stream = self._engine.submit(
                     f"{name}-{index}", choice.prompt_token_ids, own,
@@ -299,6 +236,23 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in firsts)},
             "completion_tokens_details": {"reasoning_tokens": 0},
         }
+
+
+def _check_size(
+    model: ServedModel, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int
+) -> None:
+    """Raise `RequestError` or `EngineBusyError` where the sequences are too many, or their lists of ids too long."""
+    if len(prompts) * n > MAX_SEQUENCES:
+        raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
+    try:
+        model.engine.check_room(len(prompts) * n)
+    except RequestError as error:
+        error.param = "n" if n > 1 else field
+        raise
+    allowed = sum(len(own.allowed_token_ids or ()) for own in params) * n
+    if allowed > MAX_ALLOWED_IDS:  # each sequence takes its own list along
+        text = f"allowed_token_ids has too many ids for so many sequences: {allowed}, of {MAX_ALLOWED_IDS} in all."
+        raise RequestError(text, param="allowed_token_ids")
 
 
 def _shifted(seed: int | None, offset: int) -> int | None:

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from ..engine.errors import RequestError
 from ..engine.output_processor import RequestOutput
-from .config import ServerConfig
 from .errors import ApiError, JsonResponse, anthropic_error, encode_json
 from .generation import Choice, Generation
 from .offload import off_loop, off_loop_if_large
@@ -32,7 +31,7 @@ from .protocol.chat import (
     ToolMessage,
     UserMessage,
 )
-from .protocol.common import MAX_INT, JsonSchemaFormat, JsonSchemaResponseFormat
+from .protocol.common import MAX_INT, JsonSchemaFormat, JsonSchemaResponseFormat, SamplingRequest
 from .protocol.messages import (
     AssistantTurn,
     CountTokensRequest,
@@ -51,9 +50,7 @@ from .streaming import EventStream, EventWriter
 from .tools import CallPiece, TurnPiece, TurnReader
 from .turn import Turn, prepare_turn
 
-SHARED_FIELDS = (
-    "model", "stream", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "priority", "cache_salt"
-)  # fmt: skip
+SHARED_FIELDS = ("model", "max_tokens", *SamplingRequest.model_fields)
 NAMES = {
     r"^stop\b": "stop_sequences",
     r"^response_format(\.json_schema)?(?=\.|$)": "output_config.format",
@@ -65,19 +62,18 @@ NAMES = {
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-async def create_message(request: Request, body: MessagesRequest, model: ServedModel, config: ServerConfig) -> Response:
+async def create_message(request: Request, body: MessagesRequest, model: ServedModel) -> Response:
     """Answer with a message, whole or as a stream; every refusal is raised before the answer begins."""
-    name = model.check_name(body.model)
     chat = await _to_chat(body)
     try:
         turn = await prepare_turn(chat, model)
         generation = turn.generate(model, request, chat)
     except RequestError as error:
         raise _in_our_words(error) from None
-    head = {"id": f"msg_{request.state.request_id}", "type": "message", "role": "assistant", "model": name}
+    head = {"id": f"msg_{request.state.request_id}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
         events = MessageEvents(head, request.state.request_id, generation, turn, body)
-        return EventStream(generation, events, config.sse_keep_alive_interval)
+        return EventStream(generation, events, model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
     reader = turn.reader()
@@ -87,9 +83,8 @@ async def create_message(request: Request, body: MessagesRequest, model: ServedM
     return JsonResponse(head | {"content": content} | end | {"usage": token_counts(choice)})
 
 
-async def count_tokens(_: Request, body: CountTokensRequest, model: ServedModel, _config: ServerConfig) -> Response:
+async def count_tokens(_: Request, body: CountTokensRequest, model: ServedModel) -> Response:
     """Count the tokens of the prompt that such a message would have."""
-    model.check_name(body.model)
     chat = await _to_chat(body)
     chat.truncate_prompt_tokens = MAX_INT  # what is longer than the context is counted too
     try:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise, zip_longest
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -41,7 +41,7 @@ STEP_TOKEN_BUCKETS = (1, *(2**n for n in range(3, 15)))
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-class Metrics:
+class Metrics(Collector):
     """The metrics of one served model, in a registry of their own.
 
     `stats` gives the engine's latest state whenever the metrics are read; counts go on from engine to engine. With
@@ -50,44 +50,20 @@ class Metrics:
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool = False) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self._model_name = model_name
         self._vllm_names = vllm_names
         self._stats, self._ended = stats, EngineStats(expert_tokens=[], expert_reroutes=[])
         self._told = self._ended
         self._num_restarts = 0
-        stats = self._total
+        self._answers: dict[int, int] = {}
+        self.num_prompt_tokens = self.num_generation_tokens = 0
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             made = Histogram(model_name, name, text, buckets)
             self._registry.register(made)
             return made
 
-        def counted(name: str, text: str, read: Callable[[], int]) -> None:
-            self._registry.register(_Counted(model_name, name, text, (), lambda: [((), read())]))
-
-        def gauge(name: str, text: str, read: Callable[[], float]) -> None:
-            Gauge(name, text, [LABEL], registry=self._registry).labels(model_name).set_function(read)
-
-        gauge("pyllm:num_requests_running", "Sequences in the running batch.", lambda: stats().num_running)
-        gauge("pyllm:num_requests_waiting", "Sequences waiting for their turn.", lambda: stats().num_waiting)
-        gauge("pyllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", lambda: stats().kv_cache_usage)
-        counted("pyllm:num_preemptions", "Sequences set back to free KV blocks.", lambda: stats().num_preemptions)
-        counted("pyllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.",
-                lambda: stats().prefix_cache_queries)  # fmt: skip
-        counted("pyllm:prefix_cache_hits", "Prompt tokens that were found in the prefix cache.",
-                lambda: stats().prefix_cache_hits)  # fmt: skip
-        counted("pyllm:spec_decode_num_drafts", "Guesses of next tokens that were checked.",
-                lambda: stats().num_drafts)  # fmt: skip
-        counted("pyllm:spec_decode_num_draft_tokens", "Tokens guessed.", lambda: stats().num_draft_tokens)
-        counted("pyllm:spec_decode_num_accepted_tokens", "Tokens guessed rightly.",
-                lambda: sum(stats().num_accepted_tokens))  # fmt: skip
-        self._registry.register(_Counted(
-            model_name, "pyllm:spec_decode_num_accepted_tokens_per_pos", "Right tokens by place in their guess.",
-            ("position",), lambda: (((str(n),), count) for n, count in enumerate(stats().num_accepted_tokens)),
-        ))  # fmt: skip
-        self.num_prompt_tokens = self.num_generation_tokens = 0
-        counted("pyllm:prompt_tokens", "Prompt tokens of the requests that were started, each prompt once.",
-                lambda: self.num_prompt_tokens)  # fmt: skip
-        counted("pyllm:generation_tokens", "Tokens generated.", lambda: self.num_generation_tokens)
         self.time_to_first_token = histogram(
             "pyllm:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
         )
@@ -97,11 +73,6 @@ class Metrics:
         self.request_latency = histogram(
             "pyllm:e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
         )
-        self._answers: dict[int, int] = {}
-        self._registry.register(_Counted(
-            model_name, "pyllm:http_responses", "Answers by HTTP status, but those to probes; 499: none was wanted.",
-            ("status",), lambda: (((str(status),), count) for status, count in sorted(self._answers.items())),
-        ))  # fmt: skip
         self._phases = [  # between two moments of `RequestTimes` each
             histogram(
                 f"pyllm:request_{phase}_time_seconds", f"A sequence's time in its {phase} phase.", REQUEST_BUCKETS
@@ -121,16 +92,59 @@ class Metrics:
         )
         # All are there from the start, at 0, so that the first of its kind shows in a rate.
         self._finished = {reason: finished.labels(model_name, reason) for reason in REASONS}
-        self._registry.register(_Counted(
-            model_name, "pyllm:expert_tokens", "Tokens that an expert has computed.", ("layer", "expert"),
-            lambda: (((str(layer), str(expert)), count) for layer, counts in enumerate(stats().expert_tokens or ())
-                     for expert, count in enumerate(counts)),
-        ))  # fmt: skip
-        self._registry.register(_Counted(
-            model_name, "pyllm:expert_reroutes", "Tokens that mu has sent to another expert than their id's.",
-            ("layer",), lambda: (((str(layer),), count) for layer, count in enumerate(stats().expert_reroutes or ())),
-        ))  # fmt: skip
-        counted("pyllm:engine_restarts", "New engines in the place of dead ones.", lambda: self._num_restarts)
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine's state, and all counts."""
+        now = self._total()
+        for name, text, value in (
+            ("pyllm:num_requests_running", "Sequences in the running batch.", now.num_running),
+            ("pyllm:num_requests_waiting", "Sequences waiting for their turn.", now.num_waiting),
+            ("pyllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", now.kv_cache_usage),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=[LABEL])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        drafts, right = now.num_draft_tokens, now.num_accepted_tokens
+        queries, hits = now.prefix_cache_queries, now.prefix_cache_hits
+        for name, text, count in (
+            ("pyllm:num_preemptions", "Sequences set back to free KV blocks.", now.num_preemptions),
+            ("pyllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", queries),
+            ("pyllm:prefix_cache_hits", "Prompt tokens that were found in the prefix cache.", hits),
+            ("pyllm:spec_decode_num_drafts", "Guesses of next tokens that were checked.", now.num_drafts),
+            ("pyllm:spec_decode_num_draft_tokens", "Tokens guessed.", drafts),
+            ("pyllm:spec_decode_num_accepted_tokens", "Tokens guessed rightly.", sum(right)),
+            ("pyllm:prompt_tokens", "Prompt tokens of the requests that were started, each prompt once.",
+             self.num_prompt_tokens),
+            ("pyllm:generation_tokens", "Tokens generated.", self.num_generation_tokens),
+            ("pyllm:engine_restarts", "New engines in the place of dead ones.", self._num_restarts),
+        ):  # fmt: skip
+            yield self._counts(name, text, (), [((), count)])
+        yield self._counts(
+            "pyllm:spec_decode_num_accepted_tokens_per_pos", "Right tokens by place in their guess.", ("position",),
+            (((n,), count) for n, count in enumerate(right)),
+        )  # fmt: skip
+        yield self._counts(
+            "pyllm:http_responses", "Answers by HTTP status, but those to probes; 499: none was wanted.", ("status",),
+            (((status,), count) for status, count in sorted(self._answers.items())),
+        )  # fmt: skip
+        yield self._counts(
+            "pyllm:expert_tokens", "Tokens that an expert has computed.", ("layer", "expert"),
+            (((layer, expert), count) for layer, counts in enumerate(now.expert_tokens or ())
+             for expert, count in enumerate(counts)),
+        )  # fmt: skip
+        yield self._counts(
+            "pyllm:expert_reroutes", "Tokens that mu has sent to another expert than their id's.", ("layer",),
+            (((layer,), count) for layer, count in enumerate(now.expert_reroutes or ())),
+        )  # fmt: skip
+
+    def _counts(
+        self, name: str, text: str, labels: tuple[str, ...], rows: Iterable[tuple[tuple[object, ...], int]]
+    ) -> CounterMetricFamily:
+        """A counter with a count for each of some values of its labels."""
+        family = CounterMetricFamily(name, text, labels=[LABEL, *labels])
+        for values, count in rows:
+            family.add_metric([self._model_name, *map(str, values)], count)
+        return family
 
     def follow(self, stats: Callable[[], EngineStats]) -> None:
         """Go on with a new engine, whose own counts begin at 0."""
@@ -211,26 +225,6 @@ class Histogram(Collector):
         family = HistogramMetricFamily(self._name, self._text, labels=[LABEL])
         buckets = list(zip(bounds, accumulate(self._counts), strict=True))
         family.add_metric([self._model_name], buckets=buckets, sum_value=self._sum)
-        yield family
-
-
-class _Counted(Collector):
-    """A counter whose counts somebody else keeps: `read` gives the values of `labels` and the count of each."""
-
-    def __init__(
-        self, model_name: str, name: str, text: str, labels: tuple[str, ...],
-        read: Callable[[], Iterable[tuple[tuple[str, ...], int]]],
-    ) -> None:  # fmt: skip
-        self._model_name = model_name
-        self._name = name
-        self._text = text
-        self._labels = labels
-        self._read = read
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily(self._name, self._text, labels=[LABEL, *self._labels])
-        for values, count in self._read():
-            family.add_metric([self._model_name, *values], count)
         yield family
 
 

@@ -53,19 +53,10 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        # A proxy may take the prefix off or leave it there.
-        if self._root and (scope["path"] + "/").startswith(self._root + "/"):
-            scope["root_path"] = self._root
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        request_id = headers.get("x-request-id", "")
-        if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
-        state["owner"] = state["cache_owner"] = ""
-        current_request.set(request_id)
-        state["arrival"] = started = time.monotonic()
+        state = self._begin(scope, headers)
         state["send"] = send  # past all layers, for what comes between a stream's head and its end
+        request_id = state["request_id"]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         status = 0
         complete = False
 
@@ -104,13 +95,26 @@ class RequestMiddleware:
             await error_response(to_api_error(error), scope)(scope, receive, send_with_id)
         finally:
             self._service.leave()
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - state["arrival"]
             level = logging.DEBUG if path in PROBES else logging.INFO
             _log(level, scope, request_id, status, seconds)
             if self._service.model is not None and level == logging.INFO:
                 self._service.model.metrics.on_answer(status)
             if self._service.tracing is not None:
                 self._service.tracing.record(scope, path, status, seconds)
+
+    def _begin(self, scope: Scope, headers: Headers) -> dict[str, Any]:
+        """Find out what is known of a request from its start on; return its state."""
+        # A proxy may take the prefix off or leave it there.
+        if self._root and (scope["path"] + "/").startswith(self._root + "/"):
+            scope["root_path"] = self._root
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        current_request.set(request_id)
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state |= {"request_id": request_id, "owner": "", "cache_owner": "", "arrival": time.monotonic()}
+        return state
 
     def _owner(self, headers: Headers) -> str:
         """The name of the key that a request brings; raise `ApiError` 401 without a known one."""

@@ -15,7 +15,6 @@ from starlette.responses import Response
 from ..engine.errors import RequestError
 from .body import LARGE_BODY_BYTES, MAX_BODY_BYTES, NO_PLACE
 from .chat_template import ChatTemplateError
-from .config import ServerConfig
 from .errors import ApiError, JsonResponse, encode_json, shorten
 from .offload import is_large, off_loop_if_large
 from .protocol.chat import (
@@ -36,7 +35,7 @@ from .protocol.chat import (
     ToolMessage,
     UserMessage,
 )
-from .protocol.common import JsonSchemaFormat, JsonSchemaResponseFormat
+from .protocol.common import JsonSchemaResponseFormat
 from .protocol.responses import (
     MAX_ITEMS,
     AllowedFunctions,
@@ -71,11 +70,8 @@ RENAMED = (
 """What the fields of a chat are called here."""
 
 
-async def create_response(
-    request: Request, body: ResponseRequest, model: ServedModel, config: ServerConfig
-) -> Response:
+async def create_response(request: Request, body: ResponseRequest, model: ServedModel) -> Response:
     """Answer input items, whole or as a stream; every refusal is raised before the answer begins."""
-    name = model.check_name(body.model)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is only for requests with stream.", param="stream_options")
     store: ResponseStore = request.app.state.responses
@@ -90,14 +86,14 @@ async def create_response(
         # Instructions are of this response alone, and stay when old items go.
         droppable = int(body.instructions is not None) if body.truncation == "auto" else None
         turn = await prepare_turn(chat, model, droppable)
-        described = await off_loop_if_large(_describe, body, name, turn)
+        described = await off_loop_if_large(_describe, body, turn)
         generation = turn.generate(model, request, chat)
     except (RequestError, ChatTemplateError) as error:
         raise _renamed(error) from None
     answer = Answer(described, turn, model.tokenizer)
     keep = partial(store.put if body.store is not False else _forget, input_items=items, owner=owner)
     if body.stream:
-        return EventStream(generation, ResponseEvents(answer, generation, keep), config.sse_keep_alive_interval)
+        return EventStream(generation, ResponseEvents(answer, generation, keep), model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
     answer.take(choice.text, choice.logprobs)
@@ -230,16 +226,19 @@ def to_chat(body: ResponseRequest, messages: list[Message]) -> ChatCompletionReq
     if not 1 <= len(messages) <= MAX_ITEMS:
         many = f"more than {MAX_ITEMS} messages, with those before it" if messages else "no items"
         raise RequestError(f"input has {many}.", param="input")
-    form = body.text.format if body.text else None
+    form: Any = body.text.format if body.text else None
+    if isinstance(form, SchemaFormat):
+        form = JsonSchemaResponseFormat(type="json_schema", json_schema=form)
+    shows = bool(body.include or body.top_logprobs)
     # Nothing is checked again: the bounds of the fields are those of chats.
     return ChatCompletionRequest.model_construct(
         messages=messages,
         max_completion_tokens=body.max_output_tokens,
-        logprobs=_with_logprobs(body) or None,
-        top_logprobs=(body.top_logprobs or 0) if _with_logprobs(body) else None,
+        logprobs=shows,
+        top_logprobs=(body.top_logprobs or 0) if shows else None,
         tools=[_tool(tool) for tool in body.tools] if body.tools else None,
         tool_choice=_tool_choice(body),
-        response_format=_schema_format(form) if isinstance(form, SchemaFormat) else form,
+        response_format=form,
         **{name: getattr(body, name) for name in SHARED_FIELDS},
     )
 
@@ -260,17 +259,8 @@ def _tool_choice(body: ResponseRequest) -> ToolChoice | None:
             return choice
 
 
-def _schema_format(form: SchemaFormat) -> JsonSchemaResponseFormat:
-    schema = JsonSchemaFormat(name=form.name, description=form.description, schema=form.json_schema, strict=form.strict)
-    return JsonSchemaResponseFormat(type="json_schema", json_schema=schema)
-
-
 def _named(function: FunctionChoice) -> NamedToolChoice:
     return NamedToolChoice(type="function", function=FunctionName(name=function.name))
-
-
-def _with_logprobs(body: ResponseRequest) -> bool:
-    return bool(body.include or body.top_logprobs)
 
 
 def _renamed(error: RequestError | ChatTemplateError) -> RequestError:
@@ -287,7 +277,7 @@ def _renamed(error: RequestError | ChatTemplateError) -> RequestError:
     return RequestError(message, param=param, code=error.code)
 
 
-def _describe(body: ResponseRequest, name: str, turn: Turn) -> dict[str, Any]:
+def _describe(body: ResponseRequest, turn: Turn) -> dict[str, Any]:
     """The response object before there is any output: what was asked, and the values that hold where nothing was."""
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
     choice = body.tool_choice
@@ -301,7 +291,7 @@ def _describe(body: ResponseRequest, name: str, turn: Turn) -> dict[str, Any]:
         "incomplete_details": None,
         "output": [],
         "usage": None,
-        "model": name,
+        "model": body.model,
         "instructions": body.instructions,
         "previous_response_id": body.previous_response_id,
         "store": body.store is not False,

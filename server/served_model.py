@@ -17,7 +17,7 @@ import msgspec
 from ..engine.async_engine import AsyncEngine
 from ..engine.errors import RequestError
 from ..engine.launch import EngineProcess
-from ..engine.messages import MAX_LOGPROBS, SamplingParams
+from ..engine.messages import SamplingParams
 from ..model.hub import resolve_model
 from ..model.tokenizer import Tokenizer
 from .chat_template import ChatTemplate
@@ -48,7 +48,7 @@ class ServedModel:
         defaults: values of `SamplingParams` for the fields that a request leaves out.
         created: when it was loaded, in seconds of Unix time.
         longest_token: bytes of the longest token, by which a text that is far too long is known without tokenising it.
-        max_logprobs: how many of the most likely tokens a request may ask for.
+        flags: of the server.
         tool_format: how calls of tools are written in the model's text.
     """
 
@@ -60,7 +60,7 @@ class ServedModel:
     metrics: Metrics
     created: int
     longest_token: int
-    max_logprobs: int = MAX_LOGPROBS
+    flags: ServerConfig
     tool_format: ToolCallFormat = FORMATS["hermes"]
 
     def check_name(self, name: str | None) -> str:
@@ -74,8 +74,8 @@ class ServedModel:
         """Raise `RequestError` where a request's field asks for more log-probabilities than this server gives."""
         for name in LOGPROB_FIELDS:
             value = getattr(body, name, None)
-            if value is not None and value is not True and value > self.max_logprobs:
-                message = f"{name} is at most {self.max_logprobs} on this server, got {value}."
+            if value is not None and value is not True and value > self.flags.max_logprobs:
+                message = f"{name} is at most {self.flags.max_logprobs} on this server, got {value}."
                 raise RequestError(message, param=name)
 
     async def encode(self, text: str, *, add_bos: bool, any_length: bool = False) -> list[int]:
@@ -85,18 +85,16 @@ class ServedModel:
             return self.tokenizer.encode(text, add_bos=add_bos)
         return await off_loop(self.tokenizer.encode, text, add_bos=add_bos)
 
-    async def render(
-        self, messages: list[dict[str, Any]], *, any_length: bool = False, tools: Any = None, **options: Any
-    ) -> list[int]:
+    async def render(self, messages: list[dict[str, Any]], *, any_length: bool = False, **options: Any) -> list[int]:
         """Put messages through the chat template and tokenise them; raises `ChatTemplateError` or `RequestError`.
 
         `options` are those of `ChatTemplate.render`; with `any_length`, messages that cannot fit the context may pass.
         """
-        render = functools.partial(self.template.render, messages, tools=tools, **options)
+        render = functools.partial(self.template.render, messages, **options)
         characters = sum(len(message.get("content") or "") for message in messages)
         if not any_length:
             self._is_small(characters, "messages")
-        if is_large.get() or len(messages) >= LARGE_CHAT or len(encode_json([messages, tools, options])) >= LARGE_TEXT:
+        if is_large.get() or len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT:
             return await off_loop(render)
         return render()
 
@@ -140,7 +138,7 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
         metrics=metrics,
         created=int(time.time()),
         longest_token=longest_token,
-        max_logprobs=server.max_logprobs,
+        flags=server,
         tool_format=tool_format,
     )
 

@@ -16,7 +16,7 @@ from ..model.tokenizer import Tokenizer
 from .errors import ApiError, encode_json, to_api_error
 from .generation import Generation
 from .protocol.common import GenerationRequest
-from .token_details import show_dynamics, show_prompt_logprobs
+from .token_details import show_dynamics
 
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 
@@ -98,12 +98,6 @@ class Chunks(EventWriter):
         if not self.with_dynamics:
             return ids
         return ids + b',"dynamics":' + encode_json(show_dynamics(output.token_ids, output.dynamics, self.tokenizer))
-
-    def prompt_logprobs(self, index: int) -> bytes:
-        """The member that shows a prompt's log-probabilities."""
-        choice = self.choices[index]
-        shown = show_prompt_logprobs(choice.prompt_token_ids, choice.prompt_logprobs, self.tokenizer)
-        return b',"prompt_logprobs":' + encode_json(shown)
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """The last chunk of one choice, with the finish reason."""

@@ -19,14 +19,14 @@ import llguidance
 
 from ..engine.errors import EngineBusyError, RequestError
 from ..engine.grammar_check import GrammarChecker
-from .protocol.common import MAX_CHOICES
+from .errors import shorten
+from .protocol.common import MAX_CHOICES, GenerationRequest, JsonObjectFormat, TextFormat
 
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_GRAMMAR_BYTES = 64 << 10
 """Of a regular expression, a Lark grammar, or all choices together."""
 MAX_DEPTH = 64
 MAX_NODES = 20_000
-MAX_ECHO = 200
 CHECKERS = 2
 MAX_CHECKS = 32
 VERDICT_BYTES = 4 << 20
@@ -49,6 +49,29 @@ DESCRIPTIVE = {
 }  # fmt: skip
 
 
+def format_grammar(body: GenerationRequest) -> tuple[str, str] | None:
+    """The grammar that a request asks for and the field that does, not yet checked; None where its text is free."""
+    wanted, outputs = body.response_format, body.structured_outputs
+    if isinstance(wanted, TextFormat):
+        wanted = None
+    if outputs is None:
+        if wanted is None:
+            return None
+        if isinstance(wanted, JsonObjectFormat):
+            return json_object_grammar(), "response_format"
+        schema, field = wanted.json_schema, "response_format.json_schema.schema"
+        return json_schema_grammar(schema.json_schema, schema.strict is True, field), field
+    if wanted is not None:
+        raise RequestError("structured_outputs and response_format cannot both be given.", param="structured_outputs")
+    if outputs.regex is not None:
+        return regex_grammar(outputs.regex, field := "structured_outputs.regex"), field
+    if outputs.choice is not None:
+        return choice_grammar(outputs.choice, field := "structured_outputs.choice"), field
+    if outputs.grammar is not None:
+        return lark_grammar(outputs.grammar, field := "structured_outputs.grammar"), field
+    return json_schema_grammar(outputs.json_schema or {}, False, field := "structured_outputs.json"), field
+
+
 def json_schema_grammar(schema: dict[str, Any], strict: bool = False, param: str | None = None) -> str:
     """A grammar for the JSON values that are valid against `schema`.
 
@@ -67,7 +90,7 @@ def json_schema_grammar(schema: dict[str, Any], strict: bool = False, param: str
     for node in _subschemas(schema):
         unknown = [key for key in node if key not in ENFORCED and not _is_descriptive(key)]
         if unknown:
-            raise RequestError(f"The schema's keyword {_echo(unknown[0])} is not supported.", param=param)
+            raise RequestError(f"The schema's keyword {shorten(unknown[0])!r} is not supported.", param=param)
         if strict:
             _check_strict(node, param)
     bare = _without_descriptions(schema)
@@ -210,7 +233,7 @@ def _check_strict(node: dict[str, Any], param: str | None) -> None:
     missing = [name for name in properties or () if not isinstance(required, list) or name not in required]
     if missing:
         raise RequestError(
-            f"In a strict schema, every property must be in 'required': {_echo(missing[0])} is not.", param=param
+            f"In a strict schema, every property must be in 'required': {shorten(missing[0])!r} is not.", param=param
         )
 
 
@@ -255,7 +278,3 @@ def _without_descriptions(schema: Any) -> Any:
         else:
             bare[key] = value
     return bare
-
-
-def _echo(text: str) -> str:
-    return repr(text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "…")

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..engine.messages import TokenDynamics, TokenLogprobs
 from ..model.tokenizer import Tokenizer
+from .generation import Choice
+from .protocol.common import GenerationRequest
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks, as OpenAI does it."""
@@ -91,6 +93,18 @@ def show_prompt_logprobs(
                 for id_, logprob, rank in reversed(candidates)
             }
         )
+    return shown
+
+
+def show_details(choice: Choice, body: GenerationRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The members of a finished choice that say what stopped it, and show its tokens as far as that is asked for."""
+    shown: dict[str, Any] = {}
+    if choice.stop_reason is not None:
+        shown["stop_reason"] = choice.stop_reason
+    if body.return_token_ids:
+        shown["token_ids"] = choice.token_ids
+    if body.return_dynamics:
+        shown["dynamics"] = show_dynamics(choice.token_ids, choice.dynamics, tokenizer)
     return shown
 
 

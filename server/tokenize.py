@@ -8,22 +8,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine.errors import RequestError
-from .config import ServerConfig
 from .errors import JsonResponse
-from .protocol.chat import ChatCompletionRequest
+from .protocol.chat import ChatCompletionRequest, TemplateOptions
 from .protocol.common import MAX_INT
 from .protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from .served_model import ServedModel
 from .turn import prepare_turn
 
-CHAT_FIELDS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 LARGE_IDS = 4000
 """Token ids from which texts are made off the event loop."""
 
 
-async def tokenize(request: Request, body: TokenizeRequest, model: ServedModel, config: ServerConfig) -> Response:
+async def tokenize(request: Request, body: TokenizeRequest, model: ServedModel) -> Response:
     """Tell the token ids of a prompt, or of messages put through the chat template."""
-    model.check_name(body.model)
     ids = await _chat_ids(body, model) if body.prompt is None else await _prompt_ids(body, body.prompt, model)
 
     def answer() -> Response:
@@ -37,7 +34,7 @@ async def tokenize(request: Request, body: TokenizeRequest, model: ServedModel, 
 async def _prompt_ids(body: TokenizeRequest, prompt: str, model: ServedModel) -> list[int]:
     if body.messages is not None:
         raise RequestError("prompt and messages cannot both be given.", param="messages")
-    for name in CHAT_FIELDS:
+    for name in TemplateOptions.model_fields:
         if getattr(body, name) is not None:
             raise RequestError(f"{name} is only for messages.", param=name)
     return await model.encode(prompt, add_bos=bool(body.add_special_tokens), any_length=True)
@@ -53,14 +50,13 @@ async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
     chat = ChatCompletionRequest(
         messages=body.messages,
         truncate_prompt_tokens=MAX_INT,  # longer ones than the context are counted too
-        **{name: getattr(body, name) for name in CHAT_FIELDS},
+        **{name: getattr(body, name) for name in TemplateOptions.model_fields},
     )
     return (await prepare_turn(chat, model)).prompt
 
 
-async def detokenize(request: Request, body: DetokenizeRequest, model: ServedModel, config: ServerConfig) -> Response:
+async def detokenize(request: Request, body: DetokenizeRequest, model: ServedModel) -> Response:
     """Tell the text of token ids, that of special tokens too."""
-    model.check_name(body.model)
     size = model.engine.info.vocab_size
     if body.tokens and max(body.tokens) >= size:
         raise RequestError(f"tokens has a token id outside 0 to {size - 1}.", param="tokens")

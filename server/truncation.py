@@ -1,4 +1,4 @@
-"""Which of a chat's oldest messages are left out, so that the others and an answer to them fit the context."""
+"""What is left out of a prompt, so that the rest and an answer to it fit the context: tokens, or messages of a chat."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..engine.errors import RequestError
+from .served_model import ServedModel
 
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages], Awaitable[list[int]]]
+
+
+def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max_tokens: int | None) -> list[int]:
+    """The last `keep` ids of a prompt; -1 keeps what fits beside `max_tokens`; raises `RequestError`."""
+    if keep is None:
+        return prompt
+    room = model.engine.info.max_model_len - (1 if max_tokens is None else max_tokens)
+    if keep == -1:
+        keep = max(room, 1)
+    if not keep:
+        raise RequestError("truncate_prompt_tokens must be -1 or at least 1.", param="truncate_prompt_tokens")
+    return prompt[-keep:]
 
 
 async def render_newest(messages: Messages, first: int, room: int, render: Render) -> list[int]:

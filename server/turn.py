@@ -16,16 +16,14 @@ from ..engine.errors import RequestError
 from ..engine.messages import SamplingParams
 from .chat_template import MAX_DEPTH, is_deeper
 from .errors import encode_json, shorten
-from .generation import Generation, format_grammar, sampling_params, truncate_prompt
+from .generation import Generation, sampling_params
 from .offload import off_loop_if_large
 from .protocol.chat import AssistantMessage, ChatCompletionRequest, Message, ToolMessage
 from .served_model import ServedModel
-from .structured_output import check_grammar
+from .structured_output import check_grammar, format_grammar
 from .tool_choice import Offer, read_offer
-from .tools import CallPiece, ToolCallFormat, TurnPiece, TurnReader
-from .truncation import render_newest
-
-__all__ = ["CallPiece", "Turn", "TurnPiece", "TurnReader", "WholeTurn", "prepare_turn", "read_turn"]
+from .tools import ToolCallFormat, TurnReader
+from .truncation import render_newest, truncate_prompt
 
 MAX_VARIABLE_BYTES = 2**14
 BETWEEN_PARTS = "\n"
@@ -49,7 +47,7 @@ class Turn:
     def generate(self, model: ServedModel, request: Request, body: ChatCompletionRequest) -> Generation:
         """Submit it; raises as `Generation` does."""
         return Generation(
-            model, request, [self.prompt], self.params,
+            model, request, [self.prompt], [self.params],
             field="messages", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
         )  # fmt: skip
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("e2e.hostile", "e2e.serving", "e2e.soak", "paged_runner")  # before they are imported
+# Before they are imported:
+pytest.register_assert_rewrite("e2e.hostile", "e2e.serving", "e2e.soak", "paged_runner", "responses_client")
 
 import torch  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field
 
 from ...engine.messages import MAX_LOGPROBS
 from .common import (
     MAX_INT,
+    Description,
     GenerationRequest,
     JsonSchema,
     Name,
@@ -106,7 +107,7 @@ class Function(StrictModel):
     """A function that the model may call."""
 
     name: SchemaName
-    description: Annotated[str, StringConstraints(max_length=2**16)] | None = None
+    description: Description | None = None
     parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments; without it there are none.")
     strict: bool | None = Field(None, description="With true, also a free choice must obey the parameters' schema.")
 
@@ -148,13 +149,13 @@ class AllowedToolsChoice(StrictModel):
 ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice
 
 
-class ChatCompletionRequest(GenerationRequest):
-    """Body of `POST /v1/chat/completions`."""
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+class TemplateOptions(StrictModel):
+    """What the chat template is given beside the messages."""
+
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: ToolChoice | None = Field(None, description="auto where there are tools, else none.")
-    parallel_tool_calls: bool | None = Field(None, description="With false, one call at most.")
     add_generation_prompt: bool | None = Field(
         None, description="End the prompt with the opening of a turn: true unless continue_final_message is."
     )
@@ -162,6 +163,14 @@ class ChatCompletionRequest(GenerationRequest):
     chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = Field(
         None, description="Variables that the checkpoint's chat template knows."
     )
+
+
+class ChatCompletionRequest(GenerationRequest, TemplateOptions):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Messages
+    tool_choice: ToolChoice | None = Field(None, description="auto where there are tools, else none.")
+    parallel_tool_calls: bool | None = Field(None, description="With false, one call at most.")
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Wins over max_tokens.")
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Without it, the rest of the context.")
     logprobs: bool | None = None

@@ -42,7 +42,16 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 BadWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Grammar = Annotated[str, StringConstraints(min_length=1, max_length=2**16)]
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Description = Annotated[str, StringConstraints(max_length=2**16)]
 JsonSchema = dict[str, Any]
+Priority = Annotated[
+    int | None,
+    Field(ge=-(2**31), le=MAX_INT, description="Lower goes first, where the server schedules by priority."),
+]
+KeptTokens = Annotated[
+    int | None,
+    Field(ge=-1, le=MAX_INT, description="Keep so many of each prompt's last tokens; -1 keeps what fits."),
+]
 
 
 class StrictModel(BaseModel):
@@ -107,16 +116,23 @@ class StructuredOutputs(StrictModel):
         return self
 
 
-class GenerationRequest(StrictModel):
-    """The fields that chat and completions share."""
+class SamplingRequest(StrictModel):
+    """The fields of every request for a text."""
 
-    model: Name | None = None
+    stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_INT, description="-1 and 0 keep all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=128, description=f"Answers per prompt; prompts times n ≤ {MAX_SEQUENCES}.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Choice j draws with seed + j.")
+    priority: Priority = None
+    cache_salt: Salt | None = Field(None, description="Only requests of one salt share computed prompts.")
+
+
+class OpenAIRequest(SamplingRequest):
+    """The fields that chats, completions and responses share."""
+
+    model: Name | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -132,29 +148,30 @@ class GenerationRequest(StrictModel):
         None, description="Words that are never completed."
     )
     allowed_token_ids: TokenIds | None = Field(None, description="Only these are generated.")
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Also of the prompt's tokens.")
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, le=MAX_INT, description="Keep so many of the prompt's last tokens; -1 keeps what fits."
-    )
-    return_dynamics: bool | None = Field(None, description="Tell what the network did for each token.")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    return_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: int | None = Field(
-        None, ge=-(2**31), le=MAX_INT, description="Lower goes first, where the server schedules by priority."
-    )
-    cache_salt: Salt | None = Field(None, description="Only requests of one salt share computed prompts.")
 
     # OpenAI's bookkeeping, accepted because ignoring it harms nobody.
     user: Name | None = None
     metadata: Annotated[dict[Name, Name], Field(max_length=16)] | None = None
-    store: bool | None = None
     service_tier: Name | None = None
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
+
+
+class GenerationRequest(OpenAIRequest):
+    """The fields that chats and completions share."""
+
+    n: int | None = Field(None, ge=1, le=128, description=f"Answers per prompt; prompts times n ≤ {MAX_SEQUENCES}.")
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Also of the prompt's tokens.")
+    response_format: ResponseFormat | None = None
+    truncate_prompt_tokens: KeptTokens = None
+    return_dynamics: bool | None = Field(None, description="Tell what the network did for each token.")
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    # More of the bookkeeping.
+    store: bool | None = None
     verbosity: Name | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .common import MAX_INT, Name, StrictModel, Text, TokenIds
+from .common import MAX_INT, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048
 
@@ -29,12 +29,8 @@ class EmbeddingRequest(StrictModel):
     )
     dimensions: int | None = Field(None, ge=1, le=MAX_INT, description="Only the model's own hidden size.")
     add_special_tokens: bool | None = Field(None, description="Put the model's first token before a text.")
-    truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, le=MAX_INT, description="Keep so many of each input's last tokens; -1 keeps what fits."
-    )
-    priority: int | None = Field(
-        None, ge=-(2**31), le=MAX_INT, description="Lower goes first, where the server schedules by priority."
-    )
+    truncate_prompt_tokens: KeptTokens = None
+    priority: Priority = None
     user: Name | None = None
 
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, RootModel, StringConstraints
+from pydantic import BeforeValidator, Field, RootModel
 
 from .chat import MAX_TOOLS, GiveWay
-from .common import MAX_INT, ErrorBody, JsonSchema, Name, Salt, SchemaName, StopText, StrictModel, Text
+from .common import (
+    MAX_INT,
+    Description,
+    ErrorBody,
+    JsonSchema,
+    Name,
+    SamplingRequest,
+    SchemaName,
+    StopText,
+    StrictModel,
+    Text,
+)
 
 
 def _ask_for_nothing(value: Any) -> None:
@@ -124,7 +135,7 @@ class CustomTool(StrictModel):
 
     type: Annotated[Literal["custom"] | None, BeforeValidator(_only_custom)] = None
     name: SchemaName
-    description: Annotated[str, StringConstraints(max_length=2**16)] | None = None
+    description: Description | None = None
     input_schema: JsonSchema = Field(description="JSON Schema of the input.")
     strict: bool | None = Field(
         None,
@@ -215,26 +226,14 @@ class MessagesMetadata(StrictModel):
     user_id: Name | None = None
 
 
-class MessagesRequest(PromptRequest):
-    """Body of `POST /v1/messages`."""
+class MessagesRequest(SamplingRequest, PromptRequest):
+    """Body of `POST /v1/messages`: Anthropic's fields, and those that are not Anthropic's as on the other routes."""
 
     max_tokens: int = Field(ge=1, le=MAX_INT)
     stop_sequences: Annotated[list[StopText], Field(max_length=4)] | None = None
-    stream: bool | None = None
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=MAX_INT, description="-1 and 0 keep all tokens.")
     metadata: MessagesMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     container: Unsupported = None
-
-    # Not Anthropic's, but what they are on the other routes.
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    priority: int | None = Field(
-        None, ge=-(2**31), le=MAX_INT, description="Lower goes first, where the server schedules by priority."
-    )
-    cache_salt: Salt | None = Field(None, description="Only requests of one salt share computed prompts.")
 
 
 class AnswerText(StrictModel):

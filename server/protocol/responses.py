@@ -4,34 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field
 
-from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from ...engine.messages import MAX_LOGPROBS
 from .chat import MAX_TOOLS
 from .common import (
-    MAX_BAD_WORDS,
     MAX_INT,
-    BadWord,
-    Bias,
-    GenerationRequest,
+    Description,
     JsonObjectFormat,
     JsonSchema,
+    JsonSchemaFormat,
     Name,
-    Salt,
+    OpenAIRequest,
     SchemaName,
-    StopText,
     StrictModel,
-    StructuredOutputs,
     Text,
     TextFormat,
-    TokenId,
-    TokenIds,
-    TokenIdText,
     TokenLogprob,
 )
 
 MAX_ITEMS = 4096
-Description = Annotated[str, StringConstraints(max_length=2**16)]
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -43,11 +35,6 @@ def _refuse(value: Any) -> Any:
 
 Unsupported = Annotated[None, BeforeValidator(_refuse)]
 UnsupportedFlag = Annotated[Literal[False] | None, BeforeValidator(_refuse)]
-
-
-def _shared(name: str) -> Any:
-    """A field with the bounds and the words that it has in the other endpoints."""
-    return GenerationRequest.model_fields[name]
 
 
 class InputText(StrictModel):
@@ -150,14 +137,10 @@ NamedFunctions = Annotated[FunctionChoice | AllowedFunctions, Field(discriminato
 ToolChoice = Literal["none", "auto", "required"] | NamedFunctions
 
 
-class SchemaFormat(StrictModel):
+class SchemaFormat(JsonSchemaFormat):
     """An answer that satisfies a JSON schema."""
 
     type: Literal["json_schema"]
-    name: SchemaName
-    description: Annotated[str, StringConstraints(max_length=4096)] | None = None
-    json_schema: JsonSchema = Field(alias="schema", description="JSON Schema of the answer.")
-    strict: bool | None = Field(None, description="The schema is enforced with true and with false.")
 
 
 class TextOptions(StrictModel):
@@ -181,10 +164,9 @@ class ResponseStreamOptions(StrictModel):
     include_obfuscation: UnsupportedFlag = None
 
 
-class ResponseRequest(StrictModel):
+class ResponseRequest(OpenAIRequest):
     """Body of `POST /v1/responses`; `input`, a text of the user or items, may be left out after an earlier response."""
 
-    model: Name | None = None
     input: Text | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
     instructions: Text | None = Field(None, description="System message of this response alone.")
     previous_response_id: Name | None = Field(None, description="Go on after this kept response.")
@@ -197,39 +179,8 @@ class ResponseRequest(StrictModel):
     text: TextOptions | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Above 0 it includes logprobs.")
-    stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     reasoning: ReasoningOptions | None = None
-    temperature: float | None = _shared("temperature")
-    top_p: float | None = _shared("top_p")
-
-    # Beyond OpenAI's, with the meaning that they have in the other endpoints.
-    top_k: int | None = _shared("top_k")
-    min_p: float | None = _shared("min_p")
-    seed: int | None = _shared("seed")
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = _shared("ignore_eos")
-    min_tokens: int | None = _shared("min_tokens")
-    presence_penalty: float | None = _shared("presence_penalty")
-    frequency_penalty: float | None = _shared("frequency_penalty")
-    repetition_penalty: float | None = _shared("repetition_penalty")
-    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = _shared("logit_bias")
-    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = _shared("bad_words")
-    allowed_token_ids: TokenIds | None = _shared("allowed_token_ids")
-    structured_outputs: StructuredOutputs | None = None
-    skip_special_tokens: bool | None = None
-    priority: int | None = _shared("priority")
-    cache_salt: Salt | None = _shared("cache_salt")
-
-    # OpenAI's bookkeeping, accepted because ignoring it harms nobody; the response repeats it.
-    metadata: Annotated[dict[Name, Name], Field(max_length=16)] | None = None
-    user: Name | None = None
-    safety_identifier: Name | None = None
-    prompt_cache_key: Name | None = None
-    service_tier: Name | None = None
-
     background: UnsupportedFlag = None
     background_options: Unsupported = None
     context_management: Unsupported = None

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from .chat import MAX_TOOLS, Message, Tool
+from .chat import Messages, TemplateOptions
 from .common import MAX_IDS, Name, StrictModel, Text, TokenId
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(TemplateOptions):
     """Body of `POST /tokenize`: either a prompt, as completions read it, or messages, as chat completions do."""
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="Put the model's first token before the prompt; a chat's template does as it was trained."
     )
     return_token_strs: bool | None = Field(None, description="Also give each token's text.")
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    add_generation_prompt: bool | None = Field(None, description="End the messages with the opening of a turn.")
-    continue_final_message: bool | None = Field(None, description="End inside the last message.")
-    chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = Field(
-        None, description="Variables that the checkpoint's chat template knows."
-    )
 
 
 class TokenizeAnswer(StrictModel):

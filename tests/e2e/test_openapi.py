@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from pyllm.server.app import Service, create_app
+from pyllm.server.app import ENDPOINTS, Service, create_app
 from pyllm.server.config import ServerConfig
 
 CHECKS = [
@@ -75,6 +75,12 @@ def test_every_answer_is_as_documented(document: Any, method: str, path: str, mo
     statuses: set[int] = set()
     check()
     assert small is None or 200 in statuses
+
+
+@pytest.mark.parametrize("path", [endpoint.path for endpoint in ENDPOINTS if endpoint.chunk is not None])
+def test_every_stream_is_as_documented(document: Any, path: str) -> None:
+    case = document[path]["post"].Case(body=POSTS[path] | {"stream": True}, media_type="application/json")
+    assert case.call_and_validate(checks=CHECKS, timeout=PATIENCE).headers["content-type"][0].startswith("text/event")
 
 
 def test_the_server_is_as_before_after_all_that(small: ServerProcess) -> None:

@@ -224,11 +224,10 @@ def test_stats_say_what_runs_and_what_the_step_did():
         core.add_request(message(str(i), [1 + i] * 10, max_tokens=10, ignore_eos=True))
     stats = core.step().stats
     assert (stats.num_running, stats.num_waiting) == (2, 1)
-    assert (stats.step_tokens, stats.step_generated_tokens) == (20, 2)
+    assert stats.step_tokens == 20
     assert stats.kv_cache_usage == pytest.approx(6 / 20)
     assert stats.step_seconds > 0
-    stats = core.step().stats
-    assert (stats.step_tokens, stats.step_generated_tokens) == (2, 2)
+    assert core.step().stats.step_tokens == 2
 
 
 def test_logprobs_come_with_their_tokens_through_preemption():

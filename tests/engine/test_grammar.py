@@ -17,7 +17,7 @@ from checkpoints import TINY, write_checkpoint
 from pyllm import LLM, SamplingParams
 from pyllm.engine.errors import RequestError
 from pyllm.engine.grammar import GrammarCompiler, GrammarState, MaskMaker, grammar_bytes
-from pyllm.engine.grammar_check import WAIT_SECONDS, GrammarChecker
+from pyllm.engine.grammar_check import MEMORY_BYTES, WAIT_SECONDS, GrammarChecker
 from pyllm.engine.messages import EngineRequest
 from pyllm.engine.request import Request
 from pyllm.model.config import DeepConfig
@@ -302,3 +302,12 @@ def test_the_process_that_tries_grammars_survives_what_kills_it():
     assert checker.check(DIGITS) == ""
     del checker
     gc.collect()
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="limits are read from Linux's /proc")
+def test_the_process_that_tries_grammars_has_little_memory():
+    checker = GrammarChecker()
+    assert checker.check(DIGITS) == ""
+    limits = Path(f"/proc/{checker._process.pid}/limits").read_text()
+    checker.close()
+    assert re.search(rf"Max address space +{MEMORY_BYTES} +{MEMORY_BYTES} ", limits)

@@ -207,7 +207,7 @@ def test_a_pooled_request_has_one_output_without_tokens(make, prompts):
     (output,) = step.outputs
     assert (output.token_ids, output.finish_reason, output.stop_token_id) == ([], "stop", None)
     assert output.scheduled_time > 0
-    assert (step.stats.step_tokens, step.stats.step_generated_tokens) == (len(prompts[3]), 0)
+    assert step.stats.step_tokens == len(prompts[3])
     core.check_idle()
 
 

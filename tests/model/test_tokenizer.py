@@ -100,7 +100,7 @@ def test_shielded_text_holds_no_special_token_and_comes_back_whole(parts: list[s
 
 def test_overlapping_and_one_character_special_tokens_are_shielded_too() -> None:
     tokenizer = Tokenizer(byte_level(["aXa", "🎈"]))
-    text = "aXaXaXa 🎈🎈 b"
+    text = "aXaXa aXaXaXa 🎈🎈 b"
     ids = tokenizer.encode_prompt(tokenizer.shield(text, "\ufdd0") + "🎈", guard="\ufdd0")
     assert ids == [*tokenizer.encode(text), 1]
     assert not set(ids[:-1]) & tokenizer.special_ids

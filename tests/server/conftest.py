@@ -109,7 +109,10 @@ class ScriptedEngine:
     ) -> RequestStream:  # fmt: skip
         if self.error is not None:
             raise EngineDeadError(self.error)
-        message = resolve_request(request_id, prompt_token_ids, params, self.info, random.Random(0), pooling=pooling)
+        message = EngineRequest(
+            request_id=request_id, prompt_token_ids=prompt_token_ids, params=params, pooling=pooling
+        )
+        message = resolve_request(message, self.info, random.Random(0))
         self.processor.add(request_id, len(prompt_token_ids), message.params)
         self.requests.append((request_id, prompt_token_ids, params))
         self.extras.append((priority, cache_salt))
@@ -214,8 +217,9 @@ class Harness:
             metrics=self.metrics,
             created=1,
             longest_token=4,
+            flags=ServerConfig(**flags),
         )
-        self.service = Service(ServerConfig(**flags), model=self.model)
+        self.service = Service(self.model.flags, model=self.model)
         self.app = create_app(self.service)
 
     def run(self, work: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:

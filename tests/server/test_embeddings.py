@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 
 import numpy as np
 import pytest
@@ -49,6 +50,12 @@ def test_pooling_is_the_mean_or_the_last(harness):
     ids = harness.tokenizer.encode("Hi")
     assert embed(harness, pooling="last").data[0].embedding == pytest.approx(expected(harness, ids, "last"), abs=1e-7)
     assert embed(harness, pooling=None).data == embed(harness, pooling="mean").data == embed(harness).data
+
+
+def test_the_log_tells_the_tokens_of_all_inputs_and_not_of_the_last_ones_only(harness, caplog):
+    caplog.set_level(logging.INFO, logger="pyllm.server")
+    embed(harness, input=[[3, 4]] * 100)
+    assert "prompt_tokens=200 " in caplog.records[-1].getMessage()
 
 
 def test_more_inputs_than_run_at_once_are_answered_in_order(harness):

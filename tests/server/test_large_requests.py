@@ -7,12 +7,12 @@ import threading
 import pytest
 
 from pyllm.server import body as bodies
-from pyllm.server import messages, response_store, responses, tool_choice, turn
-from pyllm.server.chat_template import is_deeper
+from pyllm.server import completions, messages, response_store, responses, tool_choice, turn
+from pyllm.server.chat_template import ChatTemplate, is_deeper
 
 HI = [{"role": "user", "content": "Hi"}]
 TURN = [(turn, name) for name in ("_check_results", "read_offer", "_template_input", "_written", "sampling_params")]
-TURN += [(tool_choice, "is_deeper")]
+TURN += [(tool_choice, "is_deeper"), (bodies, "parse_body"), (ChatTemplate, "render")]
 CHAT = ("/v1/chat/completions", {"messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]}, TURN)
 MESSAGES = (
     "/v1/messages",
@@ -23,6 +23,11 @@ RESPONSES = (
     "/v1/responses",
     {"input": "Hi", "tools": [{"type": "function", "name": "f"}]},
     [*TURN, (responses, "read_items"), (responses, "to_chat"), (responses, "_describe")],
+)
+COMPLETIONS = (
+    "/v1/completions",
+    {"prompt": "Hi"},
+    [(bodies, "parse_body"), (completions, "format_grammar"), (completions, "sampling_params")],
 )
 
 
@@ -47,7 +52,10 @@ def threads(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize(("path", "fields", "work"), [CHAT, MESSAGES, RESPONSES], ids=["chat", "messages", "responses"])
+@pytest.mark.parametrize(
+    ("path", "fields", "work"), [CHAT, MESSAGES, RESPONSES, COMPLETIONS],
+    ids=["chat", "messages", "responses", "completions"],
+)  # fmt: skip
 def test_all_work_on_a_large_body_is_done_off_the_event_loop(harness, monkeypatch, threads, path, fields, work):
     found = threads(work)
     assert harness.post(path, fields).status_code == 200

@@ -8,6 +8,7 @@ import logging
 
 import pytest
 
+from pyllm.server.config import ServerConfig
 from pyllm.server.logs import JsonFormatter
 from pyllm.server.protocol.common import ErrorAnswer
 
@@ -66,7 +67,7 @@ def test_every_record_is_one_line_of_json_also_with_a_traceback():
 )
 def test_more_logprobs_than_the_server_gives_are_refused(harness, path, fields, param):
     assert harness.post(path, fields).status_code == 200
-    harness.service.model = dataclasses.replace(harness.model, max_logprobs=2)
+    harness.service.model = dataclasses.replace(harness.model, flags=ServerConfig(max_logprobs=2))
     response = harness.post(path, fields)
     assert response.status_code == 400
     error = ErrorAnswer.model_validate_json(response.content).error

@@ -16,7 +16,8 @@ from pyllm.server import messages as module
 from pyllm.server.chat_template import ChatTemplate
 from pyllm.server.protocol.chat import AssistantMessage
 from pyllm.server.protocol.messages import AssistantTurn, MessageAnswer, MessageEvent, TokenCount
-from pyllm.server.turn import CallPiece, Turn, TurnPiece, TurnReader
+from pyllm.server.tools import CallPiece, TurnPiece, TurnReader
+from pyllm.server.turn import Turn
 
 Harness = Any  # of conftest.py
 

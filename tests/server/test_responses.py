@@ -1,40 +1,19 @@
-"""`POST /v1/responses` and what is kept of it: items in, items out, events, the store, and what is refused."""
+"""`POST /v1/responses`: items out, events, logprobs, functions, and what is refused."""
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import msgspec
 import pytest
-from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
-from pydantic import TypeAdapter
+from responses_client import CALL, REPLY, WEATHER, creator, prompts, types_of, without_ids
 
 from pyllm.engine.messages import SamplingParams, TokenLogprobs
-from pyllm.server import responses
-from pyllm.server.chat_template import ChatTemplate
-from pyllm.server.protocol.responses import InputItemList, ResponseEvent, ResponseObject
 from pyllm.server.response_events import Answer
-from pyllm.server.response_store import KeptResponse, ResponseStore
 from pyllm.server.tools import FORMATS, CallReader
 from pyllm.server.turn import Turn
 
-REPLY = "Hello, wörld!"
 REPLY_TOKENS = 15  # 14 bytes and the end
-EVENT = TypeAdapter(ResponseStreamEvent)
-WEATHER = {
-    "type": "function",
-    "name": "get_weather",
-    "description": "Tells the weather.",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}},
-        "required": ["city"],
-        "additionalProperties": False,
-    },
-    "strict": True,
-}
-CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
 USAGE = {
     "prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0},
     "completion_tokens_details": {"reasoning_tokens": 0},
@@ -43,55 +22,13 @@ USAGE = {
 
 @pytest.fixture
 def create(harness):
-    """Make a response; a whole answer comes as JSON after it was held against both models of it."""
-
-    def create(expect: int = 200, **fields):
-        response = harness.post("/v1/responses", {"input": "Hi"} | fields)
-        assert response.status_code == expect, response.text
-        if expect != 200:
-            return response.json()["error"]
-        if fields.get("stream"):
-            return events_of(response.text)
-        ResponseObject.model_validate_json(response.content)
-        Response.model_validate_json(response.content)
-        return response.json()
-
-    return create
+    return creator(harness)
 
 
 @pytest.fixture
 def long_context(harness):
     """Room for descriptions of tools, of which each byte is a token here."""
     harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=1500)
-
-
-def events_of(text):
-    """The events, after a look at their numbers, their names and their shapes."""
-    blocks = [block for block in text.split("\n\n")[:-1] if not block.startswith(":")]
-    pairs = [block.split("\n") for block in blocks]
-    events = [json.loads(data.removeprefix("data: ")) for _, data in pairs]
-    assert [name for name, _ in pairs] == [f"event: {event['type']}" for event in events]
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    for event in events:
-        ResponseEvent.model_validate(event)
-        assert type(EVENT.validate_python(event)).model_fields["type"].annotation.__args__ == (event["type"],)
-    return events
-
-
-def types_of(events):
-    """The events' types, each once where it repeats."""
-    return [kind.removeprefix("response.") for kind, _ in itertools.groupby(event["type"] for event in events)]
-
-
-def prompts(harness):
-    return [harness.tokenizer.decode(prompt) for _, prompt, _ in harness.engine.requests]
-
-
-def without_ids(value):
-    """A response without what differs each time."""
-    if isinstance(value, dict):
-        return {k: without_ids(v) for k, v in value.items() if k not in ("id", "call_id", "created_at", "completed_at")}
-    return [without_ids(entry) for entry in value] if isinstance(value, list) else value
 
 
 def test_whole_answer_has_openai_shape_text_and_counts(create, harness):
@@ -178,172 +115,6 @@ def test_an_empty_answer_is_an_empty_message(create, harness):
     assert "output_text.delta" not in types_of(events)
 
 
-def test_items_of_every_kind_reach_the_prompt_in_order(create, harness, long_context):
-    create(
-        instructions="Obey.",
-        tools=[WEATHER],
-        input=[
-            {"role": "developer", "content": "Note."},
-            {"role": "user", "content": [{"type": "input_text", "text": "Ask"}, {"type": "input_text", "text": "me"}]},
-            {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed",
-             "content": [{"type": "output_text", "text": "Wait.", "annotations": [], "logprobs": []}]},
-            {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "get_weather", "arguments": "{}"},
-            {"type": "function_call_output", "call_id": "c1", "output": "Rain"},
-        ],
-    )  # fmt: skip
-    (prompt,) = prompts(harness)
-    place = 0
-    for text in ("Obey.", "Note.", "Ask", "me", "Wait.", "get_weather", "Rain"):
-        place = prompt.index(text, place)
-
-
-def test_a_response_goes_on_after_an_earlier_one_without_its_instructions(create, harness):
-    first = create(instructions="Obey.", input="One")
-    second = create(input="Two", previous_response_id=first["id"])
-    create(input=[], previous_response_id=second["id"])
-    create(input=None, previous_response_id=second["id"])
-    seen = prompts(harness)
-    assert "Obey." in seen[0]
-    assert "Obey." not in seen[1]
-    assert seen[1].index("One") < seen[1].index(REPLY) < seen[1].index("Two")
-    assert seen[2] == seen[3]
-    assert seen[2].count(REPLY) == 2
-    assert second["previous_response_id"] == first["id"]
-
-
-def test_a_stream_is_kept_like_a_whole_answer(create, harness):
-    events = create(input="One", stream=True)
-    kept = harness.get(f"/v1/responses/{events[-1]['response']['id']}").json()
-    assert kept == events[-1]["response"]
-    create(input="Two", previous_response_id=kept["id"])
-    assert prompts(harness)[1].index("One") < prompts(harness)[1].index(REPLY)
-
-
-def test_a_conversation_goes_on_though_its_first_response_is_deleted(create, harness):
-    first = create(input="One")
-    second = create(input="Two", previous_response_id=first["id"])
-    deleted = harness.run(lambda client: client.delete(f"/v1/responses/{first['id']}"))
-    assert deleted.json() == {"id": first["id"], "object": "response", "deleted": True}
-    create(input="Three", previous_response_id=second["id"])
-    assert "One" in prompts(harness)[2]
-    assert harness.get(f"/v1/responses/{first['id']}").status_code == 404
-
-
-def test_items_may_be_named_by_their_id(create, harness):
-    message = create()["output"][0]
-    create(input=[{"role": "user", "content": "Ah"}, {"type": "item_reference", "id": message["id"]}])
-    assert REPLY in prompts(harness)[1]
-    error = create(400, input=[{"type": "item_reference", "id": "msg_0"}])
-    assert (error["param"], error["code"]) == ("input[0].id", "item_not_found")
-    twice = [{"type": "item_reference", "id": message["id"]}, {"type": "item_reference", "id": message["id"]}]
-    assert create(400, input=twice)["param"] == "input[1].id"
-
-
-def test_items_of_one_response_are_read_once_and_without_their_logprobs(create, harness, long_context, monkeypatch):
-    reads = []
-    read = KeptResponse.output_items
-    monkeypatch.setattr(KeptResponse, "output_items", lambda kept: reads.append(read(kept)) or reads[-1])
-    harness.engine.reply = f"Let me look. {CALL}"
-    first = create(tools=[WEATHER], max_output_tokens=100, top_logprobs=2)
-    assert first["output"][0]["content"][0]["logprobs"]
-    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
-    result = {"type": "function_call_output", "call_id": first["output"][1]["call_id"], "output": "Rain"}
-    second = create(input=[*references, result])
-    assert len(reads) == 1
-    listed = harness.get(f"/v1/responses/{second['id']}/input_items?order=asc").json()["data"]
-    assert [item["type"] for item in listed] == ["message", "function_call", "function_call_output"]
-    assert listed[0]["content"] == [first["output"][0]["content"][0] | {"logprobs": []}]
-    create(input="And?", previous_response_id=first["id"])
-    assert len(reads) == 2
-    assert harness.get(f"/v1/responses/{first['id']}").json() == first
-
-
-@pytest.mark.parametrize("field", ["previous_response_id", "input[1].id"])
-def test_too_much_of_earlier_responses_is_refused(create, harness, monkeypatch, field):
-    first, second = create(), create()
-    monkeypatch.setattr(responses, "MAX_BODY_BYTES", 450)  # room for one conversation, or two answers
-    if field == "previous_response_id":
-        create(previous_response_id=first["id"])
-        monkeypatch.setattr(responses, "MAX_BODY_BYTES", 100)
-        error = create(400, previous_response_id=first["id"])
-    else:
-        one, two = ({"type": "item_reference", "id": answer["output"][0]["id"]} for answer in (first, second))
-        create(input=[one, two])
-        monkeypatch.setattr(responses, "MAX_BODY_BYTES", 300)
-        create(input=[one])
-        error = create(400, input=[one, two])
-    assert error["param"] == field
-
-
-def test_input_items_are_listed_newest_first_in_pages(create, harness):
-    first = create(input="One")
-    second = create(input=[{"role": "user", "content": "Two"}], previous_response_id=first["id"])
-    path = f"/v1/responses/{second['id']}/input_items"
-    page = harness.get(path)
-    InputItemList.model_validate_json(page.content)
-    ResponseItemList.model_validate_json(page.content)
-    texts = [item["content"][0]["text"] for item in page.json()["data"]]
-    assert texts == ["Two", REPLY, "One"]
-    assert page.json()["has_more"] is False
-    start = harness.get(f"{path}?limit=2&order=asc").json()
-    assert [item["content"][0]["text"] for item in start["data"]] == ["One", REPLY]
-    assert start["has_more"] is True
-    rest = harness.get(f"{path}?limit=2&order=asc&after={start['last_id']}").json()
-    assert [item["content"][0]["text"] for item in rest["data"]] == ["Two"]
-    assert rest["first_id"] == rest["last_id"] == rest["data"][0]["id"]
-
-
-@pytest.mark.parametrize(
-    "query",
-    ["limit=0", "limit=101", "limit=x", "limit=0020", f"limit={'0' * 5000}", "limit=\u0661", "order=up", "order=DESC",
-     "after=msg_0", "foo=1", "include=x"],
-    ids=lambda query: query[:20],
-)  # fmt: skip
-def test_a_wrong_query_is_refused_by_name(create, harness, query):
-    answer = harness.get(f"/v1/responses/{create()['id']}/input_items?{query}")
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == query.split("=")[0]
-
-
-def test_what_is_not_kept_is_not_found(create, harness):
-    answer = create(store=False)
-    assert answer["store"] is False
-    for path in (answer["id"], f"{answer['id']}/input_items", "resp_0"):
-        assert harness.get(f"/v1/responses/{path}").json()["error"]["code"] == "response_not_found"
-    error = create(400, previous_response_id=answer["id"])
-    assert (error["param"], error["code"]) == ("previous_response_id", "previous_response_not_found")
-    assert harness.post("/v1/responses/resp_0/cancel").status_code == 404
-    assert harness.run(lambda client: client.delete("/v1/responses/resp_0")).status_code == 404
-
-
-def test_a_stream_of_a_kept_response_and_its_cancellation_are_refused(create, harness):
-    path = f"/v1/responses/{create()['id']}"
-    assert harness.get(f"{path}?stream=true").json()["error"]["param"] == "stream"
-    assert harness.get(f"{path}?stream=false&include[]=message.output_text.logprobs").status_code == 200
-    assert harness.post(f"{path}/cancel").status_code == 400
-
-
-def test_the_store_forgets_what_is_longest_unused_and_stays_within_its_bytes():
-    def response(number, size=100):
-        return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": "x" * size}]}
-
-    store = ResponseStore(max_responses=3, max_bytes=4000)
-    for number in range(3):
-        store.put(response(number), b"[]")
-    assert store.find("resp_0")
-    store.put(response(3), b"[]")
-    assert [bool(store.find(f"resp_{number}")) for number in range(4)] == [True, False, True, True]
-    assert store.find_holder("msg_1") is None
-    assert store.find_holder("msg_3").output_items() == response(3)["output"]
-    store.put(response(4, size=1700), b"[]")
-    assert (len(store), store.size <= 4000) == (2, True)
-    store.put(response(5, size=2000), b"[]")
-    assert store.find("resp_5") is None
-    for number in (3, 4):
-        store.remove(f"resp_{number}")
-    assert (len(store), store.size) == (0, 0)
-
-
 def test_a_failure_in_a_stream_is_its_last_event(create, harness):
     harness.engine.fail_after = 4
     events = create(stream=True)
@@ -399,70 +170,6 @@ def test_sampling_fields_reach_the_engine(create, harness):
     assert params.include_stop_str_in_output
     assert not params.skip_special_tokens
     assert harness.engine.extras == [(4, "s")]
-
-
-def long_items(harness):
-    room = harness.engine.info.max_model_len
-    return [{"role": "user", "content": f"{number:02}" + "." * (room // 8)} for number in range(12)]
-
-
-def test_too_long_an_input_is_refused_unless_truncation_drops_its_oldest_items(create, harness):
-    error = create(400, input=long_items(harness))
-    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
-    answer = create(input=long_items(harness), truncation="auto", instructions="Obey.", max_output_tokens=20)
-    assert answer["truncation"] == "auto"
-    assert answer["usage"]["input_tokens"] + 20 <= harness.engine.info.max_model_len
-    (prompt,) = prompts(harness)
-    kept = [number for number in range(12) if f"{number:02}." in prompt]
-    assert kept == list(range(kept[0], 12))
-    assert len(kept) > 3
-    assert "Obey." in prompt
-    create(400, input="." * 500, truncation="auto")
-
-
-def test_truncation_drops_the_result_of_a_call_that_is_gone(create, harness):
-    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": json.dumps({"x": "." * 120})}
-    words = [{"role": "user", "content": text} for text in ("Ask." + "." * 60, "Well?")]
-    items = [words[0], call, words[1], {"type": "function_call_output", "call_id": "c1", "output": "Rain"}, words[1]]
-    create(400, input=items)
-    create(input=items, truncation="auto")
-    (prompt,) = prompts(harness)
-    assert "Well?" in prompt
-    assert "Rain" not in prompt
-    short = call | {"arguments": "{}"}
-    create(input=[words[0], words[0], words[0], short, items[3]], truncation="auto")
-    assert "Rain" in prompts(harness)[1]
-    create(400, input=[], instructions="." * 300, truncation="auto")
-
-
-@pytest.mark.parametrize("size", [100, 1])
-def test_truncation_reads_the_items_once_and_renders_little_more_than_what_fits(create, harness, monkeypatch, size):
-    chats, rendered = [], []
-    to_chat, render = responses.to_chat, ChatTemplate.render
-    monkeypatch.setattr(responses, "to_chat", lambda *given: chats.append(to_chat(*given)) or chats[-1])
-    monkeypatch.setattr(
-        ChatTemplate, "render", lambda *given, **more: rendered.append(len(given[1])) or render(*given, **more)
-    )
-    items = [{"role": "user", "content": f"{number:04}" + "." * size} for number in range(1000)]
-    create(input=items, truncation="auto", max_output_tokens=20)
-    kept = [number for number in range(1000) if f"{number:04}" in prompts(harness)[0]]
-    assert kept == list(range(kept[0], 1000))
-    assert len(chats) == 1
-    assert sum(rendered) < 100
-
-
-def test_too_many_items_or_calls_together_are_refused(create, monkeypatch):
-    first = create(input="One")
-    monkeypatch.setattr(responses, "MAX_ITEMS", 2)
-    assert create(400, input="Two", previous_response_id=first["id"])["param"] == "input"
-    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
-    assert create(400, input=[call] * 129)["param"] == "input"
-
-
-def test_truncation_leaves_alone_what_fits(create, harness):
-    create(input="One", truncation="auto")
-    create(input="One")
-    assert prompts(harness)[0] == prompts(harness)[1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import threading
 import time
 from typing import Any
 
@@ -13,7 +14,8 @@ import jsonschema
 import pytest
 
 from pyllm import LLM, SamplingParams
-from pyllm.engine.errors import RequestError
+from pyllm.engine.errors import EngineBusyError, RequestError
+from pyllm.server import structured_output
 from pyllm.server.structured_output import (
     check_grammar,
     choice_grammar,
@@ -206,7 +208,7 @@ def test_strict_demands_what_openai_demands():
     "build",
     [
         lambda: json_schema_grammar(nested(200)),
-        lambda: json_schema_grammar({"enum": list(range(50_000))}),
+        lambda: json_schema_grammar({"enum": list(range(30_000))}),
         lambda: json_schema_grammar({"const": "x" * 300_000}),
         lambda: regex_grammar("a" * 70_000),
         lambda: regex_grammar("a\\"),
@@ -281,3 +283,50 @@ def test_a_good_grammar_passes_and_the_second_time_at_once():
         return time.monotonic() - started
 
     assert asyncio.run(check()) < 0.01
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The grammars that are tried, each of which is good, as long as `release` is set."""
+    grammars: list[str] = []
+    release = threading.Event()
+    release.set()
+
+    def check(self: object, grammar: str) -> str:
+        grammars.append(grammar)
+        release.wait(10)
+        return ""
+
+    monkeypatch.setattr(structured_output.GrammarChecker, "check", check)
+    return grammars, release
+
+
+def test_verdicts_are_kept_within_bounds_the_last_ones_longest(tried, monkeypatch):
+    grammars, _ = tried
+    monkeypatch.setattr(structured_output, "VERDICT_BYTES", 1000)
+
+    async def ask(*names: str) -> None:
+        for name in names:
+            await check_grammar(lark_grammar(f"start: /{name}/"))
+
+    asyncio.run(ask("one", "two", "three", "four", "four"))
+    assert len(grammars) == 4
+    asyncio.run(ask("four", "three", "one"))
+    assert len(grammars) == 5, "the first is forgotten"
+
+
+def test_more_new_grammars_than_can_be_tried_are_refused_for_now(tried, monkeypatch):
+    grammars, release = tried
+    monkeypatch.setattr(structured_output, "MAX_CHECKS", 3)
+    release.clear()
+
+    async def ask() -> list[Any]:
+        asked = [asyncio.create_task(check_grammar(lark_grammar(f"start: /busy{n}/"))) for n in range(5)]
+        asked.append(asyncio.create_task(check_grammar(lark_grammar("start: /busy0/"))))
+        await asyncio.sleep(0.1)
+        release.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    assert [isinstance(answer, EngineBusyError) for answer in answers] == [False] * 3 + [True] * 2 + [False]
+    assert len(grammars) == 3

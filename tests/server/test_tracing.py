@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -160,7 +161,9 @@ def test_an_endpoint_that_does_not_answer_delays_no_request_and_little_of_the_en
     monkeypatch.setattr("pyllm.server.tracing.LAST_SECONDS", 0.5)
     harness.service.tracing = tracing = Tracing("http://127.0.0.1:9/v1/traces")
     assert harness.complete().elapsed.total_seconds() < 5
+    began = time.monotonic()
     tracing.close()
+    assert time.monotonic() - began < 4
     assert harness.complete().status_code == 200
 
 
