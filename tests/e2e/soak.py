@@ -67,7 +67,8 @@ class Soak:
         return part[int(0.99 * len(part))]
 
 
-def _memory(pid: int) -> int:
+def memory(pid: int) -> int:
+    """Bytes that a process has in memory."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
@@ -99,7 +100,7 @@ async def soak(server: ServerProcess, seconds: float, seed: int = 6) -> Soak:
 
     async def watch() -> None:
         while (now := time.monotonic()) < began + seconds:
-            found.memory.append((now - began, sum(map(_memory, pids))))
+            found.memory.append((now - began, sum(map(memory, pids))))
             found.files.append(open_files(server))
             await asyncio.sleep(1)
 

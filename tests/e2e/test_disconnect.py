@@ -48,8 +48,11 @@ def test_a_client_that_hangs_up_while_tokens_are_made_ends_its_request(
 
 
 def test_a_client_that_hangs_up_while_its_prompt_is_computed_ends_its_request(server: ServerProcess) -> None:
+    before = server.wait_until_idle()
     with posted(server, prompt="x" * 6000, max_tokens=2000):
         wait_for_load(server, running=1)
+    after = server.wait_until_idle()
+    assert after.engine_step_seconds_count - before.engine_step_seconds_count < 1000
 
 
 def test_a_client_that_gives_up_waiting_ends_its_request(server: ServerProcess, http: httpx.Client) -> None:

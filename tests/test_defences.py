@@ -1,0 +1,38 @@
+"""The table of `benchmarks/defences.py` fits the code, the tests and the page on reliability as they are."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+from defences import Defence, read_table, take_out  # noqa: E402
+
+TABLE = read_table()
+
+
+def named(defence: Defence) -> str:
+    return f"{defence.hazard}: {defence.defence}"
+
+
+@pytest.mark.parametrize("defence", TABLE, ids=named)
+def test_a_defence_stands_where_the_table_says_and_its_test_is_there(defence: Defence) -> None:
+    take_out(defence, (ROOT / defence.file).read_text(encoding="utf-8"))
+    path, _, name = defence.test.partition("[")[0].partition("::")
+    assert re.search(rf"^((async )?def )?{name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+def test_every_row_of_the_page_has_a_defence_and_every_defence_a_row() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \|", page.partition("## Figures")[0], re.MULTILINE)[1:]
+    assert {row.partition(":")[0] for row in rows} == {defence.hazard for defence in TABLE}
+    assert len(rows) == len(set(rows)) > 20
+
+
+def test_no_defence_is_told_twice() -> None:
+    assert len({(d.file, d.text, d.instead, d.test) for d in TABLE}) == len(TABLE)
+    assert len({named(defence) for defence in TABLE}) == len(TABLE)
