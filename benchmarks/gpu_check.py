@@ -1,7 +1,7 @@
 """Is it right, and how fast is it, on this GPU: one command, for a machine with torch, Triton, NumPy and safetensors.
 
-    python benchmarks/gpu_check.py             # under 8 minutes
-    python benchmarks/gpu_check.py --quick     # under 2 minutes
+    python benchmarks/gpu_check.py             # meant to take 8 minutes; `--only` runs some of its parts
+    python benchmarks/gpu_check.py --quick     # 2 minutes
     python benchmarks/gpu_check.py --dry-run   # no GPU: tiny shapes in Triton's interpreter, to try the program itself
 
 It needs no network, no checkpoint and no installed package: the folder above this one is the package. It compares

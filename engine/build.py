@@ -69,6 +69,8 @@ def build_engine(config: EngineConfig) -> EngineCore:
 
 def _build(config: EngineConfig) -> EngineCore:
     device = _device(config)
+    native = device.type == "cpu" and native_available(DeepConfig.from_folder(Path(config.model)))
+    check_settings(config, device, native)
     model, report = load_checkpoint(
         Path(config.model),
         dtype=_dtype(config, device),
@@ -78,19 +80,8 @@ def _build(config: EngineConfig) -> EngineCore:
         progress=not config.quiet,
     )
     model.eval().requires_grad_(False)
-    native = device.type == "cpu" and native_available(model.config)
-    kv_dtype = kv_cache_dtype(config, model, native)
-    if config.quantization == "int8" and not native:
-        raise EngineStartError("--quantization int8 needs the CPU's compiled kernels, which this machine cannot use.")
-    if native:
-        model.ops = NativeBackend(model, int8=config.quantization == "int8")
-    elif device.type == "cuda":
-        model.ops = cuda_ops(model, deterministic=config.deterministic)
-    if config.deterministic and not native and not model.ops.capturable:
-        raise EngineStartError(
-            "--deterministic needs the CPU's compiled kernels or a GPU's Triton kernels, and neither can be used here."
-        )
-    kernels: Kernels = "native" if native else "triton" if model.ops.capturable else "torch"
+    kv_dtype = kv_cache_dtype(config, model)
+    kernels = _choose_kernels(config, model, device, native)
     max_model_len = config.max_model_len or model.config.max_position_embeddings
     size = block_bytes(model.config, config.block_size, kv_dtype.itemsize)
     limits = Limits(
@@ -137,6 +128,22 @@ def _build(config: EngineConfig) -> EngineCore:
     )
     grammars = GrammarCompiler(lambda: Tokenizer.from_folder(config.model), info.vocab_size, info.eos_token_ids)
     return EngineCore(info, runner, runner.watcher, grammars)
+
+
+def _choose_kernels(config: EngineConfig, model: DeepForCausalLM, device: torch.device, native: bool) -> Kernels:
+    """Give the model its operations, and say whose they are."""
+    if native:
+        model.ops = NativeBackend(model, int8=config.quantization == "int8")
+        return "native"
+    if device.type == "cuda":
+        model.ops = cuda_ops(model, deterministic=config.deterministic)
+    if model.ops.capturable:
+        return "triton"
+    if config.deterministic:
+        raise EngineStartError(
+            "--deterministic needs the CPU's compiled kernels or a GPU's Triton kernels, and neither can be used here."
+        )
+    return "torch"
 
 
 def cuda_ops(model: DeepForCausalLM, *, deterministic: bool = False) -> Backend:
@@ -237,14 +244,20 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def kv_cache_dtype(config: EngineConfig, model: DeepForCausalLM, native: bool) -> torch.dtype:
+def check_settings(config: EngineConfig, device: torch.device, native: bool) -> None:
+    """Refuse what this device can never do, before the weights are read."""
+    if config.quantization == "int8" and not native:
+        raise EngineStartError("--quantization int8 needs the CPU's compiled kernels, which this machine cannot use.")
+    if config.kv_cache_dtype == "fp8" and native:
+        raise EngineStartError("--kv-cache-dtype fp8 needs a GPU: the CPU's compiled kernels have no such numbers.")
+    if config.kv_cache_dtype == "fp8" and not has_fp8(device):
+        raise EngineStartError("--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less.")
+
+
+def kv_cache_dtype(config: EngineConfig, model: DeepForCausalLM) -> torch.dtype:
     """The number format of keys and values in the cache; FP8 brings the model's weights to where it has room."""
     if config.kv_cache_dtype == "auto":
         return model.dtype
-    if native:
-        raise EngineStartError("--kv-cache-dtype fp8 needs a GPU: the CPU's compiled kernels have no such numbers.")
-    if not has_fp8(model.device):
-        raise EngineStartError("--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less.")
     for layer in model.layers:
         assert isinstance(layer, DeepLayer)  # nn.ModuleList forgets its type
         centre(layer)

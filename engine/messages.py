@@ -121,7 +121,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
 
 
 class EngineRequest(Message, frozen=True, kw_only=True):
-    """A new sequence to generate. `seed` in `params` is already drawn; `max_tokens` already resolved.
+    """A new sequence to generate; `resolve_request` draws the `seed` of `params` and finds its `max_tokens`.
 
     Attributes:
         request_id: its name, of which no other unfinished request may be.

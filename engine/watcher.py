@@ -126,7 +126,11 @@ class Watcher:
 
 def _norms(values: Tensor | None, rows: Tensor) -> Tensor | None:
     """Euclidean norms of some rows of [T, H]: FP32 [R]."""
-    return None if values is None else torch.linalg.vector_norm(values[rows], dim=-1)
+    if values is None:
+        return None
+    # A GPU adds up in an order that depends on how many rows there are: so much finer, that cannot be seen.
+    norms: Tensor = torch.linalg.vector_norm(values[rows], dim=-1, dtype=torch.float64).float()
+    return norms
 
 
 def _columns(layers: list[Tensor | None]) -> list[list[float]]:

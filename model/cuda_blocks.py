@@ -25,12 +25,7 @@ class Blocks:
     Args:
         exact: whether products are FP32, which matrix units have no instructions for.
         generation: of the GPU that the kernels are made for: 8, 9, 10 or 12; None is unknown.
-
-    Attributes:
-        fixed: whether no block depends on the number of tokens.
     """
-
-    fixed = False
 
     def __init__(self, exact: bool, generation: int | None) -> None:
         self._exact = exact
@@ -71,13 +66,11 @@ class Blocks:
 
 
 class FixedBlocks(Blocks):
-    """One shape for each operation, as few tokens as a matrix unit of sm_90 takes: 64.
+    """One shape for each operation; products take 64 tokens, the fewest of a matrix unit of sm_90.
 
     At batch 1 most of it is padding, which is arithmetic that nobody waits for while weights are read; a prompt is
     slower by it than it could be.
     """
-
-    fixed = True
 
     def linear(self, tokens: int, columns: int, inner: int) -> Shape:
         """See `Blocks`; the weights' shape may choose, for it is the same in every step."""

@@ -50,9 +50,11 @@ async def create_embedding(request: Request, body: EmbeddingRequest, model: Serv
             model, request, inputs, [SamplingParams(max_tokens=1)] * len(inputs),
             field="input", priority=body.priority or 0, pooling=body.pooling or "mean",
         )  # fmt: skip
-        await generation.collect()
-        choices += generation.choices
-        generation.choices = choices  # what is logged of the request is of all its inputs
+        try:
+            await generation.collect()
+        finally:  # what is logged of the request is of all its inputs so far, also if it ends here
+            choices += generation.choices
+            generation.choices = choices
     vectors = [choice.embedding or [] for choice in choices]
     count = sum(map(len, prompts))
     usage = {"prompt_tokens": count, "total_tokens": count}

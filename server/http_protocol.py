@@ -112,6 +112,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._limits = limits
         self._header_bytes = 0  # of one that is not complete yet
+        self._is_last = False  # whether the request that is being answered is the last one that is read
         self._received = 0
         self._resumed = 0
         self._phase: tuple[str, object] = ("", None)
@@ -127,6 +128,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, in pieces where a header might be too large."""
+        if self._is_last:
+            return
         self._received += len(data)
         if len(data) <= PIECE_BYTES and not self._header_bytes:
             self._parse(data)
@@ -134,11 +137,16 @@ class HttpProtocol(HttpToolsProtocol):
                 self._header_bytes = len(data)
             return
         for start in range(0, len(data), PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
+            piece, before = data[start : start + PIECE_BYTES], self.scope
             self._parse(piece)
-            if self.transport.is_closing():
+            if self.transport.is_closing() or self._is_last:
                 return
-            self._header_bytes = self._header_bytes + len(piece) if self._in_header else 0
+            if not self._in_header:
+                self._header_bytes = 0
+            elif self.scope is before:
+                self._header_bytes += len(piece)
+            else:  # of another request than the one that the piece began with
+                self._header_bytes = len(piece)
             if self._header_bytes > MAX_HEADER_BYTES:
                 message = f"The request's headers are larger than {MAX_HEADER_BYTES} bytes."
                 self._refuse(ApiError(431, message, code="headers_too_large"))
@@ -187,7 +195,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(ApiError(400, msg, code="invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer without a request and close; in the middle of an answer only close."""
+        """Answer without a request and close; in the middle of an answer only close.
+
+        Where requests that came whole before are still to be answered, they are, and what follows them is not read.
+        """
+        cycle = self.cycle
+        if cycle is not None and not cycle.more_body and not cycle.response_complete:
+            cycle.keep_alive = False
+            self._is_last = True
+            return
         if not self._answering:
             body = encode_json(error.body)
             head = STATUS_LINE[error.status] + b"content-type: application/json\r\nconnection: close\r\n"
@@ -215,7 +231,7 @@ class HttpProtocol(HttpToolsProtocol):
         """What the client must do next, and an object that is another one as soon as it has done so."""
         if self.flow.write_paused or (self.transport.is_closing() and self.transport.get_write_buffer_size()):
             return "write", self._resumed
-        if self.pipeline:
+        if self.pipeline or self._is_last:
             return "", None
         if self.cycle is None or self._in_header:
             return "header", self.scope

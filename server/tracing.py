@@ -89,7 +89,7 @@ class Tracing:
         failed = status >= 500
         if generation is not None:
             attributes |= _describe(generation)
-            if status < 400 and "error" in attributes["gen_ai.response.finish_reasons"]:
+            if status < 400 and any(choice.finish_reason == "error" for choice in generation.choices):
                 attributes["error.type"], failed = "engine_error", True
         end = time.time_ns()
         span = self._tracer.start_span(
@@ -112,6 +112,7 @@ class Tracing:
 def _describe(generation: Generation) -> dict[str, Any]:
     """What the conventions say of a generation, and its times in seconds."""
     params, usage, times = generation.params, generation.usage(), generation.choices[0].times
+    reasons = [choice.finish_reason or "abort" for choice in generation.choices]
     return {
         "gen_ai.response.model": generation.model_name,
         "gen_ai.request.max_tokens": params.max_tokens,
@@ -125,7 +126,7 @@ def _describe(generation: Generation) -> dict[str, Any]:
         "gen_ai.usage.input_tokens": usage["prompt_tokens"],
         "gen_ai.usage.output_tokens": usage["completion_tokens"],
         "gen_ai.usage.cache_read.input_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-        "gen_ai.response.finish_reasons": [choice.finish_reason or "abort" for choice in generation.choices],
+        "gen_ai.response.finish_reasons": reasons if generation.choices[0].embedding is None else None,
         "gen_ai.latency.time_to_first_token": generation.seconds_to(times.first_token),
         "gen_ai.latency.time_in_queue": generation.seconds_to(times.scheduled),
         "gen_ai.latency.time_in_model_prefill": _between(times.scheduled, times.first_token),

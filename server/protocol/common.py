@@ -50,7 +50,7 @@ Priority = Annotated[
 ]
 KeptTokens = Annotated[
     int | None,
-    Field(ge=-1, le=MAX_INT, description="Keep so many of each prompt's last tokens; -1 keeps what fits."),
+    Field(ge=-1, le=MAX_INT, description="Keep so many of the last tokens; -1 keeps what fits."),
 ]
 
 
@@ -124,7 +124,9 @@ class SamplingRequest(StrictModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_INT, description="-1 and 0 keep all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Choice j draws with seed + j.")
+    seed: int | None = Field(
+        None, ge=-(2**63), le=2**63 - 1, description="Draws are repeatable; choice j of several has seed + j."
+    )
     priority: Priority = None
     cache_salt: Salt | None = Field(None, description="Only requests of one salt share computed prompts.")
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from pyllm.engine import build
-from pyllm.engine.build import Limits, build_engine, cuda_ops, step_bytes
+from pyllm.engine.build import Limits, build_engine, check_settings, cuda_ops, step_bytes
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
 from pyllm.model import DeepForCausalLM
 from pyllm.model.backend import Backend
-from pyllm.model.fp8 import FP8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -107,16 +106,28 @@ def test_too_little_memory_of_a_gpu_is_one_sentence_that_says_what_to_set(tiny_c
         build_engine(EngineConfig(model=str(tiny_checkpoint)))
 
 
+@pytest.mark.parametrize(("native", "setting"), [(False, {"quantization": "int8"}), (True, {"kv_cache_dtype": "fp8"})])
+def test_what_a_device_can_never_do_is_refused_before_the_weights_are_read(
+    tiny_checkpoint, monkeypatch, native, setting
+):
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(build, "load_checkpoint", load)
+    monkeypatch.setattr(build, "native_available", lambda config: native)
+    with pytest.raises(EngineStartError):
+        build_engine(EngineConfig(model=str(tiny_checkpoint), device="cpu", **setting))
+
+
 @pytest.mark.parametrize(("capability", "fits"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((12, 0), True)])
-def test_a_gpu_that_has_no_fp8_refuses_it_in_one_sentence(tiny_checkpoint, monkeypatch, capability, fits):
+def test_a_gpu_that_has_no_fp8_refuses_it_in_one_sentence(monkeypatch, capability, fits):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    config, model = EngineConfig(model="m", kv_cache_dtype="fp8"), DeepForCausalLM.from_pretrained(tiny_checkpoint)
-    monkeypatch.setattr(DeepForCausalLM, "device", torch.device("cuda"))
+    config = EngineConfig(model="m", kv_cache_dtype="fp8")
     if fits:
-        assert build.kv_cache_dtype(config, model, native=False) == FP8
+        check_settings(config, torch.device("cuda"), native=False)
         return
     with pytest.raises(EngineStartError) as caught:
-        build.kv_cache_dtype(config, model, native=False)
+        check_settings(config, torch.device("cuda"), native=False)
     assert str(caught.value) == (
         "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less."
     )

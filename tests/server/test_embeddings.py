@@ -58,6 +58,21 @@ def test_the_log_tells_the_tokens_of_all_inputs_and_not_of_the_last_ones_only(ha
     assert "prompt_tokens=200 " in caplog.records[-1].getMessage()
 
 
+def test_the_log_tells_them_also_when_the_engine_fails_in_the_midst(harness, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="pyllm.server")
+    speak, spoken = harness.engine._speak, []
+
+    async def speak_twelve_times(stream, message):
+        spoken.append(message)
+        await speak(stream, message) if len(spoken) <= 12 else stream._die("gone")
+
+    monkeypatch.setattr(harness.engine, "_speak", speak_twelve_times)
+    at_once = harness.engine.info.max_num_seqs
+    assert at_once < 12
+    assert harness.post("/v1/embeddings", {"input": [[3, 4]] * (2 * at_once)}).status_code >= 500
+    assert f"prompt_tokens={2 * 2 * at_once} " in caplog.records[-1].getMessage()
+
+
 def test_more_inputs_than_run_at_once_are_answered_in_order(harness):
     given = [[3 + n % 200] for n in range(1100)]
     answer = embed(harness, input=given)

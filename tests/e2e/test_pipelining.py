@@ -1,0 +1,71 @@
+"""Requests that are sent before the ones before them are answered, and what follows them."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import httpx
+import pytest
+from e2e.hostile import Reply, parse_replies
+from e2e.serving import PATIENCE, ServerProcess, posted
+
+HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+MANY = 3000
+BODY = json.dumps({"prompt": "Hi", "max_tokens": 40, "ignore_eos": True}).encode()
+COMPLETION = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+)
+LARGE = b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"a" * 1000) for n in range(100))
+WRONG = {"no HTTP": b"bad\r\n\r\n", "a header too large": LARGE, "no method": b"/ HTTP/1.1\r\n\r\n"}
+
+
+def answers(server: ServerProcess, data: bytes, count: int) -> list[Reply]:
+    """Send all at once, and read until so many answers have come or the server closes."""
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), PATIENCE) as connection:
+        connection.sendall(data)
+        received = b""
+        while received.count(b"HTTP/1.1 ") < count and (piece := connection.recv(2**20)):
+            received += piece
+        while len(found := parse_replies(received, ended=False)) < count and (piece := connection.recv(2**20)):
+            received += piece
+        return found
+
+
+@pytest.mark.parametrize("piece", [1460, MANY * len(HEALTH)])
+def test_thousands_of_small_requests_are_answered_one_by_one(server: ServerProcess, piece: int) -> None:
+    data = HEALTH * MANY
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), PATIENCE) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        received = b""
+        for at in range(0, len(data), piece):
+            connection.sendall(data[at : at + piece])
+            if piece < len(data):
+                received += connection.recv(2**20)
+        while received.count(b"HTTP/1.1 200") < MANY and (more := connection.recv(2**20)):
+            received += more
+    assert received.count(b"HTTP/1.1 200") == MANY
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_whole_request_is_answered_whatever_comes_after_it(server: ServerProcess, wrong: str) -> None:
+    """And what comes after it is not: nobody could tell which request it is the answer of."""
+    (reply,) = answers(server, COMPLETION % (len(BODY), BODY) + WRONG[wrong] + HEALTH, 2)
+    assert reply.status == 200
+    assert json.loads(reply.body)["usage"]["completion_tokens"] == 40
+
+
+def test_all_whole_requests_are_answered_before_the_connection_ends(server: ServerProcess) -> None:
+    replies = answers(server, HEALTH * 3 + COMPLETION % (len(BODY), BODY) + WRONG["no HTTP"], 5)
+    assert [reply.status for reply in replies] == [200] * 4
+
+
+def test_a_stream_goes_on_to_its_end_whatever_is_sent_meanwhile(server: ServerProcess) -> None:
+    with posted(server, stream=True, max_tokens=300) as stream:
+        data = stream.recv(1)
+        stream.sendall(WRONG["no HTTP"])
+        while piece := stream.recv(2**20):
+            data += piece
+    assert b"data: [DONE]\n\n" in data
