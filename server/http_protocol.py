@@ -112,7 +112,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._limits = limits
         self._header_bytes = 0  # of one that is not complete yet
-        self._is_last = False  # whether the request that is being answered is the last one that is read
+        self._refusal: ApiError | None = None  # of what followed requests that are still to be answered
         self._received = 0
         self._resumed = 0
         self._phase: tuple[str, object] = ("", None)
@@ -128,7 +128,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, in pieces where a header might be too large."""
-        if self._is_last:
+        if self._refusal is not None:
             return
         self._received += len(data)
         if len(data) <= PIECE_BYTES and not self._header_bytes:
@@ -139,7 +139,7 @@ class HttpProtocol(HttpToolsProtocol):
         for start in range(0, len(data), PIECE_BYTES):
             piece, before = data[start : start + PIECE_BYTES], self.scope
             self._parse(piece)
-            if self.transport.is_closing() or self._is_last:
+            if self.transport.is_closing() or self._refusal is not None:
                 return
             if not self._in_header:
                 self._header_bytes = 0
@@ -185,6 +185,12 @@ class HttpProtocol(HttpToolsProtocol):
         """Whether a request is left alone that asks for another protocol, which it is until it has begun anew."""
         return True
 
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or with the refusal of what followed the last one."""
+        super().on_response_complete()
+        if self._refusal is not None and self.cycle.response_complete:
+            self._refuse(self._refusal)
+
     def resume_writing(self) -> None:
         """Note that the client has taken what waited for it."""
         self._resumed += 1
@@ -197,12 +203,11 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer without a request and close; in the middle of an answer only close.
 
-        Where requests that came whole before are still to be answered, they are, and what follows them is not read.
+        Where requests that came whole before are still to be answered, they are first, and nothing more is read.
         """
         cycle = self.cycle
         if cycle is not None and not cycle.more_body and not cycle.response_complete:
-            cycle.keep_alive = False
-            self._is_last = True
+            self._refusal = error
             return
         if not self._answering:
             body = encode_json(error.body)
@@ -231,7 +236,7 @@ class HttpProtocol(HttpToolsProtocol):
         """What the client must do next, and an object that is another one as soon as it has done so."""
         if self.flow.write_paused or (self.transport.is_closing() and self.transport.get_write_buffer_size()):
             return "write", self._resumed
-        if self.pipeline or self._is_last:
+        if self.pipeline or self._refusal is not None:
             return "", None
         if self.cycle is None or self._in_header:
             return "header", self.scope

@@ -17,7 +17,11 @@ COMPLETION = (
     b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
 )
 LARGE = b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"a" * 1000) for n in range(100))
-WRONG = {"no HTTP": b"bad\r\n\r\n", "a header too large": LARGE, "no method": b"/ HTTP/1.1\r\n\r\n"}
+WRONG = {
+    "no HTTP": (b"bad\r\n\r\n", 400),
+    "a header too large": (LARGE, 431),
+    "no method": (b"/ HTTP/1.1\r\n\r\n", 400),
+}
 
 
 def answers(server: ServerProcess, data: bytes, count: int) -> list[Reply]:
@@ -50,22 +54,26 @@ def test_thousands_of_small_requests_are_answered_one_by_one(server: ServerProce
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_whole_request_is_answered_whatever_comes_after_it(server: ServerProcess, wrong: str) -> None:
-    """And what comes after it is not: nobody could tell which request it is the answer of."""
-    (reply,) = answers(server, COMPLETION % (len(BODY), BODY) + WRONG[wrong] + HEALTH, 2)
-    assert reply.status == 200
-    assert json.loads(reply.body)["usage"]["completion_tokens"] == 40
+def test_a_whole_request_is_answered_before_what_comes_after_it_is_refused(server: ServerProcess, wrong: str) -> None:
+    data, status = WRONG[wrong]
+    whole, refused = answers(server, COMPLETION % (len(BODY), BODY) + data + HEALTH, 3)
+    assert whole.status == 200
+    assert json.loads(whole.body)["usage"]["completion_tokens"] == 40
+    assert refused.status == status
+    assert json.loads(refused.body)["error"]["code"]
 
 
 def test_all_whole_requests_are_answered_before_the_connection_ends(server: ServerProcess) -> None:
-    replies = answers(server, HEALTH * 3 + COMPLETION % (len(BODY), BODY) + WRONG["no HTTP"], 5)
-    assert [reply.status for reply in replies] == [200] * 4
+    replies = answers(server, HEALTH * 3 + COMPLETION % (len(BODY), BODY) + WRONG["no HTTP"][0], 6)
+    assert [reply.status for reply in replies] == [200] * 4 + [400]
 
 
 def test_a_stream_goes_on_to_its_end_whatever_is_sent_meanwhile(server: ServerProcess) -> None:
-    with posted(server, stream=True, max_tokens=300) as stream:
-        data = stream.recv(1)
-        stream.sendall(WRONG["no HTTP"])
-        while piece := stream.recv(2**20):
+    with posted(server, stream=True, max_tokens=300) as connection:
+        data = connection.recv(1)
+        connection.sendall(WRONG["no HTTP"][0])
+        while piece := connection.recv(2**20):
             data += piece
-    assert b"data: [DONE]\n\n" in data
+    stream, refused = parse_replies(data, ended=True)
+    assert stream.body.endswith(b"data: [DONE]\n\n")
+    assert refused.status == 400

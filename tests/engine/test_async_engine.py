@@ -251,7 +251,7 @@ async def test_nobody_is_refused_a_place_that_the_end_of_others_has_left(tiny_ch
         streams = [engine.submit(f"r{n}", [5], SamplingParams(max_tokens=2, ignore_eos=True)) for n in range(5)]
         for stream in streams:
             await read(stream)
-        assert (0, 3) in seen or (0, 1) in seen
+        assert any(running == 0 and waiting > 0 for running, waiting in seen)
         assert refusals == []
     finally:
         await engine.shutdown()
