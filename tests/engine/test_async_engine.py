@@ -305,8 +305,12 @@ async def test_a_prompt_s_states_and_logprobs_cross_the_border(engine, tiny_chec
     asking, mean, last = [await read(stream) for stream in streams]
     expected = llm.generate([prompt], params)[0]
     assert ids(asking) == expected.token_ids
-    assert asking[0].prompt_logprobs == expected.prompt_logprobs
-    assert [entry for output in asking for entry in output.logprobs] == expected.logprobs
+    prompts = zip(asking[0].prompt_logprobs, expected.prompt_logprobs, strict=True)
+    pairs = [*prompts, *zip([entry for output in asking for entry in output.logprobs], expected.logprobs, strict=True)]
+    for found, wanted in pairs:
+        assert (found.token_id, found.rank) == (wanted.token_id, wanted.rank)
+        assert [token for token, _ in found.top] == [token for token, _ in wanted.top]
+        assert found.logprob == pytest.approx(wanted.logprob, abs=1e-5)
     assert all(output.prompt_logprobs == [] for output in asking[1:])
     for outputs, wanted in ((mean, llm.embed([prompt])), (last, llm.embed([[7] * 256], "last"))):
         assert [output.finish_reason for output in outputs] == ["stop"]
