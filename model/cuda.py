@@ -242,7 +242,7 @@ class TritonBackend(Backend):
         block_d, group, scale = power_of_two(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
         if decodes:
             splits = step.splits or num_splits(decodes, kv_heads)
-            block_n = 16 if self._exact else 32 if splits > 8 else 64
+            blocks = self._blocks.decode(splits)
             partial, weights = out, out
             if splits > 1:
                 partial = kqv.new_empty((decodes, heads, splits, size), dtype=torch.float32)
@@ -250,12 +250,12 @@ class TritonBackend(Backend):
             triton_attention.decode_kernel[(splits, kv_heads, decodes)](
                 kqv, *norms, *rope, step.slots, step.tables, step.lengths, cache, out, partial, weights, QK_NORM_EPS,
                 scale, step.tables.stride(0), *sides, **shape, QK_NORM=qk_norm, WINDOW=window, SPLITS=splits,
-                BLOCK_D=block_d, BLOCK_G=power_of_two(16, group), BLOCK_N=block_n, num_stages=2 if self._exact else 5,
+                BLOCK_D=block_d, BLOCK_G=power_of_two(16, group), **blocks,
             )  # fmt: skip
             if splits > 1:
                 triton_attention.combine_kernel[(heads, decodes)](
                     partial, weights, step.lengths, out, D=size, HEADS=heads, WINDOW=window, SPLITS=splits,
-                    BLOCK_D=block_d, BLOCK_N=block_n, num_warps=2,
+                    BLOCK_D=block_d, BLOCK_N=blocks["BLOCK_N"], num_warps=2,
                 )  # fmt: skip
         if decodes < tokens:
             assert step.starts is not None
@@ -267,12 +267,12 @@ class TritonBackend(Backend):
                 BLOCK_KV=power_of_two(1, kv_heads),
             )  # fmt: skip
             sequences = len(step.lengths) - decodes
-            block_m, keys, warps = self._blocks.prompt()
-            grid = (rest // (block_m // group) + sequences, kv_heads)
+            blocks = self._blocks.prompt(block_d)
+            grid = (rest // (blocks["BLOCK_M"] // group) + sequences, kv_heads)
             triton_attention.prefill_kernel[grid](
                 q, step.tables[decodes:], step.starts[decodes:], step.lengths[decodes:], cache, out[decodes:], scale,
                 sequences, decodes, step.tables.stride(0), *sides, **shape, WINDOW=window, BLOCK_D=block_d,
-                BLOCK_M=block_m, BLOCK_N=keys, num_warps=warps, num_stages=2 if keys < 64 or block_d > 128 else 4,
+                **blocks,
             )  # fmt: skip
         return out
 

@@ -57,12 +57,17 @@ class Blocks:
             return 64, 64, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
         return 64, 128, {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
-    def prompt(self) -> tuple[int, int, int]:
-        """Of attention over prompts: queries, keys and warps."""
+    def decode(self, splits: int) -> Shape:
+        """Of attention of single new tokens, with keys in so many runs: keys."""
+        block_n = 16 if self._exact else 32 if splits > 8 else 64
+        return {"BLOCK_N": block_n, "num_warps": 4, "num_stages": 2 if self._exact else 5}
+
+    def prompt(self, head: int) -> Shape:
+        """Of attention over prompts, with heads of so many numbers: queries and keys."""
         if self._exact:
-            return 32, 16, 8
+            return _prompt(32, 16, 8, head)
         # Where matrix units do not read from shared memory, more would not fit in registers.
-        return (64, 32, 4) if self._generation in (8, 12) else (128, 64, 8)
+        return _prompt(64, 32, 4, head) if self._generation in (8, 12) else _prompt(128, 64, 8, head)
 
 
 class FixedBlocks(Blocks):
@@ -88,10 +93,15 @@ class FixedBlocks(Blocks):
             return super().experts(tokens)
         return 32, 32, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6}
 
-    def prompt(self) -> tuple[int, int, int]:
+    def prompt(self, head: int) -> Shape:
         """See `Blocks`; decodes are computed with it as well."""
-        return (32, 16, 8) if self._exact else (64, 32, 4)
+        return _prompt(32, 16, 8, head) if self._exact else _prompt(64, 32, 4, head)
 
 
 def _linear(block_m: int, block_n: int, block_k: int) -> Shape:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+
+
+def _prompt(block_m: int, block_n: int, warps: int, head: int) -> Shape:
+    stages = 2 if block_n < 64 or head > 128 else 4
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}

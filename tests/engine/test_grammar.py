@@ -21,6 +21,7 @@ from pyllm.engine.grammar_check import MEMORY_BYTES, WAIT_SECONDS, GrammarChecke
 from pyllm.engine.messages import EngineRequest
 from pyllm.engine.request import Request
 from pyllm.model.config import DeepConfig
+from pyllm.model.native import available
 from pyllm.model.tokenizer import Tokenizer
 
 EOS = 0
@@ -162,6 +163,8 @@ def test_neighbours_get_the_very_same_tokens(llm):
     mixed = llm.generate([PROMPT] * 12, [own for i in range(6) for own in (plain[i], params(SCHEMA, seed=i))])
     constrained = llm.generate([PROMPT] * 6, [params(SCHEMA, seed=i) for i in range(6)])
     for found, expected in ((mixed[0::2], alone), (mixed[1::2], constrained)):
+        if available(TINY):  # to the bit, log-probabilities too; plain torch rounds by the shape of the step
+            assert found == expected
         assert [output.token_ids for output in found] == [output.token_ids for output in expected]
         assert [output.text for output in found] == [output.text for output in expected]
 
