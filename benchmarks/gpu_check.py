@@ -157,7 +157,15 @@ def main() -> int:
     missing = _prepare(args.dry_run)
     report = Report()
     import torch
-    from gpu_measure import Machine, ceilings, decode_goals, greedy_equality, prefill_goals, profile_steps
+    from gpu_measure import (
+        Machine,
+        ceilings,
+        decode_goals,
+        greedy_equality,
+        overlap_equality,
+        prefill_goals,
+        profile_steps,
+    )
 
     if not args.dry_run and not torch.cuda.is_available():
         print("There is no CUDA device that torch can use; --dry-run tries the program without one.")
@@ -173,6 +181,7 @@ def main() -> int:
                 _kernels(report, machine, args.quick)
             elif part == "greedy":
                 rows = greedy_equality(machine, ROOT, args.quick)
+                rows += overlap_equality(machine) if machine.has_triton else []
                 report.table(part, rows)
                 report.wrong += [f"greedy text of {row['model']}" for row in rows if not row["ok"]]
             elif part == "ceilings" or (part in ("decode", "prefill", "engine") and not best):
@@ -196,8 +205,8 @@ def main() -> int:
                 ]
                 report.wrong += check_deterministic(machine)
             elif part == "profile":
-                for batch, rows in profile_steps(machine, args.quick).items():
-                    report.table(f"profile of a decode step at batch {batch}", rows)
+                for name, rows in profile_steps(machine, args.quick).items():
+                    report.table(f"profile of {name}", rows)
             elif part == "engine" and "msgspec" in missing:
                 report.say("engine: left out, since msgspec is not installed")
             elif part == "engine":

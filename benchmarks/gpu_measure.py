@@ -166,10 +166,11 @@ class Decode:
             seed=[0] * batch, position=[context] * batch, device=device, full=model.ops.capturable,
         )  # fmt: skip
 
-        def work() -> Tensor:
-            return model.ops.draw(model.logits(model(ids, positions, metadata, cache)), draws)
+        def scores() -> Tensor:
+            return model.logits(model(ids, positions, metadata, cache))
 
-        self.work = torch.inference_mode()(work)
+        self.scores = torch.inference_mode()(scores)
+        self.work = torch.inference_mode()(lambda: model.ops.draw(scores(), draws))
 
 
 def _kv_bytes(config: DeepConfig, tokens: int, kept: torch.dtype) -> float:
@@ -215,6 +216,13 @@ def _ablations(
         step = Decode(model, 1, context, splits=splits)
         seconds = machine.seconds(machine.captured(step.work) if model.ops.capturable else step.work)
         rows.append({"goal": name, "batch": 1, "context": context, "ms": 1000 * seconds})
+    if isinstance(model.ops, cuda.TritonBackend):
+        for batch in (1, 2 if machine.dry else 32):
+            with model.ops.in_turn():
+                step = Decode(model, batch, first["context"])
+                seconds = machine.seconds(machine.captured(step.work))
+            name = "each kernel after the end of the last"
+            rows.append({"goal": name, "batch": batch, "context": first["context"], "ms": 1000 * seconds})
     plain = machine.model(config, plain=True)
     for batch in (1, 2 if machine.dry else 32):
         step = Decode(plain, batch, first["context"])
@@ -229,6 +237,28 @@ def _ablations(
     return rows
 
 
+def prompt_work(model: DeepForCausalLM, prompts: int, length: int) -> Work:
+    """A step that computes whole prompts of one length, and the scores of their last tokens."""
+    device, pages = model.device, -(-length // PAGE)
+    cache = model.new_kv_cache(prompts * pages, PAGE)
+    tables = torch.arange(prompts * pages, dtype=torch.int32, device=device).view(prompts, pages)
+    at = torch.arange(length, device=device)
+    slots = torch.cat([tables[n][at // PAGE].long() * PAGE + at % PAGE for n in range(prompts)])
+    metadata = AttentionMetadata(
+        query_lens=[length] * prompts, seq_lens=[length] * prompts, slot_mapping=slots, block_tables=tables,
+        seq_lens_device=torch.full((prompts,), length, dtype=torch.int32, device=device),
+        query_starts=torch.arange(0, (prompts + 1) * length, length, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    ids = (torch.arange(prompts * length, device=device) * 7919 + 11) % model.config.vocab_size
+    last = torch.arange(1, prompts + 1, device=device) * length - 1
+    positions = at.repeat(prompts)
+
+    def work() -> Tensor:
+        return model.logits(model(ids, positions, metadata, cache)[last])
+
+    return torch.inference_mode()(work)
+
+
 @torch.inference_mode()
 def prefill_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[dict[str, Any]]:
     """G5: operations of a prompt in the time that it takes, against the rate of one large product."""
@@ -236,23 +266,7 @@ def prefill_goals(machine: Machine, best: dict[str, float], quick: bool) -> list
     model = machine.model(config)
     sizes = [(1, 512, 0.35), (1, 2048, 0.50), (8, 1024, 0.55)]
     for prompts, length, accept in [(2, 5, 0.0)] if machine.dry else sizes:
-        pages = -(-length // PAGE)
-        cache = model.new_kv_cache(prompts * pages, PAGE)
-        tables = torch.arange(prompts * pages, dtype=torch.int32, device=machine.device).view(prompts, pages)
-        at = torch.arange(length, device=machine.device)
-        slots = torch.cat([tables[n][at // PAGE].long() * PAGE + at % PAGE for n in range(prompts)])
-        metadata = AttentionMetadata(
-            query_lens=[length] * prompts, seq_lens=[length] * prompts, slot_mapping=slots, block_tables=tables,
-            seq_lens_device=torch.full((prompts,), length, dtype=torch.int32, device=machine.device),
-            query_starts=torch.arange(0, (prompts + 1) * length, length, dtype=torch.int32, device=machine.device),
-        )  # fmt: skip
-        ids = (torch.arange(prompts * length, device=machine.device) * 7919 + 11) % config.vocab_size
-        last = torch.arange(1, prompts + 1, device=machine.device) * length - 1
-
-        def work() -> Tensor:
-            hidden = model(ids, at.repeat(prompts), metadata, cache)  # noqa: B023 - used before the loop goes on
-            return model.logits(hidden[last])  # noqa: B023
-
+        work = prompt_work(model, prompts, length)
         seconds = machine.seconds(work, repeats=5, rounds=3 if quick else 5)
         flops = prefill_flops(config, prompts, length)
         share = flops / seconds / best["matmul_flop_per_s"]
@@ -299,26 +313,60 @@ def greedy_equality(machine: Machine, root: Path, quick: bool) -> list[dict[str,
     return rows
 
 
-def profile_steps(machine: Machine, quick: bool) -> dict[int, list[dict[str, Any]]]:
-    """Where the time of a decode step goes, kernel by kernel, at several batch sizes."""
+@torch.inference_mode()
+def overlap_equality(machine: Machine) -> list[dict[str, Any]]:
+    """Whether kernels that begin before the last one has ended give the same bits as those that wait, every time."""
+    config, rows = machine.shape("1.5b"), []
+    model = machine.model(config)
+    assert isinstance(model.ops, cuda.TritonBackend)
+    times, context = (1, 8) if machine.dry else (100, 300)
+    steps: dict[str, Callable[[], Tensor]] = {}
+    for batch in (1, 2) if machine.dry else (1, 24, 48, 200):
+        steps[f"decodes of {batch}"] = Decode(model, batch, context).scores
+    steps["prompts"] = prompt_work(model, 2, 5 if machine.dry else 700)
+    for name, work in steps.items():
+        with model.ops.in_turn():
+            wanted = work().clone()
+        found: list[Tensor] = []
+
+        def note(work: Callable[[], Tensor] = work, found: list[Tensor] = found) -> None:
+            found[:] = [work()]
+
+        replay, same = machine.captured(note), True
+        for _ in range(times):
+            found[0].fill_(float("nan"))
+            replay()
+            same = same and torch.equal(found[0], wanted)
+        rows.append({"model": f"1.5b, random, overlapping kernels, {name}", "tokens": times, "ok": same})
+    return rows
+
+
+def profile_steps(machine: Machine, quick: bool) -> dict[str, list[dict[str, Any]]]:
+    """Where the time of a step goes, kernel by kernel: decodes of several batches, and prompts."""
     from torch.profiler import ProfilerActivity, profile
 
     config = machine.shape("1.5b")
     model, tables = machine.model(config), {}
     activity = ProfilerActivity.CPU if machine.dry else ProfilerActivity.CUDA
+    steps: dict[str, Callable[[], Work]] = {}
     for batch in (1,) if machine.dry else (1, 256) if quick else (1, 32, 256):
-        step = Decode(model, batch, 8 if machine.dry else 512)
-        step.work()
+        steps[f"a decode step of {batch}"] = lambda batch=batch: Decode(model, batch, 8 if machine.dry else 512).work
+    for prompts, length in [] if machine.dry else [(1, 512), (8, 1024)]:
+        steps[f"prompts, {prompts} x {length}"] = partial(prompt_work, model, prompts, length)
+    for name, make in steps.items():
+        work = make()
+        work()
         with profile(activities=[activity]) as run:
-            step.work()
+            work()
             if not machine.dry:
                 torch.cuda.synchronize()
         side = "self_cpu_time_total" if machine.dry else "self_device_time_total"
         found = [(getattr(event, side, 0.0), event.count, event.key) for event in run.key_averages()]
         total = sum(each for each, *_ in found) or 1.0
-        tables[batch] = [
+        tables[name] = [
             {"kernel": key[:70], "calls": calls, "us": round(each, 1), "share": round(each / total, 3)}
             for each, calls, key in sorted(found, reverse=True)[:20]
+            if each > 0.0
         ]
         machine.clear()
     return tables

@@ -46,15 +46,30 @@ def grid(**choices: tuple[int, ...]) -> Iterator[dict[str, int]]:
         yield dict(zip(choices, values, strict=True))
 
 
-def linear_shapes(tokens: int, *, wide: bool) -> tuple[Blocks, ...]:
-    """For products of few tokens."""
+def linear_shapes(tokens: int, kind: str) -> tuple[Blocks, ...]:
+    """For products of few tokens, and for the velocity's, of any."""
     rows = 16 if tokens <= 16 else 32
-    columns, inner = ((64, 128), (64, 128, 256)) if wide else ((16, 32), (128, 256, 512))
-    found = grid(BLOCK_N=columns, BLOCK_K=inner, num_warps=(2, 4, 8), num_stages=(3, 5))
+    if kind == "velocity" and tokens > 1024:
+        shapes = grid(BLOCK_M=(64, 128), BLOCK_N=(64,), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4))
+    elif kind == "velocity":
+        shapes = grid(BLOCK_M=(16, 32), BLOCK_N=(16, 32, 64), BLOCK_K=(128, 256), num_warps=(4,), num_stages=(3, 4))
+    elif kind == "lm_head":
+        shapes = grid(BLOCK_M=(rows,), BLOCK_N=(64, 128), BLOCK_K=(128,), num_warps=(2, 4), num_stages=(3,))
+    elif kind == "dynamics_in":
+        shapes = grid(
+            BLOCK_M=(rows,), BLOCK_N=(16, 32), BLOCK_K=(128, 256), num_warps=(2, 4, 8), num_stages=(3, 5),
+            AHEAD=(0, 2048),
+        )  # fmt: skip
+    else:
+        shapes = grid(
+            BLOCK_M=(rows,), BLOCK_N=(16, 32), BLOCK_K=(256, 512), num_warps=(2, 4, 8), num_stages=(3, 5),
+            AHEAD=(0, 4096 if kind == "kqv" else 2048),
+        )  # fmt: skip
+    found = ({"AHEAD": 256} | shape for shape in shapes)
     return tuple(
-        {"BLOCK_M": rows} | shape
+        shape
         for shape in found
-        if 8 <= shape["BLOCK_N"] * shape["BLOCK_K"] * 2 * (shape["num_stages"] - 1) >> 10 <= 100
+        if (shape["BLOCK_N"] + 2 * shape["BLOCK_M"]) * shape["BLOCK_K"] * 2 * (shape["num_stages"] - 1) <= 150 << 10
     )
 
 
@@ -62,9 +77,9 @@ def expert_shapes(tokens: int) -> tuple[Blocks, ...]:
     """For the experts' products; columns of gate, of down."""
     if tokens <= 64:
         rows: tuple[int, ...] = (max(16, 1 << (tokens - 1).bit_length()),)
-        shapes = grid(N=(16, 32), BLOCK_M=rows, BLOCK_K=(128, 256), num_warps=(2, 4, 8), num_stages=(3, 5))
+        shapes = grid(N=(16, 32), BLOCK_M=rows, BLOCK_K=(128, 256), num_warps=(2, 4), num_stages=(3, 5))
     elif tokens <= 512:
-        shapes = grid(N=(32, 64), BLOCK_M=(32, 64, 128), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4))
+        shapes = grid(N=(32, 64), BLOCK_M=(32, 64, 128), BLOCK_K=(128,), num_warps=(4, 8), num_stages=(3, 4))
     else:
         shapes = grid(N=(64, 128), BLOCK_M=(64, 128), BLOCK_K=(64,), num_warps=(4, 8), num_stages=(3, 4))
     found = []
@@ -85,6 +100,7 @@ def cases() -> Iterator[Case]:
     from gpu_kernels import PAGE
 
     from pyllm.model.backend import AttentionMetadata
+    from pyllm.model.fp8 import FP8
 
     def inputs(model: Any, *shape: int, dtype: Any = torch.float32) -> Any:
         generator = torch.Generator(model.device).manual_seed(3)
@@ -98,21 +114,17 @@ def cases() -> Iterator[Case]:
         def work() -> None:
             for layer in model.layers:
                 if kind == "kqv" and layer.index:
-                    second = mu, layer.kqv_proj[:, size:]
-                    ops._small(x, layer.kqv_proj, norm=layer.input_norm, eps=1e-6, second=second)
+                    ops._small(both, layer.kqv_proj)
                 elif kind == "o":
                     ops._small(mu, layer.o_proj)
                 elif kind == "dynamics_in":
-                    at = len(layer.dynamics_in) - len(layer.controller_v)
-                    ops._small(x, layer.dynamics_in, second=(x, layer.controller_v), second_from=at)
+                    ops._small(x, layer.dynamics_in, (x, layer.controller_v))
+                elif kind == "velocity":
+                    ops._small(x, layer.controller_v)
                 elif kind == "lm_head":
                     ops._small(x, model.lm_head)
                 elif kind == "kqv in cuBLAS" and layer.index:
                     F.linear(both, layer.kqv_proj)
-                elif kind == "o in cuBLAS":
-                    F.linear(mu, layer.o_proj)
-                elif kind == "lm_head in cuBLAS":
-                    torch.mm(mu, model.lm_head.t(), out_dtype=torch.float32)
 
         return work
 
@@ -126,17 +138,17 @@ def cases() -> Iterator[Case]:
 
         return work
 
-    def attention(model: Any, new: int, sequences: int, context: int, splits: int | None = None) -> Work:
+    def attention(model: Any, new: int, sequences: int, context: int, kept: torch.dtype | None = None) -> Work:
         config, device = model.config, model.device
         pages = -(-context // PAGE)
-        cache = model.new_kv_cache(sequences * pages, PAGE)
+        cache = model.new_kv_cache(sequences * pages, PAGE, kept)
         order = torch.randperm(sequences * pages, generator=torch.Generator().manual_seed(0)).to(torch.int32)
         tables = order.view(sequences, pages).to(device)
         at = torch.arange(context - new, context, device=device)
         slots = torch.cat([tables[n][at // PAGE].long() * PAGE + at % PAGE for n in range(sequences)])
         metadata = AttentionMetadata(
             query_lens=[new] * sequences, seq_lens=[context] * sequences, num_decodes=sequences * (new == 1),
-            slot_mapping=slots, block_tables=tables, num_splits=splits,
+            slot_mapping=slots, block_tables=tables,
             seq_lens_device=torch.full((sequences,), context, dtype=torch.int32, device=device),
             query_starts=torch.arange(sequences + 1, dtype=torch.int32, device=device) * new,
         )  # fmt: skip
@@ -163,40 +175,32 @@ def cases() -> Iterator[Case]:
 
         return work
 
-    for tokens in (1, 8, 16, 32):
-        for kind, shape, wide in (
-            ("kqv", (4096, 4096), False), ("o", (2048, 2048), False), ("dynamics_in", (2112, 2048), False),
-            ("lm_head", (32000, 2048), True),
-        ):  # fmt: skip
-            size = 2.0 * shape[0] * shape[1]
-            if tokens in (1, 32) or kind == "kqv":
-                yield Case(
-                    f"linear {kind} {tokens}", "linear", partial(linear, tokens=tokens, kind=kind),
-                    linear_shapes(tokens, wide=wide), size,
-                )  # fmt: skip
-    for tokens, kind in itertools.product((1, 32, 48, 64), ("kqv", "o", "lm_head")):
-        make = partial(linear, tokens=tokens, kind=f"{kind} in cuBLAS")
-        yield Case(f"linear {kind} in cuBLAS {tokens}", "", make, ())
-    for tokens, kind in itertools.product((48, 64), ("kqv", "o", "lm_head")):
-        yield Case(f"linear {kind} {tokens}", "linear", partial(linear, tokens=tokens, kind=kind), ())
-    for tokens in (1, 8, 32, 64, 128, 256, 2048, 8192):
+    products = {"kqv": (4096, 4096), "o": (2048, 2048), "dynamics_in": (2176, 2048), "lm_head": (32000, 2048)}
+    for tokens, (kind, shape) in itertools.product((1, 32), products.items()):
+        make = partial(linear, tokens=tokens, kind=kind)
+        yield Case(f"linear {kind} {tokens}", "linear", make, linear_shapes(tokens, kind), 2.0 * shape[0] * shape[1])
+    for tokens in (256, 8192):
+        make = partial(linear, tokens=tokens, kind="velocity")
+        yield Case(f"linear velocity {tokens}", "linear", make, linear_shapes(tokens, "velocity"))
+    for tokens in (1, 32, 64):
+        yield Case(f"cuBLAS kqv {tokens}", "", partial(linear, tokens=tokens, kind="kqv in cuBLAS"), (), 2.0 * 4096**2)
+    for tokens in (1, 32, 64, 256, 2048, 8192):
         count = 4 * (1 - 0.75**tokens)
         size = count * 3 * 2048 * 1408 * 2
         yield Case(f"experts {tokens}", "experts", partial(experts, tokens=tokens), expert_shapes(tokens), size)
-    shapes = tuple(grid(BLOCK_N=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(3, 5)))
-    for batch, context in ((1, 512), (1, 2048), (32, 512), (128, 512), (256, 512), (256, 2048)):
-        size = 2.0 * batch * context * 8 * 128 * 2
-        for splits in (None, 1, 2, 4, 8, 16, 32):
-            if splits is None or (batch == 1 and splits >= 8) or (batch == 32 and splits <= 4) or splits <= 2 < batch:
-                how = {"new": 1, "sequences": batch, "context": context, "splits": splits}
-                name = f"decode {batch} x {context}" + (f" in {splits}" if splits else "")
-                yield Case(name, "decode", partial(attention, **how), shapes, size)
+    shapes = tuple(grid(BLOCK_N=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(2, 3, 5)))
+    for batch, context in ((1, 512), (1, 2048), (32, 512), (256, 512), (256, 2048)):
+        for kept in (torch.bfloat16, FP8):
+            how = {"new": 1, "sequences": batch, "context": context, "kept": kept}
+            size = 2.0 * batch * context * 8 * 128 * kept.itemsize
+            name = f"decode {batch} x {context} {str(kept)[6:]}"
+            yield Case(name, "decode", partial(attention, **how), shapes, size)
     prompts = tuple(grid(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3)))
     for sequences, length in ((1, 512), (1, 2048), (8, 1024)):
         make = partial(attention, new=length, sequences=sequences, context=length)
         yield Case(f"prompt {sequences} x {length}", "prompt", make, prompts)
-    moves = tuple(grid(BLOCK_M=(16, 32, 64), BLOCK_N=(16, 32, 64), num_warps=(2, 4, 8)))
-    for tokens in (1, 32, 256, 2048):
+    moves = tuple(grid(BLOCK_M=(16, 32, 64), BLOCK_N=(16, 32, 64), num_warps=(4, 8)))
+    for tokens in (1, 256, 8192):
         yield Case(f"dynamics {tokens}", "dynamics", partial(dynamics, tokens=tokens), moves)
 
 

@@ -7,9 +7,11 @@ same object computes on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ else:
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 FEW_TOKENS = 32
-"""Tokens up to which our own products, fused with norms, take the place of cuBLAS."""
+"""Tokens up to which our own products take the place of cuBLAS."""
 SORT_BLOCK = 256
 MAX_SPLITS = 32
 NO_WINDOW = 1 << 30
@@ -76,14 +78,15 @@ class _Above(NamedTuple):
     mu: Tensor
     below: Tensor
     residual: Tensor
-    stacked: Tensor | None
+    stacked: Tensor
 
 
 class TritonBackend(Backend):
     """The operations of `Backend` on Triton kernels.
 
-    Up to `FEW_TOKENS` tokens a layer is nine kernels, in which the norms are part of the products. Beyond, cuBLAS
-    multiplies, and norms write its inputs in the weights' dtype. The residual stream, velocity and mu stay FP32.
+    Up to `FEW_TOKENS` tokens our own kernels make all products, beyond cuBLAS the dense ones. Norms write their inputs
+    in the weights' dtype; the residual stream, velocity and mu stay FP32. On sm_90 and later a kernel begins while the
+    one before it ends, and asks for its weights meanwhile (`triton_kernels.follow`).
 
     A row whose token id is negative is padding: it goes through the network without touching the KV cache (its slot is
     negative), other sequences' keys (its length is 0) or any expert, and what comes out of it means nothing.
@@ -108,8 +111,19 @@ class TritonBackend(Backend):
             generation = torch.cuda.get_device_capability(model.device)[0]
         self._fixed = deterministic
         self._blocks = (FixedBlocks if deterministic else Blocks)(self._exact, generation)
+        overlaps = generation is not None and generation >= 9
+        self._launch: dict[str, Any] = {"PDL": overlaps, "launch_pdl": overlaps}
         self._seen: tuple[AttentionMetadata, _Step] | None = None
         self._above: _Above | None = None
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Within it, each kernel begins when the one before it has ended: to see what the overlap is worth."""
+        usual, self._launch = self._launch, {"PDL": False, "launch_pdl": False}
+        try:
+            yield
+        finally:
+            self._launch = usual
 
     def embed(self, input_ids: Tensor, weight: Tensor) -> Tensor:
         """As `Backend.embed`; a negative id gives zeros."""
@@ -117,7 +131,7 @@ class TritonBackend(Backend):
         out = weight.new_empty((len(input_ids), size), dtype=torch.float32)
         block = min(1024, power_of_two(16, size))
         grid = (len(input_ids), -(-size // block))
-        triton_kernels.embed_kernel[grid](input_ids, weight, out, H=size, BLOCK=block)
+        triton_kernels.embed_kernel[grid](input_ids, weight, out, H=size, BLOCK=block, **self._launch)
         return out
 
     def _few(self, tokens: int) -> bool:
@@ -149,29 +163,28 @@ class TritonBackend(Backend):
         size = x.shape[-1]
         triton_kernels.norm_kernel[(x.numel() // size,)](
             x, weight, x if mu is None else mu, out, eps, out.shape[-1], H=size, BLOCK=power_of_two(16, size),
-            MU=mu is not None, num_warps=4 if size <= 4096 else 8,
+            MU=mu is not None, num_warps=4 if size <= 4096 else 8, **self._launch,
         )  # fmt: skip
 
-    def _small(
-        self, x: Tensor, weight: Tensor, *, norm: Tensor | None = None, eps: float = 0.0,
-        second: tuple[Tensor, Tensor] | None = None, second_from: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """x [T, K] times the first K columns of weight -> FP32 [T, N].
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K] times weight [N, K], both in one dtype, in FP32 or rounded to that dtype."""
+        return self._small(x, weight) if self._few(len(x)) else F.linear(x, weight)
 
-        `norm` is the weight of an RMSNorm before it. `second`, another input and its weight, is added from column
-        `second_from` on.
-        """
+    def _small(self, x: Tensor, weight: Tensor, beside: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [T, K] times weight [N, K] -> FP32 [T, N + N2], with the columns of another such product `beside` it."""
         (tokens, inner), n = x.shape, len(weight)
-        out = x.new_empty((tokens, n), dtype=torch.float32)
+        other, other_weight = beside or (x, weight)
+        assert other.shape == x.shape
+        assert other.dtype == x.dtype
+        n2 = len(other_weight) if beside else 0
+        out = x.new_empty((tokens, n + n2), dtype=torch.float32)
         if tokens == 0:
             return out
-        blocks = self._blocks.linear(tokens, n, inner)
-        other, other_weight = second or (x, weight)
-        grid = (-(-n // blocks["BLOCK_N"]), -(-tokens // blocks["BLOCK_M"]))
-        triton_kernels.linear_kernel[grid](
-            x, x if norm is None else norm, weight, other, other_weight, out, tokens, eps, x.stride(0),
-            weight.stride(0), other.stride(0), other_weight.stride(0), second_from,
-            N=n, K=inner, K2=other.shape[1] if second else 0, NORM=norm is not None, **blocks,
+        blocks = self._blocks.linear(tokens, n, inner, x.dtype)
+        columns = -(-n // blocks["BLOCK_N"]) + -(-n2 // blocks["BLOCK_N"])
+        triton_kernels.linear_kernel[(columns, -(-tokens // blocks["BLOCK_M"]))](
+            x, weight, other, other_weight, out, tokens, x.stride(0), other.stride(0), N=n, K=inner, N2=n2,
+            **blocks, **self._launch,
         )  # fmt: skip
         return out
 
@@ -187,23 +200,18 @@ class TritonBackend(Backend):
         """As `Backend.attention`; the result may be in the weights' dtype. Without a cache, plain torch computes."""
         if cache is None:
             return super().attention(layer, x, mu_below, rope, cache, metadata)
-        size, weight, eps = layer.config.hidden_size, layer.kqv_proj, layer.config.rms_norm_eps
-        takes_mu = weight.shape[1] > size
+        weight, eps, above = layer.kqv_proj, layer.config.rms_norm_eps, self._above
+        takes_mu = weight.shape[1] > x.shape[1]
         assert mu_below is not None or not takes_mu
-        if self._few(len(x)):
-            second = None if mu_below is None or not takes_mu else (mu_below, weight[:, size:])
-            kqv = self._small(x, weight, norm=layer.input_norm, eps=eps, second=second)
+        if takes_mu and above is not None and above.below is mu_below:
+            inputs = above.stacked  # mu is in its right half already
+            self._norm_into(inputs, x, layer.input_norm, eps)
         else:
-            above = self._above
-            if takes_mu and above is not None and above.below is mu_below and above.stacked is not None:
-                inputs = above.stacked  # mu is in its right half already
-                self._norm_into(inputs, x, layer.input_norm, eps)
-            else:
-                inputs = self._normed(x, layer.input_norm, eps, weight.dtype, mu_below if takes_mu else None)
-            kqv = F.linear(inputs, weight)
+            inputs = self._normed(x, layer.input_norm, eps, weight.dtype, mu_below if takes_mu else None)
+        kqv = self._product(inputs, weight)
         step, decodes = self._prepared(metadata, x.device), 0 if self._fixed else metadata.num_decodes
         out = self._paged(layer, kqv, rope, cache[layer.index], step, decodes)
-        return self._small(out, layer.o_proj) if self._few(len(x)) else F.linear(out, layer.o_proj)
+        return self._product(out, layer.o_proj)
 
     def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """As `Backend.new_kv_cache`; in memory one head's keys or values of a page are one run."""
@@ -242,7 +250,7 @@ class TritonBackend(Backend):
         block_d, group, scale = power_of_two(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
         if decodes:
             splits = step.splits or num_splits(decodes, kv_heads)
-            blocks = self._blocks.decode(splits)
+            blocks = self._blocks.decode(splits * kv_heads * decodes)
             partial, weights = out, out
             if splits > 1:
                 partial = kqv.new_empty((decodes, heads, splits, size), dtype=torch.float32)
@@ -250,12 +258,12 @@ class TritonBackend(Backend):
             triton_attention.decode_kernel[(splits, kv_heads, decodes)](
                 kqv, *norms, *rope, step.slots, step.tables, step.lengths, cache, out, partial, weights, QK_NORM_EPS,
                 scale, step.tables.stride(0), *sides, **shape, QK_NORM=qk_norm, WINDOW=window, SPLITS=splits,
-                BLOCK_D=block_d, BLOCK_G=power_of_two(16, group), **blocks,
+                BLOCK_D=block_d, BLOCK_G=power_of_two(16, group), **blocks, **self._launch,
             )  # fmt: skip
             if splits > 1:
                 triton_attention.combine_kernel[(heads, decodes)](
                     partial, weights, step.lengths, out, D=size, HEADS=heads, WINDOW=window, SPLITS=splits,
-                    BLOCK_D=block_d, BLOCK_N=blocks["BLOCK_N"], num_warps=2,
+                    BLOCK_D=block_d, BLOCK_N=blocks["BLOCK_N"], num_warps=2, **self._launch,
                 )  # fmt: skip
         if decodes < tokens:
             assert step.starts is not None
@@ -264,7 +272,7 @@ class TritonBackend(Backend):
             triton_attention.rotate_kernel[(rest,)](
                 kqv[decodes:], *norms, rope[0][decodes:], rope[1][decodes:], step.slots[decodes:], cache, q,
                 QK_NORM_EPS, *sides, **shape, QK_NORM=qk_norm, BLOCK_D=block_d, BLOCK_Q=power_of_two(1, heads),
-                BLOCK_KV=power_of_two(1, kv_heads),
+                BLOCK_KV=power_of_two(1, kv_heads), **self._launch,
             )  # fmt: skip
             sequences = len(step.lengths) - decodes
             blocks = self._blocks.prompt(block_d)
@@ -272,7 +280,7 @@ class TritonBackend(Backend):
             triton_attention.prefill_kernel[grid](
                 q, step.tables[decodes:], step.starts[decodes:], step.lengths[decodes:], cache, out[decodes:], scale,
                 sequences, decodes, step.tables.stride(0), *sides, **shape, WINDOW=window, BLOCK_D=block_d,
-                **blocks,
+                **blocks, **self._launch,
             )  # fmt: skip
         return out
 
@@ -286,39 +294,32 @@ class TritonBackend(Backend):
         assert layer.controller_v is not None
         assert layer.controller_out is not None
         tokens, size = x.shape
-        inner = len(layer.controller_v)
-        few = self._few(tokens)
-        from_velocity = None
+        inner, few = len(layer.controller_v), self._few(tokens)
         if few:
-            second = None if velocity is None else (velocity, layer.controller_v)
-            at = len(layer.dynamics_in) - inner
-            products = self._small(h, layer.dynamics_in, second=second, second_from=at)
+            beside = None if velocity is None else (velocity, layer.controller_v)
+            products = self._small(h, layer.dynamics_in, beside)
+            from_velocity = products[:, len(layer.dynamics_in) :]
         else:
             products = F.linear(h.to(layer.dynamics_in.dtype), layer.dynamics_in)
-            if velocity is not None:
-                from_velocity = self._small(velocity, layer.controller_v)
+            from_velocity = products if velocity is None else self._small(velocity, layer.controller_v)
         first = velocity is None
         speed = torch.empty_like(x) if velocity is None else velocity
         mu = torch.empty_like(x)
-        below = stacked = None
-        residual = mu
+        below = stacked = residual = mu
         if self._highway:
             residual = torch.empty_like(mu) if first or self._above is None else self._above.residual
-            if few:
-                below = x.new_empty((tokens, size), dtype=layer.kqv_proj.dtype)
-            else:
-                stacked = x.new_empty((tokens, 2 * size), dtype=layer.kqv_proj.dtype)
-                below = stacked[:, size:]
+            stacked = x.new_empty((tokens, 2 * size), dtype=layer.kqv_proj.dtype)
+            below = stacked[:, size:]
         blocks = self._blocks.dynamics(few)
         triton_kernels.dynamics_kernel[(-(-size // blocks["BLOCK_N"]), -(-tokens // blocks["BLOCK_M"]))](
-            x, h, speed, products, products if from_velocity is None else from_velocity, layer.controller_bias,
-            layer.controller_out, layer.controller_out_bias, layer.mu, mu, mu if below is None else below, residual,
-            tokens, layer.config.dynamics_dt, 0 if below is None else below.stride(0), H=size, C=inner,
-            CONTEXTUAL=layer.contextual_mu, MOVING=velocity is not None, SPLIT_INPUT=from_velocity is not None,
-            HIGHWAY=below is not None, FIRST=first, MAX_BETA=MAX_BETA, MAX_VELOCITY=MAX_VELOCITY,
-            SHARE=HIGHWAY_SHARE, **blocks, BLOCK_C=power_of_two(16, inner),
+            x, h, speed, products, from_velocity, layer.controller_bias, layer.controller_out,
+            layer.controller_out_bias, layer.mu, mu, below, residual, tokens, layer.config.dynamics_dt,
+            products.stride(0), from_velocity.stride(0), below.stride(0), H=size, C=inner,
+            CONTEXTUAL=layer.contextual_mu, MOVING=velocity is not None, HIGHWAY=self._highway, FIRST=first,
+            MAX_BETA=MAX_BETA, MAX_VELOCITY=MAX_VELOCITY, SHARE=HIGHWAY_SHARE, **blocks,
+            BLOCK_C=power_of_two(16, inner), **self._launch,
         )  # fmt: skip
-        self._above = None if below is None else _Above(mu, below, residual, stacked)
+        self._above = _Above(mu, below, residual, stacked) if self._highway else None
         return x, speed, mu
 
     def highway(self, mu: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -340,17 +341,22 @@ class TritonBackend(Backend):
             x, layer.post_norm, x if mu is None else mu, x if router is None else router,
             input_ids if table is None else table, input_ids, input_ids if experts is None else experts, b,
             layer.config.rms_norm_eps, BASE_EXPERT_SCORE, H=size, E=count, ROUTED=table is not None,
-            ROUTER=router is not None, BLOCK=power_of_two(16, size), num_warps=4 if size <= 4096 else 8,
+            ROUTER=router is not None, BLOCK=power_of_two(16, size), num_warps=4 if size <= 4096 else 8, **self._launch,
         )  # fmt: skip
-        self._experts(x, b, layer.gate_up, layer.down, experts, layer.activation)
+        known = (input_ids, input_ids) if table is None else (table, input_ids)
+        self._experts(x, b, layer.gate_up, layer.down, known, experts, layer.activation)
         if layer.shared_gate_up is not None and layer.shared_down is not None:
-            self._experts(x, b, layer.shared_gate_up[None], layer.shared_down[None], None, "silu")
+            self._experts(x, b, layer.shared_gate_up[None], layer.shared_down[None], known, None, "silu")
         return x, experts
 
     def _experts(
-        self, x: Tensor, b: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor | None, activation: str
-    ) -> None:
-        """Adds to x [T, H] what each token's expert makes of b [T, H]: gate_up [E, 2W, H], down [E, H, W]."""
+        self, x: Tensor, b: Tensor, gate_up: Tensor, down: Tensor, known: tuple[Tensor, Tensor],
+        experts: Tensor | None, activation: str,
+    ) -> None:  # fmt: skip
+        """Adds to x [T, H] what each token's expert makes of b [T, H]: gate_up [E, 2W, H], down [E, H, W].
+
+        `known` is the table of the ids' own experts and the ids, from which weights may be asked for early.
+        """
         tokens, size = x.shape
         count, width = len(down), down.shape[2]
         mode, order, offsets = triton_mlp.DENSE.value, b, b
@@ -364,16 +370,18 @@ class TritonBackend(Backend):
             order = experts.new_empty(tokens, dtype=torch.int32)
             offsets = experts.new_empty(count + 1, dtype=torch.int32)
             triton_mlp.sort_kernel[(-(-tokens // SORT_BLOCK),)](
-                experts, order, offsets, tokens, E=count, BLOCK=SORT_BLOCK, BLOCK_E=power_of_two(2, count + 1)
-            )
+                experts, order, offsets, tokens, E=count, BLOCK=SORT_BLOCK, BLOCK_E=power_of_two(2, count + 1),
+                **self._launch,
+            )  # fmt: skip
         act = b.new_empty((tokens, width))
         triton_mlp.gate_up_kernel[(-(-width // narrow), rows)](
-            b, gate_up, own, order, offsets, act, tokens, H=size, W=width, E=count, MODE=mode, ACTIVATION=activation,
-            BLOCK_N=narrow, **blocks,
+            b, gate_up, *known, own, order, offsets, act, tokens, H=size, W=width, E=count, MODE=mode,
+            ACTIVATION=activation, BLOCK_N=narrow, **blocks, **self._launch,
         )  # fmt: skip
         triton_mlp.down_kernel[(-(-size // wide), rows)](
-            act, down, own, order, offsets, x, tokens, H=size, W=width, E=count, MODE=mode, BLOCK_N=wide, **blocks
-        )
+            act, down, own, order, offsets, x, tokens, H=size, W=width, E=count, MODE=mode, BLOCK_N=wide, **blocks,
+            **self._launch,
+        )  # fmt: skip
 
     def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """As `Backend.draw`, but for rounding at the very border of what is kept."""

@@ -1,10 +1,14 @@
 """How much of an operation one program of a kernel computes at once on a GPU, and by how many warps.
 
+The shapes for BF16 were found on an H200 with `benchmarks/gpu_tune.py`.
+
 A matrix unit adds up as its instruction does, and the block's shape chooses the instruction. So where an answer must
 not depend on how many tokens a step has, no block may either.
 """
 
 from __future__ import annotations
+
+import torch
 
 BUSY = 264
 """Programs that keep a large GPU busy: two for each multiprocessor of an H100."""
@@ -31,43 +35,51 @@ class Blocks:
         self._exact = exact
         self._generation = generation
 
-    def linear(self, tokens: int, columns: int, inner: int) -> Shape:
-        """Of a product [tokens, inner] x [columns, inner]."""
-        wide = columns > 64 * BUSY
+    def linear(self, tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Shape:
+        """Of a product [tokens, inner] x [columns, inner], with the first of them in some dtype."""
         block_m = 16 if tokens <= 16 else 32
-        block_n = 32 if self._exact else 64 if wide else 16
-        block_k = 32 if self._exact else 128 if wide or block_m > 16 else 256
-        return _linear(block_m, block_n, min(block_k, power_of_two(16, inner)))
+        if self._exact:
+            return _linear(block_m, 32, min(32, power_of_two(16, inner)), inner)
+        if columns > 64 * BUSY:  # more than all programs at once can ask for
+            block_n, warps = (64, 2) if block_m == 16 else (128, 4)
+            return _linear(block_m, block_n, min(128, power_of_two(16, inner)), 256, warps, 3)
+        if tokens > 1024:
+            return _linear(64, 64, min(64, power_of_two(16, inner)), inner)
+        block_k = min(256 if dtype == torch.float32 else 512, power_of_two(16, inner))
+        return _linear(block_m, 16, block_k, inner, 2 if block_m == 16 else 4, 3)
 
     def dynamics(self, few: bool) -> Shape:
         """Of the dynamics: tokens and columns."""
-        block_m, block_n = (16, 32) if self._exact else (16, 16) if few else (32, 32)
-        return {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        block_m, block_n = (16, 32) if self._exact else (16, 16) if few else (64, 32)
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
 
     def experts(self, tokens: int) -> tuple[int, int, Shape]:
         """Of the experts' products: columns of gate and of up each, columns of down, and the rest."""
         if self._exact:
             return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
         if tokens <= 16:
-            return 16, 16, {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
+            return 32, 32, {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5}
+        if tokens <= 32:
+            return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 2, "num_stages": 5}
         if tokens <= ONE_BLOCK:
-            rows = power_of_two(32, tokens)
-            return 32, 32, {"BLOCK_M": rows, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+            return 32, 32, {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
         if tokens <= 1024:
-            return 64, 64, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+            return 64, 64, {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
         return 64, 128, {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
-    def decode(self, splits: int) -> Shape:
-        """Of attention of single new tokens, with keys in so many runs: keys."""
-        block_n = 16 if self._exact else 32 if splits > 8 else 64
-        return {"BLOCK_N": block_n, "num_warps": 4, "num_stages": 2 if self._exact else 5}
+    def decode(self, programs: int) -> Shape:
+        """Of attention of single new tokens in so many programs: keys."""
+        if self._exact:
+            return {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+        # Few programs each read ahead as much as many do together.
+        return {"BLOCK_N": 64, "num_warps": 2, "num_stages": 5 if programs <= BUSY else 3}
 
     def prompt(self, head: int) -> Shape:
         """Of attention over prompts, with heads of so many numbers: queries and keys."""
         if self._exact:
             return _prompt(32, 16, 8, head)
         # Where matrix units do not read from shared memory, more would not fit in registers.
-        return _prompt(64, 32, 4, head) if self._generation in (8, 12) else _prompt(128, 64, 8, head)
+        return _prompt(64, 32 if self._generation in (8, 12) else 64, 4, head)
 
 
 class FixedBlocks(Blocks):
@@ -77,15 +89,15 @@ class FixedBlocks(Blocks):
     slower by it than it could be.
     """
 
-    def linear(self, tokens: int, columns: int, inner: int) -> Shape:
+    def linear(self, tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Shape:
         """See `Blocks`; the weights' shape may choose, for it is the same in every step."""
         if self._exact:
-            return _linear(32, 32, 32)
-        return _linear(64, 32 if columns < 64 * 64 else 64, min(64, power_of_two(16, inner)))
+            return _linear(32, 32, 32, inner)
+        return _linear(64, 32 if columns < 64 * 64 else 64, min(64, power_of_two(16, inner)), min(256, inner))
 
     def dynamics(self, few: bool) -> Shape:
         """See `Blocks`."""
-        return {"BLOCK_M": 16 if self._exact else 32, "BLOCK_N": 32}
+        return {"BLOCK_M": 16 if self._exact else 32, "BLOCK_N": 32, "num_warps": 4}
 
     def experts(self, tokens: int) -> tuple[int, int, Shape]:
         """See `Blocks`."""
@@ -98,10 +110,10 @@ class FixedBlocks(Blocks):
         return _prompt(32, 16, 8, head) if self._exact else _prompt(64, 32, 4, head)
 
 
-def _linear(block_m: int, block_n: int, block_k: int) -> Shape:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+def _linear(block_m: int, block_n: int, block_k: int, ahead: int, warps: int = 4, stages: int = 4) -> Shape:
+    shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "AHEAD": ahead}
+    return shape | {"num_warps": warps, "num_stages": stages}
 
 
 def _prompt(block_m: int, block_n: int, warps: int, head: int) -> Shape:
-    stages = 2 if block_n < 64 or head > 128 else 4
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 2}

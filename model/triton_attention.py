@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .fp8 import MAX_FP8
-from .triton_kernels import dot
+from .triton_kernels import FRESH, dot, follow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(MAX_FP8)
@@ -50,12 +50,13 @@ def _kept(value, dtype: tl.constexpr):
 def rotate_kernel(
     kqv, q_norm, k_norm, cos, sin, slots, cache, out, eps, side_stride, page_stride, slot_stride, head_stride,
     D: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr, QK_NORM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """QK-norm and rotary positions for the heads of one token [k; q; v]; K and V to their page, q to `out`.
 
     A token whose slot is negative is not written to a page. Grid: (tokens,).
     """
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK_D)
     line = kqv + token * ((HEADS + 2 * KV) * D)
@@ -124,6 +125,7 @@ def decode_kernel(
     side_stride, page_stride, slot_stride, head_stride,
     D: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr, QK_NORM: tl.constexpr,
     WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One new token per sequence: QK-norm, rotary positions, its K and V to their page, and attention over all keys.
 
@@ -132,12 +134,13 @@ def decode_kernel(
     to `partial` [S, HEADS, SPLITS, D] with their log2 weights [S, HEADS, SPLITS]. Grid: (SPLITS, KV, sequences).
     """
     split, kv, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths + sequence, cache_modifier=FRESH)
+    follow(PDL)
     group: tl.constexpr = HEADS // KV
     member, at = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     head = kv * group + member
     mask = (member < group)[:, None] & (at < D)[None, :]
     out_at = (sequence * HEADS + head)[:, None]
-    length = tl.load(lengths + sequence)
     low = 0
     if WINDOW > 0:
         low = tl.maximum(length - WINDOW, 0)
@@ -190,9 +193,10 @@ def decode_kernel(
 def combine_kernel(
     partial, weights, lengths, out,
     D: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The results of a head's runs of keys, put together. Grid: (HEADS, sequences)."""
+    follow(PDL)
     sequence = tl.program_id(1).to(tl.int64)
     line = sequence * HEADS + tl.program_id(0)
     at, split = tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)
@@ -220,7 +224,7 @@ def prefill_kernel(
     q, tables, starts, lengths, cache, out, scale, sequences, first_token, table_stride,
     side_stride, page_stride, slot_stride, head_stride,
     D: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of each sequence's new tokens over its pages, which hold their keys already.
 
@@ -229,6 +233,7 @@ def prefill_kernel(
     from the sequence's beginning, so a token's result does not depend on how its prompt was cut.
     Grid: (tokens // (BLOCK_M // group) + sequences, KV).
     """
+    follow(PDL)
     block, kv = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = HEADS // KV
     block_q: tl.constexpr = BLOCK_M // group

@@ -2,12 +2,21 @@
 
 Sizes of the network are compile-time constants; the number of tokens is not, and is never specialised on, so a kernel
 is compiled once for each block shape. Whatever dtype comes in, arithmetic is FP32 and products add up in FP32.
+
+With PDL (programmatic dependent launch, sm_90 and later) a kernel begins while the one before it still runs: it asks
+for the weights that it will need, and then waits in `follow` for what the other one writes.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LINE = tl.constexpr(128)
+"""Bytes that memory gives at once."""
+FRESH = tl.constexpr(".cg")
+"""Read past the nearest cache, which may hold what was there before: for reads that come before `follow`."""
 
 
 @triton.jit
@@ -22,9 +31,40 @@ def dot(a, b, acc):
     return tl.dot(a, tl.trans(b), acc, input_precision="ieee")
 
 
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Wait until all kernels before this one have written; then the next one may begin.
+
+    Only weights, and what the host has sent before the step, may be read before. Every program has to call it, for the
+    kernel behind relies on this one having waited for all that were before.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def ask_for(weight, rows, row_stride, K: tl.constexpr, PDL: tl.constexpr):
+    """Let the first K columns of some rows of a weight come from memory to the cache, without waiting for them."""
+    if PDL:
+        size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+        lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(K * size, LINE))
+        column = tl.minimum(tl.arange(0, lines) * (LINE // size), K - 1)
+        place = weight + rows[:, None].to(tl.int64) * row_stride + column[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [place.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 @triton.jit(do_not_specialize_on_alignment=["ids"])
-def embed_kernel(ids, weight, out, H: tl.constexpr, BLOCK: tl.constexpr):
+def embed_kernel(ids, weight, out, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Row ids[t] of weight [vocab, H] as FP32; a negative id gives zeros. Grid: (tokens, blocks of H)."""
+    follow(PDL)
     token = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids + token)
@@ -33,14 +73,18 @@ def embed_kernel(ids, weight, out, H: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def norm_kernel(x, weight, mu, out, eps, out_stride, H: tl.constexpr, BLOCK: tl.constexpr, MU: tl.constexpr):
+def norm_kernel(
+    x, weight, mu, out, eps, out_stride, H: tl.constexpr, BLOCK: tl.constexpr, MU: tl.constexpr, PDL: tl.constexpr
+):
     """RMSNorm of rows [H] into `out`, whose rows go on with those of `mu` where MU. Grid: (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
+    share = tl.load(weight + at, mask=inside, other=0.0)
+    follow(PDL)
     value = tl.load(x + token * H + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / H + eps)
-    value = value * scale * tl.load(weight + at, mask=inside, other=0.0)
+    value = value * scale * share
     dtype: tl.constexpr = out.dtype.element_ty
     tl.store(out + token * out_stride + at, value.to(dtype), mask=inside)
     if MU:
@@ -48,14 +92,36 @@ def norm_kernel(x, weight, mu, out, eps, out_stride, H: tl.constexpr, BLOCK: tl.
         tl.store(out + token * out_stride + H + at, below.to(dtype), mask=inside)
 
 
-@triton.jit
-def _product(acc, squares, x, norm, weight, rows, columns, row_ok, column_ok, x_stride, weight_stride,
-             K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """acc += (x * norm) [M, K] times weight [N, K] transposed; squares += x * x."""
+@triton.jit(do_not_specialize=["tokens"])
+def linear_kernel(
+    x, weight, x2, weight2, out, tokens, x_stride, x2_stride,
+    N: tl.constexpr, K: tl.constexpr, N2: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x [T, K] times weight [N, K], and beside it x2 [T, K] times weight2 [N2, K]: out [T, N + N2].
+
+    Of a row of weights, AHEAD columns are asked for before the inputs are there.
+    Grid: (blocks of N + blocks of N2, blocks of tokens).
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    count = N
+    first = 0
+    if N2 > 0:
+        blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+        if tl.program_id(0) >= blocks:
+            x, x_stride, weight = x2, x2_stride, weight2
+            columns -= blocks * BLOCK_N
+            count = N2
+            first = N
+    column_ok = columns < count
+    ask_for(weight, tl.minimum(columns, count - 1), K, AHEAD, PDL)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = rows < tokens
     inner = tl.arange(0, BLOCK_K)
-    dtype: tl.constexpr = weight.dtype.element_ty
     x_at = x + rows[:, None].to(tl.int64) * x_stride + inner[None, :]
-    weight_at = weight + columns[:, None].to(tl.int64) * weight_stride + inner[None, :]
+    weight_at = weight + columns[:, None].to(tl.int64) * K + inner[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    follow(PDL)
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             a = tl.load(x_at + start, mask=row_ok[:, None], other=0.0)
@@ -64,40 +130,8 @@ def _product(acc, squares, x, norm, weight, rows, columns, row_ok, column_ok, x_
             inside = start + inner < K
             a = tl.load(x_at + start, mask=row_ok[:, None] & inside[None, :], other=0.0)
             w = tl.load(weight_at + start, mask=column_ok[:, None] & inside[None, :], other=0.0)
-        if NORM:
-            a = a.to(tl.float32)
-            squares += a * a
-            a *= tl.load(norm + start + inner, mask=start + inner < K, other=0.0)[None, :]
-        acc = dot(a.to(dtype), w, acc)
-    return acc, squares
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def linear_kernel(
-    x, norm, weight, x2, weight2, out, tokens, eps, x_stride, weight_stride, x2_stride, weight2_stride, second_from,
-    N: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """x [T, K] times weight [N, K], for few tokens: the weights are read once and the norm costs no pass of its own.
-
-    With NORM, x is RMS-normalised: its scale is one number a row and comes in after the sum. With K2, x2 [T, K2] times
-    weight2 is added to the columns from `second_from` on. Grid: (blocks of N, blocks of tokens).
-    """
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok, column_ok = rows < tokens, columns < N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    acc, squares = _product(acc, squares, x, norm, weight, rows, columns, row_ok, column_ok, x_stride, weight_stride,
-                            K, NORM, BLOCK_K)  # fmt: skip
-    if NORM:
-        acc *= tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
-    if K2 > 0:
-        if (tl.program_id(0) + 1) * BLOCK_N > second_from:
-            acc, squares = _product(acc, squares, x2, norm, weight2, rows, columns - second_from, row_ok,
-                                    column_ok & (columns >= second_from), x2_stride, weight2_stride,
-                                    K2, False, BLOCK_K)  # fmt: skip
-    place = out + rows[:, None].to(tl.int64) * N + columns[None, :]
+        acc = dot(a.to(weight.dtype.element_ty), w, acc)
+    place = out + rows[:, None].to(tl.int64) * (N + N2) + (first + columns)[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
 
 
@@ -115,38 +149,40 @@ def _control(inner, weight, bias, hidden, hidden_ok, part: tl.constexpr, H: tl.c
 @triton.jit(do_not_specialize=["tokens"])
 def dynamics_kernel(
     x, h, velocity, products, from_velocity, in_bias, weight, out_bias, base, mu, below, residual, tokens, dt,
-    below_stride, H: tl.constexpr, C: tl.constexpr, CONTEXTUAL: tl.constexpr, MOVING: tl.constexpr,
-    SPLIT_INPUT: tl.constexpr, HIGHWAY: tl.constexpr, FIRST: tl.constexpr, MAX_BETA: tl.constexpr,
-    MAX_VELOCITY: tl.constexpr, SHARE: tl.constexpr,
+    products_stride, from_stride, below_stride, H: tl.constexpr, C: tl.constexpr, CONTEXTUAL: tl.constexpr,
+    MOVING: tl.constexpr, HIGHWAY: tl.constexpr, FIRST: tl.constexpr, MAX_BETA: tl.constexpr,
+    MAX_VELOCITY: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The controller's second product, the dynamics, the residual stream and the highway, for a block of [T, H].
 
-    `products` [T, H + C] (or [T, C] unless CONTEXTUAL) holds the attention output times dynamics_in; with SPLIT_INPUT
-    the velocity's share of the controller's input is in `from_velocity` [T, C] and not yet in it. Changes x, velocity
-    and residual in place, writes mu and, with HIGHWAY, the mu for the layer above. Not MOVING: velocity is zero still.
-    Grid: (blocks of H, blocks of tokens).
+    `products` [T, H + C] (or [T, C] unless CONTEXTUAL) holds the attention output times dynamics_in, `from_velocity`
+    [T, C] the velocity times controller_v. Changes x, velocity and residual in place, writes mu and, with HIGHWAY, the
+    mu for the layer above. Not MOVING: velocity is zero still. Grid: (blocks of H, blocks of tokens).
     """
     rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_ok = rows < tokens
-    stride: tl.constexpr = C + (H if CONTEXTUAL else 0)
-    at = tl.arange(0, BLOCK_C)
-    inner_ok = row_ok[:, None] & (at < C)[None, :]
-    inner_at = rows[:, None] * stride + (stride - C) + at[None, :]
-    inner = tl.load(products + inner_at, mask=inner_ok, other=0.0).to(tl.float32)
-    inner += tl.load(in_bias + at, mask=at < C, other=0.0)[None, :]
-    if SPLIT_INPUT:
-        inner += tl.load(from_velocity + rows[:, None] * C + at[None, :], mask=inner_ok, other=0.0).to(tl.float32)
-    inner = (inner * sigmoid(inner)).to(weight.dtype.element_ty)
-
     hidden = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     hidden_ok = hidden < H
+    if PDL:
+        for part in tl.static_range(0 if MOVING else 1, 3):
+            ask_for(weight, part * H + tl.minimum(hidden, H - 1), C, C, PDL)
+    at = tl.arange(0, BLOCK_C)
+    inner = tl.load(in_bias + at, mask=at < C, other=0.0)[None, :]
+    middle = tl.load(base + hidden, mask=hidden_ok, other=0.0)[None, :] + tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    follow(PDL)
+    inner_ok = row_ok[:, None] & (at < C)[None, :]
+    inner_at = rows[:, None] * products_stride + (H if CONTEXTUAL else 0) + at[None, :]
+    inner += tl.load(products + inner_at, mask=inner_ok, other=0.0).to(tl.float32)
+    if MOVING:
+        inner += tl.load(from_velocity + rows[:, None] * from_stride + at[None, :], mask=inner_ok, other=0.0)
+    inner = (inner * sigmoid(inner)).to(weight.dtype.element_ty)
+
     ok = row_ok[:, None] & hidden_ok[None, :]
     place = rows[:, None] * H + hidden[None, :]
     now = tl.load(h + place, mask=ok, other=0.0).to(tl.float32)
-    middle = tl.load(base + hidden, mask=hidden_ok, other=0.0)[None, :] + tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if CONTEXTUAL:
-        middle += tl.load(products + rows[:, None] * stride + hidden[None, :], mask=ok, other=0.0).to(tl.float32)
+        middle += tl.load(products + rows[:, None] * products_stride + hidden[None, :], mask=ok, other=0.0)
     control = _control(inner, weight, out_bias, hidden, hidden_ok, 1, H, C, BLOCK_M, BLOCK_N, BLOCK_C)
     softplus = tl.maximum(control, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(control)))
     speed = -tl.minimum(softplus, MAX_BETA) * (now - middle)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import dot, sigmoid
+from .triton_kernels import FRESH, ask_for, dot, follow, sigmoid
 
 DENSE = tl.constexpr(0)
 """All tokens use expert 0; blocks of tokens along the grid."""
@@ -17,17 +17,21 @@ MASKED = tl.constexpr(1)
 """All tokens fit in one block; one expert after the other along the grid, and each keeps the rows that are its own."""
 SORTED = tl.constexpr(2)
 """Tokens are taken in the order of their experts."""
+TOGETHER = tl.constexpr(4)
+"""Experts whose scores are summed at once."""
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids"])
 def route_kernel(
     x, norm, mu, router, table, ids, experts, out, eps, own_score,
     H: tl.constexpr, E: tl.constexpr, ROUTED: tl.constexpr, ROUTER: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """RMSNorm of x, and the expert of each token: its id's own, unless mu speaks louder. Grid: (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
+    follow(PDL)
     value = tl.load(x + token * H + at, mask=inside, other=0.0)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / H + eps)
     value = value * scale * tl.load(norm + at, mask=inside, other=0.0)
@@ -39,21 +43,28 @@ def route_kernel(
         if ROUTER:
             voice = tl.load(mu + token * H + at, mask=inside, other=0.0)
             highest = -float("inf")
-            for expert in tl.static_range(E):
-                score = tl.sum(voice * tl.load(router + expert * H + at, mask=inside, other=0.0), axis=0)
-                score += tl.where(own == expert, own_score, 0.0)
-                best = tl.where(score > highest, expert, best)
-                highest = tl.maximum(score, highest)
+            for first in tl.static_range(0, E, TOGETHER):
+                expert = first + tl.arange(0, TOGETHER)
+                row = router + expert[:, None] * H + at[None, :]
+                part = tl.load(row, mask=(expert < E)[:, None] & inside[None, :], other=0.0) * voice[None, :]
+                score = tl.sum(part, axis=1) + tl.where(own == expert, own_score, 0.0)
+                score = tl.where(expert < E, score, -float("inf"))
+                loudest, name = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
+                best = tl.where(loudest > highest, first + name, best)
+                highest = tl.maximum(loudest, highest)
             best = tl.where(own < 0, own, best)
         tl.store(experts + token, best)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def sort_kernel(experts, order, offsets, tokens, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+def sort_kernel(
+    experts, order, offsets, tokens, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr
+):
     """Token numbers int32 in the order of their experts, and where each expert's begin, int32 [E + 1].
 
     Every program counts all tokens for itself, so none waits for another. Grid: (blocks of tokens,).
     """
+    follow(PDL)
     mine = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     names = tl.arange(0, BLOCK_E)
@@ -88,7 +99,7 @@ def _rows(experts, order, offsets, tokens, MODE: tl.constexpr, E: tl.constexpr, 
     elif MODE == MASKED:
         expert = tile
         rows = at
-        ok = tl.load(experts + rows, mask=rows < tokens, other=-1) == expert
+        ok = tl.load(experts + rows, mask=rows < tokens, other=-1, cache_modifier=FRESH) == expert
         some = tl.max(ok.to(tl.int32), axis=0) > 0
     else:
         expert = -1
@@ -96,8 +107,8 @@ def _rows(experts, order, offsets, tokens, MODE: tl.constexpr, E: tl.constexpr, 
         last = 0
         done = 0
         for e in tl.static_range(E):
-            begin = tl.load(offsets + e)
-            end = tl.load(offsets + e + 1)
+            begin = tl.load(offsets + e, cache_modifier=FRESH)
+            end = tl.load(offsets + e + 1, cache_modifier=FRESH)
             tiles = tl.cdiv(end - begin, BLOCK_M)
             here = (tile >= done) & (tile < done + tiles)
             expert = tl.where(here, e, expert)
@@ -105,25 +116,38 @@ def _rows(experts, order, offsets, tokens, MODE: tl.constexpr, E: tl.constexpr, 
             last = tl.where(here, end, last)
             done += tiles
         ok = first + at < last
-        rows = tl.load(order + first + at, mask=ok, other=0)
+        rows = tl.load(order + first + at, mask=ok, other=0, cache_modifier=FRESH)
         some = expert >= 0
     return expert, rows, ok, some
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["ids"])
 def gate_up_kernel(
-    b, weight, experts, order, offsets, out, tokens,
-    H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr,
+    b, weight, table, ids, experts, order, offsets, out, tokens,
+    H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """act(b gate) * (b up) of each token's expert: b [T, H], weight [E, 2W, H] -> out [T, W], in the tokens' order.
 
     Grid: (blocks of W, blocks of tokens).
     """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = columns < W
+    if PDL and MODE == DENSE:
+        ask_for(weight, tl.minimum(columns, W - 1), H, H, PDL)
+        ask_for(weight, W + tl.minimum(columns, W - 1), H, H, PDL)
+    if PDL and MODE == MASKED:
+        # The ids' own experts are known before mu has spoken, and it seldom overrides them.
+        at = tl.arange(0, BLOCK_M)
+        identity = tl.load(ids + at, mask=at < tokens, other=-1)
+        own = tl.load(table + identity, mask=identity >= 0, other=-1)
+        if tl.max((own == tl.program_id(1)).to(tl.int32), axis=0) > 0:
+            first = tl.program_id(1) * 2 * W
+            ask_for(weight, first + tl.minimum(columns, W - 1), H, H, PDL)
+            ask_for(weight, first + W + tl.minimum(columns, W - 1), H, H, PDL)
+    follow(PDL)
     expert, rows, ok, some = _rows(experts, order, offsets, tokens, MODE, E, BLOCK_M)
     if some:
-        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        column_ok = columns < W
         inner = tl.arange(0, BLOCK_K)
         b_at = b + rows[:, None].to(tl.int64) * H + inner[None, :]
         gate_at = weight + (expert * 2 * W + columns)[:, None].to(tl.int64) * H + inner[None, :]
@@ -151,17 +175,22 @@ def gate_up_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def down_kernel(
     a, weight, experts, order, offsets, x, tokens,
-    H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, MODE: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, MODE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Adds a [T, W] times its expert's weight [E, H, W] to the residual stream x [T, H].
 
     Grid: (blocks of H, blocks of tokens).
     """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = columns < H
+    # Which expert it is, the kernel two before this one has written, and it has ended.
     expert, rows, ok, some = _rows(experts, order, offsets, tokens, MODE, E, BLOCK_M)
+    if PDL and MODE != SORTED:
+        if some:
+            ask_for(weight, expert * H + tl.minimum(columns, H - 1), W, W, PDL)
+    follow(PDL)
     if some:
-        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        column_ok = columns < H
         inner = tl.arange(0, BLOCK_K)
         a_at = a + rows[:, None].to(tl.int64) * W + inner[None, :]
         weight_at = weight + (expert * H + columns)[:, None].to(tl.int64) * W + inner[None, :]
