@@ -333,6 +333,7 @@ def overlap_equality(machine: Machine) -> list[dict[str, Any]]:
             found[:] = [work()]
 
         replay, same = machine.captured(note), True
+        replay()
         for _ in range(times):
             found[0].fill_(float("nan"))
             replay()
