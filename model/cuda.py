@@ -27,13 +27,13 @@ from .backend import (
     Backend,
 )
 from .config import DeepConfig
-from .cuda_blocks import BUSY, ONE_BLOCK, Blocks, FixedBlocks, power_of_two
+from .cuda_blocks import BUSY, ONE_BLOCK, WIDE, Blocks, FixedBlocks, power_of_two
 from .layer import DeepLayer
 from .network import DeepForCausalLM
 from .sampling import SamplingBatch
 
 try:
-    from . import triton_attention, triton_kernels, triton_mlp, triton_sampling
+    from . import triton_attention, triton_gemv, triton_kernels, triton_mlp, triton_sampling
 except ImportError:  # torch's builds for the CPU come without Triton
     HAS_TRITON = False
 else:
@@ -43,6 +43,8 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 FEW_TOKENS = 32
 """Tokens up to which our own products take the place of cuBLAS."""
+GEMV_TOKENS = 4
+"""Tokens up to which products are made without matrix units."""
 SORT_BLOCK = 256
 MAX_SPLITS = 32
 NO_WINDOW = 1 << 30
@@ -179,6 +181,13 @@ class TritonBackend(Backend):
         n2 = len(other_weight) if beside else 0
         out = x.new_empty((tokens, n + n2), dtype=torch.float32)
         if tokens == 0:
+            return out
+        if tokens <= GEMV_TOKENS and n < WIDE and not self._fixed:
+            blocks = self._blocks.gemv(inner)
+            triton_gemv.linear_kernel[(-(-n // blocks["BLOCK_N"]) + -(-n2 // blocks["BLOCK_N"]),)](
+                x, weight, other, other_weight, out, tokens, x.stride(0), other.stride(0), N=n, K=inner, N2=n2,
+                **blocks, **self._launch,
+            )  # fmt: skip
             return out
         blocks = self._blocks.linear(tokens, n, inner, x.dtype)
         columns = -(-n // blocks["BLOCK_N"]) + -(-n2 // blocks["BLOCK_N"])
@@ -359,10 +368,21 @@ class TritonBackend(Backend):
         """
         tokens, size = x.shape
         count, width = len(down), down.shape[2]
+        act = b.new_empty((tokens, width))
+        own = b if experts is None else experts
+        if tokens <= GEMV_TOKENS and not self._fixed:
+            first, second, routed = self._blocks.gemv(size, 2), self._blocks.gemv(width), experts is not None
+            triton_gemv.gate_up_kernel[(-(-width // first["BLOCK_N"]), tokens)](
+                b, gate_up, *known, own, act, H=size, W=width, ROUTED=routed, ACTIVATION=activation, **first,
+                **self._launch,
+            )  # fmt: skip
+            triton_gemv.down_kernel[(-(-size // second["BLOCK_N"]), tokens)](
+                act, down, own, x, H=size, W=width, ROUTED=routed, **second, **self._launch
+            )
+            return
         mode, order, offsets = triton_mlp.DENSE.value, b, b
         narrow, wide, blocks = self._blocks.experts(tokens)
         rows = -(-tokens // blocks["BLOCK_M"])
-        own = b if experts is None else experts
         if experts is not None and rows == 1 and tokens <= ONE_BLOCK and not self._fixed:
             mode, rows = triton_mlp.MASKED.value, count
         elif experts is not None:
@@ -373,10 +393,9 @@ class TritonBackend(Backend):
                 experts, order, offsets, tokens, E=count, BLOCK=SORT_BLOCK, BLOCK_E=power_of_two(2, count + 1),
                 **self._launch,
             )  # fmt: skip
-        act = b.new_empty((tokens, width))
         triton_mlp.gate_up_kernel[(-(-width // narrow), rows)](
-            b, gate_up, *known, own, order, offsets, act, tokens, H=size, W=width, E=count, MODE=mode,
-            ACTIVATION=activation, BLOCK_N=narrow, **blocks, **self._launch,
+            b, gate_up, own, order, offsets, act, tokens, H=size, W=width, E=count, MODE=mode, ACTIVATION=activation,
+            BLOCK_N=narrow, **blocks, **self._launch,
         )  # fmt: skip
         triton_mlp.down_kernel[(-(-size // wide), rows)](
             act, down, own, order, offsets, x, tokens, H=size, W=width, E=count, MODE=mode, BLOCK_N=wide, **blocks,

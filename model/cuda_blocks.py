@@ -12,6 +12,8 @@ import torch
 
 BUSY = 264
 """Programs that keep a large GPU busy: two for each multiprocessor of an H100."""
+WIDE = 64 * BUSY
+"""Columns of weights from which on all programs that run at once cannot ask for them all."""
 ONE_BLOCK = 64
 """Tokens up to which the experts' products run over all tokens and keep each its own, instead of sorting."""
 Shape = dict[str, int]
@@ -40,13 +42,23 @@ class Blocks:
         block_m = 16 if tokens <= 16 else 32
         if self._exact:
             return _linear(block_m, 32, min(32, power_of_two(16, inner)), inner)
-        if columns > 64 * BUSY:  # more than all programs at once can ask for
+        block_k = power_of_two(16, inner)
+        if columns >= WIDE:
             block_n, warps = (64, 2) if block_m == 16 else (128, 4)
-            return _linear(block_m, block_n, min(128, power_of_two(16, inner)), 256, warps, 3)
+            return _linear(block_m, block_n, min(128, block_k), 256, warps, 3)
         if tokens > 1024:
-            return _linear(64, 64, min(64, power_of_two(16, inner)), inner)
-        block_k = min(256 if dtype == torch.float32 else 512, power_of_two(16, inner))
-        return _linear(block_m, 16, block_k, inner, 2 if block_m == 16 else 4, 3)
+            return _linear(64, 64, min(64, block_k), 256, 4, 4)
+        if tokens > 32:
+            return _linear(16, 32, min(256, block_k), 256, 4, 3)
+        if dtype == torch.float32:
+            return _linear(block_m, 32, min(4096 // block_m, block_k), inner, 4, 5)
+        return _linear(block_m, 32 if block_m == 16 else 16, min(512, block_k), inner, 4, 3)
+
+    def gemv(self, inner: int, matrices: int = 1) -> Shape:
+        """Of a product of rows of `inner` numbers with single tokens, from so many matrices at once."""
+        block_k = power_of_two(16, inner)
+        held = (8192 if self._exact else 16384) // matrices
+        return {"BLOCK_N": max(2, held // block_k), "BLOCK_K": block_k, "num_warps": 4}
 
     def dynamics(self, few: bool) -> Shape:
         """Of the dynamics: tokens and columns."""
@@ -57,10 +69,9 @@ class Blocks:
         """Of the experts' products: columns of gate and of up each, columns of down, and the rest."""
         if self._exact:
             return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-        if tokens <= 16:
-            return 32, 32, {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5}
         if tokens <= 32:
-            return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 2, "num_stages": 5}
+            rows = power_of_two(16, tokens)
+            return 16, 16, {"BLOCK_M": rows, "BLOCK_K": 128, "num_warps": 2, "num_stages": 5}
         if tokens <= ONE_BLOCK:
             return 32, 32, {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
         if tokens <= 1024:
@@ -72,7 +83,8 @@ class Blocks:
         if self._exact:
             return {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
         # Few programs each read ahead as much as many do together.
-        return {"BLOCK_N": 64, "num_warps": 2, "num_stages": 5 if programs <= BUSY else 3}
+        few = programs <= BUSY
+        return {"BLOCK_N": 64, "num_warps": 8 if few else 2, "num_stages": 5 if few else 3}
 
     def prompt(self, head: int) -> Shape:
         """Of attention over prompts, with heads of so many numbers: queries and keys."""

@@ -114,7 +114,7 @@ def linear_kernel(
             count = N2
             first = N
     column_ok = columns < count
-    ask_for(weight, tl.minimum(columns, count - 1), K, AHEAD, PDL)
+    ask_for(weight, tl.minimum(columns, count - 1), K, AHEAD if AHEAD < K else K, PDL)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < tokens
     inner = tl.arange(0, BLOCK_K)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import FRESH, ask_for, dot, follow, sigmoid
+from .triton_kernels import FRESH, dot, follow, sigmoid
 
 DENSE = tl.constexpr(0)
 """All tokens use expert 0; blocks of tokens along the grid."""
@@ -87,6 +87,18 @@ def sort_kernel(
 
 
 @triton.jit
+def activated(gate, ACTIVATION: tl.constexpr):
+    """GELU, ReLU or SiLU of FP32."""
+    if ACTIVATION == "gelu":
+        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif ACTIVATION == "relu":
+        gate = tl.maximum(gate, 0.0)
+    else:
+        gate = gate * sigmoid(gate)
+    return gate
+
+
+@triton.jit
 def _rows(experts, order, offsets, tokens, MODE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr):
     """What this program computes: its expert, its tokens [M], which of them count [M], and whether any does."""
     tile = tl.program_id(1)
@@ -121,9 +133,9 @@ def _rows(experts, order, offsets, tokens, MODE: tl.constexpr, E: tl.constexpr, 
     return expert, rows, ok, some
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["ids"])
+@triton.jit(do_not_specialize=["tokens"])
 def gate_up_kernel(
-    b, weight, table, ids, experts, order, offsets, out, tokens,
+    b, weight, experts, order, offsets, out, tokens,
     H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -133,18 +145,6 @@ def gate_up_kernel(
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < W
-    if PDL and MODE == DENSE:
-        ask_for(weight, tl.minimum(columns, W - 1), H, H, PDL)
-        ask_for(weight, W + tl.minimum(columns, W - 1), H, H, PDL)
-    if PDL and MODE == MASKED:
-        # The ids' own experts are known before mu has spoken, and it seldom overrides them.
-        at = tl.arange(0, BLOCK_M)
-        identity = tl.load(ids + at, mask=at < tokens, other=-1)
-        own = tl.load(table + identity, mask=identity >= 0, other=-1)
-        if tl.max((own == tl.program_id(1)).to(tl.int32), axis=0) > 0:
-            first = tl.program_id(1) * 2 * W
-            ask_for(weight, first + tl.minimum(columns, W - 1), H, H, PDL)
-            ask_for(weight, first + W + tl.minimum(columns, W - 1), H, H, PDL)
     follow(PDL)
     expert, rows, ok, some = _rows(experts, order, offsets, tokens, MODE, E, BLOCK_M)
     if some:
@@ -162,12 +162,7 @@ def gate_up_kernel(
             a = tl.load(b_at + start, mask=a_ok, other=0.0)
             gate = dot(a, tl.load(gate_at + start, mask=w_ok, other=0.0), gate)
             up = dot(a, tl.load(gate_at + W * H + start, mask=w_ok, other=0.0), up)
-        if ACTIVATION == "gelu":
-            gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-        elif ACTIVATION == "relu":
-            gate = tl.maximum(gate, 0.0)
-        else:
-            gate = gate * sigmoid(gate)
+        gate = activated(gate, ACTIVATION)
         place = out + rows[:, None].to(tl.int64) * W + columns[None, :]
         tl.store(place, (gate * up).to(out.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
@@ -184,11 +179,8 @@ def down_kernel(
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < H
-    # Which expert it is, the kernel two before this one has written, and it has ended.
+    # Who computes what, the kernels before the last one have written, and they have ended.
     expert, rows, ok, some = _rows(experts, order, offsets, tokens, MODE, E, BLOCK_M)
-    if PDL and MODE != SORTED:
-        if some:
-            ask_for(weight, expert * H + tl.minimum(columns, H - 1), W, W, PDL)
     follow(PDL)
     if some:
         inner = tl.arange(0, BLOCK_K)

@@ -16,7 +16,7 @@ SMALL = replace(
     TINY, vocab_size=60, hidden_size=48, intermediate_size=104, num_attention_heads=2, num_key_value_heads=1,
     num_hidden_layers=2, dynamics_controller_hidden=10,
 )  # fmt: skip
-TOKENS = [1, 5, 17, 33]
+TOKENS = [1, 3, 5, 17, 33]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -43,7 +43,7 @@ def near(ours: torch.Tensor, true: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 16, 19, 40])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 19, 40])
 def test_linear(tokens, dtype):
     model = make(SMALL, dtype)
     x = noise(tokens, 48)
@@ -98,7 +98,7 @@ def test_velocity_and_beta_are_bounded():
     {}, {"hidden_act": "gelu", "num_experts": 3}, {"use_token_routed_mlp": False, "hidden_act": "relu"},
     {"num_experts": 8}, {"hidden_size": 40, "intermediate_size": 100},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("tokens", [1, 5, 65])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 65])
 def test_routed_mlp(tokens, variant):
     config = replace(SMALL, **variant)
     model = make(config, torch.float32)
