@@ -48,29 +48,28 @@ def grid(**choices: tuple[int, ...]) -> Iterator[dict[str, int]]:
 
 def linear_shapes(tokens: int, kind: str) -> tuple[Blocks, ...]:
     """For products of few tokens, and for the velocity's, of any."""
-    rows = 16 if tokens <= 16 else 32
+    rows, ahead = 16 if tokens <= 16 else 32, (0, 4096 if kind == "kqv" else 2048)
     if kind == "velocity" and tokens > 1024:
         shapes = grid(BLOCK_M=(64, 128), BLOCK_N=(64,), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4))
     elif kind == "velocity":
         shapes = grid(BLOCK_M=(16, 32), BLOCK_N=(16, 32, 64), BLOCK_K=(128, 256), num_warps=(4,), num_stages=(3, 4))
     elif kind == "lm_head":
         shapes = grid(BLOCK_M=(rows,), BLOCK_N=(64, 128), BLOCK_K=(128,), num_warps=(2, 4), num_stages=(3,))
-    elif kind == "dynamics_in":
-        shapes = grid(
-            BLOCK_M=(rows,), BLOCK_N=(16, 32), BLOCK_K=(128, 256), num_warps=(2, 4, 8), num_stages=(3, 5),
-            AHEAD=(0, 2048),
-        )  # fmt: skip
     else:
-        shapes = grid(
-            BLOCK_M=(rows,), BLOCK_N=(16, 32), BLOCK_K=(256, 512), num_warps=(2, 4, 8), num_stages=(3, 5),
-            AHEAD=(0, 4096 if kind == "kqv" else 2048),
-        )  # fmt: skip
+        inner = (128, 256) if kind == "dynamics_in" else (256, 512)
+        shapes = grid(BLOCK_M=(rows,), BLOCK_N=(16, 32), BLOCK_K=inner, num_warps=(4,), num_stages=(3, 5), AHEAD=ahead)
     found = ({"AHEAD": 256} | shape for shape in shapes)
     return tuple(
         shape
         for shape in found
-        if (shape["BLOCK_N"] + 2 * shape["BLOCK_M"]) * shape["BLOCK_K"] * 2 * (shape["num_stages"] - 1) <= 150 << 10
+        if (shape["BLOCK_N"] + 2 * shape["BLOCK_M"]) * shape["BLOCK_K"] * 2 * (shape["num_stages"] - 1) <= 210 << 10
     )
+
+
+def gemv_shapes(inner: int) -> tuple[Blocks, ...]:
+    """For products of single tokens."""
+    shapes = grid(BLOCK_N=(2, 4, 8, 16), BLOCK_K=(inner,), num_warps=(2, 4, 8))
+    return tuple(shape for shape in shapes if 32 <= shape["BLOCK_N"] * inner // 32 // shape["num_warps"] <= 256)
 
 
 def expert_shapes(tokens: int) -> tuple[Blocks, ...]:
@@ -176,20 +175,26 @@ def cases() -> Iterator[Case]:
         return work
 
     products = {"kqv": (4096, 4096), "o": (2048, 2048), "dynamics_in": (2176, 2048), "lm_head": (32000, 2048)}
-    for tokens, (kind, shape) in itertools.product((1, 32), products.items()):
-        make = partial(linear, tokens=tokens, kind=kind)
-        yield Case(f"linear {kind} {tokens}", "linear", make, linear_shapes(tokens, kind), 2.0 * shape[0] * shape[1])
+    for tokens, (kind, shape) in itertools.product((1, 4, 8, 32), products.items()):
+        make, size = partial(linear, tokens=tokens, kind=kind), 2.0 * shape[0] * shape[1]
+        if tokens <= 4 and kind != "lm_head":
+            yield Case(f"gemv {kind} {tokens}", "gemv", make, gemv_shapes(4096 if kind == "kqv" else 2048), size)
+        else:
+            yield Case(f"linear {kind} {tokens}", "linear", make, linear_shapes(tokens, kind), size)
     for tokens in (256, 8192):
         make = partial(linear, tokens=tokens, kind="velocity")
         yield Case(f"linear velocity {tokens}", "linear", make, linear_shapes(tokens, "velocity"))
-    for tokens in (1, 32, 64):
+    for tokens in (1, 8, 32, 64):
         yield Case(f"cuBLAS kqv {tokens}", "", partial(linear, tokens=tokens, kind="kqv in cuBLAS"), (), 2.0 * 4096**2)
-    for tokens in (1, 32, 64, 256, 2048, 8192):
-        count = 4 * (1 - 0.75**tokens)
-        size = count * 3 * 2048 * 1408 * 2
-        yield Case(f"experts {tokens}", "experts", partial(experts, tokens=tokens), expert_shapes(tokens), size)
+    for tokens in (1, 4, 8, 32, 48, 64, 256, 512, 2048, 8192):
+        size = 4 * (1 - 0.75**tokens) * 3 * 2048 * 1408 * 2
+        make = partial(experts, tokens=tokens)
+        if tokens <= 4:
+            yield Case(f"gemv experts {tokens}", "gemv", make, gemv_shapes(2048), size)
+        else:
+            yield Case(f"experts {tokens}", "experts", make, expert_shapes(tokens), size)
     shapes = tuple(grid(BLOCK_N=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(2, 3, 5)))
-    for batch, context in ((1, 512), (1, 2048), (32, 512), (256, 512), (256, 2048)):
+    for batch, context in ((1, 512), (8, 512), (32, 512), (48, 512), (256, 512), (1, 2048), (256, 2048)):
         for kept in (torch.bfloat16, FP8):
             how = {"new": 1, "sequences": batch, "context": context, "kept": kept}
             size = 2.0 * batch * context * 8 * 128 * kept.itemsize
@@ -200,7 +205,7 @@ def cases() -> Iterator[Case]:
         make = partial(attention, new=length, sequences=sequences, context=length)
         yield Case(f"prompt {sequences} x {length}", "prompt", make, prompts)
     moves = tuple(grid(BLOCK_M=(16, 32, 64), BLOCK_N=(16, 32, 64), num_warps=(4, 8)))
-    for tokens in (1, 256, 8192):
+    for tokens in (1, 256, 512, 8192):
         yield Case(f"dynamics {tokens}", "dynamics", partial(dynamics, tokens=tokens), moves)
 
 

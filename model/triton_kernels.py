@@ -46,7 +46,7 @@ def follow(PDL: tl.constexpr):
 @triton.jit
 def ask_for(weight, rows, row_stride, K: tl.constexpr, PDL: tl.constexpr):
     """Let the first K columns of some rows of a weight come from memory to the cache, without waiting for them."""
-    if PDL:
+    if PDL and K > 0:
         size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
         lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(K * size, LINE))
         column = tl.minimum(tl.arange(0, lines) * (LINE // size), K - 1)
