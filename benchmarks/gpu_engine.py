@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from gpu_measure import Machine
 
+from pyllm.engine.build import PREFILL_TOKENS
 from pyllm.engine.config import SpeculativeConfig
 from pyllm.engine.core import EngineCore
-from pyllm.engine.decode_graphs import CudaGraphs, Reruns
 from pyllm.engine.messages import EngineInfo, EngineRequest, SamplingParams
 from pyllm.engine.model_runner import ModelRunner
+from pyllm.engine.step_graphs import CudaGraphs, Reruns, token_counts
 from pyllm.model.config import DeepConfig
 from pyllm.model.network import DeepForCausalLM
 
@@ -34,8 +35,12 @@ def make_core(
     overlap: bool = True,
     graphs: Sequence[int] | None = None,
     speculative: SpeculativeConfig | None = None,
+    mixed: bool = True,
 ) -> EngineCore:
-    """An engine around a model, with as many pages as are of use and fit; `graphs` are batch sizes, None all."""
+    """An engine around a model, with as many pages as are of use and fit; `graphs` are batch sizes, None all.
+
+    `mixed` says whether other steps than decodes are recorded too.
+    """
     config = model.config
     longest = 64 if machine.dry else 2048
     page = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE
@@ -47,12 +52,14 @@ def make_core(
         era="", dtype=str(machine.dtype)[6:], device=str(machine.device), parameters=0, load_seconds=0.0,
         vocab_size=config.vocab_size, max_model_len=longest, max_num_seqs=most,
         max_num_batched_tokens=16 if machine.dry else 8192, block_size=PAGE, num_blocks=blocks, eos_token_ids=(),
-        chunk_multiple=model.ops.prefill_multiple, overlap_scheduling=overlap, speculative_config=speculative,
+        chunk_multiple=model.ops.prefill_multiple, max_num_prefill_tokens=PREFILL_TOKENS["cuda"],
+        overlap_scheduling=overlap, speculative_config=speculative,
     )  # fmt: skip
     runner = ModelRunner(model, num_blocks=blocks, block_size=PAGE, max_num_seqs=most)
     if machine.dry or model.ops.capturable:
         maker = Reruns() if machine.dry else CudaGraphs(machine.device)
-        runner.capture(maker, longest, [most] if machine.dry else graphs)
+        counts = [8, 16] if machine.dry else token_counts(info.max_num_batched_tokens)
+        runner.capture(maker, longest, [most] if machine.dry else graphs, counts if mixed else ())
     return EngineCore(info, runner, runner.watcher)
 
 
@@ -134,8 +141,19 @@ def engine_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[
         alone = make_core(machine, model, batch, graphs=[batch], overlap=False)
         add("ablation", f"step in turn ÷ overlapped, batch {batch}", step_seconds(machine, alone, config, batch) / wall)
         del alone
-    core = make_core(machine, model, 2 if machine.dry else 256)
     draw = random.Random(1)
+    lengths = (9, 40) if machine.dry else (512, 2000)
+    apart = make_core(machine, model, 2 if machine.dry else 256, mixed=False)
+    core = make_core(machine, model, 2 if machine.dry else 256)
+    assert isinstance(core.runner, ModelRunner)
+    if core.runner.graphs is not None:
+        add("graphs", "s to record all", core.runner.graphs.seconds)
+        add("graphs", "MiB of them", core.runner.graphs.bytes / 2**20)
+    for length in lengths:
+        for each, name in ((core, ""), (apart, ", only decodes as graphs")):
+            times = [first_token_seconds(each, prompt(draw, config, length)) for _ in range(6)]
+            add("TTFT", f"ms of {length} tokens{name}", 1000 * statistics.median(times[1:]))
+    del apart
     size = 40 if machine.dry else 1920
     first_token_seconds(core, prompt(draw, config, size))
     cold = prompt(draw, config, size)

@@ -19,7 +19,6 @@ from ..model.network import DeepForCausalLM
 from ..model.tokenizer import Tokenizer
 from .config import EngineConfig
 from .core import EngineCore
-from .decode_graphs import CudaGraphs, DecodeGraphs, GraphMaker
 from .errors import EngineStartError
 from .grammar import GrammarCompiler
 from .memory import is_out_of_memory, num_kv_blocks
@@ -27,11 +26,12 @@ from .messages import EngineInfo, EngineRequest, Kernels, SamplingParams
 from .model_runner import ModelRunner
 from .request import Request
 from .scheduler import ScheduledSequence
+from .step_graphs import CudaGraphs, GraphMaker, StepGraphs, token_counts
 
 logger = logging.getLogger(__name__)
 
 # Prompt tokens that take about twice as long as a decode step of eight sequences: streams slow down threefold at most.
-PREFILL_TOKENS = {"cpu": 32, "cuda": 1024}
+PREFILL_TOKENS = {"cpu": 32, "cuda": 496}
 WARM_UP_STEPS: dict[Kernels, tuple[tuple[int, int], ...]] = {
     "native": ((16, 1), (64, 8)),
     "torch": ((16, 1), (64, 8)),
@@ -42,7 +42,7 @@ WARM_UP_STEPS: dict[Kernels, tuple[tuple[int, int], ...]] = {
 STEP_MARGIN = 1.1
 """What a step takes of a GPU's memory beyond the sizes of its tensors, since free memory lies in pieces."""
 GRAPH_BYTES = 256 << 20
-"""What the graphs of decode steps take at most, as a rule; `--gpu-memory-utilization` leaves room for exceptions."""
+"""What graphs take beside the memory that they work in, as a rule; `--gpu-memory-utilization` leaves room."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -94,7 +94,7 @@ def _build(config: EngineConfig) -> EngineCore:
         _rehearse(runner, limits, [length], min(count, num_blocks), SamplingParams(temperature=1.0, seed=0))
     graphs = None
     if device.type == "cuda" and model.ops.capturable and not config.enforce_eager:
-        graphs = _capture(runner, CudaGraphs(device), max_model_len)
+        graphs = _capture(runner, CudaGraphs(device), limits)
     runner.watcher.reset()
     info = EngineInfo(
         era=report.era,
@@ -112,6 +112,7 @@ def _build(config: EngineConfig) -> EngineCore:
         eos_token_ids=model.config.eos_token_ids,
         kernels=kernels,
         graph_sizes=tuple(graphs.sizes) if graphs is not None else (),
+        mixed_graph_sizes=tuple(graphs.mixed_sizes) if graphs is not None else (),
         graph_seconds=graphs.seconds if graphs is not None else 0.0,
         graph_bytes=graphs.bytes if graphs is not None else 0,
         quantization=config.quantization,
@@ -163,14 +164,14 @@ def cuda_ops(model: DeepForCausalLM, *, deterministic: bool = False) -> Backend:
     return model.ops
 
 
-def _capture(runner: ModelRunner, maker: GraphMaker, max_model_len: int) -> DecodeGraphs | None:
-    """The graphs of decode steps; None, with a warning, where they cannot be recorded: everything works without."""
+def _capture(runner: ModelRunner, maker: GraphMaker, limits: Limits) -> StepGraphs | None:
+    """The graphs of steps; None, with a warning, where they cannot be recorded: everything works without."""
     try:
-        return runner.capture(maker, max_model_len)
+        return runner.capture(maker, limits.max_model_len, token_counts=token_counts(limits.max_num_batched_tokens))
     except RuntimeError as error:
         runner.graphs = None
         reason = " ".join(str(error).split())[:200]
-        logger.warning("No CUDA graphs could be recorded, and small batches are slower: %s", reason)
+        logger.warning("No CUDA graphs could be recorded, and all but very large steps are slower: %s", reason)
         return None
 
 
@@ -205,7 +206,7 @@ def step_bytes(model: DeepForCausalLM, limits: Limits) -> int:
     peak = torch.cuda.max_memory_allocated(device) - before
     del runner
     torch.cuda.empty_cache()
-    return int(peak * STEP_MARGIN) + GRAPH_BYTES
+    return int(2 * peak * STEP_MARGIN) + GRAPH_BYTES  # graphs work in memory of their own
 
 
 def _rehearse(runner: ModelRunner, limits: Limits, lengths: list[int], count: int, params: SamplingParams) -> None:

@@ -174,8 +174,10 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     kernels: Kernels = "torch"
     graph_sizes: tuple[int, ...] = ()
-    """Batch sizes for which decode steps were recorded as CUDA graphs, in
+    """Batch sizes for which decode steps were recorded as CUDA graphs; with what is below, in
     `graph_seconds` and `graph_bytes` of the device's memory."""
+    mixed_graph_sizes: tuple[int, ...] = ()
+    """Numbers of tokens for which other steps were recorded."""
     graph_seconds: float = 0.0
     graph_bytes: int = 0
     quantization: Quantization = "none"

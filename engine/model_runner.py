@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,13 +13,13 @@ from ..model.backend import AttentionMetadata
 from ..model.network import DeepForCausalLM
 from ..model.sampling import SamplingBatch
 from ..model.transfer import download, upload
-from .decode_graphs import DecodeGraphs, DecodeResult, GraphMaker
+from .flat_step import flatten
 from .grammar import MaskMaker, MaskOrder
 from .messages import TokenDynamics
 from .prompt_reader import read_prompts
-from .request import AWAITED
 from .sampler import SampledToken, Sampler
 from .scheduler import ScheduledSequence
+from .step_graphs import GraphMaker, StepGraphs, StepResult
 from .watcher import Watcher
 
 
@@ -69,28 +68,38 @@ class ModelRunner:
         self.sampler = Sampler(model.ops)
         self.watcher = Watcher(model)
         self.masks = MaskMaker()
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self._most = max_num_seqs
-        # The last step's draws, for the next one's input; then the ids that a step knows; then that of padding.
-        self._recent = torch.zeros(2 * max_num_seqs + 1, dtype=torch.int64, device=model.device)
-        self._recent[-1] = -1 if model.ops.capturable else 0
+        # The last step's draws, for the next one's input, and a zero that nobody draws.
+        self._recent = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=model.device)
 
-    def capture(self, maker: GraphMaker, max_model_len: int, sizes: Sequence[int] | None = None) -> DecodeGraphs:
-        """Record decode steps, of batches of `sizes` or of all that are useful; steps that fit use them from now on."""
-        self.graphs = DecodeGraphs(
+    def capture(
+        self,
+        maker: GraphMaker,
+        max_model_len: int,
+        sizes: Sequence[int] | None = None,
+        token_counts: Sequence[int] = (),
+    ) -> StepGraphs:
+        """Record steps; those that fit use them from now on.
+
+        Args:
+            maker: records.
+            max_model_len: longest sequence.
+            sizes: batches of decode steps; None is all that are useful.
+            token_counts: numbers of tokens of other steps, where the backend can record them.
+        """
+        self.graphs = StepGraphs(
             self.model, self.kv_cache, self._recent, most=self._most, max_model_len=max_model_len, maker=maker
         )
-        self.graphs.capture(sizes)
+        self.graphs.capture(sizes, token_counts)
         return self.graphs
 
     @torch.inference_mode()
     def launch(self, sequences: Sequence[ScheduledSequence]) -> LaunchedStep:
         """Begin a step in which no request `needs_tokens`; awaited tokens are taken from the last step's draws."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.samples]
-        graphs = self._graphs_for(sequences)
-        if graphs is not None:
-            result = graphs.run(sequences)
-            self._count(result)
+        result = self._replay(sequences)
+        if result is not None:
             for row in rows:
                 sequences[row].request.draw_row = row
             return LaunchedStep(result.tokens, rows)
@@ -123,7 +132,7 @@ class ModelRunner:
 
         Behind a sequence's own token come those that are drawn behind each token of its draft, were it right.
         """
-        if self._graphs_for(sequences) is not None and not any(s.request.needs_tokens for s in sequences):
+        if self.graphs is not None and not any(s.request.needs_tokens or s.draft for s in sequences):
             return self.launch(sequences).read()
         states = [s.request.grammar for s in sequences if s.samples and s.request.grammar is not None]
         masks = self.masks.start(states) if states else None  # made while the network runs
@@ -162,70 +171,41 @@ class ModelRunner:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _graphs_for(self, sequences: Sequence[ScheduledSequence]) -> DecodeGraphs | None:
-        return self.graphs if self.graphs is not None and self.graphs.fits(sequences) else None
+    def _replay(self, sequences: Sequence[ScheduledSequence]) -> StepResult | None:
+        """Begin a step as a graph, where one fits."""
+        result = self.graphs.run(sequences) if self.graphs is not None else None
+        if result is not None and result.seen is not None:
+            self.watcher.take(result.seen[0], result.seen[1:])
+        return result
 
     def _compute(
         self, sequences: Sequence[ScheduledSequence], watched: Tensor | None = None
     ) -> tuple[Tensor, list[TokenDynamics]]:
         """Run the network: hidden states FP32 [T, H], and what was seen of the tokens `watched`."""
-        graphs = self._graphs_for(sequences)
-        if graphs is not None:
-            result = graphs.run(sequences)
-            self._count(result)
+        result = self._replay(sequences)
+        if result is not None:
             return result.hidden, []
         input_ids, positions, metadata = self.prepare(sequences)
         self.watcher.begin(watched)
         hidden = self.model(input_ids, positions, metadata, self.kv_cache, observer=self.watcher)
         return hidden, self.watcher.end(input_ids)
 
-    def _count(self, result: DecodeResult) -> None:
-        if result.seen is not None:
-            self.watcher.take(result.seen[0], result.seen[1:])
-
     def prepare(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, AttentionMetadata]:
         """The step's token ids [T], positions [T] and attention metadata."""
-        starts = np.array([sequence.request.num_computed_tokens for sequence in sequences])
-        query_lens = [sequence.num_tokens for sequence in sequences]
-        counts = np.array(query_lens)
-        tokens: list[int] = []
-        awaited: list[tuple[int, int]] = []  # places in the step, and in the last one's draws
-        blocks = [sequence.request.block_ids for sequence in sequences]
-        tables = np.empty((len(sequences), max(map(len, blocks))), np.int32)
-        for row, sequence in enumerate(sequences):
-            request = sequence.request
-            start = request.num_computed_tokens
-            tokens += request.token_ids[start : start + sequence.num_tokens]
-            if tokens[-1] == AWAITED:
-                awaited.append((len(tokens) - 1, request.draw_row))
-                tokens[-1] = 0
-            tokens += sequence.draft
-            tables[row, : len(blocks[row])] = blocks[row]
-            # Padded with a page of its own, so that whatever another sequence may hold can't reach this one.
-            tables[row, len(blocks[row]) :] = blocks[row][-1]
-        owner = np.repeat(np.arange(len(sequences)), counts)  # [T], the sequence of each token
-        positions = np.arange(len(tokens)) + (starts - (counts.cumsum() - counts))[owner]
-        slots = tables[owner, positions // self.block_size].astype(np.int64) * self.block_size
-        slots += positions % self.block_size
-        device = self.model.device
+        flat = flatten(sequences, self.block_size)
+        query_lens, device = flat.counts.tolist(), self.model.device
         on_device = device.type != "cpu"  # where lengths are read too
         metadata = AttentionMetadata(
             query_lens=query_lens,
-            seq_lens=(starts + counts).tolist(),
+            seq_lens=flat.lengths.tolist(),
             num_decodes=query_lens.count(1),  # the scheduler puts them first
-            slot_mapping=upload(torch.from_numpy(slots), device),
-            block_tables=upload(torch.from_numpy(tables), device),
-            seq_lens_device=upload(torch.from_numpy((starts + counts).astype(np.int32)), device) if on_device else None,
-            query_starts=upload(torch.from_numpy(_starts(counts)), device) if on_device else None,
+            slot_mapping=upload(torch.from_numpy(flat.slots), device),
+            block_tables=upload(torch.from_numpy(flat.tables), device),
+            seq_lens_device=upload(torch.from_numpy(flat.lengths.astype(np.int32)), device) if on_device else None,
+            query_starts=upload(torch.from_numpy(flat.starts), device) if on_device else None,
         )
-        input_ids = upload(torch.tensor(tokens), device)
-        if awaited:
-            places, rows = upload(torch.tensor(awaited), device).unbind(1)
+        input_ids = upload(torch.from_numpy(flat.ids), device)
+        if flat.awaited:
+            places, rows = upload(torch.tensor(flat.awaited), device).unbind(1)
             input_ids.index_copy_(0, places, self._recent.index_select(0, rows))
-        return input_ids, upload(torch.from_numpy(positions), device), metadata
-
-
-def _starts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Where each sequence begins, and the end of the last: int32 [S + 1]."""
-    starts: npt.NDArray[np.int32] = np.concatenate(([0], counts.cumsum())).astype(np.int32)
-    return starts
+        return input_ids, upload(torch.from_numpy(flat.positions), device), metadata

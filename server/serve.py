@@ -201,8 +201,9 @@ class _ServerProcess:
         )  # fmt: skip
         if info.graph_sizes:
             logger.info(
-                "CUDA graphs of decode steps for %d batch sizes up to %d, recorded in %.1f s and %d MiB",
-                len(info.graph_sizes), info.graph_sizes[-1], info.graph_seconds, info.graph_bytes >> 20,
+                "CUDA graphs of decodes of %d sizes to %d and of other steps to %d tokens, made in %.1f s and %d MiB",
+                len(info.graph_sizes), info.graph_sizes[-1], max(info.mixed_graph_sizes, default=0), info.graph_seconds,
+                info.graph_bytes >> 20,
             )  # fmt: skip
         url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config)
         logger.info("Ready after %.1f s on %s", seconds, url)

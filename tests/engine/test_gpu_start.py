@@ -93,7 +93,7 @@ def test_memory_for_steps_is_found_by_trying_the_largest_ones(tiny_checkpoint, m
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + 500)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    assert step_bytes(model, Limits(4, 100, 7, 250)) == int(500 * build.STEP_MARGIN) + build.GRAPH_BYTES
+    assert step_bytes(model, Limits(4, 100, 7, 250)) == int(1000 * build.STEP_MARGIN) + build.GRAPH_BYTES
     assert seen == [(250, 3), (7, 7)]
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pyllm import LLM, SamplingParams
-from pyllm.engine import decode_graphs
-from pyllm.engine.decode_graphs import Reruns, batch_sizes
+from pyllm.engine import step_graphs
 from pyllm.engine.llm import Completion
 from pyllm.engine.messages import EngineRequest
+from pyllm.engine.step_graphs import Reruns, batch_sizes
 
 PROMPTS = ["What is recorded?", "b", "A longer prompt, that takes more than one page of the cache", "dd", "e?"]
 FIELDS = [
@@ -149,7 +149,7 @@ def test_preempted_and_aborted_sequences_leave_the_others_as_they_are(plain, tin
 @pytest.mark.parametrize("limit", ["CAPTURE_SECONDS", "CAPTURE_BYTES"])
 def test_capturing_ends_when_it_takes_too_much_and_small_batches_are_padded(plain, tiny_checkpoint, monkeypatch, limit):
     monkeypatch.setenv("PYLLM_NATIVE", "0")
-    monkeypatch.setattr(decode_graphs, limit, 0)
+    monkeypatch.setattr(step_graphs, limit, 0)
     llm = open_llm(tiny_checkpoint)
     graphs = llm.core.runner.capture(CountedReruns(bytes_each=1), llm.core.info.max_model_len)
     assert graphs.sizes == [6], "the largest is first"
