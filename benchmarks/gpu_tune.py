@@ -48,20 +48,19 @@ def grid(**choices: tuple[int, ...]) -> Iterator[dict[str, int]]:
 
 def linear_shapes(tokens: int, kind: str) -> tuple[Blocks, ...]:
     """For products of few tokens, and for the velocity's, of any."""
-    rows, ahead = 16 if tokens <= 16 else 32, (0, 4096 if kind == "kqv" else 2048)
+    rows = (16 if tokens <= 16 else 32,)
     if kind == "velocity" and tokens > 1024:
         shapes = grid(BLOCK_M=(64, 128), BLOCK_N=(64,), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4))
     elif kind == "velocity":
         shapes = grid(BLOCK_M=(16, 32), BLOCK_N=(16, 32, 64), BLOCK_K=(128, 256), num_warps=(4,), num_stages=(3, 4))
     elif kind == "lm_head":
-        shapes = grid(BLOCK_M=(rows,), BLOCK_N=(64, 128), BLOCK_K=(128,), num_warps=(2, 4), num_stages=(3,))
+        shapes = grid(BLOCK_M=rows, BLOCK_N=(64, 128), BLOCK_K=(128,), num_warps=(2, 4), num_stages=(3,))
     else:
         inner = (128, 256) if kind == "dynamics_in" else (256, 512)
-        shapes = grid(BLOCK_M=(rows,), BLOCK_N=(16, 32), BLOCK_K=inner, num_warps=(4,), num_stages=(3, 5), AHEAD=ahead)
-    found = ({"AHEAD": 256} | shape for shape in shapes)
+        shapes = grid(BLOCK_M=rows, BLOCK_N=(16, 32), BLOCK_K=inner, num_warps=(2, 4), num_stages=(3, 5))
     return tuple(
         shape
-        for shape in found
+        for shape in shapes
         if (shape["BLOCK_N"] + 2 * shape["BLOCK_M"]) * shape["BLOCK_K"] * 2 * (shape["num_stages"] - 1) <= 210 << 10
     )
 

@@ -72,6 +72,7 @@ class CudaGraphs:
         # Other threads may use the device meanwhile, in ways that a recording need not know of.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
+        graph.replay()  # the first time takes longer, and nobody waits now
         replay: Step = graph.replay
         return replay
 

@@ -43,7 +43,7 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 FEW_TOKENS = 32
 """Tokens up to which our own products take the place of cuBLAS."""
-GEMV_TOKENS = 4
+GEMV_TOKENS = 3
 """Tokens up to which products are made without matrix units."""
 SORT_BLOCK = 256
 MAX_SPLITS = 32
@@ -88,7 +88,7 @@ class TritonBackend(Backend):
 
     Up to `FEW_TOKENS` tokens our own kernels make all products, beyond cuBLAS the dense ones. Norms write their inputs
     in the weights' dtype; the residual stream, velocity and mu stay FP32. On sm_90 and later a kernel begins while the
-    one before it ends, and asks for its weights meanwhile (`triton_kernels.follow`).
+    one before it ends (`triton_kernels.follow`).
 
     A row whose token id is negative is padding: it goes through the network without touching the KV cache (its slot is
     negative), other sequences' keys (its length is 0) or any expert, and what comes out of it means nothing.
@@ -259,7 +259,7 @@ class TritonBackend(Backend):
         block_d, group, scale = power_of_two(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
         if decodes:
             splits = step.splits or num_splits(decodes, kv_heads)
-            blocks = self._blocks.decode(splits * kv_heads * decodes)
+            blocks = self._blocks.decode(splits, splits * kv_heads * decodes)
             partial, weights = out, out
             if splits > 1:
                 partial = kqv.new_empty((decodes, heads, splits, size), dtype=torch.float32)
@@ -364,7 +364,7 @@ class TritonBackend(Backend):
     ) -> None:  # fmt: skip
         """Adds to x [T, H] what each token's expert makes of b [T, H]: gate_up [E, 2W, H], down [E, H, W].
 
-        `known` is the table of the ids' own experts and the ids, from which weights may be asked for early.
+        `known` is the table of the ids' own experts and the ids, by which weights may be read early.
         """
         tokens, size = x.shape
         count, width = len(down), down.shape[2]

@@ -39,20 +39,18 @@ class Blocks:
 
     def linear(self, tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Shape:
         """Of a product [tokens, inner] x [columns, inner], with the first of them in some dtype."""
-        block_m = 16 if tokens <= 16 else 32
+        rows, depth = 16 if tokens <= 16 else 32, power_of_two(16, inner)
         if self._exact:
-            return _linear(block_m, 32, min(32, power_of_two(16, inner)), inner)
-        block_k = power_of_two(16, inner)
+            return _linear(rows, 32, min(32, depth))
         if columns >= WIDE:
-            block_n, warps = (64, 2) if block_m == 16 else (128, 4)
-            return _linear(block_m, block_n, min(128, block_k), 256, warps, 3)
+            return _linear(rows, 64, min(128, depth), 2, 3) if rows == 16 else _linear(rows, 128, min(128, depth), 4, 3)
         if tokens > 1024:
-            return _linear(64, 64, min(64, block_k), 256, 4, 4)
+            return _linear(64, 64, min(64, depth))
         if tokens > 32:
-            return _linear(16, 32, min(256, block_k), 256, 4, 3)
+            return _linear(16, 32, min(256, depth), 4, 3)
         if dtype == torch.float32:
-            return _linear(block_m, 32, min(4096 // block_m, block_k), inner, 4, 5)
-        return _linear(block_m, 32 if block_m == 16 else 16, min(512, block_k), inner, 4, 3)
+            return _linear(rows, 32, min(4096 // rows, depth), 4, 3 if rows == 16 else 5)
+        return _linear(rows, 32 if rows == 16 or columns >= 4096 else 16, min(512, depth), 4, 3)
 
     def gemv(self, inner: int, matrices: int = 1) -> Shape:
         """Of a product of rows of `inner` numbers with single tokens, from so many matrices at once."""
@@ -70,21 +68,26 @@ class Blocks:
         if self._exact:
             return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
         if tokens <= 32:
-            rows = power_of_two(16, tokens)
-            return 16, 16, {"BLOCK_M": rows, "BLOCK_K": 128, "num_warps": 2, "num_stages": 5}
+            rows, columns = (16, 32) if tokens <= 16 else (32, 16)
+            return columns, columns, {"BLOCK_M": rows, "BLOCK_K": 128, "num_warps": 2, "num_stages": 5}
         if tokens <= ONE_BLOCK:
             return 32, 32, {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-        if tokens <= 1024:
+        if tokens <= 256:
             return 64, 64, {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
+        if tokens <= 1024:
+            return 64, 64, {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
         return 64, 128, {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
-    def decode(self, programs: int) -> Shape:
-        """Of attention of single new tokens in so many programs: keys."""
+    def decode(self, splits: int, programs: int) -> Shape:
+        """Of attention of single new tokens, with keys in so many runs, in so many programs: keys."""
         if self._exact:
             return {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+        if splits > 4:  # short runs
+            return {"BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        if splits > 1 or programs > 2 * BUSY:
+            return {"BLOCK_N": 64, "num_warps": 2, "num_stages": 3}
         # Few programs each read ahead as much as many do together.
-        few = programs <= BUSY
-        return {"BLOCK_N": 64, "num_warps": 8 if few else 2, "num_stages": 5 if few else 3}
+        return {"BLOCK_N": 64, "num_warps": 8 if programs <= BUSY else 2, "num_stages": 5}
 
     def prompt(self, head: int) -> Shape:
         """Of attention over prompts, with heads of so many numbers: queries and keys."""
@@ -104,8 +107,8 @@ class FixedBlocks(Blocks):
     def linear(self, tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Shape:
         """See `Blocks`; the weights' shape may choose, for it is the same in every step."""
         if self._exact:
-            return _linear(32, 32, 32, inner)
-        return _linear(64, 32 if columns < 64 * 64 else 64, min(64, power_of_two(16, inner)), min(256, inner))
+            return _linear(32, 32, 32)
+        return _linear(64, 32 if columns < 64 * 64 else 64, min(64, power_of_two(16, inner)))
 
     def dynamics(self, few: bool) -> Shape:
         """See `Blocks`."""
@@ -122,8 +125,8 @@ class FixedBlocks(Blocks):
         return _prompt(32, 16, 8, head) if self._exact else _prompt(64, 32, 4, head)
 
 
-def _linear(block_m: int, block_n: int, block_k: int, ahead: int, warps: int = 4, stages: int = 4) -> Shape:
-    shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "AHEAD": ahead}
+def _linear(block_m: int, block_n: int, block_k: int, warps: int = 4, stages: int = 4) -> Shape:
+    shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     return shape | {"num_warps": warps, "num_stages": stages}
 
 

@@ -15,6 +15,8 @@ from .triton_kernels import FRESH, dot, follow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(MAX_FP8)
+BLOCK_S = tl.constexpr(256)
+"""Sequences that are looked through at once."""
 
 
 @triton.jit
@@ -237,14 +239,12 @@ def prefill_kernel(
     block, kv = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = HEADS // KV
     block_q: tl.constexpr = BLOCK_M // group
-    # Block n of sequence s is number starts[s] // block_q + s + n: at least one of each, and found by bisection.
-    left = 0
-    right = sequences
-    while right - left > 1:
-        middle = (left + right) // 2
-        begin = (tl.load(starts + middle) - first_token) // block_q + middle
-        left = tl.where(begin <= block, middle, left)
-        right = tl.where(begin <= block, right, middle)
+    # Block n of sequence s is number starts[s] // block_q + s + n: at least one of each.
+    left = -1
+    for first in range(0, sequences, BLOCK_S):
+        name = first + tl.arange(0, BLOCK_S)
+        number = (tl.load(starts + name, mask=name < sequences, other=0) - first_token) // block_q + name
+        left += tl.sum(((number <= block) & (name < sequences)).to(tl.int32), axis=0)
     begin = tl.load(starts + left) - first_token
     count = tl.load(starts + left + 1) - first_token - begin
     local = (block - begin // block_q - left) * block_q

@@ -3,8 +3,8 @@
 Sizes of the network are compile-time constants; the number of tokens is not, and is never specialised on, so a kernel
 is compiled once for each block shape. Whatever dtype comes in, arithmetic is FP32 and products add up in FP32.
 
-With PDL (programmatic dependent launch, sm_90 and later) a kernel begins while the one before it still runs: it asks
-for the weights that it will need, and then waits in `follow` for what the other one writes.
+With PDL (programmatic dependent launch, sm_90 and later) a kernel begins while the one before it still runs, and waits
+in `follow` for what the other one writes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-LINE = tl.constexpr(128)
-"""Bytes that memory gives at once."""
 FRESH = tl.constexpr(".cg")
 """Read past the nearest cache, which may hold what was there before: for reads that come before `follow`."""
 
@@ -41,24 +39,6 @@ def follow(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def ask_for(weight, rows, row_stride, K: tl.constexpr, PDL: tl.constexpr):
-    """Let the first K columns of some rows of a weight come from memory to the cache, without waiting for them."""
-    if PDL and K > 0:
-        size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-        lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(K * size, LINE))
-        column = tl.minimum(tl.arange(0, lines) * (LINE // size), K - 1)
-        place = weight + rows[:, None].to(tl.int64) * row_stride + column[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [place.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids"])
@@ -95,12 +75,11 @@ def norm_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def linear_kernel(
     x, weight, x2, weight2, out, tokens, x_stride, x2_stride,
-    N: tl.constexpr, K: tl.constexpr, N2: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, N2: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [T, K] times weight [N, K], and beside it x2 [T, K] times weight2 [N2, K]: out [T, N + N2].
 
-    Of a row of weights, AHEAD columns are asked for before the inputs are there.
     Grid: (blocks of N + blocks of N2, blocks of tokens).
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -114,7 +93,6 @@ def linear_kernel(
             count = N2
             first = N
     column_ok = columns < count
-    ask_for(weight, tl.minimum(columns, count - 1), K, AHEAD if AHEAD < K else K, PDL)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < tokens
     inner = tl.arange(0, BLOCK_K)
@@ -164,9 +142,6 @@ def dynamics_kernel(
     row_ok = rows < tokens
     hidden = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     hidden_ok = hidden < H
-    if PDL:
-        for part in tl.static_range(0 if MOVING else 1, 3):
-            ask_for(weight, part * H + tl.minimum(hidden, H - 1), C, C, PDL)
     at = tl.arange(0, BLOCK_C)
     inner = tl.load(in_bias + at, mask=at < C, other=0.0)[None, :]
     middle = tl.load(base + hidden, mask=hidden_ok, other=0.0)[None, :] + tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
