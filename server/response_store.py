@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from .protocol.responses import DeletedResponse, InputItemList, ResponseObject
 MAX_RESPONSES = 4096
 MAX_STORE_BYTES = 64 * 2**20
 MAX_PAGE = 100
+MAX_PACKED_BYTES = 64 * 2**10
+"""Larger ones are kept as they are: packing them would hold up the event loop."""
 NO_ENDS = {"first_id": None, "last_id": None}
 
 Item = dict[str, Any]
@@ -41,28 +44,61 @@ _decode_id = msgspec.json.Decoder(_Named).decode
 class KeptResponse:
     """One response and all that the model read for it, as JSON: its size is known, and nobody can change it.
 
+    Small ones are packed, for most of their bytes are the same words in each.
+
     Attributes:
-        output: the response's items without their log-probabilities, which no model reads and which are most of it.
+        item_ids: of the items that the model wrote.
+        owner: whose it is.
     """
 
-    response: bytes
-    input: bytes
-    output: bytes
     item_ids: tuple[str, ...]
     owner: str
+    _data: bytes
+    _lengths: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, response: bytes, input_: bytes, output: bytes, item_ids: tuple[str, ...], owner: str) -> KeptResponse:
+        """Keep these; `output` are the response's items without their log-probabilities, which no model reads."""
+        lengths, data = (len(response), len(input_), len(output)), response + input_ + output
+        return cls(item_ids, owner, zlib.compress(data, 1) if len(data) <= MAX_PACKED_BYTES else data, lengths)
 
     @property
     def size(self) -> int:
-        """Bytes."""
-        return len(self.response) + len(self.input) + len(self.output)
+        """Bytes that it takes."""
+        return len(self._data)
+
+    @property
+    def context_size(self) -> int:
+        """Bytes of what the model read and wrote."""
+        return sum(self._lengths[1:])
+
+    @property
+    def output_size(self) -> int:
+        """Bytes of what the model wrote."""
+        return self._lengths[2]
+
+    @property
+    def response(self) -> bytes:
+        """The response."""
+        return self._part(0)
+
+    @property
+    def input(self) -> bytes:
+        """The items that the model read, oldest first."""
+        return self._part(1)
 
     def input_items(self) -> list[Item]:
         """The items that the model read, oldest first."""
-        return _items(self.input)
+        return _items(self._part(1))
 
     def output_items(self) -> list[Item]:
         """The items that the model wrote, without log-probabilities."""
-        return _items(self.output)
+        return _items(self._part(2))
+
+    def _part(self, index: int) -> bytes:
+        data = zlib.decompress(self._data) if sum(self._lengths) <= MAX_PACKED_BYTES else self._data
+        begin = sum(self._lengths[:index])
+        return data[begin : begin + self._lengths[index]]
 
 
 def _items(data: bytes) -> list[Item]:
@@ -97,7 +133,7 @@ class ResponseStore:
         """Keep a response with the items that the model read, in JSON; one larger than all the room is not kept."""
         output = encode_json([_without_logprobs(item) for item in response["output"]])
         ids = tuple(item["id"] for item in response["output"])
-        kept = KeptResponse(encode_json(response), input_items, output, ids, owner)
+        kept = KeptResponse.of(encode_json(response), input_items, output, ids, owner)
         if kept.size > self._max_bytes:
             return
         self._kept[response["id"]] = kept

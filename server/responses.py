@@ -129,7 +129,7 @@ def find_sources(body: ResponseRequest, store: ResponseStore, owner: str = "") -
         if (previous := store.find(body.previous_response_id, owner)) is None:
             message = f"Previous response with id {shorten(body.previous_response_id)!r} not found."
             raise ApiError(400, message, param="previous_response_id", code="previous_response_not_found")
-        size = len(previous.input) + len(previous.output)
+        size = previous.context_size
         _check_size(size, "previous_response_id")
     holders: dict[str, KeptResponse] = {}
     counted: set[str] = set()
@@ -143,7 +143,7 @@ def find_sources(body: ResponseRequest, store: ResponseStore, owner: str = "") -
             raise RequestError(f"{param} names an item for the second time.", param=param)
         holders[item.id] = holder
         if counted.isdisjoint(holder.item_ids):
-            size += len(holder.output)
+            size += holder.output_size
             _check_size(size, param)
         counted.update(holder.item_ids[:1])
     return Sources(previous, holders, size)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from e2e.serving import PATIENCE, ServerProcess
 
 CLIENTS = 6
@@ -48,21 +49,20 @@ class Soak:
     Attributes:
         statuses: of all answers; 0 where the client went away.
         times: of the probes: when each began, in seconds from the start, and what it took.
-        memory: (time, bytes) of the server and its engine, once a second.
+        memory: (time, bytes of the server, bytes of its engine), once a second.
         files: open files of both, likewise.
     """
 
     statuses: Counter[int] = field(default_factory=Counter)
     times: list[tuple[float, float]] = field(default_factory=list)
-    memory: list[tuple[float, int]] = field(default_factory=list)
+    memory: list[tuple[float, int, int]] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
 
-    def slope(self) -> float:
-        """MB per hour that memory grew in the second half, by least squares."""
-        points = self.memory[len(self.memory) // 2 :]
-        middle = [sum(values) / len(points) for values in zip(*points, strict=True)]
-        spread = sum((t - middle[0]) ** 2 for t, _ in points)
-        return sum((t - middle[0]) * (size - middle[1]) for t, size in points) / spread * 3600 / 1e6
+    def slopes(self) -> tuple[float, float]:
+        """MB per hour that the memory of the server and of its engine grew in the second half, by least squares."""
+        times, *sizes = (np.array(column) for column in zip(*self.memory[len(self.memory) // 2 :], strict=True))
+        api, engine = (float(np.polyfit(times, size, 1)[0]) * 3600 / 1e6 for size in sizes)
+        return api, engine
 
     def p99(self, third: int) -> float:
         """Seconds of the probes in the first (0), second or last (2) third, its 99th percentile."""
@@ -104,7 +104,7 @@ async def soak(server: ServerProcess, seconds: float, seed: int = 6) -> Soak:
 
     async def watch() -> None:
         while (now := time.monotonic()) < began + seconds:
-            found.memory.append((now - began, sum(map(memory, pids))))
+            found.memory.append((now - began, *map(memory, pids)))
             found.files.append(open_files(server))
             await asyncio.sleep(1)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
+import string
+import tracemalloc
+
 import msgspec
 import pytest
 from openai.types.responses import ResponseItemList
@@ -9,7 +14,7 @@ from responses_client import CALL, REPLY, WEATHER, creator, prompts
 
 from pyllm.server import responses
 from pyllm.server.protocol.responses import InputItemList
-from pyllm.server.response_store import KeptResponse, ResponseStore
+from pyllm.server.response_store import MAX_PACKED_BYTES, KeptResponse, ResponseStore
 
 
 @pytest.fixture
@@ -170,9 +175,10 @@ def test_a_stream_of_a_kept_response_and_its_cancellation_are_refused(create, ha
 
 def test_the_store_forgets_what_is_longest_unused_and_stays_within_its_bytes():
     def response(number, size=100):
-        return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": "x" * size}]}
+        text = "".join(random.Random(number).choices(string.ascii_letters + string.digits, k=size))
+        return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": text}]}
 
-    store = ResponseStore(max_responses=3, max_bytes=4000)
+    store = ResponseStore(max_responses=3, max_bytes=2000)
     for number in range(3):
         store.put(response(number), b"[]")
     assert store.find("resp_0")
@@ -180,10 +186,40 @@ def test_the_store_forgets_what_is_longest_unused_and_stays_within_its_bytes():
     assert [bool(store.find(f"resp_{number}")) for number in range(4)] == [True, False, True, True]
     assert store.find_holder("msg_1") is None
     assert store.find_holder("msg_3").output_items() == response(3)["output"]
-    store.put(response(4, size=1700), b"[]")
-    assert (len(store), store.size <= 4000) == (2, True)
-    store.put(response(5, size=2000), b"[]")
+    store.put(response(4, size=2200), b"[]")
+    assert (len(store), store.size <= 2000) == (2, True)
+    store.put(response(5, size=3000), b"[]")
     assert store.find("resp_5") is None
     for number in (3, 4):
         store.remove(f"resp_{number}")
     assert (len(store), store.size) == (0, 0)
+
+
+def test_a_kept_response_takes_much_less_memory_than_its_json(create):
+    body = create(input="How are you?")
+    size = len(json.dumps(body))
+    assert size > 1000
+    store, count = ResponseStore(), 400
+    tracemalloc.start()
+    try:
+        for number in range(count):
+            output = [body["output"][0] | {"id": f"msg_{number}"}]
+            store.put(body | {"id": f"resp_{number}", "output": output}, b'[{"role":"user","content":"How are you?"}]')
+        taken = tracemalloc.get_traced_memory()[0] / count
+    finally:
+        tracemalloc.stop()
+    assert len(store) == count
+    assert taken < 0.9 * size + 600, "what Python needs for names and objects takes a part too"
+    assert store.size / count < 0.6 * size
+    assert json.loads(store.get("resp_7").response)["output"][0]["id"] == "msg_7"
+
+
+@pytest.mark.parametrize("size", [10, MAX_PACKED_BYTES])
+def test_what_is_kept_comes_back_whole_packed_or_not(size):
+    store, items = ResponseStore(), [{"id": "msg_1", "text": "ü" * size}]
+    store.put({"id": "resp_1", "output": items, "usage": None}, b'[{"content":"Hi"}]')
+    kept = store.get("resp_1")
+    assert json.loads(kept.response) == {"id": "resp_1", "output": items, "usage": None}
+    assert kept.input_items() == [{"content": "Hi"}]
+    assert kept.output_items() == items
+    assert kept.context_size - kept.output_size == len(kept.input) == len(b'[{"content":"Hi"}]')
