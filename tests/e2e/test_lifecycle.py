@@ -138,17 +138,19 @@ def test_the_engine_ends_with_a_server_that_is_killed(checkpoint: Path, tmp_path
     not Path("/proc/self/environ").exists(), reason="a process's environment is read from Linux's /proc"
 )
 @pytest.mark.parametrize("policy", [None, "active"])
-def test_the_users_wait_policy_is_not_silenced_by_a_spin_count(
+def test_the_engine_s_threads_spin_shortly_unless_the_user_says_otherwise_and_share_one_heap(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str | None
 ) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     if policy:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     with ServerProcess(tmp_path / "log", str(checkpoint)) as process:
         environment = Path(f"/proc/{process.engine_pid}/environ").read_bytes().split(b"\0")
     spins = any(setting.startswith(b"GOMP_SPINCOUNT=") for setting in environment)
     assert spins == (policy is None)
+    assert b"MALLOC_ARENA_MAX=1" in environment, "threads' own heaps grow for long under mixed load"
 
 
 def free_port() -> int:
