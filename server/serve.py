@@ -113,10 +113,33 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 
 
 class _HttpServer(uvicorn.Server):
+    handshake_timeout: float
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals alone: uvicorn would raise them again at the end, and the exit code would not be 0."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; a TLS handshake has the time of a header, where uvicorn would leave it a minute."""
+        config, loop = self.config, asyncio.get_running_loop()
+        if config.ssl is None or sockets is None:
+            await super().startup(sockets)
+            return
+
+        def protocol() -> asyncio.Protocol:
+            make: Any = config.http_protocol_class
+            made: asyncio.Protocol = make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+            return made
+
+        self.servers = [
+            await loop.create_server(
+                protocol, sock=listener, ssl=config.ssl, backlog=config.backlog,
+                ssl_handshake_timeout=self.handshake_timeout,
+            )
+            for listener in sockets
+        ]  # fmt: skip
+        self.started = True
 
 
 class _ServerProcess:
@@ -140,6 +163,7 @@ class _ServerProcess:
                 timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
             )
         )  # fmt: skip
+        self._http.handshake_timeout = config.header_timeout
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
 

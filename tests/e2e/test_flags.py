@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +58,27 @@ def test_https_json_logs_own_defaults_and_vllms_metric_names(
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
     assert line["tokens"] == {"prompt": 5, "cached": 0, "completion": 5}
     assert 0 < line["seconds"] < PATIENCE
+
+
+def test_a_tls_handshake_that_does_not_come_on_is_ended_and_keeps_nobody_waiting(
+    pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = pair
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--header-timeout", "1"]
+    with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server:
+        address = "127.0.0.1", httpx.URL(server.url).port
+        idle = [socket.create_connection(address, timeout=30) for _ in range(60)]  # OpenSSL alone would wait a minute
+        for connection in idle[::2]:
+            connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a handshake
+        body = {"prompt": "Hello", "max_tokens": 2}
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        for connection in idle:
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(1) == b""
+            connection.close()
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        assert "Traceback" not in server.log
 
 
 def refusal(*flags: str, **variables: str) -> str:
