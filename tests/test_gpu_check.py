@@ -21,7 +21,7 @@ PARTS = [
     "prefill",
     "deterministic",
     "engine",
-    "profile of a decode step at batch 1",
+    "profile of a decode step of 1",
     "serving",
 ]
 
