@@ -142,7 +142,7 @@ def engine_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[
         add("ablation", f"step in turn ÷ overlapped, batch {batch}", step_seconds(machine, alone, config, batch) / wall)
         del alone
     draw = random.Random(1)
-    lengths = (9, 40) if machine.dry else (512, 2000)
+    lengths = (9,) if machine.dry else (512, 2000)
     apart = make_core(machine, model, 2 if machine.dry else 256, mixed=False)
     core = make_core(machine, model, 2 if machine.dry else 256)
     assert isinstance(core.runner, ModelRunner)
