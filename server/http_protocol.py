@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import select
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -113,6 +114,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._limits = limits
         self._header_bytes = 0  # of one that is not complete yet
         self._refusal: ApiError | None = None  # of what followed requests that are still to be answered
+        self._answered: Any = None  # the request whose turn it is; `cycle` is the one that came last
         self._received = 0
         self._resumed = 0
         self._phase: tuple[str, object] = ("", None)
@@ -185,11 +187,32 @@ class HttpProtocol(HttpToolsProtocol):
         """Whether a request is left alone that asks for another protocol, which it is until it has begun anew."""
         return True
 
+    def on_headers_complete(self) -> None:
+        """Begin to answer a request, or let it wait for those before it."""
+        super().on_headers_complete()
+        if not self.pipeline:
+            self._answered = self.cycle
+
     def on_response_complete(self) -> None:
         """Go on with the next request, or with the refusal of what followed the last one."""
+        was_last = not self.pipeline
+        if not was_last:
+            self._answered = self.pipeline[-1][0]
         super().on_response_complete()
-        if self._refusal is not None and self.cycle.response_complete:
+        if self._refusal is not None and was_last:
             self._refuse(self._refusal)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell every request of it, also one that others follow already."""
+        super().connection_lost(exc)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Whoever answers on this connection, or waits to, must not write to it any more."""
+        for cycle in [self._answered, self.cycle, *(waiting for waiting, _ in self.pipeline)]:
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def resume_writing(self) -> None:
         """Note that the client has taken what waited for it."""
@@ -206,26 +229,19 @@ class HttpProtocol(HttpToolsProtocol):
         Where requests that came whole before are still to be answered, they are first, and nothing more is read.
         """
         cycle = self.cycle
-        if cycle is not None and not cycle.more_body and not cycle.response_complete:
+        if cycle is not None and not cycle.response_complete and (self.pipeline or not cycle.more_body):
+            if cycle.more_body:  # what is refused is itself in the queue, as its last
+                self.pipeline.popleft()
             self._refusal = error
             return
-        if not self._answering:
+        if cycle is None or cycle.response_complete or not cycle.response_started:
             body = encode_json(error.body)
             head = STATUS_LINE[error.status] + b"content-type: application/json\r\nconnection: close\r\n"
             for name, value in error.headers.items():
                 head += f"{name}: {value}\r\n".encode()
             self.transport.write(b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body))
-        # Whoever still answers on this connection must not write to it any more.
-        for cycle in [self.cycle, *(waiting for waiting, _ in self.pipeline)]:
-            if cycle is not None:
-                cycle.disconnected = True
-                cycle.message_event.set()
+        self._disconnect()
         self.transport.close()
-
-    @property
-    def _answering(self) -> bool:
-        cycle = self.cycle
-        return bool(self.pipeline) or (cycle is not None and cycle.response_started and not cycle.response_complete)
 
     @property
     def _in_header(self) -> bool:
@@ -249,6 +265,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def check(self, now: float, limits: ConnectionLimits) -> str | None:
         """Close the connection, and say why, if the client has been too slow until `now`, in the loop's time."""
+        if self.flow.read_paused and self._is_hung_up:
+            self.transport.abort()
+            return "the client hung up"
         phase, mark = self._what_is_awaited()
         progress = -self.transport.get_write_buffer_size() if phase == "write" else self._received
         if (phase, mark) != self._phase:
@@ -274,9 +293,16 @@ class HttpProtocol(HttpToolsProtocol):
         return reason
 
     @property
+    def _is_hung_up(self) -> bool:
+        """Whether the client has gone, which reading would tell, but not while requests wait for those before them."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+
+    @property
     def _unread(self) -> int:
         """How far the client of a stream is behind, in tokens."""
-        if self.cycle is None:
+        if self._answered is None:
             return 0
-        generation: Generation | None = self.cycle.scope["state"].get("generation")
+        generation: Generation | None = self._answered.scope["state"].get("generation")
         return generation.unread if generation is not None else 0

@@ -60,8 +60,8 @@ class Restarts:
             service.restarting = "loading"
             try:
                 engine = await model.engine.successor()
-            except EngineStartError as error:
-                reason = f"The engine does not start: {error}"
+            except (EngineStartError, OSError) as error:  # OSError: there is no process to be had, or no memory for one
+                reason = f"The engine does not start: {str(error).rstrip('.')}."
                 continue
             self._ready_since = time.monotonic()
             model.metrics.follow(functools.partial(getattr, engine, "stats"))

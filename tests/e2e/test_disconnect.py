@@ -47,6 +47,15 @@ def test_a_client_that_hangs_up_while_tokens_are_made_ends_its_request(
         wait_for_load(server, running=n)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_hangs_up_ends_its_request_also_where_another_has_followed(
+    server: ServerProcess, stream: bool
+) -> None:
+    with posted(server, stream=stream) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        wait_for_load(server, running=1)
+
+
 def test_a_client_that_hangs_up_while_its_prompt_is_computed_ends_its_request(server: ServerProcess) -> None:
     before = server.wait_until_idle()
     with posted(server, prompt="x" * 6000, max_tokens=2000):

@@ -16,6 +16,10 @@ BODY = json.dumps({"prompt": "Hi", "max_tokens": 40, "ignore_eos": True}).encode
 COMPLETION = (
     b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
 )
+CHUNKED = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+BROKEN_BODIES = {"at once": b"zz\r\n", "later": b"2\r\n{}\r\nzz\r\n"}
 LARGE = b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"a" * 1000) for n in range(100))
 WRONG = {
     "no HTTP": (b"bad\r\n\r\n", 400),
@@ -77,3 +81,13 @@ def test_a_stream_goes_on_to_its_end_whatever_is_sent_meanwhile(server: ServerPr
     stream, refused = parse_replies(data, ended=True)
     assert stream.body.endswith(b"data: [DONE]\n\n")
     assert refused.status == 400
+
+
+@pytest.mark.parametrize("wrong", BROKEN_BODIES)
+def test_a_whole_request_is_answered_before_a_broken_body_after_it_is_refused(
+    server: ServerProcess, wrong: str
+) -> None:
+    whole, refused = answers(server, COMPLETION % (len(BODY), BODY) + CHUNKED + BROKEN_BODIES[wrong], 2)
+    assert json.loads(whole.body)["usage"]["completion_tokens"] == 40
+    assert refused.status == 400
+    assert json.loads(refused.body)["error"]["code"] == "invalid_http"

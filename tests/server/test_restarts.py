@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 
 import msgspec
@@ -36,15 +37,19 @@ def no_pauses(monkeypatch):
     return slept
 
 
+NO_ROOM = EngineStartError("There is no room.")
+NO_PROCESS = OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
 def successors(harness, *outcomes):
-    """Let the engine's successors fail to start where an outcome is false."""
+    """Let the engine's successors fail to start where an outcome is an error."""
     left = list(outcomes)
 
     async def successor():
         assert harness.service.restarting == "loading"
         assert harness.service.alive, "as it is when it is loaded for the first time"
-        if not left.pop(0):
-            raise EngineStartError("There is no room.")
+        if error := left.pop(0):
+            raise error
         engine = type(harness.engine)(harness.tokenizer)
         engine.successor = successor
         return engine
@@ -54,19 +59,20 @@ def successors(harness, *outcomes):
 
 def test_a_start_that_fails_counts_and_is_tried_again(harness, no_pauses, caplog):
     harness.engine.error = "It was killed."
-    successors(harness, False, False, True)
+    successors(harness, NO_ROOM, NO_PROCESS, None)
     revived = asyncio.run(Restarts(3).revive(harness.service, harness.model))
     assert no_pauses == [1, 2, 4]
     assert harness.service.model is revived is not harness.model
     assert revived.engine.is_alive
     assert harness.service.restarting == ""
     assert harness.get("/ready").status_code == 200
-    assert "There is no room." in caplog.text
+    assert "does not start: There is no room." in caplog.text
+    assert "does not start: [Errno 12] Cannot allocate memory" in caplog.text
 
 
 def test_when_no_restarts_are_left_it_is_over(harness, no_pauses):
     harness.engine.error = "It was killed."
-    successors(harness, False, False)
+    successors(harness, NO_ROOM, NO_ROOM)
     assert asyncio.run(Restarts(2).revive(harness.service, harness.model)) is None
     assert harness.service.restarting == ""
     assert harness.get("/health").status_code == 503
@@ -74,7 +80,7 @@ def test_when_no_restarts_are_left_it_is_over(harness, no_pauses):
 
 def test_restarts_are_forgotten_after_a_time_of_health(harness, no_pauses, monkeypatch):
     harness.engine.error = "It was killed."
-    successors(harness, True, True, True)
+    successors(harness, None, None, None)
     restarts = Restarts(1)
     model = asyncio.run(restarts.revive(harness.service, harness.model))
     assert asyncio.run(restarts.revive(harness.service, model)) is None
