@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import time
 from collections import deque
 from typing import Any, TypeVar
 
@@ -32,10 +34,12 @@ Body = TypeVar("Body", bound=BaseModel)
 class BodyRoom:
     """Room for large bodies, from while they are read until what they ask for is under way: their sum is bounded.
 
-    Those who find none wait for their turn.
+    Those who find none wait for their turn. Whoever reads for longer than `seconds` then, goes.
     """
 
-    def __init__(self, total: int = ROOM_BYTES) -> None:
+    def __init__(self, total: int = ROOM_BYTES, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self.wanted_at = -math.inf
         self._total = self._free = total
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
@@ -45,6 +49,7 @@ class BodyRoom:
         if not self._waiting and place.size <= self._free:
             self._free -= place.size
             return place
+        self.wanted_at = time.monotonic()
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((place.size, turn))
         try:
@@ -59,6 +64,7 @@ class BodyRoom:
                 message = "Too many large requests are being read: ask again later."
                 raise EngineBusyError(message, retry_after=5) from None
             raise
+        place.taken_at = time.monotonic()
         return place
 
     def give_back(self, size: int) -> None:
@@ -76,7 +82,14 @@ class BodyPlace:
 
     def __init__(self, room: BodyRoom | None, size: int) -> None:
         self.size = size
+        self.taken_at = time.monotonic()
         self._room = room
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether others have found no place since it was taken, which is long ago."""
+        room = self._room
+        return room is not None and room.wanted_at > self.taken_at < time.monotonic() - room.seconds
 
     def leave(self) -> None:
         """Make room; harmless when called again."""
@@ -127,6 +140,8 @@ async def _read_bytes(request: Request, size: int) -> bytes:
             raise _too_large()
         if len(data) >= LARGE_BODY_BYTES and request.state.place is NO_PLACE:
             request.state.place = await request.app.state.body_room.enter(max(size, len(data)))
+        if request.state.place.is_overdue:
+            raise ApiError(408, "The body comes on too slowly while others wait for its place.", code="request_timeout")
     return bytes(data)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyllm.engine.messages import TokenLogprobs
+from pyllm.server import generation
 from pyllm.server.protocol.completions import Completion
 from pyllm.server.token_details import LegacyLogprobs
 
@@ -105,6 +106,31 @@ def test_too_many_sequences_at_once_are_refused(harness):
     response = harness.complete(prompt=["a"] * 10, n=128)
     assert response.status_code == 400
     assert harness.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt_logprobs": 20},
+        {"echo": True, "logprobs": 20},
+        {"logprobs": 20, "max_tokens": 100},
+        {"prompt_logprobs": 20, "stream": True},
+    ],
+)
+def test_more_candidates_than_memory_holds_are_refused(harness, fields):
+    response = harness.post("/v1/completions", {"prompt": [[5] * 100] * 8, "n": 128} | fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "n"
+    assert "of 2097152" in response.json()["error"]["message"]
+    assert harness.engine.requests == []
+
+
+def test_what_the_network_did_for_too_many_tokens_is_refused(harness, monkeypatch):
+    monkeypatch.setattr(generation, "MAX_SHOWN", 99)
+    body = {"prompt": "Hi", "return_dynamics": True, "ignore_eos": True}
+    assert harness.post("/v1/completions", body | {"max_tokens": 99}).status_code == 200
+    assert harness.post("/v1/completions", body | {"max_tokens": 100}).status_code == 400
+    assert harness.post("/v1/completions", body | {"max_tokens": 100, "stream": True}).status_code == 200
 
 
 def test_a_refused_prompt_leaves_no_other_running(harness):
