@@ -24,6 +24,8 @@ ROOM_BYTES = 4 * MAX_BODY_BYTES
 ROOM_SECONDS = 5.0
 MAX_CONTAINERS = 2**18
 """Objects and arrays in a body: each takes some 70 bytes of memory for two that are sent."""
+MAX_WHOLE = 2**53
+"""Up to here a float says which integer is meant."""
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
 QUOTES = "'"
@@ -145,12 +147,23 @@ async def _read_bytes(request: Request, size: int) -> bytes:
     return bytes(data)
 
 
+def _number(text: str) -> float:
+    """A number with a point or an exponent: one that is whole is an integer, as JSON Schema counts it."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("Number out of range")
+    return int(value) if value.is_integer() and abs(value) <= MAX_WHOLE else value
+
+
+_decode = msgspec.json.Decoder(float_hook=_number).decode
+
+
 def parse_body(data: bytes, model: type[Body]) -> Body:
     """Check bytes of JSON against `model`; raise `ApiError` 400 naming the field."""
     if len(data) > 2 * MAX_CONTAINERS and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
         raise ApiError(400, f"The body has more than {MAX_CONTAINERS} objects and arrays.", code="invalid_json")
     try:
-        fields = msgspec.json.decode(data)
+        fields = _decode(data)
     except UnicodeDecodeError:
         raise ApiError(400, "The body is not valid UTF-8.", code="invalid_json") from None
     except RecursionError:

@@ -32,6 +32,19 @@ def test_prompts_may_be_text_or_ids_one_or_many(harness, prompt, expected):
     assert [request[1] for request in harness.engine.requests] == ids
 
 
+def test_whole_numbers_may_be_written_with_a_point(harness):
+    def post(data):
+        return harness.post("/v1/completions", content=data, headers={"content-type": "application/json"})
+
+    assert post(b'{"prompt": [5.0, 6], "max_tokens": 3.0, "seed": -7e0, "temperature": 1.0}').status_code == 200
+    (_, prompt, params), *_ = harness.engine.requests
+    assert repr((prompt, params.max_tokens, params.seed, params.temperature)) == "([5, 6], 3, -7, 1.0)"
+    for data, param in ((b'{"prompt": "a", "max_tokens": 3.5}', "max_tokens"), (b'{"prompt": "a", "seed": 1e17}', "seed"),
+                        (b'{"prompt": "a", "stream": 1.0}', "stream"), (b'{"prompt": "a", "seed": 1e999}', None)):  # fmt: skip
+        response = post(data)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
 def test_special_tokens_are_added_only_when_asked_for(harness):
     harness.complete(prompt="a")
     harness.complete(prompt="a", add_special_tokens=True)
