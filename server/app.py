@@ -122,7 +122,7 @@ def create_app(service: Service) -> FastAPI:
     _add_state_routes(app, service)
     _add_model_routes(app, service)
     add_page_routes(app)
-    app.state.body_room = BodyRoom()
+    app.state.body_room = BodyRoom(seconds=service.config.body_timeout)
     app.state.responses = ResponseStore()
     add_store_routes(app, app.state.responses)
     for endpoint in ENDPOINTS:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import time
 from collections import deque
 from typing import Any, TypeVar
 
@@ -22,6 +24,8 @@ ROOM_BYTES = 4 * MAX_BODY_BYTES
 ROOM_SECONDS = 5.0
 MAX_CONTAINERS = 2**18
 """Objects and arrays in a body: each takes some 70 bytes of memory for two that are sent."""
+MAX_WHOLE = 2**53
+"""Up to here a float says which integer is meant."""
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
 QUOTES = "'"
@@ -32,10 +36,12 @@ Body = TypeVar("Body", bound=BaseModel)
 class BodyRoom:
     """Room for large bodies, from while they are read until what they ask for is under way: their sum is bounded.
 
-    Those who find none wait for their turn.
+    Those who find none wait for their turn. Whoever reads for longer than `seconds` then, goes.
     """
 
-    def __init__(self, total: int = ROOM_BYTES) -> None:
+    def __init__(self, total: int = ROOM_BYTES, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self.wanted_at = -math.inf
         self._total = self._free = total
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
@@ -45,6 +51,7 @@ class BodyRoom:
         if not self._waiting and place.size <= self._free:
             self._free -= place.size
             return place
+        self.wanted_at = time.monotonic()
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((place.size, turn))
         try:
@@ -59,6 +66,7 @@ class BodyRoom:
                 message = "Too many large requests are being read: ask again later."
                 raise EngineBusyError(message, retry_after=5) from None
             raise
+        place.taken_at = time.monotonic()
         return place
 
     def give_back(self, size: int) -> None:
@@ -76,7 +84,14 @@ class BodyPlace:
 
     def __init__(self, room: BodyRoom | None, size: int) -> None:
         self.size = size
+        self.taken_at = time.monotonic()
         self._room = room
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether others have found no place since it was taken, which is long ago."""
+        room = self._room
+        return room is not None and room.wanted_at > self.taken_at < time.monotonic() - room.seconds
 
     def leave(self) -> None:
         """Make room; harmless when called again."""
@@ -127,7 +142,20 @@ async def _read_bytes(request: Request, size: int) -> bytes:
             raise _too_large()
         if len(data) >= LARGE_BODY_BYTES and request.state.place is NO_PLACE:
             request.state.place = await request.app.state.body_room.enter(max(size, len(data)))
+        if request.state.place.is_overdue:
+            raise ApiError(408, "The body comes on too slowly while others wait for its place.", code="request_timeout")
     return bytes(data)
+
+
+def _number(text: str) -> float:
+    """A number with a point or an exponent: one that is whole is an integer, as JSON Schema counts it."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("Number out of range")
+    return int(value) if value.is_integer() and abs(value) <= MAX_WHOLE else value
+
+
+_decode = msgspec.json.Decoder(float_hook=_number).decode
 
 
 def parse_body(data: bytes, model: type[Body]) -> Body:
@@ -135,7 +163,7 @@ def parse_body(data: bytes, model: type[Body]) -> Body:
     if len(data) > 2 * MAX_CONTAINERS and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
         raise ApiError(400, f"The body has more than {MAX_CONTAINERS} objects and arrays.", code="invalid_json")
     try:
-        fields = msgspec.json.decode(data)
+        fields = _decode(data)
     except UnicodeDecodeError:
         raise ApiError(400, "The body is not valid UTF-8.", code="invalid_json") from None
     except RecursionError:

@@ -38,6 +38,7 @@ async def create_completion(request: Request, body: CompletionRequest, model: Se
     generation = Generation(
         model, request, prompts, [_fitted(params, prompt, body, model) for prompt in prompts],
         field="prompt", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
+        streams=bool(body.stream),
     )  # fmt: skip
     head = {
         "id": f"cmpl-{request.state.request_id}",

@@ -13,13 +13,17 @@ from starlette.requests import ClientDisconnect, Request
 
 from ..engine.async_engine import Bell, RequestStream
 from ..engine.errors import EngineDeadError, RequestError
-from ..engine.messages import Pooling, SamplingParams, TokenDynamics, TokenLogprobs
+from ..engine.messages import EngineInfo, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 from ..engine.output_processor import RequestOutput, RequestTimes
 from .errors import ApiError, unavailable
 from .protocol.common import MAX_SEQUENCES, GenerationRequest
 from .served_model import ServedModel
 
 MAX_ALLOWED_IDS = 2**22
+MAX_SHOWN = 2**21
+"""Candidates for tokens in one answer: each takes some 500 bytes of memory until the whole of it is written."""
+LAYERS_SHOWN = 4
+"""Layers of a token's dynamics that take as much as one candidate."""
 CONVERTED_FIELDS = frozenset({"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"})
 SHARED_FIELDS = sorted({*GenerationRequest.model_fields} & {*SamplingParams.__struct_fields__} - CONVERTED_FIELDS)
 
@@ -101,9 +105,11 @@ class Generation:
         priority: int = 0,
         cache_salt: str | None = None,
         pooling: Pooling | None = None,
+        streams: bool = False,
     ) -> None:
         """Submit them all; `params` are of each prompt, `field` is what this endpoint calls a prompt."""
         _check_size(model, prompts, params, field, n)
+        _check_shown(model.engine.info, prompts, params, field, n, streams)
         self._engine = model.engine
         self._metrics = model.metrics
         self._request = request
@@ -241,7 +247,7 @@ class Generation:
 def _check_size(
     model: ServedModel, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int
 ) -> None:
-    """Raise `RequestError` or `EngineBusyError` where the sequences are too many, or their lists of ids too long."""
+    """Raise `RequestError` or `EngineBusyError` where there would be too many sequences, or ids in lists."""
     if len(prompts) * n > MAX_SEQUENCES:
         raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
     try:
@@ -253,6 +259,27 @@ def _check_size(
     if allowed > MAX_ALLOWED_IDS:  # each sequence takes its own list along
         text = f"allowed_token_ids has too many ids for so many sequences: {allowed}, of {MAX_ALLOWED_IDS} in all."
         raise RequestError(text, param="allowed_token_ids")
+
+
+def _check_shown(
+    info: EngineInfo, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int, streams: bool
+) -> None:
+    """Raise `RequestError` where more would be told of single tokens than there is memory for.
+
+    What a stream tells of its answer is sent as it comes.
+    """
+    shown = 0
+    for prompt, own in zip(prompts, params, strict=True):
+        if own.prompt_logprobs is not None:
+            shown += len(prompt) * (own.prompt_logprobs + 1)
+        if not streams:
+            room = max(info.max_model_len - len(prompt), 0)
+            tokens = room if own.max_tokens is None else min(own.max_tokens, room)
+            shown += tokens * (0 if own.logprobs is None else own.logprobs + 1)
+            shown += tokens * (info.num_layers // LAYERS_SHOWN + 1 if own.return_dynamics else 0)
+    if shown * n > MAX_SHOWN:
+        text = f"Log-probabilities or dynamics of so many tokens are too much: {shown * n} candidates, of {MAX_SHOWN}."
+        raise RequestError(text, param="n" if n > 1 else field)
 
 
 def _shifted(seed: int | None, offset: int) -> int | None:

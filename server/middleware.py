@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -15,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, error_response, shorten, speaks_anthropic, to_api_error
+from .errors import ApiError, error_response, shorten, speaks_anthropic, to_api_error, unavailable
 from .logs import current_request
 from .pages import PAGE_PATHS
 
@@ -89,6 +90,12 @@ class RequestMiddleware:
             await self._app(asked, receive_until_gone, send_with_id)
         except ClientDisconnect:
             status = CLIENT_GONE
+        except asyncio.CancelledError:  # the server ends, and the client has not sent or taken the rest in time
+            if not self._service.draining:
+                raise
+            if not status:
+                error = unavailable("The server is shutting down.", "shutting_down")
+                await error_response(error, scope)(scope, receive, send_with_id)
         except Exception as error:
             if status not in (0, CLIENT_GONE):
                 raise

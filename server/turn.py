@@ -49,6 +49,7 @@ class Turn:
         return Generation(
             model, request, [self.prompt], [self.params],
             field="messages", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
+            streams=bool(body.stream),
         )  # fmt: skip
 
 

@@ -200,3 +200,16 @@ def test_requests_that_do_not_end_in_time_are_told_so_when_the_server_stops(chec
         assert server.process.wait(PATIENCE) == 0
         assert 0.5 < time.monotonic() - asked < 5
     assert not is_running(engine)
+
+
+def test_a_request_whose_body_does_not_come_is_told_so_when_the_server_stops(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--shutdown-timeout", "0.5", "--dtype", "float32")
+    with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port), PATIENCE) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 200, "the request to be read after")
+            server.process.send_signal(signal.SIGTERM)
+            answer = connection.makefile("rb").read()
+    assert b"HTTP/1.1 503 " in answer
+    assert b'"code":"shutting_down"' in answer

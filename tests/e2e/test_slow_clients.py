@@ -128,6 +128,19 @@ def test_a_body_that_drips_is_given_up_and_one_that_comes_on_is_read(strict: Ser
         assert rest(dripping)[:13] in (b"HTTP/1.1 408 ", b"")
 
 
+def test_large_bodies_that_drip_leave_their_room_to_others(strict: ServerProcess) -> None:
+    head = START + b"content-length: %d\r\n\r\n" % (8 * 2**20)
+    with contextlib.ExitStack() as stack:
+        dripping = [stack.enter_context(connect(strict, head + b" " * 70_000)) for _ in range(4)]
+        body = json.dumps({"prompt": "Hi", "max_tokens": 2}).encode() + b" " * 80_000
+        other = stack.enter_context(connect(strict, START + b"content-length: %d\r\n\r\n" % len(body) + body))
+        while not select.select([other], [], [], 0.2)[0]:
+            for connection in dripping:  # so much that none stands still
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    connection.sendall(b" " * 1000)
+        assert status_of(other) == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

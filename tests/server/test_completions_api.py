@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyllm.engine.messages import TokenLogprobs
+from pyllm.server import generation
 from pyllm.server.protocol.completions import Completion
 from pyllm.server.token_details import LegacyLogprobs
 
@@ -29,6 +30,19 @@ def test_prompts_may_be_text_or_ids_one_or_many(harness, prompt, expected):
     assert harness.complete(prompt=prompt).status_code == 200
     ids = [harness.tokenizer.encode(item) if isinstance(item, str) else item for item in expected]
     assert [request[1] for request in harness.engine.requests] == ids
+
+
+def test_whole_numbers_may_be_written_with_a_point(harness):
+    def post(data):
+        return harness.post("/v1/completions", content=data, headers={"content-type": "application/json"})
+
+    assert post(b'{"prompt": [5.0, 6], "max_tokens": 3.0, "seed": -7e0, "temperature": 1.0}').status_code == 200
+    (_, prompt, params), *_ = harness.engine.requests
+    assert repr((prompt, params.max_tokens, params.seed, params.temperature)) == "([5, 6], 3, -7, 1.0)"
+    for data, param in ((b'{"prompt": "a", "max_tokens": 3.5}', "max_tokens"), (b'{"prompt": "a", "seed": 1e17}', "seed"),
+                        (b'{"prompt": "a", "stream": 1.0}', "stream"), (b'{"prompt": "a", "seed": 1e999}', None)):  # fmt: skip
+        response = post(data)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 def test_special_tokens_are_added_only_when_asked_for(harness):
@@ -105,6 +119,31 @@ def test_too_many_sequences_at_once_are_refused(harness):
     response = harness.complete(prompt=["a"] * 10, n=128)
     assert response.status_code == 400
     assert harness.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt_logprobs": 20},
+        {"echo": True, "logprobs": 20},
+        {"logprobs": 20, "max_tokens": 100},
+        {"prompt_logprobs": 20, "stream": True},
+    ],
+)
+def test_more_candidates_than_memory_holds_are_refused(harness, fields):
+    response = harness.post("/v1/completions", {"prompt": [[5] * 100] * 8, "n": 128} | fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "n"
+    assert "of 2097152" in response.json()["error"]["message"]
+    assert harness.engine.requests == []
+
+
+def test_what_the_network_did_for_too_many_tokens_is_refused(harness, monkeypatch):
+    monkeypatch.setattr(generation, "MAX_SHOWN", 99)
+    body = {"prompt": "Hi", "return_dynamics": True, "ignore_eos": True}
+    assert harness.post("/v1/completions", body | {"max_tokens": 99}).status_code == 200
+    assert harness.post("/v1/completions", body | {"max_tokens": 100}).status_code == 400
+    assert harness.post("/v1/completions", body | {"max_tokens": 100, "stream": True}).status_code == 200
 
 
 def test_a_refused_prompt_leaves_no_other_running(harness):
