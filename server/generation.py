@@ -19,7 +19,7 @@ from .errors import ApiError, unavailable
 from .protocol.common import MAX_SEQUENCES, GenerationRequest
 from .served_model import ServedModel
 
-MAX_ALLOWED_IDS = 2**22
+MAX_LISTED_IDS = 2**22
 MAX_SHOWN = 2**21
 """Candidates for tokens in one answer: each takes some 500 bytes of memory until the whole of it is written."""
 LAYERS_SHOWN = 4
@@ -255,10 +255,14 @@ def _check_size(
     except RequestError as error:
         error.param = "n" if n > 1 else field
         raise
-    allowed = sum(len(own.allowed_token_ids or ()) for own in params) * n
-    if allowed > MAX_ALLOWED_IDS:  # each sequence takes its own list along
-        text = f"allowed_token_ids has too many ids for so many sequences: {allowed}, of {MAX_ALLOWED_IDS} in all."
-        raise RequestError(text, param="allowed_token_ids")
+    lists = {
+        "allowed_token_ids": sum(len(own.allowed_token_ids or ()) for own in params),
+        "bad_words": sum(len(word) for own in params for word in own.bad_words),
+    }
+    for name, count in lists.items():
+        if count * n > MAX_LISTED_IDS:  # each sequence takes its own list along
+            text = f"{name} has too many ids for so many sequences: {count * n}, of {MAX_LISTED_IDS} in all."
+            raise RequestError(text, param=name)
 
 
 def _check_shown(

@@ -140,6 +140,14 @@ def test_more_candidates_than_memory_holds_are_refused(harness, fields):
     assert harness.engine.requests == []
 
 
+def test_lists_that_each_of_many_sequences_takes_along_have_a_bound(harness):
+    words = ["é" * 200 + str(n) for n in range(128)]
+    response = harness.post("/v1/completions", {"prompt": [[5]] * 8, "n": 128, "bad_words": words})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "bad_words"
+    assert harness.engine.requests == []
+
+
 def test_what_the_network_did_for_too_many_tokens_is_refused(harness, monkeypatch):
     monkeypatch.setattr(generation, "MAX_SHOWN", 99)
     body = {"prompt": "Hi", "return_dynamics": True, "ignore_eos": True}
