@@ -1,7 +1,8 @@
 """Faults on demand, so that tests can see what becomes of everybody else. Nothing here is imported otherwise.
 
 The environment variable `PYLLM_ENGINE_FAULT` names faults as `kind@marker`, with commas between. A fault strikes in
-steps with a request whose id has the marker (a client sets it with the header `x-request-id`):
+steps with a request whose id has the marker (a client sets it with the header `x-request-id`; ids made here are
+hexadecimal, so a marker must not be, or it would strike anybody):
 
 - `prepare`, `sample`: the step raises before or after all else was computed; `once`: before, the first of them only.
 - `take`: taking the request's token raises. `text`: its token has no text, so that making some raises.
@@ -14,6 +15,7 @@ steps with a request whose id has the marker (a client sets it with the header `
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -33,6 +35,8 @@ from .watcher import Watcher
 KINDS = ("prepare", "sample", "once", "take", "text", "memory", "slow", "hang", "broken", "exit", "crash")
 SLOW_SECONDS = 0.8
 NO_TOKEN = -(1 << 40)
+_MADE_UP = re.compile("[0-9a-f]*")
+"""What may be in the id of any request."""
 
 
 class PlantedError(RuntimeError):
@@ -80,8 +84,11 @@ class FaultyRunner:
     def __init__(self, runner: Runner, text: str) -> None:
         self._runner = runner
         self._faults = [fault.split("@") for fault in text.split(",")]
-        if not all(len(fault) == 2 and fault[0] in KINDS and fault[1] for fault in self._faults):
-            raise ValueError(f"PYLLM_ENGINE_FAULT names {text!r}; it takes kind@marker, of the kinds {KINDS}")
+        if not all(len(own) == 2 and own[0] in KINDS and not _MADE_UP.fullmatch(own[1]) for own in self._faults):
+            raise ValueError(
+                f"PYLLM_ENGINE_FAULT names {text!r}; it takes kind@marker, of the kinds {KINDS}, "
+                "and a marker with a character that is no hexadecimal digit"
+            )
         self._spent = False
         self._broken = False
         self.is_slow = False

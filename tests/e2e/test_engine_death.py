@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ async def watch_health(http: httpx.AsyncClient) -> list[tuple[float, int]]:
     return seen
 
 
+def ask_marked(server: ServerProcess) -> asyncio.Future[httpx.Response]:
+    """Send the request that the planted fault is for, without waiting for its answer."""
+    headers = {"x-request-id": "marked"}
+    ask = partial(httpx.post, f"{server.url}/v1/completions", json=BODY, headers=headers)
+    return asyncio.get_running_loop().run_in_executor(None, ask)
+
+
 async def check_end(server: ServerProcess, strike: Callable[[], Any], *, patience: float) -> None:
     """Strike while three streams and an answer are under way: all of it must show in time, `patience` for a hang."""
     engine = server.engine_pid
@@ -82,22 +90,14 @@ async def check_end(server: ServerProcess, strike: Callable[[], Any], *, patienc
 async def test_an_engine_that_fails_for_everybody_ends_and_everybody_hears_of_it(
     checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
-    def strike() -> None:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=BODY, headers={"x-request-id": "bad"}) as answer:
-            answer.read()
-
-    with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=1, faults=f"{kind}@bad") as server:
-        await check_end(server, lambda: asyncio.get_running_loop().run_in_executor(None, strike), patience=0)
+    with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=1, faults=f"{kind}@marked") as server:
+        await check_end(server, lambda: ask_marked(server), patience=0)
 
 
 async def test_an_engine_that_hangs_in_a_step_is_ended_with_the_server(checkpoint: Path, tmp_path: Path) -> None:
-    def strike() -> None:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=BODY, headers={"x-request-id": "bad"}) as answer:
-            answer.read()
-
     flags = ("--engine-hang-timeout", str(HANG))
-    with ServerProcess(tmp_path / "log", str(checkpoint), *flags, exit_code=1, faults="hang@bad") as server:
-        await check_end(server, lambda: asyncio.get_running_loop().run_in_executor(None, strike), patience=HANG)
+    with ServerProcess(tmp_path / "log", str(checkpoint), *flags, exit_code=1, faults="hang@marked") as server:
+        await check_end(server, lambda: ask_marked(server), patience=HANG)
 
 
 def test_an_idle_engine_that_answers_no_more_is_found_out_and_killed(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from paged_runner import expected, finish, make_core, message, tokens_of
 
 from pyllm import LLM, SamplingParams
 from pyllm.engine.core import EngineCore
+from pyllm.engine.faults import FaultyRunner
 from pyllm.engine.grammar import GrammarState
 from pyllm.engine.messages import StepOutputs, TokenOutput
 from pyllm.engine.request import Request
@@ -183,3 +184,9 @@ def test_a_guess_that_cannot_be_made_costs_its_request_nothing(tiny_checkpoint, 
     whole = llm.generate([[5, 6, 7] * 9], params)
     monkeypatch.setattr(Drafter, "propose", lambda self, tokens, most: 1 / 0)
     assert llm.generate([[5, 6, 7] * 9], params) == whole
+
+
+@pytest.mark.parametrize("text", ["hang", "hang@", "burn@marked", "hang@bad", "hang@0", "slow@marked,exit@c0ffee"])
+def test_a_fault_that_would_strike_nobody_or_anybody_is_refused(text):
+    with pytest.raises(ValueError, match="PYLLM_ENGINE_FAULT"):
+        FaultyRunner(make_core().runner, text)
