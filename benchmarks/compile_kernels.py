@@ -54,6 +54,7 @@ WANTED_SHAPES = SHAPES | {
 }
 STEPS = {
     "decode 1": [1],
+    "decode 8": [1] * 8,
     "decode 24": [1] * 24,
     "decode 48": [1] * 48,
     "decode 256": [1] * 256,

@@ -66,7 +66,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         num_kv_blocks: number of KV blocks, instead of a size in bytes (for tests and experiments).
         speculative_config: guess tokens and check several at a time; None computes one by one.
         overlap_scheduling: begin a step before the one before it is read; None is on a GPU only.
-        enforce_eager: record no decode steps as CUDA graphs.
+        enforce_eager: record no steps as CUDA graphs.
         engine_hang_timeout: seconds without any progress, not even of a layer, after which the engine counts as hung.
         deterministic: compute so that an answer's last bits do not depend on who else is being served, which takes a
             GPU longer, and refuse to start where that cannot be.

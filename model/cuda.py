@@ -7,9 +7,7 @@ same object computes on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,15 +115,6 @@ class TritonBackend(Backend):
         self._launch: dict[str, Any] = {"PDL": overlaps, "launch_pdl": overlaps}
         self._seen: tuple[AttentionMetadata, _Step] | None = None
         self._above: _Above | None = None
-
-    @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """Within it, each kernel begins when the one before it has ended: to see what the overlap is worth."""
-        usual, self._launch = self._launch, {"PDL": False, "launch_pdl": False}
-        try:
-            yield
-        finally:
-            self._launch = usual
 
     def embed(self, input_ids: Tensor, weight: Tensor) -> Tensor:
         """As `Backend.embed`; a negative id gives zeros."""
@@ -284,7 +273,7 @@ class TritonBackend(Backend):
                 BLOCK_KV=power_of_two(1, kv_heads), **self._launch,
             )  # fmt: skip
             sequences = len(step.lengths) - decodes
-            blocks = self._blocks.prompt(block_d)
+            blocks = self._blocks.prompt()
             grid = (rest // (blocks["BLOCK_M"] // group) + sequences, kv_heads)
             triton_attention.prefill_kernel[grid](
                 q, step.tables[decodes:], step.starts[decodes:], step.lengths[decodes:], cache, out[decodes:], scale,

@@ -89,12 +89,12 @@ class Blocks:
         # Few programs each read ahead as much as many do together.
         return {"BLOCK_N": 64, "num_warps": 8 if programs <= BUSY else 2, "num_stages": 5}
 
-    def prompt(self, head: int) -> Shape:
-        """Of attention over prompts, with heads of so many numbers: queries and keys."""
+    def prompt(self) -> Shape:
+        """Of attention over prompts: queries and keys."""
         if self._exact:
-            return _prompt(32, 16, 8, head)
+            return _prompt(32, 16, 8)
         # Where matrix units do not read from shared memory, more would not fit in registers.
-        return _prompt(64, 32 if self._generation in (8, 12) else 64, 4, head)
+        return _prompt(64, 32 if self._generation in (8, 12) else 64, 4)
 
 
 class FixedBlocks(Blocks):
@@ -120,9 +120,9 @@ class FixedBlocks(Blocks):
             return super().experts(tokens)
         return 32, 32, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6}
 
-    def prompt(self, head: int) -> Shape:
+    def prompt(self) -> Shape:
         """See `Blocks`; decodes are computed with it as well."""
-        return _prompt(32, 16, 8, head) if self._exact else _prompt(64, 32, 4, head)
+        return _prompt(32, 16, 8) if self._exact else _prompt(64, 32, 4)
 
 
 def _linear(block_m: int, block_n: int, block_k: int, warps: int = 4, stages: int = 4) -> Shape:
@@ -130,5 +130,5 @@ def _linear(block_m: int, block_n: int, block_k: int, warps: int = 4, stages: in
     return shape | {"num_warps": warps, "num_stages": stages}
 
 
-def _prompt(block_m: int, block_n: int, warps: int, head: int) -> Shape:
+def _prompt(block_m: int, block_n: int, warps: int) -> Shape:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 2}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import FRESH, follow
+from .triton_kernels import FRESH, follow, side
 from .triton_mlp import activated
 
 
@@ -45,16 +45,7 @@ def linear_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What `triton_kernels.linear_kernel` computes. Grid: (blocks of N + blocks of N2,)."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    count = N
-    first = 0
-    if N2 > 0:
-        blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-        if tl.program_id(0) >= blocks:
-            x, x_stride, weight = x2, x2_stride, weight2
-            rows -= blocks * BLOCK_N
-            count = N2
-            first = N
+    x, x_stride, weight, rows, count, first = side(x, x_stride, weight, x2, x2_stride, weight2, N, N2, BLOCK_N)
     weights = _rows_of(weight, rows, rows < count, K, BLOCK_K)
     follow(PDL)
     for token in range(tokens):

@@ -33,12 +33,31 @@ def dot(a, b, acc):
 def follow(PDL: tl.constexpr):
     """Wait until all kernels before this one have written; then the next one may begin.
 
-    Only weights, and what the host has sent before the step, may be read before. Every program has to call it, for the
-    kernel behind relies on this one having waited for all that were before.
+    Before it, only weights may be read, what the host has sent before the step, and (FRESH) what kernels wrote before
+    the last one: those have ended. Every program has to call it, for the kernel behind relies on that.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def side(x, x_stride, weight, x2, x2_stride, weight2, N: tl.constexpr, N2: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which of two products beside each other is this program's.
+
+    Its input, that one's stride, its weight, the weight's rows [BLOCK_N], how many there are, the first one's column.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    count = N
+    first = 0
+    if N2 > 0:
+        blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+        if tl.program_id(0) >= blocks:
+            x, x_stride, weight = x2, x2_stride, weight2
+            rows -= blocks * BLOCK_N
+            count = N2
+            first = N
+    return x, x_stride, weight, rows, count, first
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids"])
@@ -82,16 +101,7 @@ def linear_kernel(
 
     Grid: (blocks of N + blocks of N2, blocks of tokens).
     """
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    count = N
-    first = 0
-    if N2 > 0:
-        blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-        if tl.program_id(0) >= blocks:
-            x, x_stride, weight = x2, x2_stride, weight2
-            columns -= blocks * BLOCK_N
-            count = N2
-            first = N
+    x, x_stride, weight, columns, count, first = side(x, x_stride, weight, x2, x2_stride, weight2, N, N2, BLOCK_N)
     column_ok = columns < count
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < tokens

@@ -89,7 +89,7 @@ class ModelFlags:
         0.92, "share of a GPU's memory to fill, where the KV cache is given no size", "float", low=0.01, high=1
     )
     num_kv_blocks: int | None = flag(None, "number of blocks in the KV cache, instead of a size", "int", low=1)
-    enforce_eager: bool = flag(False, "record no decode steps as CUDA graphs", "switch")
+    enforce_eager: bool = flag(False, "record no steps as CUDA graphs", "switch")
     deterministic: bool = flag(
         False, "an answer's last bits never depend on who else is served; refused where that cannot be", "switch"
     )

@@ -1,4 +1,4 @@
-"""Recorded decode steps, with a stand-in that does the recorded work again on the same buffers."""
+"""Recorded steps, with a stand-in that does the recorded work again on the same buffers."""
 
 from __future__ import annotations
 
