@@ -90,12 +90,17 @@ def scripted(answer: Callable[[socket.socket, int], None]) -> Iterator[str]:
             for number in range(2):
                 connection, _ = listener.accept()
                 with connection:
-                    connection.recv(65536)
+                    if not connection.recv(65536):
+                        return
                     answer(connection, number)
 
-        thread = threading.Thread(target=serve, daemon=True)
+        thread = threading.Thread(target=serve)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            socket.create_connection(listener.getsockname()).close()  # it may wait for a request that does not come
+            thread.join()
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
