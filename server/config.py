@@ -159,7 +159,7 @@ class ServerConfig(ModelFlags):
     otlp_traces_endpoint: str | None = flag(
         None, "URL to send OpenTelemetry traces to, such as http://localhost:4318/v1/traces"
     )
-    max_connections: int = flag(4096, "most open connections; more are refused with 503", "int", low=1, high=2**20)
+    max_connections: int = flag(4096, "most open connections; a new one takes the place of one at rest, else 503", "int", low=1, high=2**20)
     header_timeout: float = flag(15.0, "seconds in which a request's headers must arrive", "float", low=0.1, high=86400)
     body_timeout: float = flag(
         30.0, "seconds after which a request is closed whose body does not come on", "float", low=0.1, high=86400

@@ -10,7 +10,8 @@ import logging
 import resource
 import select
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -33,6 +34,8 @@ MAX_UNREAD = 65536
 """Tokens that a stream's client may be behind; those with log-probabilities count more."""
 UNSENT_BYTES = 128 * 2**10
 """What the system takes of an answer before the client does, so that we see who does not read."""
+MOST_UNSENT = 16
+"""Resting connections that are looked at for one that has nothing left to send."""
 SPARE_FILES = 128
 """Open files that are no connections."""
 
@@ -46,12 +49,15 @@ class ConnectionLimits:
         body: in which a request's body must come on.
         write: in which a client must take something of an answer that waits for it.
         connections: how many may be open.
+        resting: those between two requests, and before the first; the one that has rested longest is the first.
     """
 
     header: float
     body: float
     write: float
     connections: int
+    resting: dict[HttpProtocol, None] = field(default_factory=dict)
+    _closed: Counter[str] = field(default_factory=Counter)
     _timer: asyncio.TimerHandle | None = None
 
     def watch(self, connections: set[Any]) -> None:
@@ -64,12 +70,24 @@ class ConnectionLimits:
         """Between two looks: by as much a limit may be late."""
         return min(1.0, self.header / 4, self.body / 4, self.write / 4)
 
+    def make_room(self) -> bool:
+        """Close a connection that rests, so that a new one can have its place; False where there is none."""
+        for connection in islice(self.resting, MOST_UNSENT):
+            # What still sends would go on for a while, so that more than may be would be open.
+            if not connection.transport.get_write_buffer_size():
+                del self.resting[connection]
+                connection.transport.close()
+                self._closed["it rested, and another needed its place"] += 1
+                return True
+        return False
+
     def _look(self, connections: set[HttpProtocol]) -> None:
         self._timer = None
         now = asyncio.get_running_loop().time()
-        closed = Counter(reason for connection in list(connections) if (reason := connection.check(now, self)))
-        for reason, count in closed.items():
+        self._closed.update(reason for connection in list(connections) if (reason := connection.check(now, self)))
+        for reason, count in self._closed.items():
             logger.info("Closed %d connection(s): %s", count, reason)
+        self._closed.clear()
         if connections:
             self.watch(connections)
 
@@ -122,16 +140,19 @@ class HttpProtocol(HttpToolsProtocol):
         self._begun_at = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, or refuse it where there are too many."""
+        """Take a connection, if need be in the place of one that rests, or refuse it where all are at work."""
         super().connection_made(cast(asyncio.Transport, _Transport(transport)))
         self._limits.watch(self.connections)
-        if len(self.connections) > self._limits.connections:
+        if len(self.connections) > self._limits.connections and not self._limits.make_room():
             self._refuse(unavailable("The server has too many connections.", "too_many_connections"))
+        else:
+            self._limits.resting[self] = None
 
     def data_received(self, data: bytes) -> None:
         """Read on, in pieces where a header might be too large."""
         if self._refusal is not None:
             return
+        self._limits.resting.pop(self, None)
         self._received += len(data)
         if len(data) <= PIECE_BYTES and not self._header_bytes:
             self._parse(data)
@@ -199,11 +220,15 @@ class HttpProtocol(HttpToolsProtocol):
         if not was_last:
             self._answered = self.pipeline[-1][0]
         super().on_response_complete()
-        if self._refusal is not None and was_last:
-            self._refuse(self._refusal)
+        if was_last:
+            if self._refusal is not None:
+                self._refuse(self._refusal)
+            elif not self._in_header and not self.transport.is_closing():
+                self._limits.resting[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell every request of it, also one that others follow already."""
+        self._limits.resting.pop(self, None)
         super().connection_lost(exc)
         self._disconnect()
 

@@ -21,6 +21,8 @@ HEADER, BODY, WRITE = 1.5, 2.0, 2.0
 CONNECTIONS = 150
 START = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
+HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
 
 @pytest.fixture(scope="module")
 def strict(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
@@ -200,20 +202,44 @@ def test_headers_that_are_too_large_are_refused(strict: ServerProcess) -> None:
 
 def test_connections_beyond_the_bound_are_refused_until_others_end(strict: ServerProcess) -> None:
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(connect(strict, post())) for _ in range(CONNECTIONS)]
-        for connection in held:
-            assert status_of(connection) == 200
+        endless = post(max_tokens=FOREVER, ignore_eos=True)
+        held = [stack.enter_context(connect(strict, endless)) for _ in range(CONNECTIONS - 1)]
+        last = stack.enter_context(connect(strict, HEALTH[:-1]))
         refused = stack.enter_context(connect(strict))
         answer = rest(refused)
         assert error_code(answer) == (503, "too_many_connections")
         assert b"retry-after: " in answer
-        held[0].sendall(post())  # the others stay
-        assert status_of(held[0]) == 200
+        last.sendall(HEALTH[-1:])  # the others stay
+        assert status_of(last) == 200
+        assert not select.select(held, [], [], 0)[0]
     wait_for(lambda: b" 200 " in probe(strict), "connections to be taken again")
 
 
+def test_who_rests_longest_makes_room_for_a_new_connection(strict: ServerProcess) -> None:
+    """A thousand connections that only wait keep nobody out, and none of those that are in use is closed for them."""
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(connect(strict, post(max_tokens=FOREVER, ignore_eos=True, stream=True)))
+        assert stream.recv(2**16).startswith(b"HTTP/1.1 200 ")
+        held = [stack.enter_context(connect(strict, post())) for _ in range(CONNECTIONS - 1)]
+        for connection in held:
+            assert status_of(connection) == 200
+        held[0].sendall(post())
+        assert status_of(held[0]) == 200  # now it has rested for the shortest time
+        assert b" 200 " in probe(strict)
+        assert rest(held[1]) == b""
+        assert not select.select([held[0], *held[2:]], [], [], 0)[0]
+        for _ in range(1000):
+            stack.enter_context(connect(strict))
+        assert canary(strict) < 10
+        assert rest(held[0]) == b""
+        assert stream.recv(2**16)
+        assert stream.recv(2**16)
+    pattern = r"Closed \d+ connection\(s\): it rested, and another needed its place"
+    wait_for(lambda: re.search(pattern, strict.log), "the log to tell it")
+
+
 def probe(server: ServerProcess) -> bytes:
-    with connect(server, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n") as connection:
+    with connect(server, HEALTH.replace(b"host", b"connection: close\r\nhost")) as connection:
         return rest(connection)
 
 
