@@ -159,7 +159,9 @@ class ServerConfig(ModelFlags):
     otlp_traces_endpoint: str | None = flag(
         None, "URL to send OpenTelemetry traces to, such as http://localhost:4318/v1/traces"
     )
-    max_connections: int = flag(4096, "most open connections; a new one takes the place of one at rest, else 503", "int", low=1, high=2**20)
+    max_connections: int = flag(
+        4096, "most open connections; a new one takes the place of one at rest, else 503", "int", low=1, high=2**20
+    )
     header_timeout: float = flag(15.0, "seconds in which a request's headers must arrive", "float", low=0.1, high=86400)
     body_timeout: float = flag(
         30.0, "seconds after which a request is closed whose body does not come on", "float", low=0.1, high=86400
@@ -348,9 +350,13 @@ def load_config(
     found = vars(given)
     if found.keys() >= {"_model", "model"} and found["_model"] != found["model"]:
         raise ConfigError("The model is named twice, as MODEL and by --model.")
-    variables = {name: (environment.get(ENVIRONMENT_PREFIX + name.upper()), ENVIRONMENT_PREFIX + name.upper())
-                 for name in fields}  # fmt: skip
-    raw: dict[str, tuple[Any, str]] = {name: pair for name, pair in variables.items() if pair[0]}
+    variables = {name: ENVIRONMENT_PREFIX + name.upper() for name in fields}
+    # An empty variable is as none; but a key that was not found where it was meant to be must not open the server.
+    raw: dict[str, tuple[Any, str]] = {
+        name: (environment[variable], variable)
+        for name, variable in variables.items()
+        if environment.get(variable) or (variable in environment and not fields[name].repr)
+    }
     raw |= {name.lstrip("_"): (value, _option(name.lstrip("_"))) for name, value in found.items()}
     if "config" in raw:
         path = raw["config"][0]

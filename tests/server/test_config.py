@@ -62,6 +62,12 @@ def test_empty_variable_is_an_absent_one():
     assert load(ServerConfig, PYLLM_PORT="").port == 8000
 
 
+@pytest.mark.parametrize("key", ["", " ", ","])
+def test_a_key_that_was_not_found_opens_no_server(key):
+    with pytest.raises(ConfigError, match="PYLLM_API_KEY must be one or more texts, none empty"):
+        load(ServerConfig, PYLLM_API_KEY=key)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
