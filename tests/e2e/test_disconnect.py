@@ -52,8 +52,9 @@ def test_a_client_that_hangs_up_ends_its_request_also_where_another_has_followed
     server: ServerProcess, stream: bool
 ) -> None:
     with posted(server, stream=stream) as connection:
+        wait_for_load(server, running=1)  # only then, for a request that has just begun reads on what comes
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-        wait_for_load(server, running=1)
+        server.metrics()  # what came before is read by now
 
 
 def test_a_client_that_hangs_up_while_its_prompt_is_computed_ends_its_request(server: ServerProcess) -> None:

@@ -32,7 +32,7 @@ def stream_of(client: Any, max_tokens: int) -> Any:
 
 @pytest.mark.anyio
 async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint: Path, tmp_path: Path) -> None:
-    tokens = 300
+    tokens = 2000
     body = {"prompt": "Hi", "max_tokens": tokens, "ignore_eos": True}
     streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
     with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32") as server:
@@ -56,7 +56,9 @@ async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint:
             while (ready := await http.get("/ready")).status_code == 200:
                 pass
             refused = await http.post("/v1/completions", json=body)
-            assert (await http.get("/health")).status_code == 200, "it is alive while it drains"
+            for _ in range(5):
+                await asyncio.sleep(0.05)
+                assert (await http.get("/health")).status_code == 200, "it is alive while it drains"
             assert not all(task.done() for task in tasks)
             for answer in (ready, refused):
                 assert answer.status_code == 503
