@@ -1,8 +1,8 @@
 """Faults on demand, so that tests can see what becomes of everybody else. Nothing here is imported otherwise.
 
 The environment variable `PYLLM_ENGINE_FAULT` names faults as `kind@marker`, with commas between. A fault strikes in
-steps with a request whose id has the marker (a client sets it with the header `x-request-id`; ids made here are
-hexadecimal, so a marker must not be, or it would strike anybody):
+steps with a request whose id has the marker. A client sets it with the header `x-request-id`; ids made here are
+hexadecimal, so that a marker must not be, or it would strike anybody.
 
 - `prepare`, `sample`: the step raises before or after all else was computed; `once`: before, the first of them only.
 - `take`: taking the request's token raises. `text`: its token has no text, so that making some raises.
@@ -35,8 +35,8 @@ from .watcher import Watcher
 KINDS = ("prepare", "sample", "once", "take", "text", "memory", "slow", "hang", "broken", "exit", "crash")
 SLOW_SECONDS = 0.8
 NO_TOKEN = -(1 << 40)
-_MADE_UP = re.compile("[0-9a-f]*")
-"""What may be in the id of any request."""
+_MADE_UP = re.compile("[0-9a-f#]*")
+"""What may be in any request's id: one that is made here, and behind it a # and a number."""
 
 
 class PlantedError(RuntimeError):
@@ -87,7 +87,7 @@ class FaultyRunner:
         if not all(len(own) == 2 and own[0] in KINDS and not _MADE_UP.fullmatch(own[1]) for own in self._faults):
             raise ValueError(
                 f"PYLLM_ENGINE_FAULT names {text!r}; it takes kind@marker, of the kinds {KINDS}, "
-                "and a marker with a character that is no hexadecimal digit"
+                "and a marker of more than hexadecimal digits and #"
             )
         self._spent = False
         self._broken = False

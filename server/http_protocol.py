@@ -34,6 +34,8 @@ MAX_UNREAD = 65536
 """Tokens that a stream's client may be behind; those with log-probabilities count more."""
 UNSENT_BYTES = 128 * 2**10
 """What the system takes of an answer before the client does, so that we see who does not read."""
+LEAST_REST = 0.5
+"""Seconds that a connection must have rested to make room: the request of a new one may still be on its way."""
 MOST_UNSENT = 16
 """Resting connections that are looked at for one that has nothing left to send."""
 SPARE_FILES = 128
@@ -49,14 +51,14 @@ class ConnectionLimits:
         body: in which a request's body must come on.
         write: in which a client must take something of an answer that waits for it.
         connections: how many may be open.
-        resting: those between two requests, and before the first; the one that has rested longest is the first.
+        resting: those between two requests, or before the first, and since when; who has rested longest is the first.
     """
 
     header: float
     body: float
     write: float
     connections: int
-    resting: dict[HttpProtocol, None] = field(default_factory=dict)
+    resting: dict[HttpProtocol, float] = field(default_factory=dict)
     _closed: Counter[str] = field(default_factory=Counter)
     _timer: asyncio.TimerHandle | None = None
 
@@ -72,13 +74,16 @@ class ConnectionLimits:
 
     def make_room(self) -> bool:
         """Close a connection that rests, so that a new one can have its place; False where there is none."""
-        for connection in islice(self.resting, MOST_UNSENT):
-            # What still sends would go on for a while, so that more than may be would be open.
+        now = asyncio.get_running_loop().time()
+        for connection, since in list(islice(self.resting.items(), MOST_UNSENT)):
+            if now - since < LEAST_REST:
+                break
+            del self.resting[connection]
             if not connection.transport.get_write_buffer_size():
-                del self.resting[connection]
-                connection.transport.close()
+                connection.transport.abort()  # HTTPS would wait for the client to agree
                 self._closed["it rested, and another needed its place"] += 1
                 return True
+            self.resting[connection] = now  # what waits to be sent still needs it
         return False
 
     def _look(self, connections: set[HttpProtocol]) -> None:
@@ -146,7 +151,7 @@ class HttpProtocol(HttpToolsProtocol):
         if len(self.connections) > self._limits.connections and not self._limits.make_room():
             self._refuse(unavailable("The server has too many connections.", "too_many_connections"))
         else:
-            self._limits.resting[self] = None
+            self._limits.resting[self] = self.loop.time()
 
     def data_received(self, data: bytes) -> None:
         """Read on, in pieces where a header might be too large."""
@@ -224,7 +229,7 @@ class HttpProtocol(HttpToolsProtocol):
             if self._refusal is not None:
                 self._refuse(self._refusal)
             elif not self._in_header and not self.transport.is_closing():
-                self._limits.resting[self] = None
+                self._limits.resting[self] = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell every request of it, also one that others follow already."""
@@ -277,6 +282,8 @@ class HttpProtocol(HttpToolsProtocol):
         """What the client must do next, and an object that is another one as soon as it has done so."""
         if self.flow.write_paused or (self.transport.is_closing() and self.transport.get_write_buffer_size()):
             return "write", self._resumed
+        if self.transport.is_closing():  # which takes HTTPS a moment
+            return "", None
         if self.pipeline or self._refusal is not None:
             return "", None
         if self.cycle is None or self._in_header:

@@ -37,6 +37,9 @@ KEEP_ALIVE_SECONDS = 60
 LAST_WORDS_SECONDS = 2.0
 """How long clients get to hear that their request has failed, before the server ends."""
 
+TLS_GOODBYE_SECONDS = 1.0
+"""In which a client may agree to the end of its HTTPS connection. Many never do, and have their place until then."""
+
 MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 """What OpenSSL says of a key and a certificate that are no pair."""
 
@@ -121,7 +124,7 @@ class _HttpServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; a TLS handshake has the time of a header, where uvicorn would leave it a minute."""
+        """Listen; a TLS handshake has the time of a header, and its end a moment: uvicorn leaves them 60 and 30 s."""
         config, loop = self.config, asyncio.get_running_loop()
         if config.ssl is None or sockets is None:
             await super().startup(sockets)
@@ -135,7 +138,7 @@ class _HttpServer(uvicorn.Server):
         self.servers = [
             await loop.create_server(
                 protocol, sock=listener, ssl=config.ssl, backlog=config.backlog,
-                ssl_handshake_timeout=self.handshake_timeout,
+                ssl_handshake_timeout=self.handshake_timeout, ssl_shutdown_timeout=TLS_GOODBYE_SECONDS,
             )
             for listener in sockets
         ]  # fmt: skip

@@ -6,8 +6,10 @@ import contextlib
 import json
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -79,6 +81,23 @@ def test_a_tls_handshake_that_does_not_come_on_is_ended_and_keeps_nobody_waiting
             connection.close()
         assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
         assert "Traceback" not in server.log
+
+
+def test_https_connections_at_rest_make_room_at_once(
+    pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where their clients do not agree to the end of the connection, as those that wait for nothing do not."""
+    key, certificate = pair
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--max-connections", "5"]
+    context = ssl.create_default_context(cafile=str(certificate))
+    with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server, contextlib.ExitStack() as stack:
+        address = "127.0.0.1", httpx.URL(server.url).port
+        for _ in range(5):
+            connection = stack.enter_context(socket.create_connection(address, timeout=PATIENCE))
+            stack.enter_context(context.wrap_socket(connection, server_hostname=address[0]))
+        time.sleep(0.7)
+        assert [httpx.get(f"{server.url}/health").status_code for _ in range(10)] == [200] * 10
 
 
 def refusal(*flags: str, **variables: str) -> str:

@@ -186,7 +186,9 @@ def test_a_guess_that_cannot_be_made_costs_its_request_nothing(tiny_checkpoint, 
     assert llm.generate([[5, 6, 7] * 9], params) == whole
 
 
-@pytest.mark.parametrize("text", ["hang", "hang@", "burn@marked", "hang@bad", "hang@0", "slow@marked,exit@c0ffee"])
+@pytest.mark.parametrize(
+    "text", ["hang", "hang@", "burn@marked", "hang@bad", "hang@0", "hang@#", "hang@0#1", "slow@marked,exit@c0ffee"]
+)
 def test_a_fault_that_would_strike_nobody_or_anybody_is_refused(text):
     with pytest.raises(ValueError, match="PYLLM_ENGINE_FAULT"):
         FaultyRunner(make_core().runner, text)
