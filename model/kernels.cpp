@@ -9,6 +9,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -125,8 +126,9 @@ class Scratch {
  public:
   template <class T>
   T* get(size_t count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
+      bytes = std::max(bytes, 2 * size_);  // rarely: each time leaves a hole in the heap, which may fit nobody
       std::free(data_);
       data_ = std::aligned_alloc(64, bytes);
       size_ = data_ ? bytes : 0;
