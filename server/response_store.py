@@ -24,6 +24,20 @@ MAX_STORE_BYTES = 64 * 2**20
 MAX_PAGE = 100
 MAX_PACKED_BYTES = 64 * 2**10
 """Larger ones are kept as they are: packing them would hold up the event loop."""
+TYPICAL = (
+    b'[{"type":"message","role":"user","content":[{"type":"input_text","text":"'
+    b'{"id":"resp_","object":"response","created_at":,"completed_at":null,"status":"completed","error":null,'
+    b'"incomplete_details":{"reason":"max_output_tokens"}null,"output":[{"id":"msg_","type":"message","role":"assistant",'
+    b'"status":"incomplete","content":[{"type":"output_text","text":"","annotations":[],"logprobs":[]}]}],"usage":'
+    b'{"input_tokens":,"input_tokens_details":{"cached_tokens":0,"cache_write_tokens":0},"output_tokens":,'
+    b'"output_tokens_details":{"reasoning_tokens":0},"total_tokens":},"model":"","instructions":null,'
+    b'"previous_response_id":null,"store":true,"background":false,"temperature":1.0,"top_p":1.0,'
+    b'"max_output_tokens":null,"max_tool_calls":null,"truncation":"disabled","tools":[],"tool_choice":"auto",'
+    b'"parallel_tool_calls":true,"text":{"format":{"type":"text"},"verbosity":"medium"},"top_logprobs":0,'
+    b'"reasoning":{"effort":"none","summary":null},"metadata":{},"user":null,"safety_identifier":null,'
+    b'"prompt_cache_key":null,"service_tier":"default"}'
+)
+"""What most responses say in these words: a packed one refers to them."""
 NO_ENDS = {"first_id": None, "last_id": None}
 
 Item = dict[str, Any]
@@ -60,7 +74,10 @@ class KeptResponse:
     def of(cls, response: bytes, input_: bytes, output: bytes, item_ids: tuple[str, ...], owner: str) -> KeptResponse:
         """Keep these; `output` are the response's items without their log-probabilities, which no model reads."""
         lengths, data = (len(response), len(input_), len(output)), response + input_ + output
-        return cls(item_ids, owner, zlib.compress(data, 1) if len(data) <= MAX_PACKED_BYTES else data, lengths)
+        if len(data) <= MAX_PACKED_BYTES:
+            packer = zlib.compressobj(1, zdict=TYPICAL)
+            data = packer.compress(data) + packer.flush()
+        return cls(item_ids, owner, data, lengths)
 
     @property
     def size(self) -> int:
@@ -96,7 +113,9 @@ class KeptResponse:
         return _items(self._part(2))
 
     def _part(self, index: int) -> bytes:
-        data = zlib.decompress(self._data) if sum(self._lengths) <= MAX_PACKED_BYTES else self._data
+        data = self._data
+        if sum(self._lengths) <= MAX_PACKED_BYTES:
+            data = zlib.decompressobj(zdict=TYPICAL).decompress(data)
         begin = sum(self._lengths[:index])
         return data[begin : begin + self._lengths[index]]
 
