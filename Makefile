@@ -6,8 +6,10 @@ ARGS ?=
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Two processes, which take whole files in the order of their names: those that take long come first.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest
+# Whole servers alone, for they share the processors with their clients; the rest in two processes.
+TESTS = $(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) tests/e2e && $(PYTEST) --ignore tests/e2e --numprocesses 2 --dist loadfile \
+  --no-loadscope-reorder)
 
 .PHONY: serve test test-optimized lint bench clean lock audit
 
@@ -17,11 +19,11 @@ serve: .venv/installed
 
 ## test: run the tests
 test: .venv/installed-dev
-	$(PYTEST) $(ARGS)
+	$(TESTS)
 
 ## test-optimized: the tests once more, in a Python that takes asserts out of the product: nothing may hang on them
 test-optimized: .venv/installed-dev
-	PYTHONOPTIMIZE=1 $(PYTEST) $(ARGS)
+	export PYTHONOPTIMIZE=1; $(TESTS)
 
 ## lint: style, types, and the direction of imports
 lint: .venv/installed-dev

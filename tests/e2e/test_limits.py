@@ -17,6 +17,9 @@ from openai import AsyncOpenAI, OpenAI
 
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
+FLOOD_TOKENS = 100
+"""So many that requests come sooner than others end."""
+
 
 async def flood(url: str, requests: int) -> list[httpx.Response]:
     """Send so many requests at once, streams and whole answers in turn."""
@@ -24,7 +27,7 @@ async def flood(url: str, requests: int) -> list[httpx.Response]:
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
 
         def ask(n: int) -> Any:
-            body = {"prompt": f"Request {n}", "max_tokens": 5, "ignore_eos": True, "stream": n % 2 == 0}
+            body = {"prompt": f"Request {n}", "max_tokens": FLOOD_TOKENS, "ignore_eos": True, "stream": n % 2 == 0}
             return client.post("/v1/completions", json=body)
 
         return await asyncio.gather(*(ask(n) for n in range(requests)))
@@ -44,7 +47,7 @@ def test_a_flood_is_answered_whole_or_refused_with_the_time_to_come_back(checkpo
                 assert answer.text.endswith("data: [DONE]\n\n")
                 assert '"error"' not in answer.text
             else:
-                assert answer.json()["usage"]["completion_tokens"] == 5
+                assert answer.json()["usage"]["completion_tokens"] == FLOOD_TOKENS
         server.wait_until_idle()
         with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
             with pytest.raises(openai.BadRequestError, match="at most 12 sequences at once, but 13"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -161,7 +162,7 @@ def test_a_connection_that_was_to_close_does(connection: Connection, expected: s
         (LENGTH + b"content-length: 3\r\n", 400),
         (b"content-length: -1\r\n", 400),
         (b"transfer-encoding: gzip\r\n", 400),
-        (b"x-a: %s\r\n" % (b"a" * 100_000), 431),
+        (b"x-a: %s\r\n" % (b"a" * 85_000), 431),
     ],
     ids=["both framings", "two lengths", "negative length", "unknown coding", "large header"],
 )
@@ -169,7 +170,10 @@ def test_what_is_refused_without_it_is_refused_with_it(server: ServerProcess, fr
     for asked in (b"", JAVA):
         connection = Connection(server.url)
         with connection.socket:
-            connection.send(request(asked + framing))
+            data = request(asked + framing)
+            connection.send(data[:60_000])
+            time.sleep(0.1 * (len(data) > 60_000))  # what is unread when the server closes takes its answer away
+            connection.send(data[60_000:])
             assert [reply.status for reply in connection.replies(2)] == [status]
 
 
