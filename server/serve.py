@@ -120,7 +120,7 @@ class _HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone: uvicorn would raise them again at the end, and the exit code would not be 0."""
+        """Leave the signals to us: uvicorn would close its listeners at the first one, while streams still run."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
