@@ -18,12 +18,12 @@ import torch
 from measure import report
 
 from pyllm.model import AttentionMetadata, DeepForCausalLM
+from pyllm.model.checkpoint.loader import load_checkpoint
+from pyllm.model.cpu.backend import NativeBackend
 from pyllm.model.fp8 import FP8, centre
-from pyllm.model.loader import load_checkpoint
-from pyllm.model.native import NativeBackend
 from pyllm.model.tokenizer import Tokenizer
-from pyllm.server.chat_template import ChatTemplate
-from pyllm.server.config import DEMO_FOLDER
+from pyllm.server.chat.template import ChatTemplate
+from pyllm.server.flags import DEMO_FOLDER
 
 PROMPTS = (
     "Hello!", "How do I stream a response?", "What can you do?", "What is 3 + 4?", "What is the capital of Italy?",

@@ -29,10 +29,10 @@ import httpx
 from measure import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from e2e.hostile import Outcome, Prober, canary, post, send_all
-from e2e.serving import PATIENCE, ServerProcess, is_running, posted, wait_for
-from e2e.soak import open_files, soak
 from e2e.test_hostile import CONCURRENCY, FLAGS, GROUPS
+from support.hostile import Outcome, Prober, canary, post, send_all
+from support.serving import PATIENCE, ServerProcess, is_running, posted, wait_for
+from support.soak import open_files, soak
 
 Result = dict[str, Any]
 PATH = "/v1/completions"

@@ -47,7 +47,7 @@ def write_weights(folder: Path) -> None:
     """Add `model.safetensors` with random weights in BF16 to a folder that `write_shape` made."""
     import torch
 
-    from pyllm.model.loader import load_checkpoint, save_checkpoint
+    from pyllm.model.checkpoint.loader import load_checkpoint, save_checkpoint
 
     model, _ = load_checkpoint(folder, dtype=torch.bfloat16, device=torch.device("cpu"), load_format="dummy")
     save_checkpoint(model, folder, dtype=torch.bfloat16)

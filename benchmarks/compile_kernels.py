@@ -32,8 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM, triton_sampling
-from pyllm.model.cuda import TritonBackend
+from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM
+from pyllm.model.cuda import sampling as triton_sampling
+from pyllm.model.cuda.backend import TritonBackend
 from pyllm.model.fp8 import FP8
 from pyllm.model.sampling import SamplingBatch
 

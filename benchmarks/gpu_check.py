@@ -59,7 +59,7 @@ def _prepare(dry: bool) -> list[str]:
     """Make the package importable as `pyllm` whatever is installed; return which modules are missing."""
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-        mends = ROOT / "tests" / "gpu" / "conftest.py"
+        mends = ROOT / "tests" / "model" / "cuda" / "conftest.py"
         if "triton" not in sys.modules and importlib.util.find_spec("pytest") and mends.is_file():
             spec = importlib.util.spec_from_file_location("interpreter_mends", mends)
             assert spec is not None

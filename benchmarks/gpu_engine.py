@@ -13,10 +13,10 @@ from gpu_measure import Machine
 
 from pyllm.engine.build import PREFILL_TOKENS
 from pyllm.engine.config import SpeculativeConfig
-from pyllm.engine.core import EngineCore
 from pyllm.engine.messages import EngineInfo, EngineRequest, SamplingParams
-from pyllm.engine.model_runner import ModelRunner
-from pyllm.engine.step_graphs import CudaGraphs, Reruns, token_counts
+from pyllm.engine.runner.model_runner import ModelRunner
+from pyllm.engine.runner.step_graphs import CudaGraphs, Reruns, token_counts
+from pyllm.engine.step.core import EngineCore
 from pyllm.model.config import DeepConfig
 from pyllm.model.network import DeepForCausalLM
 

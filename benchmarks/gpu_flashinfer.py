@@ -14,7 +14,7 @@ import torch
 from gpu_kernels import PAGE, step_of
 from gpu_measure import Machine
 
-from pyllm.model.cuda import TritonBackend
+from pyllm.model.cuda.backend import TritonBackend
 from pyllm.model.fp8 import FP8, has_fp8
 from pyllm.model.layer import DeepLayer
 

@@ -19,11 +19,11 @@ from gpu_kernels import PAGE, attention_config, randomise
 from limits import prefill_flops, step_bytes
 from torch import Tensor
 
-from pyllm.model import cuda
 from pyllm.model.backend import AttentionMetadata, Backend
+from pyllm.model.checkpoint.loader import load_checkpoint
 from pyllm.model.config import DeepConfig
+from pyllm.model.cuda import backend as cuda
 from pyllm.model.fp8 import FP8, has_fp8
-from pyllm.model.loader import load_checkpoint
 from pyllm.model.network import DeepForCausalLM
 from pyllm.model.sampling import SamplingBatch
 

@@ -4,7 +4,7 @@
     python benchmarks/gpu_tune.py --only decode --dry-run
 
 Each operation runs through all layers of the 1.5B shape, so that no weight is in the cache when it is read, as a CUDA
-graph. What is shipped (model/cuda_blocks.py) stands first, then the fastest. Kernels are compiled by many processes
+graph. What is shipped (model/cuda/blocks.py) stands first, then the fastest. Kernels are compiled by many processes
 beforehand; a shape that a GPU has no room for is left out. Microseconds are for one layer.
 """
 

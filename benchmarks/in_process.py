@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoint import write_shape
 
-from pyllm.engine.launch import THREAD_SETTINGS
+from pyllm.engine.client.launch import THREAD_SETTINGS
 
 # OpenMP reads its settings when torch loads it, so they come first.
 if "OMP_WAIT_POLICY" not in os.environ:

@@ -18,8 +18,8 @@ from typing import Any
 
 from checkpoint import SHAPES, write_shape
 
-from pyllm.server.bench import measure_load, own_server
-from pyllm.server.load_client import Target
+from pyllm.server.cli.bench import measure_load, own_server
+from pyllm.server.cli.load_client import Target
 
 PROC = Path("/proc")
 QUIET_SHARE = 0.02

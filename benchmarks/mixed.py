@@ -15,8 +15,8 @@ from itertools import count
 from checkpoint import SHAPES
 from measure import VOCAB_SIZE, report, served
 
-from pyllm.server.bench import random_prompts, run
-from pyllm.server.load_client import Client, LoadError, Target, closed_loop, quantile
+from pyllm.server.cli.bench import random_prompts, run
+from pyllm.server.cli.load_client import Client, LoadError, Target, closed_loop, quantile
 
 
 async def streams(target: Target, number: int, output_len: int, prompt_len: int) -> tuple[list[float], int]:

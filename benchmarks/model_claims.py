@@ -28,9 +28,9 @@ from measure import VOCAB_SIZE, report
 from torch import Tensor
 
 from pyllm.model.backend import AttentionMetadata, Backend
+from pyllm.model.checkpoint.loader import load_checkpoint
 from pyllm.model.config import DeepConfig
 from pyllm.model.layer import DeepLayer
-from pyllm.model.loader import load_checkpoint
 from pyllm.model.network import DeepForCausalLM, LayerState
 from pyllm.model.tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ import statistics
 from checkpoint import SHAPES
 from measure import VOCAB_SIZE, load, report, served
 
-from pyllm.server.bench import random_prompts, run
-from pyllm.server.load_client import Answer, LoadError, Target, closed_loop
+from pyllm.server.cli.bench import random_prompts, run
+from pyllm.server.cli.load_client import Answer, LoadError, Target, closed_loop
 
 # Small enough that the first requests go through all of it: else the cache, which forgets last what was used last, is
 # charged for memory that the system provides for the first time, and that costs any server the same in the end.

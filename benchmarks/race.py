@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 from measure import family, family_seconds, load, peak_memory_mib, report
 
-from pyllm.server.load_client import Target
+from pyllm.server.cli.load_client import Target
 
 SHOWN = ("output_tok_s", "ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms")
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from checkpoint import SHAPES
 from measure import load, peak_memory_mib, report, served
 
-from pyllm.server.load_client import Target
+from pyllm.server.cli.load_client import Target
 
 TOGETHER = 8
 

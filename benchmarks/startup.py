@@ -22,8 +22,8 @@ import checkpoint
 from checkpoint import SHAPES
 from measure import VOCAB_SIZE, load, peak_memory_mib, report
 
-from pyllm.server.bench import own_server, random_prompts, run
-from pyllm.server.load_client import LoadError, Target, closed_loop
+from pyllm.server.cli.bench import own_server, random_prompts, run
+from pyllm.server.cli.load_client import LoadError, Target, closed_loop
 
 BLOCKS, BLOCK_SIZE, CLIENTS = 640, 16, 32
 """32 clients with 128 + 128 tokens fill four fifths of these blocks at once, so nobody must wait."""

@@ -9,24 +9,24 @@ from typing import NamedTuple
 import torch
 
 from ..model.backend import Backend
+from ..model.checkpoint.loader import load_checkpoint
 from ..model.config import CheckpointError, DeepConfig
+from ..model.cpu.backend import NativeBackend
+from ..model.cpu.backend import available as native_available
 from ..model.fp8 import FP8, centre, has_fp8
 from ..model.layer import DeepLayer
-from ..model.loader import load_checkpoint
-from ..model.native import NativeBackend
-from ..model.native import available as native_available
 from ..model.network import DeepForCausalLM
 from ..model.tokenizer import Tokenizer
 from .config import EngineConfig
-from .core import EngineCore
 from .errors import EngineStartError
-from .grammar import GrammarCompiler
+from .grammar.state import GrammarCompiler
 from .memory import is_out_of_memory, num_kv_blocks
 from .messages import EngineInfo, EngineRequest, Kernels, SamplingParams
-from .model_runner import ModelRunner
-from .request import Request
-from .scheduler import ScheduledSequence
-from .step_graphs import CudaGraphs, GraphMaker, StepGraphs, token_counts
+from .runner.model_runner import ModelRunner
+from .runner.step_graphs import CudaGraphs, GraphMaker, StepGraphs, token_counts
+from .step.core import EngineCore
+from .step.request import Request
+from .step.scheduler import ScheduledSequence
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _choose_kernels(config: EngineConfig, model: DeepForCausalLM, device: torch.
 
 def cuda_ops(model: DeepForCausalLM, *, deterministic: bool = False) -> Backend:
     """The Triton kernels, or plain torch with a warning where they cannot run."""
-    from ..model import cuda  # Triton takes its time, which nobody without a GPU should spend
+    from ..model.cuda import backend as cuda  # Triton takes its time, which nobody without a GPU should spend
 
     reason = "Triton is not installed, or they cannot hold this model"
     if cuda.available(model.config):

@@ -24,13 +24,13 @@ import msgspec
 import torch
 
 from ..model.network import LayerState
-from .core import EngineCore
 from .messages import StepOutputs
-from .request import Request
-from .runner import Launched, Runner
-from .sampler import SampledToken
-from .scheduler import ScheduledSequence
-from .watcher import Watcher
+from .runner.expert_stats import Watcher
+from .runner.sampler import SampledToken
+from .step.core import EngineCore
+from .step.request import Request
+from .step.runner import Launched, Runner
+from .step.scheduler import ScheduledSequence
 
 KINDS = ("prepare", "sample", "once", "take", "text", "memory", "slow", "hang", "broken", "exit", "crash")
 SLOW_SECONDS = 0.8

@@ -9,14 +9,14 @@ from typing import Any
 
 import msgspec
 
-from ..model.hub import resolve_model
+from ..model.checkpoint.hub import resolve_model
 from ..model.tokenizer import Tokenizer
 from .build import build_engine
+from .client.output_processor import OutputProcessor, RequestOutput
 from .config import EngineConfig
 from .errors import EngineStartError
 from .messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
-from .output_processor import OutputProcessor, RequestOutput
-from .request import resolve_request
+from .step.request import resolve_request
 
 
 @dataclass(slots=True)

@@ -55,7 +55,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
             (a single one always). Where they and `min_tokens` rule out all that is allowed, they rule out nothing.
         allowed_token_ids: only these may be generated; None allows all.
         prompt_logprobs: None for none; else as `logprobs`, for every token of the prompt but the first.
-        grammar: what the text must obey, in llguidance's grammar language (see `engine/grammar.py`); None is anything.
+        grammar: what the text must obey, in llguidance's grammar language (see `engine/grammar`); None is anything.
         return_dynamics: report what the network did for each token (`TokenDynamics`).
     """
 

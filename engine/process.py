@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import msgspec
 
 from .config import EngineConfig
-from .core import EngineCore
 from .errors import EngineStartError, RequestError, describe
 from .messages import (
     LENGTH_BYTES,
@@ -35,7 +34,8 @@ from .messages import (
     TokenOutput,
     encode_frame,
 )
-from .outputs import failure_of
+from .step.core import EngineCore
+from .step.outputs import failure_of
 
 _GRAMMAR_READY = Abort(request_ids=[])
 """Wakes the loop up, and asks for nothing."""

@@ -162,8 +162,8 @@ class DeepForCausalLM(nn.Module):
         Raises:
             CheckpointError: the checkpoint cannot be found or used; one plain sentence.
         """
-        from .hub import resolve_model
-        from .loader import load_checkpoint
+        from .checkpoint.hub import resolve_model
+        from .checkpoint.loader import load_checkpoint
 
         model, _ = load_checkpoint(resolve_model(str(name_or_path)), dtype=dtype, device=torch.device(device))
         return model

@@ -18,20 +18,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 
 from .. import __version__
-from .body import BodyRoom, read_body
-from .chat import create_chat_completion
-from .completions import create_completion
-from .config import ServerConfig
-from .embeddings import create_embedding
-from .errors import ApiError, JsonResponse, error_response, to_api_error, unavailable
-from .messages import count_tokens, create_message
-from .middleware import RequestMiddleware
-from .pages import add_page_routes
-from .protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
-from .protocol.common import ErrorAnswer, ModelCard, ModelList
-from .protocol.completions import Completion, CompletionRequest
-from .protocol.embeddings import EmbeddingList, EmbeddingRequest
-from .protocol.messages import (
+from .api.chat.route import create_chat_completion
+from .api.chat.wire import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from .api.completions.route import create_completion
+from .api.completions.wire import Completion, CompletionRequest
+from .api.embeddings.route import create_embedding
+from .api.embeddings.wire import EmbeddingList, EmbeddingRequest
+from .api.fields import ErrorAnswer, ModelCard, ModelList
+from .api.messages.route import count_tokens, create_message
+from .api.messages.wire import (
     CountTokensRequest,
     MessageAnswer,
     MessageEvent,
@@ -39,13 +34,18 @@ from .protocol.messages import (
     MessagesRequest,
     TokenCount,
 )
-from .protocol.responses import ResponseEvent, ResponseObject, ResponseRequest
-from .protocol.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
-from .response_store import ResponseStore, add_store_routes
-from .responses import create_response
-from .served_model import ServedModel
-from .tokenize import detokenize, tokenize
-from .tracing import Tracing
+from .api.pages import add_page_routes
+from .api.responses.route import create_response
+from .api.responses.store import ResponseStore, add_store_routes
+from .api.responses.wire import ResponseEvent, ResponseObject, ResponseRequest
+from .api.tokenize.route import detokenize, tokenize
+from .api.tokenize.wire import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
+from .flags import ServerConfig
+from .generation.served_model import ServedModel
+from .generation.tracing import Tracing
+from .http.body import BodyRoom, read_body
+from .http.errors import ApiError, JsonResponse, error_response, to_api_error, unavailable
+from .http.middleware import RequestMiddleware
 
 REFERENCE = "#/components/schemas/{model}"
 

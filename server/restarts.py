@@ -13,7 +13,7 @@ from ..engine.errors import EngineStartError
 
 if TYPE_CHECKING:
     from .app import Service
-    from .served_model import ServedModel
+    from .generation.served_model import ServedModel
 
 logger = logging.getLogger("pyllm.server")
 

@@ -23,13 +23,13 @@ import uvicorn
 import uvloop
 
 from .. import __version__
-from ..engine.launch import EngineProcess
+from ..engine.client.launch import EngineProcess
 from .app import Service, create_app
-from .config import ConfigError, ServerConfig
-from .http_protocol import UNSENT_BYTES, HttpProtocol, connection_limits
+from .flags import ConfigError, ServerConfig
+from .generation.served_model import ServedModel, load
+from .generation.tracing import Tracing
+from .http.protocol import UNSENT_BYTES, HttpProtocol, connection_limits
 from .restarts import Restarts
-from .served_model import ServedModel, load
-from .tracing import Tracing
 
 logger = logging.getLogger("pyllm.server")
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 # Before they are imported:
-pytest.register_assert_rewrite("e2e.hostile", "e2e.serving", "e2e.soak", "paged_runner", "responses_client")
+pytest.register_assert_rewrite(
+    "support.hostile", "support.serving", "support.soak", "support.paged_runner", "support.responses_client"
+)
 
 import torch  # noqa: E402
-from checkpoints import write_checkpoint  # noqa: E402
+from support.checkpoints import write_checkpoint  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, whoever imports it first

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from e2e.serving import PATIENCE, ServerProcess, wait_for
 from prometheus_client.parser import text_string_to_metric_families
+from support.serving import PATIENCE, ServerProcess, wait_for
 
 MONITORING = Path(__file__).resolve().parents[1] / "docker" / "monitoring"
 DASHBOARDS = sorted(MONITORING.glob("grafana/dashboards/*.json"))

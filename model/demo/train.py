@@ -24,10 +24,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor, nn
 
 from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM
+from pyllm.model.checkpoint.loader import save_checkpoint
 from pyllm.model.demo.corpus import Pairs, Sample
 from pyllm.model.demo.muon import Muon
 from pyllm.model.demo.prose import common_words, load_prose
-from pyllm.model.loader import save_checkpoint
 
 HERE = Path(__file__).resolve().parent
 SEED = 20261122

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from checkpoints import TINY, write_checkpoint
-from e2e.serving import PATIENCE, ServerProcess
 from openai import AsyncOpenAI, OpenAI
+from support.checkpoints import TINY, write_checkpoint
+from support.serving import PATIENCE, ServerProcess
 
 FLAGS = ("--dtype", "float32", "--max-num-batched-tokens", "64", "--max-num-seqs", "24")
 

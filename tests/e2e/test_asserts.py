@@ -11,9 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from e2e import serving
-from e2e.hostile import canary
-from e2e.serving import PATIENCE, ServerProcess, children
+from support import serving
+from support.hostile import canary
+from support.serving import PATIENCE, ServerProcess, children
 
 JSON_OBJECT = {"type": "json_object"}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, environment
+from support.serving import PATIENCE, ServerProcess, environment
 
 FIRST, SECOND = "first-key-4f9c", "clé-zweite-77aa"
 WORDS = "The same words again, so that there is something to share. " * 4

@@ -7,8 +7,8 @@ import random
 from typing import Any
 
 import pytest
-from e2e.serving import ServerProcess
 from openai import AsyncOpenAI
+from support.serving import ServerProcess
 
 FOREVER = 8000
 """Tokens that no request of these tests lives to see."""

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, environment
+from support.serving import PATIENCE, ServerProcess, environment
 
-from pyllm.server.bench import run
-from pyllm.server.load_client import Answer, LoadError, Target, closed_loop, summarize
+from pyllm.server.cli.bench import run
+from pyllm.server.cli.load_client import Answer, LoadError, Target, closed_loop, summarize
 
 SMALL = ("--num-requests", "6", "--input-len", "5", "--output-len", "7", "--vocab-size", "200")
 

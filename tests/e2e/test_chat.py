@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from checkpoints import byte_tokenizer
 from openai import AsyncOpenAI, OpenAI
-from reference import full_forward
 from safetensors.torch import load_file
+from support.checkpoints import byte_tokenizer
+from support.reference import full_forward
 
 GREEDY = {"temperature": 0}
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 41}

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.serving import PATIENCE, environment, wait_for
 from openai import OpenAI
+from support.serving import PATIENCE, environment, wait_for
 
 import pyllm
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from checkpoints import TINY, write_checkpoint
-from e2e.serving import FOREVER, PATIENCE, ServerProcess, environment, posted, wait_for_load
+from support.checkpoints import TINY, write_checkpoint
+from support.serving import FOREVER, PATIENCE, ServerProcess, environment, posted, wait_for_load
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "Hi"}

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from checkpoints import byte_tokenizer
 from openai import BadRequestError, OpenAI
+from support.checkpoints import byte_tokenizer
 
 from pyllm.model import DeepForCausalLM
 from pyllm.model.network import AttentionMetadata

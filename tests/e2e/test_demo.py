@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, environment
 from openai import AsyncOpenAI, OpenAI
+from support.serving import PATIENCE, ServerProcess, environment
 
 QUESTIONS = [
     ("Hello!", r"hello|hi\b|welcome"),

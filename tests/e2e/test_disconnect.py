@@ -7,8 +7,8 @@ from itertools import islice
 
 import httpx
 import pytest
-from e2e.serving import FOREVER, ServerProcess, posted, wait_for_load
 from openai import OpenAI
+from support.serving import FOREVER, ServerProcess, posted, wait_for_load
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, environment
+from support.serving import PATIENCE, ServerProcess, environment
 
-from pyllm.server.config import DEMO_FOLDER
+from pyllm.server.flags import DEMO_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "docs/api.md", "docs/tools.md", "docs/endpoints.md"]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import byte_tokenizer
-from e2e.serving import ServerProcess
 from openai import BadRequestError, OpenAI
+from support.checkpoints import byte_tokenizer
+from support.serving import ServerProcess
 
 from pyllm.model import DeepForCausalLM
 from pyllm.model.network import AttentionMetadata

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.serving import FOREVER, PATIENCE, ServerProcess, children, is_running, wait_for, wait_for_load
+from support.serving import FOREVER, PATIENCE, ServerProcess, children, is_running, wait_for, wait_for_load
 
 pytestmark = pytest.mark.anyio
 HANG = 2.0

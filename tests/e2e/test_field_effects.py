@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.field_probes import BASES, BOOKKEEPING, COMPLETIONS, COUNT, ELSEWHERE, LIMIT, NESTED, PROBES, RESPONSES
-from e2e.serving import ServerProcess
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from support.field_probes import BASES, BOOKKEEPING, COMPLETIONS, COUNT, ELSEWHERE, LIMIT, NESTED, PROBES, RESPONSES
+from support.serving import ServerProcess
 
 from pyllm.server.app import ENDPOINTS
 

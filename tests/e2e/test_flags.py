@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, environment
+from support.serving import PATIENCE, ServerProcess, environment
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
-from e2e import hostile_bodies, hostile_bytes, hostile_forms
-from e2e.hostile import LATEST, Case, Prober, canary, send_all
-from e2e.serving import ServerProcess
+from support import hostile_bodies, hostile_bytes, hostile_forms
+from support.hostile import LATEST, Case, Prober, canary, send_all
+from support.serving import ServerProcess
 
 SEED = 6
 GROUPS: dict[str, Callable[[], Iterable[Case]]] = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.bodies import POSTS
-from e2e.serving import PATIENCE, ServerProcess
+from support.bodies import POSTS
+from support.serving import PATIENCE, ServerProcess
 
 STREAMS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
 GETS = {

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from e2e.conftest import FLAGS
-from e2e.serving import PATIENCE, ServerProcess
+from support.serving import PATIENCE, ServerProcess
 
 pytestmark = pytest.mark.anyio
 INSIDE = ("Traceback", "Planted", "planted", ".py", "RuntimeError", "allocate")

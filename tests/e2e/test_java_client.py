@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, environment
+from support.serving import PATIENCE, ServerProcess, environment
 
 SOURCE = Path(__file__).parent / "java" / "Client.java"
 METHODS = re.findall(r"^    static void (\w+)\(\) ", SOURCE.read_text(encoding="utf-8"), re.MULTILINE)

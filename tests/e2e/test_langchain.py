@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from e2e.serving import PATIENCE, ServerProcess
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
+from support.serving import PATIENCE, ServerProcess
 
 
 class Person(BaseModel):

@@ -26,16 +26,16 @@ import httpx
 import msgspec
 import pytest
 import uvloop
-from e2e.serving import PATIENCE
+from support.serving import PATIENCE
 
 from pyllm.engine.build import build_engine
+from pyllm.engine.client.launch import EngineProcess
 from pyllm.engine.config import EngineConfig
-from pyllm.engine.launch import EngineProcess
 from pyllm.engine.messages import Abort, EngineRequest, FromEngine, SamplingParams, Shutdown, StepOutputs, encode_frame
 from pyllm.engine.process import read_frames
 from pyllm.engine.process import serve as serve_engine
 from pyllm.server import serve
-from pyllm.server.config import ServerConfig
+from pyllm.server.flags import ServerConfig
 
 WINDOWS, ROUNDS = 4, 4
 """How often memory is compared, after so many rounds of requests each, behind one window for what is made only once."""

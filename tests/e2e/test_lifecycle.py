@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from e2e.serving import FOREVER, PATIENCE, ServerProcess, children, is_running, posted, wait_for, wait_for_load
 from openai import OpenAI
+from support.serving import FOREVER, PATIENCE, ServerProcess, children, is_running, posted, wait_for, wait_for_load
 
 
 def connect(server: ServerProcess) -> OpenAI:

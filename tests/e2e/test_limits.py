@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from checkpoints import TINY, write_checkpoint
-from e2e.serving import PATIENCE, ServerProcess, wait_for
 from openai import AsyncOpenAI, OpenAI
+from support.checkpoints import TINY, write_checkpoint
+from support.serving import PATIENCE, ServerProcess, wait_for
 
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 

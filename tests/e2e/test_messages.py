@@ -16,8 +16,8 @@ from anthropic import (
     NotFoundError,
 )
 from anthropic.types import Message
-from e2e.serving import PATIENCE, ServerProcess
 from pydantic import BaseModel
+from support.serving import PATIENCE, ServerProcess
 
 KEY = "open sesame"
 GREEDY = {"temperature": 0}

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, environment
+from support.serving import PATIENCE, ServerProcess, environment
 
 VERSION = "7.57.0"
 SCRIPTS = sorted(path for path in (Path(__file__).parent / "node").glob("*.mjs") if path.stem != "client")

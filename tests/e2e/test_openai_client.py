@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from e2e.serving import PATIENCE, ServerProcess
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
+from support.serving import PATIENCE, ServerProcess
 
 USER = {"role": "user", "content": "Who is there?"}
 SEEDED = {"temperature": 1, "seed": 3}

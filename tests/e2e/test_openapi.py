@@ -9,8 +9,6 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from e2e.bodies import POSTS
-from e2e.serving import PATIENCE, ServerProcess
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import (
@@ -19,9 +17,11 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from support.bodies import POSTS
+from support.serving import PATIENCE, ServerProcess
 
 from pyllm.server.app import ENDPOINTS, Service, create_app
-from pyllm.server.config import ServerConfig
+from pyllm.server.flags import ServerConfig
 
 CHECKS = [
     schemathesis.checks.not_a_server_error,

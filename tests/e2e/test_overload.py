@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.serving import PATIENCE, ServerProcess, wait_for
+from support.serving import PATIENCE, ServerProcess, wait_for
 
 REQUESTS = 400
 SOON = 4.0

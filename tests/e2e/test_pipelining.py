@@ -7,8 +7,8 @@ import socket
 
 import httpx
 import pytest
-from e2e.hostile import Reply, parse_replies
-from e2e.serving import PATIENCE, ServerProcess, posted
+from support.hostile import Reply, parse_replies
+from support.serving import PATIENCE, ServerProcess, posted
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 MANY = 3000

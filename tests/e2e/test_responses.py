@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from e2e.serving import PATIENCE, ServerProcess
 from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, Field, TypeAdapter
+from support.serving import PATIENCE, ServerProcess
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_output_tokens": 80}
 SUM = "What is 7+5?"

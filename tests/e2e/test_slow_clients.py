@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.serving import FOREVER, ServerProcess, wait_for
+from support.serving import FOREVER, ServerProcess, wait_for
 
 HEADER, BODY, WRITE = 1.5, 2.0, 2.0
 """The limits of the server here, in seconds; as long as that again may pass before it looks."""

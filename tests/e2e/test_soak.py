@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from e2e.serving import ServerProcess, wait_for
-from e2e.soak import PROBE, Soak, memory, open_files, soak
+from support.serving import ServerProcess, wait_for
+from support.soak import PROBE, Soak, memory, open_files, soak
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in Linux's /proc")
 FLAGS = ("--served-model-name", "tiny", "--max-num-seqs", "16", "--num-kv-blocks", "512")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
-from e2e.serving import ServerProcess, wait_for
 from openai import OpenAI
+from support.serving import ServerProcess, wait_for
 
 import pyllm
 

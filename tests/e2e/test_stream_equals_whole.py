@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.serving import PATIENCE, ServerProcess
+from support.serving import PATIENCE, ServerProcess
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 REQUESTS, BATCH, AT_ONCE = 300, 50, 16

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
-from e2e.serving import PATIENCE, ServerProcess
 from openai import OpenAI, pydantic_function_tool
 from pydantic import BaseModel
+from support.serving import PATIENCE, ServerProcess
 
 WEATHER: Any = {
     "type": "function",

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.serving import PATIENCE, ServerProcess
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from support.serving import PATIENCE, ServerProcess
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from e2e.bodies import POSTS
-from e2e.hostile import Reply, parse_replies
-from e2e.serving import PATIENCE, ServerProcess, wait_for
+from support.bodies import POSTS
+from support.hostile import Reply, parse_replies
+from support.serving import PATIENCE, ServerProcess, wait_for
 
 PATH = "/v1/completions"
 BODY = json.dumps(POSTS[PATH]).encode()

@@ -7,14 +7,14 @@ import random
 from pathlib import Path
 
 import pytest
-from reference import full_forward
 from safetensors.torch import load_file
+from support.reference import full_forward
 
 from pyllm import LLM, SamplingParams
 from pyllm.engine.build import build_engine
 from pyllm.engine.config import EngineConfig
-from pyllm.engine.core import EngineCore
 from pyllm.engine.messages import EngineRequest
+from pyllm.engine.step.core import EngineCore
 
 VOCAB = 272
 

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from pyllm.engine.build import build_engine
 from pyllm.engine.config import EngineConfig
-from pyllm.engine.core import EngineCore
 from pyllm.engine.messages import EngineRequest, SamplingParams
+from pyllm.engine.step.core import EngineCore
 
 TOKENS = 48
 

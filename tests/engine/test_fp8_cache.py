@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import TINY, random_model, write_checkpoint
+from support.checkpoints import TINY, random_model, write_checkpoint
 
 from pyllm import LLM, SamplingParams
 from pyllm.engine.build import build_engine
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
-from pyllm.engine.model_runner import ModelRunner
+from pyllm.engine.runner.model_runner import ModelRunner
 from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM
+from pyllm.model.checkpoint.loader import save_checkpoint
 from pyllm.model.fp8 import FP8, centre, narrow
-from pyllm.model.loader import save_checkpoint
 
 SIZES = {"block_size": 4, "max_model_len": 160, "max_num_seqs": 4, "max_num_batched_tokens": 24}
 PROMPTS = [[(7 * i + n) % 250 + 4 for i in range(length)] for n, length in enumerate((30, 3, 41, 17))]

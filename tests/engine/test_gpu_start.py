@@ -23,7 +23,7 @@ def test_without_a_gpu_device_cuda_is_refused_in_one_sentence(tiny_checkpoint):
 
 
 def test_kernels_that_cannot_run_are_replaced_with_a_warning(tiny_checkpoint, monkeypatch, caplog):
-    from pyllm.model import cuda
+    from pyllm.model.cuda import backend as cuda
 
     class Broken(Backend):
         def __init__(self, model: DeepForCausalLM, *, deterministic: bool) -> None:
@@ -44,7 +44,7 @@ def test_kernels_that_cannot_run_are_replaced_with_a_warning(tiny_checkpoint, mo
 
 @pytest.mark.parametrize("usable", [True, False])
 def test_deterministic_on_a_gpu_makes_such_kernels_or_refuses_in_one_sentence(tiny_checkpoint, monkeypatch, usable):
-    from pyllm.model import cuda
+    from pyllm.model.cuda import backend as cuda
 
     made: list[bool] = []
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from reference import full_forward
 from safetensors.torch import load_file
+from support.reference import full_forward
 
 from pyllm import LLM, SamplingParams
 from pyllm.engine.errors import EngineStartError, RequestError

@@ -7,7 +7,7 @@ import time
 
 import msgspec
 import pytest
-from paged_runner import make_core, message
+from support.paged_runner import make_core, message
 
 from pyllm.engine import process as module
 from pyllm.engine.messages import LENGTH_BYTES, Alive, FromEngine, Ping, Shutdown, StepOutputs, encode_frame

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from checkpoints import TINY, random_model
+from support.checkpoints import TINY, random_model
 
 from pyllm.engine.build import build_engine
 from pyllm.engine.config import EngineConfig
-from pyllm.engine.core import EngineCore
 from pyllm.engine.messages import EngineRequest, Pooling, SamplingParams
-from pyllm.model.loader import save_checkpoint
-from pyllm.model.native import available
+from pyllm.engine.step.core import EngineCore
+from pyllm.model.checkpoint.loader import save_checkpoint
+from pyllm.model.cpu.backend import available
 
 MODEL = replace(TINY, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)
 MAX_LEN = 128

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import TINY
+from support.checkpoints import TINY
 
 from pyllm.model import Architecture, CheckpointError, DeepConfig, DeepForCausalLM
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import TINY, random_model
-from reference import full_forward
 from safetensors.torch import load_file
+from support.checkpoints import TINY, random_model
+from support.reference import full_forward
 
 from pyllm.model import AttentionMetadata, DeepForCausalLM
-from pyllm.model.loader import save_checkpoint
+from pyllm.model.checkpoint.loader import save_checkpoint
 from pyllm.model.network import LayerState
 
 VARIANTS = {

@@ -15,7 +15,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from pyllm.engine.async_engine import Bell, RequestStream
+from pyllm.engine.client.async_engine import Bell, RequestStream
+from pyllm.engine.client.output_processor import OutputProcessor
 from pyllm.engine.errors import EngineBusyError, EngineDeadError
 from pyllm.engine.messages import (
     EngineInfo,
@@ -28,14 +29,13 @@ from pyllm.engine.messages import (
     TokenLogprobs,
     TokenOutput,
 )
-from pyllm.engine.output_processor import OutputProcessor
-from pyllm.engine.request import resolve_request
+from pyllm.engine.step.request import resolve_request
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.app import Service, create_app
-from pyllm.server.chat_template import ChatTemplate
-from pyllm.server.config import ServerConfig
-from pyllm.server.metrics import Metrics
-from pyllm.server.served_model import ServedModel
+from pyllm.server.chat.template import ChatTemplate
+from pyllm.server.flags import ServerConfig
+from pyllm.server.generation.metrics import Metrics
+from pyllm.server.generation.served_model import ServedModel
 
 CONTEXT = 200
 

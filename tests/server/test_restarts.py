@@ -12,7 +12,7 @@ import pytest
 from pyllm.engine.errors import EngineStartError
 from pyllm.engine.messages import EngineStats, StepOutputs
 from pyllm.server import restarts as module
-from pyllm.server.metrics import Metrics
+from pyllm.server.generation.metrics import Metrics
 from pyllm.server.restarts import Restarts
 
 

@@ -10,9 +10,9 @@ import socket
 import msgspec
 import pytest
 
-from pyllm.engine.launch import EngineProcess
+from pyllm.engine.client.launch import EngineProcess
 from pyllm.server import serve as module
-from pyllm.server.config import ConfigError, ServerConfig
+from pyllm.server.flags import ConfigError, ServerConfig
 
 
 class Listener:

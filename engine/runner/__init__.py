@@ -1,0 +1,1 @@
+"""The tensors of one step: inputs, the forward pass, sampling."""

@@ -1,0 +1,1 @@
+"""One step: which requests run, and what becomes of their tokens. Needs no weights."""

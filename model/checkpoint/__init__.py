@@ -1,0 +1,1 @@
+"""Finding and reading checkpoints: hub, files, eras."""

@@ -1,0 +1,217 @@
+"""Every published format of checkpoint: how its tensor names tell it, and where each tensor lies in the network.
+
+Reading and writing both follow `ERAS`, so a new era is one entry (and, where its network differs, a line in `detect`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config import Architecture, DeepConfig
+from ..network import DeepForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where (a part of the columns of) a file's tensor lies in the network.
+
+    Attributes:
+        parameter: its name in the network, without `layers.N.`.
+        block: names of the blocks it fills along the first dimensions, see `_blocks`; the rest is taken whole.
+        transposed: the file has [in, out] where the network has [out, in].
+        leading: dimensions of size 1 that the file has in front.
+    """
+
+    parameter: str
+    block: tuple[str, ...] = ()
+    transposed: bool = False
+    leading: int = 0
+
+
+Places = tuple[Place, ...]  # side by side along the columns of the file's tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Era:
+    """A line of checkpoints: the name that only its files have, and where each tensor goes."""
+
+    name: str
+    marker_key: str
+    layer: Mapping[str, Places]
+    experts: Mapping[str, Places]
+    routes_by_modulo: bool = True
+    """What a file without `token_to_expert` means: id mod experts; if False the file must have the table."""
+
+
+TOP: dict[str, Places] = {
+    "embed_tokens.weight": (Place("embed_tokens"),),
+    "norm.weight": (Place("norm"),),
+    "lm_head.weight": (Place("lm_head"),),
+    "mu_init": (Place("mu_init", leading=2),),
+}
+BLOCK: dict[str, Places] = {
+    "input_layernorm.weight": (Place("input_norm"),),
+    "self_attn.k_proj.weight": (Place("kqv_proj", ("k", "x")),),
+    "self_attn.q_proj.weight": (Place("kqv_proj", ("q", "x")),),
+    "self_attn.v_proj.weight": (Place("kqv_proj", ("v", "x")),),
+    "self_attn.mu_to_k.weight": (Place("kqv_proj", ("k", "mu")),),
+    "self_attn.mu_to_q.weight": (Place("kqv_proj", ("q", "mu")),),
+    "self_attn.mu_to_v.weight": (Place("kqv_proj", ("v", "mu")),),
+    "self_attn.k_norm.weight": (Place("k_norm"),),
+    "self_attn.q_norm.weight": (Place("q_norm"),),
+    "self_attn.o_proj.weight": (Place("o_proj"),),
+    "post_attention_layernorm.weight": (Place("post_norm"),),
+    "mlp.mu_router.weight": (Place("router"),),
+    "mlp.token_to_expert": (Place("token_to_expert"),),
+}
+
+
+def _dynamics(first: str, second: str) -> dict[str, Places]:
+    return BLOCK | {
+        "dynamics.mu": (Place("mu"),),
+        "dynamics.mu_proj.weight": (Place("dynamics_in", ("mu_proj",)),),
+        f"dynamics.{first}.weight": (Place("dynamics_in", ("controller", "x")), Place("controller_v")),
+        f"dynamics.{first}.bias": (Place("controller_bias"),),
+        f"dynamics.{second}.weight": (Place("controller_out"),),
+        f"dynamics.{second}.bias": (Place("controller_out_bias"),),
+    }
+
+
+CONTROLLER_0_2 = _dynamics("controller.0", "controller.2")
+CONTROLLER_IN_OUT = _dynamics("controller_in", "controller_out")
+MU_GUIDANCE = BLOCK | {
+    "mu_guidance.mu": (Place("mu"),),
+    "mu_guidance.mu_proj.weight": (Place("mu_guidance_proj"),),
+    "mlp.shared_gate.weight": (Place("shared_gate_up", ("shared_gate",)),),
+    "mlp.shared_up.weight": (Place("shared_gate_up", ("shared_up",)),),
+    "mlp.shared_down.weight": (Place("shared_down"),),
+}
+
+
+def _experts(kind: str, block: str, suffix: str = "", *, transposed: bool = False) -> dict[str, Places]:
+    """The three matrices of a SwiGLU MLP under their names in the file."""
+    return {
+        f"mlp.{kind}gate_proj{suffix}": (Place("gate_up", (block, "gate"), transposed),),
+        f"mlp.{kind}up_proj{suffix}": (Place("gate_up", (block, "up"), transposed),),
+        f"mlp.{kind}down_proj{suffix}": (Place("down", (block,), transposed),),
+    }
+
+
+DENSE = _experts("", "first", ".weight")  # of every era, with use_token_routed_mlp: false
+SEPARATE = _experts("", "experts", transposed=True)
+FUSED: dict[str, Places] = {
+    "mlp.gate_up_proj": (Place("gate_up", transposed=True),),
+    "mlp.down_proj": (Place("down", transposed=True),),
+}
+LATEST = Era("0.12-0.14", "dynamics.controller_in.weight", CONTROLLER_IN_OUT, FUSED)
+REWRITE = Era("2026-03", "mu_guidance.mu", MU_GUIDANCE, _experts("", "experts", "_w", transposed=True))
+# The first whose marker key is among a file's names counts, so later eras come first.
+ERAS = (
+    REWRITE,
+    LATEST,
+    Era("0.10-0.11", "self_attn.mu_to_v.weight", CONTROLLER_0_2, SEPARATE),
+    Era("0.9", "self_attn.mu_to_k.weight", CONTROLLER_0_2, SEPARATE),
+    Era("0.8", "dynamics.mu_proj.weight", CONTROLLER_0_2, SEPARATE),
+    Era(
+        "0.4.0",
+        "mlp.experts.{e}.gate_proj.weight",
+        CONTROLLER_0_2,
+        _experts("experts.{e}.", "expert", ".weight"),
+        routes_by_modulo=False,
+    ),
+    Era("0.4.3-0.7", "dynamics.controller.0.weight", CONTROLLER_0_2, SEPARATE),
+)
+# Tensors that a file may lack: their term is zero, and the table of experts is then id mod experts.
+OPTIONAL = re.compile(r"mu_init|.*\.(mu_to_[qkv]\.weight|mu_proj\.weight|mu_router\.weight|token_to_expert)")
+# Tensors that are computed afresh: BF16 files hold rounded ones.
+BUFFER = re.compile(r"(.*\.)?(inv_freq|cos_cached|sin_cached|dynamics\.safety_clamp\..+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A view of the network's tensor, resolved for one layer."""
+
+    target: Tensor
+    width: int
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the network expects under one name: the file's shape and its parts, from left to right."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def detect(shapes: Mapping[str, tuple[int, ...]], config: DeepConfig) -> tuple[Era, Architecture] | None:
+    """The era that a file's tensor names (without `model.`) show and the parts its network has; None if unknown."""
+    names = {re.sub(r"experts\.\d+", "experts.{e}", re.sub(r"^layers\.\d+\.", "", key)) for key in shapes}
+    era = next((era for era in ERAS if era.marker_key in names), None)
+    if era is None:
+        return None
+    guided = era is REWRITE
+    shared = next((sum(shape[:1]) for key, shape in shapes.items() if key.endswith("shared_gate.weight")), 0)
+    return era, Architecture(
+        era=era.name,
+        dynamics=not guided,
+        contextual_mu="dynamics.mu_proj.weight" in names,
+        mu_attention=any("self_attn.mu_to_" in name for name in names),
+        mu_highway="self_attn.mu_to_v.weight" in names,
+        mu_router=config.use_token_routed_mlp and "mlp.mu_router.weight" in names,
+        mu_guidance=guided,
+        shared_expert_size=shared,
+        tied=config.tie_word_embeddings,
+    )
+
+
+def _blocks(config: DeepConfig, arch: Architecture) -> dict[str, slice]:
+    """The named blocks of rows, columns and experts in the stacked parameters."""
+    hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    q, wide, shared = config.num_attention_heads * config.head_dim, config.expert_size, arch.shared_expert_size
+    mu_rows = hidden if arch.contextual_mu else 0
+    return {
+        "k": slice(0, kv), "q": slice(kv, kv + q), "v": slice(kv + q, 2 * kv + q),
+        "x": slice(0, hidden), "mu": slice(hidden, 2 * hidden),
+        "mu_proj": slice(0, mu_rows), "controller": slice(mu_rows, mu_rows + config.dynamics_controller_hidden),
+        "experts": slice(0, config.experts), "gate": slice(0, wide), "up": slice(wide, 2 * wide),
+        "shared_gate": slice(0, shared), "shared_up": slice(shared, 2 * shared),
+    }  # fmt: skip
+
+
+def plan(era: Era, model: DeepForCausalLM) -> dict[str, Entry]:
+    """Every tensor name (without `model.`) that the era has for this network, and where it goes."""
+    config, arch = model.config, model.architecture
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    blocks = _blocks(config, arch)
+
+    def entry(prefix: str, places: Places, expert: int = 0) -> Entry | None:
+        shape: list[int] = []
+        parts: list[Part] = []
+        for place in places:
+            tensor = tensors.get(prefix + place.parameter)
+            named = [blocks[name] for name in place.block if name in blocks]
+            if tensor is None or any(block.start == block.stop for block in named):
+                return None  # this network does without
+            view = tensor.detach()[tuple(blocks.get(name, expert) for name in place.block)]
+            # Sizes come from the blocks: of the first layer's share of mu the parameter has no columns.
+            size = [block.stop - block.start for block in named] + list(tensor.shape[len(place.block) :])
+            if place.transposed:
+                size[-2:] = size[:-3:-1]
+            parts.append(Part(view, size[-1], place.transposed))
+            shape = [1] * place.leading + size[:-1] + [sum(part.width for part in parts)]
+        return Entry(tuple(shape), tuple(parts))
+
+    found = {key: entry("", places) for key, places in TOP.items()}
+    names = {**era.layer, **(era.experts if config.use_token_routed_mlp else DENSE)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"layers.{layer}."
+        for key, places in names.items():
+            if "mu_to_" not in key or arch.mu_attention:
+                for expert in range(config.experts if "{e}" in key else 1):
+                    found[prefix + key.format(e=expert)] = entry(prefix, places, expert)
+    return {key: value for key, value in found.items() if value is not None}

@@ -1,0 +1,92 @@
+"""Checkpoints by name: a folder on this machine, or a model on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..config import CheckpointError
+
+# What serving reads, and nothing that can run code: no pickles, no Python.
+FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def resolve_model(name_or_path: str) -> Path:
+    """The folder (or weights file) of a checkpoint, fetched from the hub where it is not a path.
+
+    A download continues where an earlier one stopped, shows its progress and is kept in the hub's cache;
+    what is in the cache is used when the hub cannot be reached.
+
+    Args:
+        name_or_path: a path that exists, or a hub id `organisation/name`.
+
+    Raises:
+        CheckpointError: there is no such path or model, or the hub cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(name_or_path) or name_or_path.endswith(FILE_ENDINGS):
+        raise CheckpointError(
+            f"{name_or_path} is neither a path that exists nor a hub id like organisation/name: "
+            "pass the folder that holds config.json and model.safetensors, as in pyllm serve /path/to/folder."
+        )
+    return _fetch(name_or_path)
+
+
+def _fetch(hub_id: str) -> Path:
+    # Slow to import, and not needed for a folder.
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    # The patterns' `*` also matches folders, which hold training states and other formats.
+    wanted: dict[str, Any] = {"allow_patterns": list(FILES), "ignore_patterns": ["*/*"]}
+    try:
+        # A download asks the same first, but would wait for the answer without end.
+        HfApi().model_info(hub_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # the errors of several libraries, and of several versions of them
+        try:
+            return Path(snapshot_download(hub_id, local_files_only=True, **wanted))
+        except Exception:
+            raise _refusal(hub_id, error) from None
+    try:
+        return Path(snapshot_download(hub_id, **wanted))
+    except Exception as error:
+        raise _refusal(hub_id, error) from None
+
+
+def _refusal(hub_id: str, error: Exception) -> CheckpointError:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
+    if isinstance(error, OfflineModeIsEnabled):
+        reason = "is not in the hub's cache, and HF_HUB_OFFLINE is set: unset it"
+    elif isinstance(error, GatedRepoError):
+        reason = "is gated: ask for access on its page and log in with `hf auth login`"
+    elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        reason = "is not on the hub, or is private: check the name, log in with `hf auth login`"
+    elif isinstance(error, HfHubHTTPError):
+        reason = f"was not given by the hub ({detail}): try again"
+    elif getattr(error, "errno", None) is not None:
+        reason = f"cannot be kept on this machine ({detail}): make room, set HF_HOME to another folder"
+    else:
+        reason = f"is not in the hub's cache, and the hub cannot be reached ({detail}): check the connection"
+    return CheckpointError(f"{hub_id} {reason}, or pass a folder: pyllm serve /path/to/folder.")

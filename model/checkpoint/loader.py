@@ -1,0 +1,363 @@
+"""Checkpoint files, whatever their era, read straight into the network's stacked parameters, and written back.
+
+Files are memory-mapped piece by piece and each piece is released when it is copied, so that loading needs
+little more than the model itself. Nothing is returned unless everything fitted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import Architecture, CheckpointError, DeepConfig
+from ..network import DeepForCausalLM
+from .eras import BUFFER, LATEST, OPTIONAL, REWRITE, Entry, Era, detect, plan
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PIECE_ELEMENTS = 1 << 20  # mapped and copied at once: 4 MiB of FP32
+PROGRESS_DELAY = 1.5  # seconds before a bar is worth its line
+DUMMY_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What was loaded.
+
+    Attributes:
+        era: of the checkpoint, by its tensor names; "dummy" in front for random weights.
+        file_dtypes: of the weights in the files, such as ("BF16", "F32"); empty for random weights.
+        parameters: weights of the network in memory, shared ones counted once.
+        bytes: size of the files' tensors that were read.
+        seconds: that loading took.
+    """
+
+    era: str
+    file_dtypes: tuple[str, ...]
+    parameters: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file; `offset` in bytes from the file's start."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: Literal["auto", "dummy"] = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[DeepForCausalLM, LoadReport]:
+    """Make the network of a checkpoint and fill it; needs the model's memory and no more than one layer above.
+
+    Args:
+        folder: holds `config.json` and the weights; or a `.safetensors` file with `config.json` beside it.
+        dtype: of the large matrices; values are rounded to nearest.
+        device: where the network shall live.
+        load_format: "dummy" reads `config.json` only and fills the newest network of its sizes at random.
+        seed: of the random weights.
+        progress: show a bar on stderr when loading takes long and stderr is a terminal.
+
+    Raises:
+        CheckpointError: anything does not fit; one plain sentence with the path and the mend.
+    """
+    started = time.monotonic()
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist: pass the folder that holds config.json and model.safetensors.")
+    config = DeepConfig.from_folder(folder if folder.is_dir() else folder.parent)
+    if load_format == "dummy":
+        arch = Architecture.latest(config)
+        model = DeepForCausalLM(config, arch, dtype=dtype, device=device)
+        _fill_at_random(model, seed)
+        era, dtypes, size = f"dummy {arch.era}", set[str](), 0
+    else:
+        stored = _read_headers(folder)
+        found, arch = _detect(stored, config, folder)
+        model = DeepForCausalLM(config, arch, dtype=dtype, device=device)
+        expected = plan(found, model)
+        _check(stored, expected, model, found, folder)
+        wanted = _fill(model, expected, stored, progress)
+        era, size = found.name, sum(tensor.nbytes for tensor in wanted)
+        dtypes = {tensor.dtype for tensor in wanted if tensor.dtype in FLOATS}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return model, LoadReport(era, tuple(sorted(dtypes)), parameters, size, time.monotonic() - started)
+
+
+def _find_files(path: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint at `path`, a folder or a file."""
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return [path]
+        if path.suffix in PICKLES:
+            raise _pickle_error(path)
+        raise CheckpointError(f"{path} is not a .safetensors file: pass one, or the folder that holds it.")
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = [path / name for name in names]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index} is not an index with a weight_map: fetch it again.") from None
+        if absent := [shard.name for shard in shards if not shard.exists()]:
+            raise CheckpointError(f"{path} lacks {_list(absent)}, which {index.name} names: fetch the folder again.")
+        return shards
+    files = sorted(path.glob("*.safetensors"))
+    steps = {int(m[1]): file for file in files if (m := re.fullmatch(r"step_(\d+)\.safetensors", file.name))}
+    if steps:
+        return [steps[max(steps)]]
+    if len(files) == 1:
+        return files
+    if files:
+        raise CheckpointError(f"{path} holds {_list([f.name for f in files])}: pass the path of the one that is meant.")
+    for file in sorted(path.iterdir()):
+        if file.suffix in PICKLES:
+            raise _pickle_error(file)
+    raise CheckpointError(f"{path} holds no .safetensors file: pass the folder that holds model.safetensors.")
+
+
+def _pickle_error(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is a pickle, which can run code when it is read, so convert it once: python -c 'import torch, "
+        "safetensors.torch as s; s.save_file({k: v.contiguous().clone() for k, v in "
+        f'torch.load("{file}", map_location="cpu", weights_only=True).items()}}, "{file.parent}/model.safetensors")\'.'
+    )
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all files by name without a leading `model.`; no weights are read yet."""
+    stored: dict[str, StoredTensor] = {}
+    for path in _find_files(folder):
+        try:
+            with safe_open(path, framework="np"):
+                pass  # opening checks the length of the file and every offset
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or no safetensors file ({str(error).rstrip('.')}): fetch it again."
+            ) from None
+        header.pop("__metadata__", None)
+        for name, value in header.items():
+            begin, end = value["data_offsets"]
+            tensor = StoredTensor(path, name, value["dtype"], tuple(value["shape"]), 8 + length + begin, end - begin)
+            if stored.setdefault(key := name.removeprefix("model."), tensor) is not tensor:
+                raise CheckpointError(
+                    f"{path} holds {key} a second time: fetch the checkpoint again into a new folder."
+                )
+    return stored
+
+
+def _detect(stored: Mapping[str, StoredTensor], config: DeepConfig, path: Path) -> tuple[Era, Architecture]:
+    if any("topk_token_to_expert" in key for key in stored):
+        raise CheckpointError(
+            f"{path} routes a token to several experts (topk_token_to_expert), as another line of the family does: "
+            "pass a checkpoint of the Complexity-Deep line."
+        )
+    found = detect({key: tensor.shape for key, tensor in stored.items()}, config)
+    if found is None:
+        raise CheckpointError(
+            f"{path} is of no known era of Complexity-Deep, with tensors such as {_list(sorted(stored)) or 'none'}: "
+            "pass a checkpoint of this family."
+        )
+    return found
+
+
+def _check(
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, Entry], model: DeepForCausalLM, era: Era, path: Path
+) -> None:
+    """Refuse names, shapes and dtypes that do not fit, before any weight is read."""
+    if unknown := [t.name for key, t in stored.items() if key not in expected and not BUFFER.fullmatch(key)]:
+        raise CheckpointError(
+            f"{path} has tensors that a network of era {model.architecture.era} with its config.json does not have "
+            f"({_list(unknown)}): use the config.json that was saved with it, or a checkpoint of a known era."
+        )
+    needed = [key for key in expected if not OPTIONAL.fullmatch(key)]
+    if not era.routes_by_modulo:
+        needed += [key for key in expected if key.endswith("token_to_expert")]
+    absent = [key for key in needed if key not in stored]
+    if missing := [key for key in absent if key != "lm_head.weight"]:
+        raise CheckpointError(f"{path} lacks {_list(missing)}: fetch it again together with its config.json.")
+    if absent and not model.architecture.tied:
+        raise CheckpointError(
+            f"{path} lacks lm_head.weight: fetch it again, or set tie_word_embeddings to true in config.json."
+        )
+    for key, entry in expected.items():
+        if (tensor := stored.get(key)) is None:
+            continue
+        if tensor.shape != entry.shape:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {tensor.name} has the shape {list(tensor.shape)} where config.json asks for "
+                f"{list(entry.shape)}: use the config.json that was saved with it."
+            )
+        if tensor.dtype not in (INTEGERS if key.endswith("token_to_expert") else FLOATS):
+            raise CheckpointError(
+                f"{tensor.path}: tensor {tensor.name} is stored as {tensor.dtype}, which is not read: "
+                "save it as F32, F16 or BF16 (a token_to_expert table as I64)."
+            )
+
+
+def _fill(
+    model: DeepForCausalLM, expected: Mapping[str, Entry], stored: Mapping[str, StoredTensor], progress: bool
+) -> list[StoredTensor]:
+    """Copy all tensors into their places and settle what the file leaves out; returns what was read."""
+    wanted: dict[str, StoredTensor] = {}
+    for key, entry in expected.items():
+        if key == "embed_tokens.weight" and model.architecture.tied and "lm_head.weight" in stored:
+            continue  # the head is the embedding; where they differ in a tied file, the head's values count
+        if key == "lm_head.weight" and key not in stored:
+            continue
+        if key in stored:
+            wanted[key] = stored[key]
+        elif key.endswith("token_to_expert"):
+            table = entry.parts[0].target
+            torch.arange(len(table), out=table).remainder_(model.config.num_experts)
+        else:
+            for part in entry.parts:
+                part.target.zero_()
+    order = sorted(wanted.items(), key=lambda item: (item[1].path, item[1].offset))
+    total = sum(tensor.nbytes for tensor in wanted.values())
+    hidden = None if progress else True  # None: hidden unless stderr is a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", delay=PROGRESS_DELAY, disable=hidden) as bar:
+        for path in dict.fromkeys(tensor.path for _, tensor in order):
+            with path.open("rb") as file:
+                for key, tensor in order:
+                    if tensor.path == path:
+                        _copy(file, tensor, expected[key], model.config.experts)
+                        bar.update(tensor.nbytes)
+    return list(wanted.values())
+
+
+def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> None:
+    """Copy one tensor of a file into its parts, piece by piece, refusing values that are not finite."""
+    kind = (FLOATS | INTEGERS)[tensor.dtype]
+    shape = tensor.shape[-max(part.target.dim() for part in entry.parts) :]
+    for index, first, size in _pieces(shape, any(part.transposed for part in entry.parts)):
+        # A private mapping of this piece only: its pages go when the piece goes.
+        begin = tensor.offset + first * kind.itemsize
+        start = begin - begin % mmap.ALLOCATIONGRANULARITY
+        count = math.prod(size)
+        length = begin - start + count * kind.itemsize
+        mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+        piece = torch.frombuffer(mapping, dtype=kind, count=count, offset=begin - start).view(size)
+        low, high = (float(bound) for bound in piece.aminmax())
+        if not kind.is_floating_point and not 0 <= low <= high < experts:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {tensor.name} names experts from {low:.0f} to {high:.0f} where there are "
+                f"{experts}: use the config.json that was saved with it."
+            )
+        limit = torch.finfo(entry.parts[0].target.dtype).max if kind.is_floating_point else math.inf
+        if not -limit <= low <= high <= limit:  # false for NaN too
+            raise CheckpointError(
+                f"{tensor.path}: tensor {tensor.name} holds NaN, infinite or too large values: "
+                "fetch it again, or take a checkpoint from before the training went wrong."
+            )
+        column = 0
+        for part in entry.parts:
+            source = piece.narrow(-1, column, part.width)
+            column += part.width
+            if part.target.numel():  # the first layer's share of mu has no place
+                target = part.target[index]
+                # Transposing within one dtype is the quick way.
+                target.copy_(source.to(target.dtype).mT if part.transposed else source)
+
+
+def _pieces(shape: tuple[int, ...], whole: bool) -> Iterator[tuple[tuple[int | slice, ...], int, tuple[int, ...]]]:
+    """Cut a tensor into matrices, and those into runs of rows unless `whole`: index, first element, shape of each."""
+    if len(shape) == 3:
+        for outer in range(shape[0]):
+            for index, first, size in _pieces(shape[1:], whole):
+                yield (outer, *index), outer * math.prod(shape[1:]) + first, size
+    elif len(shape) == 1 or whole:
+        yield (), 0, shape
+    else:
+        step = max(1, PIECE_ELEMENTS // shape[1])
+        for row in range(0, shape[0], step):
+            stop = min(row + step, shape[0])
+            yield (slice(row, stop),), row * shape[1], (stop - row, shape[1])
+
+
+@torch.no_grad()
+def _fill_at_random(model: DeepForCausalLM, seed: int) -> None:
+    """Random weights whose activations stay finite at any depth: each layer adds little to the residual stream."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    hidden, residual = model.config.hidden_size, DUMMY_STD / math.sqrt(2 * model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm"):
+            parameter.fill_(1.0)
+        elif name.endswith("controller_out_bias"):
+            # alpha 0.9, beta 0.1, gate 0.5 before the controller speaks, as training starts.
+            parameter[:hidden] = math.log(0.9 / 0.1)
+            parameter[hidden : 2 * hidden] = math.log(math.expm1(0.1))
+            parameter[2 * hidden :] = 0.0
+        elif parameter.dim() == 1:
+            parameter.zero_()
+        else:
+            std = residual if name.endswith(("o_proj", "down")) else DUMMY_STD
+            parameter.normal_(0.0, std, generator=generator)
+    for name, table in model.named_buffers():
+        if name.endswith("token_to_expert"):
+            torch.arange(len(table), out=table).remainder_(model.config.num_experts)
+
+
+def save_checkpoint(model: DeepForCausalLM, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write `config.json` and `model.safetensors` in the format of versions 0.12 to 0.14 (or of the 2026-03 rewrite).
+
+    Args:
+        model: of any era; what its era lacks is left out of the file.
+        folder: made if it is not there; files in it are overwritten.
+        dtype: of the large matrices; what the network keeps in FP32 (norms, biases, router) is written so,
+            so that loading in `dtype` gives exactly what was saved.
+    """
+    arch = model.architecture
+    era = REWRITE if arch.mu_guidance else LATEST
+    tensors: dict[str, Tensor] = {}
+    for key, entry in plan(era, model).items():
+        if (key == "lm_head.weight" and arch.tied) or ("mu_to_v" in key and not arch.mu_highway):
+            continue
+        views = [part.target.mT if part.transposed else part.target for part in entry.parts]
+        whole = torch.cat(views, dim=-1).cpu()
+        if not whole.numel():  # the first layer's share of mu, which no one reads
+            whole = torch.zeros(entry.shape)
+        if whole.is_floating_point():
+            whole = whole.to(torch.float32 if whole.dim() == 1 or "mu_router" in key else dtype)
+        name = key if arch.mu_guidance or key == "lm_head.weight" else f"model.{key}"
+        tensors[name] = whole.reshape(entry.shape).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    values = model.config.to_dict() | {"tie_word_embeddings": arch.tied}
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(config.stat().st_mode)  # the library makes it readable by its owner only

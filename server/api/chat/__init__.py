@@ -1,0 +1,1 @@
+"""Chat completions: the route and its wire models."""

@@ -1,0 +1,1 @@
+"""Text completions: the route and its wire models."""

@@ -1,0 +1,1 @@
+"""Embeddings: the route and its wire models."""

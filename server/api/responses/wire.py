@@ -1,0 +1,351 @@
+"""Responses: the request with its items, the answer, the events of its stream, and what is kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ....engine.messages import MAX_LOGPROBS
+from ..chat.wire import MAX_TOOLS
+from ..fields import (
+    MAX_INT,
+    Description,
+    JsonObjectFormat,
+    JsonSchema,
+    JsonSchemaFormat,
+    Name,
+    OpenAIRequest,
+    SchemaName,
+    StrictModel,
+    Text,
+    TextFormat,
+    TokenLogprob,
+)
+
+MAX_ITEMS = 4096
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+def _refuse(value: Any) -> Any:
+    if value is not None and value is not False:
+        raise ValueError("is not supported by this server")
+    return value
+
+
+Unsupported = Annotated[None, BeforeValidator(_refuse)]
+UnsupportedFlag = Annotated[Literal[False] | None, BeforeValidator(_refuse)]
+
+
+class InputText(StrictModel):
+    """One text of a message or of a function's result."""
+
+    type: Literal["input_text"]
+    text: Text
+
+
+class SpokenText(StrictModel):
+    """One text of an earlier answer, which may come back as it was given."""
+
+    type: Literal["output_text"]
+    text: Text
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: Annotated[list[Any], Field(max_length=2**17)] | None = None
+
+
+MessagePart = Annotated[InputText | SpokenText, Field(discriminator="type")]
+
+
+class InputMessage(StrictModel):
+    """What somebody said: the user, the application, or the model in an earlier answer."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text | Annotated[list[MessagePart], Field(min_length=1, max_length=1024, fail_fast=True)]
+    id: Name | None = None
+    status: Status | None = None
+    phase: None = None
+
+
+class InputCall(StrictModel):
+    """A function call of an earlier answer, which may come back as it was given."""
+
+    type: Literal["function_call"]
+    call_id: Name
+    name: Name
+    arguments: Text = Field(description="JSON text of an object.")
+    id: Name | None = None
+    status: Status | None = None
+    namespace: None = None
+    caller: None = None
+
+
+class InputCallOutput(StrictModel):
+    """What a called function gave."""
+
+    type: Literal["function_call_output"]
+    call_id: Name
+    output: Text | Annotated[list[InputText], Field(min_length=1, max_length=1024, fail_fast=True)]
+    id: Name | None = None
+    status: Status | None = None
+
+
+class ItemReference(StrictModel):
+    """An output item of a response that is kept, by its id."""
+
+    type: Literal["item_reference"]
+    id: Name
+
+
+def _with_type(item: Any) -> Any:
+    """A message need not say that it is one."""
+    return {"type": "message"} | item if isinstance(item, dict) and "role" in item else item
+
+
+InputItem = Annotated[
+    Annotated[InputMessage | InputCall | InputCallOutput | ItemReference, Field(discriminator="type")],
+    BeforeValidator(_with_type),
+]
+
+
+class FunctionTool(StrictModel):
+    """A function that the model may call: the only kind of tool."""
+
+    type: Literal["function"]
+    name: SchemaName
+    description: Description | None = None
+    parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments; without it there are none.")
+    strict: bool | None = None
+
+
+class FunctionChoice(StrictModel):
+    """This function must be called; or it is one of those allowed."""
+
+    type: Literal["function"]
+    name: SchemaName
+
+
+class AllowedFunctions(StrictModel):
+    """Only these of the tools may be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+NamedFunctions = Annotated[FunctionChoice | AllowedFunctions, Field(discriminator="type")]
+ToolChoice = Literal["none", "auto", "required"] | NamedFunctions
+
+
+class SchemaFormat(JsonSchemaFormat):
+    """An answer that satisfies a JSON schema."""
+
+    type: Literal["json_schema"]
+
+
+class TextOptions(StrictModel):
+    """The form of the answer's text."""
+
+    format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Bookkeeping.")
+
+
+class ReasoningOptions(StrictModel):
+    """The model does not reason before it answers, so there is nothing to choose."""
+
+    effort: Literal["none"] | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
+class ResponseStreamOptions(StrictModel):
+    """How a stream is written."""
+
+    include_obfuscation: UnsupportedFlag = None
+
+
+class ResponseRequest(OpenAIRequest):
+    """Body of `POST /v1/responses`; `input`, a text of the user or items, may be left out after an earlier response."""
+
+    input: Text | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
+    instructions: Text | None = Field(None, description="System message of this response alone.")
+    previous_response_id: Name | None = Field(None, description="Go on after this kept response.")
+    store: bool | None = Field(None, description="Keep the response (default true).")
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Without it, the rest of the context.")
+    truncation: Literal["auto", "disabled"] | None = Field(None, description="auto drops the oldest items to fit.")
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = Field(None, description="auto where there are tools, else none.")
+    parallel_tool_calls: bool | None = Field(None, description="With false, one call at most.")
+    text: TextOptions | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Above 0 it includes logprobs.")
+    stream_options: ResponseStreamOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    background: UnsupportedFlag = None
+    background_options: Unsupported = None
+    context_management: Unsupported = None
+    conversation: Unsupported = None
+    max_tool_calls: Unsupported = None
+    moderation: Unsupported = None
+    prompt: Unsupported = None
+    prompt_cache_options: Unsupported = None
+    prompt_cache_retention: Unsupported = None
+
+
+class OutputText(StrictModel):
+    """The text of an answer."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)]
+    logprobs: list[TokenLogprob] = Field(description="Of the tokens that make the text, where they were asked for.")
+
+
+class OutputMessage(StrictModel):
+    """What the model says."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: Status
+    content: list[OutputText]
+
+
+class OutputCall(StrictModel):
+    """The model's wish to call a function."""
+
+    id: str
+    type: Literal["function_call"]
+    status: Status
+    call_id: str
+    name: str
+    arguments: str
+
+
+OutputItem = Annotated[OutputMessage | OutputCall, Field(discriminator="type")]
+
+
+class ResponseFailure(StrictModel):
+    """Why a response could not be finished."""
+
+    code: Literal["server_error", "invalid_prompt"]
+    message: str
+
+
+class IncompleteDetails(StrictModel):
+    """Why a response is incomplete."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class InputTokensDetails(StrictModel):
+    """Of the input's tokens, those that were not computed again."""
+
+    cached_tokens: int
+    cache_write_tokens: Literal[0]
+
+
+class OutputTokensDetails(StrictModel):
+    """Of the output's tokens, those spent on reasoning."""
+
+    reasoning_tokens: Literal[0]
+
+
+class ResponseUsage(StrictModel):
+    """Token counts of one response."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseObject(StrictModel):
+    """Answer of `POST /v1/responses`, with what was asked."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: ResponseFailure | None
+    incomplete_details: IncompleteDetails | None
+    output: list[OutputItem]
+    usage: ResponseUsage | None
+    model: str
+    instructions: str | None
+    previous_response_id: str | None
+    store: bool
+    background: Literal[False]
+    temperature: float
+    top_p: float
+    max_output_tokens: int | None
+    max_tool_calls: None
+    truncation: Literal["auto", "disabled"]
+    tools: list[FunctionTool]
+    tool_choice: ToolChoice
+    parallel_tool_calls: bool
+    text: TextOptions
+    top_logprobs: int
+    reasoning: ReasoningOptions
+    metadata: dict[str, str]
+    user: str | None
+    safety_identifier: str | None
+    prompt_cache_key: str | None
+    service_tier: str
+
+
+class ResponseEvent(StrictModel):
+    """One event of a stream; which members it has depends on its type."""
+
+    type: str
+    sequence_number: int
+    response: ResponseObject | None = None
+    output_index: int | None = None
+    item_id: str | None = None
+    item: OutputItem | None = None
+    content_index: int | None = None
+    part: OutputText | None = None
+    delta: str | None = None
+    text: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    arguments: str | None = None
+
+
+class KeptMessage(StrictModel):
+    """A message of the input."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["user", "assistant", "system", "developer"]
+    status: Status
+    content: list[Annotated[InputText | OutputText, Field(discriminator="type")]]
+
+
+class KeptCallOutput(StrictModel):
+    """What a called function gave."""
+
+    id: str
+    type: Literal["function_call_output"]
+    status: Status
+    call_id: str
+    output: str | list[InputText]
+
+
+class InputItemList(StrictModel):
+    """Answer of `GET /v1/responses/{response_id}/input_items`."""
+
+    object: Literal["list"]
+    data: list[Annotated[KeptMessage | OutputCall | KeptCallOutput, Field(discriminator="type")]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedResponse(StrictModel):
+    """Answer of `DELETE /v1/responses/{response_id}`."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]

@@ -1,0 +1,1 @@
+"""Tokenise and detokenise: the routes and their wire models."""

@@ -1,0 +1,270 @@
+"""Chat messages to prompt token ids, through the checkpoint's own Jinja template."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import minijinja
+
+from ...model.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+# The family's own plain-text format, for checkpoints that bring no template.
+FALLBACK = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content }}\n\n"
+    "{% elif message.role == 'user' %}User: {{ message.content }}\n\n"
+    "{% elif message.role == 'assistant' %}Assistant: {{ message.content }}\n\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+FUEL = 5_000_000
+"""Template instructions per rendering, about a tenth of a second; a long chat needs some ten thousand."""
+MAX_CHARACTERS = 4_000_000
+"""Longest rendered prompt."""
+MAX_DEPTH = 64
+"""Levels of lists and objects that a template is given."""
+
+# Noncharacters: Unicode gives them no meaning, no text needs them, and no template or normalisation touches them.
+NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+
+
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
+"""Names in a template that a request does not set by itself; those of tokens are not among a request's either."""
+FUNCTIONS = frozenset({"range", "namespace", "dict", "debug", "cycler", "joiner", "lipsum"})
+
+
+class ChatTemplateError(ValueError):
+    """Messages that cannot be put into the model's format; one plain sentence for the client."""
+
+
+class ChatTemplate:
+    """Renders conversations for one model.
+
+    Attributes:
+        stop_strings: what ends an assistant's turn in formats that mark turns by plain text (`\\n\\nUser:`); empty
+            where a special token does, since the engine stops at that by itself.
+        variables: what the template asks for beside messages, tools and tokens, and a request may set.
+        knows_tools: whether the template tells the model of tools.
+        knows_calls: whether it writes calls of tools.
+        source: the template itself.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str) -> None:
+        """Compile `source`; raise `ChatTemplateError` where it is not Jinja."""
+        self._tokenizer = tokenizer
+        self.source = source
+        # trim_blocks and lstrip_blocks stay off: the models were fine-tuned on what plain Jinja writes.
+        self._environment = minijinja.Environment(
+            fuel=FUEL,
+            debug=False,
+            filters={"tojson": _tojson},
+            globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
+            auto_escape_callback=lambda _name: False,
+            finalizer=lambda value: "" if value is None else NotImplemented,
+        )
+        marks = {
+            "bos_token": tokenizer.bos_token_id,
+            "eos_token": tokenizer.eos_token_id,
+            "pad_token": tokenizer.pad_token_id,
+        }
+        self._marks = {name: "" if id_ is None else tokenizer.token_text(id_) for name, id_ in marks.items()}
+        try:
+            self._environment.add_template("chat", source)
+            variables = self._environment.undeclared_variables_in_template("chat")
+        except minijinja.TemplateError as error:
+            raise ChatTemplateError(f"The chat template is not valid Jinja: {error.message}.") from None
+        self._knows_generation_prompt = "add_generation_prompt" in variables
+        self.knows_tools = "tools" in variables
+        self.knows_calls = "tool_calls" in source
+        self.variables = frozenset(name for name in variables - RESERVED - FUNCTIONS if not name.endswith("_token"))
+        self.stop_strings = self._find_stop_strings()
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Tokenizer, override: str | None = None) -> ChatTemplate:
+        """The template of `override`, else of the checkpoint, else the family's own format."""
+        return cls(tokenizer, next((t for t in (override, tokenizer.chat_template) if t is not None), FALLBACK))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of the prompt, with the leading token that the model was tuned with.
+
+        Special tokens count only where the template writes them: spelled in a message they are text.
+
+        Args:
+            messages: OpenAI's, with contents as strings or None; `arguments` of tool calls may be JSON text.
+            tools: OpenAI's tool descriptions, for templates that write them.
+            add_generation_prompt: end with the opening of an assistant's turn.
+            continue_final_message: end inside the last message, for the model to go on with it.
+            variables: values for some of `self.variables`.
+
+        Raises `ChatTemplateError` when the template refuses the messages, does too much work, writes too much, or
+        leaves a message out.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise ChatTemplateError("add_generation_prompt and continue_final_message cannot both be true.")
+        if not messages:
+            raise ChatTemplateError("messages must not be empty.")
+        chat = [self._prepare(message) for message in messages]
+        variables = variables or {}
+        strings = list(_strings([chat, tools, variables]))
+        free = (c for c in NONCHARACTERS if c not in self.source and not any(c in text for text in strings))
+        guard, mark = next(free, ""), next(free, "")
+        if not mark:
+            raise ChatTemplateError("The messages hold too many Unicode noncharacters.")
+        if any(map(self._tokenizer.spells_added, strings)):
+            chat, tools, variables = self._shielded([chat, tools, variables], guard)
+        given = {"tools": tools, **variables}
+        text = self._text(chat, given, mark, add_generation_prompt, continue_final_message)
+        ids = self._tokenizer.encode_prompt(text, guard=guard)
+        bos = self._tokenizer.bos_token_id
+        return [bos, *ids] if self._tokenizer.adds_bos and bos is not None and ids[:1] != [bos] else ids
+
+    def _text(
+        self, chat: list[dict[str, Any]], given: dict[str, Any], mark: str, generation: bool, continuation: bool
+    ) -> str:
+        """The prompt as text; `mark` is a character that is nowhere in it."""
+        if continuation:
+            last = {**chat[-1], "content": (chat[-1].get("content") or "") + mark}
+            before, found, _ = self._run([*chat[:-1], last], given).rpartition(mark)
+            if not found:
+                raise ChatTemplateError("The model's chat template leaves out the message to continue.")
+            return before
+        plain = self._run(chat, given)
+        self._require_all_written(chat, given, mark)
+        if not generation:
+            return plain
+        if self._knows_generation_prompt:
+            prompted = self._run(chat, given, add_generation_prompt=True)
+            if prompted != plain:
+                return prompted
+        # The template ignores the wish: take what it writes before an assistant's words, without the last space,
+        # which in training was part of the first word's token.
+        before, found, _ = self._run([*chat, {"role": "assistant", "content": mark}], given).rpartition(mark)
+        return before.removesuffix(" ") if found else plain
+
+    def _run(self, chat: list[dict[str, Any]], given: dict[str, Any], add_generation_prompt: bool = False) -> str:
+        try:
+            text = self._environment.render_template(
+                "chat", messages=chat, add_generation_prompt=add_generation_prompt, **given, **self._marks
+            )
+        except minijinja.TemplateError as error:
+            if error.kind == "OutOfFuel":
+                raise ChatTemplateError("The messages are too many for the model's chat template.") from None
+            raise ChatTemplateError(
+                f"The model's chat template cannot render these messages: {error.message}."
+            ) from None
+        if len(text) > MAX_CHARACTERS:
+            raise ChatTemplateError(f"The rendered messages are longer than {MAX_CHARACTERS} characters.")
+        return text
+
+    def _prepare(self, message: Message) -> dict[str, Any]:
+        """One message in the shape that templates expect."""
+        ready = {key: value for key, value in message.items() if value is not None}
+        if "tool_calls" in ready:
+            ready["tool_calls"] = [_with_parsed_arguments(call) for call in ready["tool_calls"]]
+        # Templates ask `content is none` of calls only; elsewhere they join it to other text.
+        ready.setdefault("content", None if "tool_calls" in ready else "")
+        if ready.get("role") == "developer" and "developer" not in self.source:
+            ready["role"] = "system"  # the same thing under OpenAI's newer name
+        return ready
+
+    def _require_all_written(self, chat: list[dict[str, Any]], given: dict[str, Any], mark: str) -> None:
+        """Raise where the template silently drops a message of a role, or at a place, that it does not know."""
+        doubtful = {n for n, m in enumerate(chat) if m["content"] and m.get("role") not in ("user", "assistant")}
+        if not doubtful:
+            return
+        marked = [{**m, "content": m["content"] + mark} if n in doubtful else m for n, m in enumerate(chat)]
+        if self._run(marked, given).count(mark) < len(doubtful):
+            roles = " or ".join(sorted({str(chat[n].get("role")) for n in doubtful}))
+            raise ChatTemplateError(f"The model's chat template has no place for a {roles} message where one stands.")
+
+    def _shielded(self, value: Any, guard: str) -> Any:
+        """`value` with the special tokens spelled in its strings broken by `guard`."""
+        if isinstance(value, str):
+            return self._tokenizer.shield(value, guard)
+        if isinstance(value, Mapping):
+            return {self._shielded(key, guard): self._shielded(item, guard) for key, item in value.items()}
+        return [self._shielded(item, guard) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _find_stop_strings(self) -> tuple[str, ...]:
+        question, answer, following = NONCHARACTERS[:3]
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        try:
+            last = self._run(chat, {"tools": None}).partition(answer)[2]
+            text = self._run([*chat, {"role": "user", "content": following}], {"tools": None})
+        except ChatTemplateError:
+            return ()
+        between = text.partition(answer)[2].partition(following)[0]
+        # What every turn ends with, last or not, where that is visible; else all up to the user's next words.
+        end = last.rstrip()
+        stop = end if end and between.startswith(end) else between.rstrip()
+        return () if not stop or self._tokenizer.spells_special(between) else (stop,)
+
+
+def _with_parsed_arguments(call: Message) -> dict[str, Any]:
+    """A tool call whose arguments are an object where they were JSON text of one."""
+    function = dict(call.get("function") or {})
+    if isinstance(function.get("arguments"), str):
+        try:
+            parsed = json.loads(function["arguments"])
+            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError):
+            parsed = None
+        if isinstance(parsed, dict) and not is_deeper(parsed, MAX_DEPTH):
+            function["arguments"] = parsed
+    return {**call, "function": function}
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than so many levels."""
+    inner = [value] if isinstance(value, (dict, list)) else []
+    while inner and levels:
+        levels -= 1
+        rows: Iterable[Iterable[Any]] = (each.values() if isinstance(each, dict) else each for each in inner)
+        inner = [item for row in rows for item in row if isinstance(item, (dict, list))]
+    return bool(inner)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in nested lists and dictionaries, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # The engine's own filter escapes <, > and & for HTML, which no chat model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise ChatTemplateError(f"The model's chat template refuses these messages: {str(message).rstrip('.')[:200]}.")
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)

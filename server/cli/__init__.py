@@ -1,0 +1,1 @@
+"""The `pyllm` command and its subcommands."""

@@ -1,0 +1,90 @@
+"""The `pyllm` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ... import __version__
+from ...engine.client.launch import EngineProcess
+from ..flags import BenchConfig, ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
+from ..http.logs import configure_logging
+
+# Servers and networks are imported when a command needs them: help and mistakes must be answered at once.
+
+COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
+    "serve": (ServerConfig, "..serve:serve", "Serve a Complexity-Deep model with an OpenAI-compatible HTTP API."),
+    "generate": (GenerateConfig, ".terminal:generate", "Continue one prompt."),
+    "chat": (TerminalConfig, ".terminal:chat", "Talk to a model in the terminal."),
+    "bench": (BenchConfig, ".bench:bench", "Measure how fast a server is, ours or another."),
+}
+"""Each command's flags, the function that runs it, and what it is for."""
+USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 when all is well, 2 with one sentence when it cannot start."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"pyllm {__version__}")
+        sys.exit(0)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        sys.exit(0 if words else USAGE_ERROR)
+    sys.exit(_run(words[0], words[1:]))
+
+
+def _help() -> str:
+    lines = ["usage: pyllm COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:<10}{description}" for name, (*_, description) in COMMANDS.items()]
+    return "\n".join([*lines, "", "`pyllm COMMAND --help` lists a command's options; `pyllm --version` the version."])
+
+
+def _run(command: str, words: list[str]) -> int:
+    try:
+        if command not in COMMANDS:
+            raise ConfigError(f"Unknown command {command[:200]!r}: use one of {', '.join(COMMANDS)}.")
+        cls, entry, description = COMMANDS[command]
+        config = load_config(cls, words, os.environ, program=f"pyllm {command}", description=description)
+        if isinstance(config, GenerateConfig) and not config.prompt:
+            raise ConfigError('A prompt is needed, as in: pyllm generate "Once upon a time".')
+    except ConfigError as error:
+        return _fail(error)
+    configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
+    # The engine's libraries take a second to load: that begins now, while this process loads its own.
+    process = None if isinstance(config, BenchConfig) else EngineProcess()
+    try:
+        return _call(entry, config, process)
+    finally:
+        if process is not None:
+            process.kill()
+
+
+def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
+    """Run a command's function; say in one sentence why it fails."""
+    from ...engine.errors import EngineDeadError, EngineStartError, RequestError
+    from ...model.config import CheckpointError
+    from ..chat.template import ChatTemplateError
+
+    try:
+        module, _, function = entry.partition(":")
+        run = getattr(import_module(module, __package__), function)
+        return int(run(config) if process is None else run(config, process))
+    except (ConfigError, CheckpointError, ChatTemplateError, EngineStartError, RequestError) as error:
+        return _fail(error)
+    except EngineDeadError as error:
+        _fail(error)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has left, as in `| head`; nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: Exception) -> int:
+    print(f"pyllm: {error}", file=sys.stderr)
+    return USAGE_ERROR

@@ -1,0 +1,103 @@
+"""`pyllm generate` and `pyllm chat`: one engine, one user, text as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from itertools import count
+from typing import Any
+
+from ...engine.client.launch import EngineProcess
+from ...engine.errors import EngineDeadError, RequestError
+from ...engine.messages import SamplingParams
+from ..chat.template import ChatTemplateError
+from ..flags import GenerateConfig, TerminalConfig
+from ..generation.served_model import ServedModel, load
+
+INTERRUPTED = 130
+_serial = count()
+
+
+def generate(config: GenerateConfig, process: EngineProcess) -> int:
+    """Write the continuation of one prompt; return the exit code."""
+    with asyncio.Runner() as runner:
+        model = runner.run(load(config, process))
+        try:
+            if config.chat:
+                prompt = model.template.render([{"role": "user", "content": config.prompt}])
+            else:
+                prompt = model.tokenizer.encode(config.prompt)
+            runner.run(_answer(model, prompt, _params(config, model, chat=config.chat), []))
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        finally:
+            runner.run(model.engine.shutdown())
+    return 0
+
+
+def chat(config: TerminalConfig, process: EngineProcess) -> int:
+    """Talk until the end of input; Ctrl-C stops an answer, and what was said of it stays in the conversation."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() a line editor)
+    # The runner is entered once per answer, so that Ctrl-C stops that answer and input() can block in between.
+    with asyncio.Runner() as runner:
+        model = runner.run(load(config, process))
+        params = _params(config, model, chat=True)
+        limit = model.engine.info.max_model_len
+        room, forgetful = config.max_tokens or limit // 4, False
+        print(f"Talking to {model.names[0]}. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+        messages: list[dict[str, Any]] = []
+        try:
+            while model.engine.is_alive and (question := _ask()) is not None:
+                talk = [*messages, {"role": "user", "content": question}]
+                pieces: list[str] = []
+                try:
+                    while len(prompt := model.template.render(talk)) + room > limit and len(talk) > 1:
+                        del talk[:2]
+                        if not forgetful:
+                            print("The talk is too long for the model: its beginning is left out.", file=sys.stderr)
+                        forgetful = True
+                    runner.run(_answer(model, prompt, params, pieces))
+                except KeyboardInterrupt:
+                    print()
+                except (RequestError, ChatTemplateError) as error:
+                    print(error, file=sys.stderr)
+                    continue
+                messages = [*talk, {"role": "assistant", "content": "".join(pieces)}]
+        finally:
+            runner.run(model.engine.shutdown())
+    return 0
+
+
+def _ask() -> str | None:
+    """The user's next words; None at the end of input."""
+    while True:
+        try:
+            if words := input("> " if sys.stdin.isatty() else "").strip():
+                return words
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return None
+
+
+def _params(config: TerminalConfig, model: ServedModel, *, chat: bool) -> SamplingParams:
+    asked = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    values = model.defaults | {name: value for name, value in asked.items() if value is not None}
+    values |= {"max_tokens": config.max_tokens, "stop": model.template.stop_strings if chat else ()}
+    return SamplingParams(**values)
+
+
+async def _answer(model: ServedModel, prompt: list[int], params: SamplingParams, pieces: list[str]) -> None:
+    """Write an answer as it comes, and add its text to `pieces`; raises `RequestError` or `EngineDeadError`."""
+    stream = model.engine.submit(f"terminal-{next(_serial)}", prompt, params)
+    try:
+        async for output in stream:
+            if output.finish_reason == "error":
+                raise EngineDeadError(output.error or "The engine failed.")
+            pieces.append(output.text)
+            print(output.text, end="", flush=True)
+    finally:
+        stream.abort()
+    print()

@@ -1,0 +1,296 @@
+"""One HTTP request's sequences in the engine: submitted together, read as one stream, aborted together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from ...engine.client.async_engine import Bell, RequestStream
+from ...engine.client.output_processor import RequestOutput, RequestTimes
+from ...engine.errors import EngineDeadError, RequestError
+from ...engine.messages import EngineInfo, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
+from ..api.fields import MAX_SEQUENCES, GenerationRequest
+from ..http.errors import ApiError, unavailable
+from .served_model import ServedModel
+
+MAX_LISTED_IDS = 2**22
+MAX_SHOWN = 2**21
+"""Candidates for tokens in one answer: each takes some 500 bytes of memory until the whole of it is written."""
+LAYERS_SHOWN = 4
+"""Layers of a token's dynamics that take as much as one candidate."""
+CONVERTED_FIELDS = frozenset({"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"})
+SHARED_FIELDS = sorted({*GenerationRequest.model_fields} & {*SamplingParams.__struct_fields__} - CONVERTED_FIELDS)
+
+
+def sampling_params(
+    body: GenerationRequest,
+    model: ServedModel,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    grammar: str | None = None,
+    turn_ends: tuple[str, ...] = (),
+) -> SamplingParams:
+    """Join a request's fields with the model's defaults; raises `RequestError`.
+
+    `turn_ends` are strings that end a turn as an end-of-sequence id would, so that `ignore_eos` goes past them too.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options is only for requests with stream.", param="stream_options")
+    model.check_logprobs(body)
+    values: dict[str, Any] = model.defaults | {"max_tokens": max_tokens, "logprobs": logprobs, "grammar": grammar}
+    values |= {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
+    if body.logit_bias:
+        values["logit_bias"] = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
+    if body.allowed_token_ids is not None:
+        values["allowed_token_ids"] = tuple(sorted({*body.allowed_token_ids}))
+    if body.bad_words:
+        values["bad_words"] = tuple(_spellings(body.bad_words, model))
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop_token_ids = tuple(body.stop_token_ids or ())
+    return SamplingParams(stop=stop if body.ignore_eos else stop + turn_ends, stop_token_ids=stop_token_ids, **values)
+
+
+def _spellings(words: list[str], model: ServedModel) -> Iterator[tuple[int, ...]]:
+    """The token ids of each word, at the start of a text and after a space."""
+    for word in words:
+        ids = {tuple(model.tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
+        yield from sorted(spelling for spelling in ids if spelling)
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one sequence has given so far."""
+
+    prompt_token_ids: list[int]
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    dynamics: list[TokenDynamics] = field(default_factory=list)
+    embedding: list[float] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    times: RequestTimes = field(default=RequestTimes(0.0))
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
+
+
+class Generation:
+    """The sequences of one request: `n` for each prompt, in the order of the answer's choices.
+
+    Raises `RequestError`, `EngineBusyError` or `EngineDeadError` when the engine refuses one of them; none runs then.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        request: Request,
+        prompts: list[list[int]],
+        params: Sequence[SamplingParams],
+        *,
+        field: str,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        pooling: Pooling | None = None,
+        streams: bool = False,
+    ) -> None:
+        """Submit them all; `params` are of each prompt, `field` is what this endpoint calls a prompt."""
+        _check_size(model, prompts, params, field, n)
+        _check_shown(model.engine.info, prompts, params, field, n, streams)
+        self._engine = model.engine
+        self._metrics = model.metrics
+        self._request = request
+        self._arrival: float = request.state.arrival
+        self.n = n
+        self.params = params[0]
+        self.model_name = model.names[0]
+        self.with_logprobs = self.params.logprobs is not None
+        self._token_weight = 1 + (self.params.logprobs or 0)
+        self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
+        self._streams: list[RequestStream] = []
+        self.bell = Bell()
+        self._running = len(self.choices)
+        name = request.state.request_id
+        salt = request.state.cache_owner + (cache_salt or "") or None  # all owners' names are of one length
+        try:
+            for index, choice in enumerate(self.choices):
+                own = params[index // n]
+                own = msgspec.structs.replace(own, seed=_shifted(own.seed, index % n))
+                stream = self._engine.submit(
+                    f"{name}-{index}", choice.prompt_token_ids, own,
+                    priority=priority, cache_salt=salt, pooling=pooling, bell=self.bell,
+                )  # fmt: skip
+                self._streams.append(stream)
+        except BaseException as error:
+            self.abort()
+            if isinstance(error, RequestError) and error.param is None:
+                error.param = field
+            raise
+        request.state.generation = self  # for the log
+        request.state.place.leave()
+
+    def abort(self) -> None:
+        """Stop what still runs; may be called at any time and more than once."""
+        for stream, choice in zip(self._streams, self.choices, strict=False):
+            stream.abort()
+            if choice.finish_reason is None:
+                self._finish(choice, "abort" if self._engine.is_alive else "error")
+
+    @property
+    def unread(self) -> int:
+        """Tokens of a stream that have come and were not taken yet; those with candidates weigh as much as these."""
+        return self._token_weight * sum(stream.unread for stream in self._streams)
+
+    def seconds_to(self, moment: float) -> float | None:
+        """From the request's arrival to a moment of `RequestTimes`; None for what has not happened."""
+        return moment - self._arrival if moment else None
+
+    @property
+    def running(self) -> bool:
+        """Whether any choice has not ended; `bell` rings when there is something to `take`."""
+        return self._running > 0
+
+    def take(self) -> Iterator[tuple[int, RequestOutput]]:
+        """(choice index, output) for all that has come by now; raise `EngineDeadError` or `ApiError` on a failure."""
+        for index, stream in enumerate(self._streams):
+            for output in stream.take():
+                self._note(index, output)
+                yield index, output
+
+    def _note(self, index: int, output: RequestOutput) -> None:
+        """Keep the counts of one output and raise if it says that the sequence failed."""
+        choice, times = self.choices[index], output.times
+        new_tokens = output.num_output_tokens - choice.num_output_tokens
+        if times.scheduled and not choice.times.scheduled and index % self.n == 0:  # once each, as in the usage
+            self._metrics.num_prompt_tokens += output.num_prompt_tokens
+        if new_tokens and not choice.num_output_tokens:
+            self._metrics.time_to_first_token.observe(times.first_token - self._arrival)
+        elif new_tokens:
+            gap = (times.last_token - choice.times.last_token) / new_tokens
+            self._metrics.inter_token_latency.observe(gap, new_tokens)
+        self._metrics.num_generation_tokens += new_tokens
+        choice.num_output_tokens = output.num_output_tokens
+        choice.num_cached_tokens = output.num_cached_tokens
+        choice.times = times
+        choice.prompt_logprobs += output.prompt_logprobs
+        if output.finish_reason is not None:
+            choice.stop_reason = output.stop_reason
+            choice.embedding = output.embedding
+            self._finish(choice, output.finish_reason)
+        if output.refused:
+            raise RequestError(output.error or "The engine refuses this request.")
+        if output.finish_reason == "error":
+            if not self._engine.is_alive:
+                raise EngineDeadError(output.error or "The engine has stopped.")
+            raise ApiError(500, "The engine failed on this request.", code="internal_error")
+        if output.finish_reason == "abort":
+            raise unavailable("The server stopped this request.", "aborted")
+
+    def _finish(self, choice: Choice, reason: str) -> None:
+        choice.finish_reason = reason
+        self._running -= 1
+        seconds = time.monotonic() - self._arrival
+        lengths = len(choice.prompt_token_ids), choice.num_output_tokens
+        self._metrics.on_finish(reason, seconds, choice.times, *lengths)
+
+    async def collect(self) -> None:
+        """Run to the end and keep everything in `choices`; raise `ClientDisconnect` as soon as the client is gone."""
+        work = asyncio.create_task(self._collect())
+        gone = asyncio.create_task(_disconnected(self._request))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+            self.abort()
+
+    async def _collect(self) -> None:
+        while self.running:
+            await self.bell.heard()
+            for index, output in self.take():
+                choice = self.choices[index]
+                choice.pieces.append(output.text)
+                choice.token_ids += output.token_ids
+                choice.logprobs += output.logprobs
+                choice.dynamics += output.dynamics
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object: each prompt counts once, each choice's tokens count."""
+        firsts = self.choices[:: self.n]
+        prompt = sum(len(choice.prompt_token_ids) for choice in firsts)
+        completion = sum(choice.num_output_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in firsts)},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+
+def _check_size(
+    model: ServedModel, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int
+) -> None:
+    """Raise `RequestError` or `EngineBusyError` where there would be too many sequences, or ids in lists."""
+    if len(prompts) * n > MAX_SEQUENCES:
+        raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
+    try:
+        model.engine.check_room(len(prompts) * n)
+    except RequestError as error:
+        error.param = "n" if n > 1 else field
+        raise
+    lists = {
+        "allowed_token_ids": sum(len(own.allowed_token_ids or ()) for own in params),
+        "bad_words": sum(len(word) for own in params for word in own.bad_words),
+    }
+    for name, count in lists.items():
+        if count * n > MAX_LISTED_IDS:  # each sequence takes its own list along
+            text = f"{name} has too many ids for so many sequences: {count * n}, of {MAX_LISTED_IDS} in all."
+            raise RequestError(text, param=name)
+
+
+def _check_shown(
+    info: EngineInfo, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int, streams: bool
+) -> None:
+    """Raise `RequestError` where more would be told of single tokens than there is memory for.
+
+    What a stream tells of its answer is sent as it comes.
+    """
+    shown = 0
+    for prompt, own in zip(prompts, params, strict=True):
+        if own.prompt_logprobs is not None:
+            shown += len(prompt) * (own.prompt_logprobs + 1)
+        if not streams:
+            room = max(info.max_model_len - len(prompt), 0)
+            tokens = room if own.max_tokens is None else min(own.max_tokens, room)
+            shown += tokens * (0 if own.logprobs is None else own.logprobs + 1)
+            shown += tokens * (info.num_layers // LAYERS_SHOWN + 1 if own.return_dynamics else 0)
+    if shown * n > MAX_SHOWN:
+        text = f"Log-probabilities or dynamics of so many tokens are too much: {shown * n} candidates, of {MAX_SHOWN}."
+        raise RequestError(text, param="n" if n > 1 else field)
+
+
+def _shifted(seed: int | None, offset: int) -> int | None:
+    """`seed + offset`, going round at the ends of 64 bits."""
+    return None if seed is None else (seed + offset + 2**63) % 2**64 - 2**63
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,126 @@
+"""What a request may learn of single tokens, in each format: log-probabilities, and what the network did."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from ...engine.messages import TokenDynamics, TokenLogprobs
+from ...model.tokenizer import Tokenizer
+from ..api.fields import GenerationRequest
+from .generation import Choice
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON lacks, as OpenAI does it."""
+
+
+def chat_logprobs(positions: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Log-probabilities in the chat format."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
+        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(data)}
+
+    return {
+        "content": [
+            entry(position.token_id, position.logprob) | {"top_logprobs": [entry(*pair) for pair in position.top]}
+            for position in positions
+        ]
+    }
+
+
+class LegacyLogprobs:
+    """Log-probabilities of one choice in the older format, piece by piece.
+
+    `text_offset` is where a token begins in the choice's text; a token that is a later part of a character begins
+    where that character does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._offset = 0
+
+    def take(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The object for the next positions."""
+        text = self._tokenizer.token_text
+        return {
+            "tokens": [text(position.token_id) for position in positions],
+            "token_logprobs": [max(position.logprob, LOWEST_LOGPROB) for position in positions],
+            "top_logprobs": [self._candidates(position) for position in positions],
+            "text_offset": [self._advance(position.token_id) for position in positions],
+        }
+
+    def take_prompt(self, prompt: Sequence[int], positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The object for a whole prompt, before all else; nothing is known of its first token."""
+        shown = self.take([TokenLogprobs(token_id=prompt[0], logprob=0.0, top=[]), *positions])
+        shown["token_logprobs"][0] = shown["top_logprobs"][0] = None
+        self._offset += len(self._decode(b"", True))  # a character that the prompt leaves unfinished is its own
+        return shown
+
+    def _candidates(self, position: TokenLogprobs) -> dict[str, float]:
+        shown: dict[str, float] = {}
+        for id_, logprob in [*position.top, (position.token_id, position.logprob)]:
+            # Of tokens that look alike, such as parts of characters, the likeliest, which comes first.
+            shown.setdefault(self._tokenizer.token_text(id_), max(logprob, LOWEST_LOGPROB))
+        return shown
+
+    def _advance(self, token_id: int) -> int:
+        """Where a token begins; the next one begins behind it."""
+        offset = self._offset
+        if token_id not in self._hidden:
+            self._offset += len(self._decode(self._tokenizer.token_bytes(token_id)))
+        return offset
+
+
+def show_prompt_logprobs(
+    prompt: Sequence[int], positions: Sequence[TokenLogprobs], tokenizer: Tokenizer
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Log-probabilities of a prompt's tokens by token id, as vLLM writes them; nothing is said of the first."""
+    shown: list[dict[str, dict[str, Any]] | None] = [None] * min(len(prompt), 1)
+    for position in positions:
+        ranked = [(id_, logprob, rank) for rank, (id_, logprob) in enumerate(position.top, 1)]
+        candidates = [(position.token_id, position.logprob, position.rank), *ranked]
+        shown.append(
+            {
+                str(id_): {
+                    "logprob": max(logprob, LOWEST_LOGPROB),
+                    "rank": rank,
+                    "decoded_token": tokenizer.token_text(id_),
+                }
+                for id_, logprob, rank in reversed(candidates)
+            }
+        )
+    return shown
+
+
+def show_details(choice: Choice, body: GenerationRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The members of a finished choice that say what stopped it, and show its tokens as far as that is asked for."""
+    shown: dict[str, Any] = {}
+    if choice.stop_reason is not None:
+        shown["stop_reason"] = choice.stop_reason
+    if body.return_token_ids:
+        shown["token_ids"] = choice.token_ids
+    if body.return_dynamics:
+        shown["dynamics"] = show_dynamics(choice.token_ids, choice.dynamics, tokenizer)
+    return shown
+
+
+def show_dynamics(
+    token_ids: Sequence[int], dynamics: Sequence[TokenDynamics], tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """What the network did for each generated token."""
+    return [
+        {
+            "token_id": token_id,
+            "token": tokenizer.token_text(token_id),
+            "input_token_id": entry.input_token_id,
+            "experts": entry.experts,
+            "rerouted": entry.rerouted,
+            "mu_norm": entry.mu_norm,
+            "velocity_norm": entry.velocity_norm,
+        }
+        for token_id, entry in zip(token_ids, dynamics, strict=True)
+    ]

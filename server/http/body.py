@@ -1,0 +1,244 @@
+"""From a request's bytes to a checked model, so that every way to fail is ours and says which field is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections import deque
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from ...engine.errors import EngineBusyError
+from ..api.fields import UNSUPPORTED
+from .errors import ApiError, shorten
+from .offload import is_large, off_loop
+
+MAX_BODY_BYTES = 8 * 2**20
+LARGE_BODY_BYTES = 64 * 2**10
+ROOM_BYTES = 4 * MAX_BODY_BYTES
+ROOM_SECONDS = 5.0
+MAX_CONTAINERS = 2**18
+"""Objects and arrays in a body: each takes some 70 bytes of memory for two that are sent."""
+MAX_WHOLE = 2**53
+"""Up to here a float says which integer is meant."""
+MAX_MESSAGE = 600
+MAX_ERRORS = 1000
+QUOTES = "'"
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class BodyRoom:
+    """Room for large bodies, from while they are read until what they ask for is under way: their sum is bounded.
+
+    Those who find none wait for their turn. Whoever reads for longer than `seconds` then, goes.
+    """
+
+    def __init__(self, total: int = ROOM_BYTES, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self.wanted_at = -math.inf
+        self._total = self._free = total
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def enter(self, size: int) -> BodyPlace:
+        """Take a place of so many bytes; raise `EngineBusyError` when none gets free in time."""
+        place = BodyPlace(self, min(size, self._total))
+        if not self._waiting and place.size <= self._free:
+            self._free -= place.size
+            return place
+        self.wanted_at = time.monotonic()
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((place.size, turn))
+        try:
+            await asyncio.wait_for(asyncio.shield(turn), ROOM_SECONDS)
+        except BaseException as error:
+            if turn.done():
+                place.leave()
+            else:
+                turn.cancel()
+                self.give_back(0)
+            if isinstance(error, TimeoutError):
+                message = "Too many large requests are being read: ask again later."
+                raise EngineBusyError(message, retry_after=5) from None
+            raise
+        place.taken_at = time.monotonic()
+        return place
+
+    def give_back(self, size: int) -> None:
+        """Take back what was given, and let in who waits."""
+        self._free += size
+        while self._waiting and (self._waiting[0][1].cancelled() or self._waiting[0][0] <= self._free):
+            size, turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self._free -= size
+                turn.set_result(None)
+
+
+class BodyPlace:
+    """A body's place in a `BodyRoom`."""
+
+    def __init__(self, room: BodyRoom | None, size: int) -> None:
+        self.size = size
+        self.taken_at = time.monotonic()
+        self._room = room
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether others have found no place since it was taken, which is long ago."""
+        room = self._room
+        return room is not None and room.wanted_at > self.taken_at < time.monotonic() - room.seconds
+
+    def leave(self) -> None:
+        """Make room; harmless when called again."""
+        if self._room is not None:
+            self._room.give_back(self.size)
+            self._room = None
+
+
+NO_PLACE = BodyPlace(None, 0)
+
+
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """Read and check the body; raise `ApiError` (400, 413, 415) for what is not a `model`.
+
+    A large one has its place in the app's `BodyRoom` afterwards, which `request.state.place` leaves.
+    """
+    request.state.place = NO_PLACE
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if not re.fullmatch(r"application/(.*\+)?json", content_type):
+        raise ApiError(
+            415, f"The body must be application/json, got content-type {shorten(content_type)!r}.", code="content_type"
+        )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "Compressed bodies are not supported.", code="content_encoding")
+    length = request.headers.get("content-length", "")
+    size = int(length[:20]) if length.isdecimal() else MAX_BODY_BYTES
+    if size > MAX_BODY_BYTES:
+        raise _too_large()
+    try:
+        data = await _read_bytes(request, size)
+        is_large.set(len(data) >= LARGE_BODY_BYTES)
+        return await off_loop(parse_body, data, model) if is_large.get() else parse_body(data, model)
+    except BaseException:
+        request.state.place.leave()
+        raise
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
+
+
+async def _read_bytes(request: Request, size: int) -> bytes:
+    """The body; where it turns out to be large, its `size` is accounted for before the rest is read."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY_BYTES:
+            raise _too_large()
+        if len(data) >= LARGE_BODY_BYTES and request.state.place is NO_PLACE:
+            request.state.place = await request.app.state.body_room.enter(max(size, len(data)))
+        if request.state.place.is_overdue:
+            raise ApiError(408, "The body comes on too slowly while others wait for its place.", code="request_timeout")
+    return bytes(data)
+
+
+def _number(text: str) -> float:
+    """A number with a point or an exponent: one that is whole is an integer, as JSON Schema counts it."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("Number out of range")
+    return int(value) if value.is_integer() and abs(value) <= MAX_WHOLE else value
+
+
+_decode = msgspec.json.Decoder(float_hook=_number).decode
+
+
+def parse_body(data: bytes, model: type[Body]) -> Body:
+    """Check bytes of JSON against `model`; raise `ApiError` 400 naming the field."""
+    if len(data) > 2 * MAX_CONTAINERS and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+        raise ApiError(400, f"The body has more than {MAX_CONTAINERS} objects and arrays.", code="invalid_json")
+    try:
+        fields = _decode(data)
+    except UnicodeDecodeError:
+        raise ApiError(400, "The body is not valid UTF-8.", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
+    except ValueError as error:
+        raise ApiError(400, f"The body is not valid JSON: {shorten(str(error))}.", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    known = {field.alias or name for name, field in model.model_fields.items()}
+    for name in fields:  # the first of perhaps very many
+        if name not in known and name not in UNSUPPORTED:
+            raise _unknown(shorten(name))
+    try:
+        return model.model_validate(_drop_unsupported_noops(fields, model))
+    except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:  # to list them would take longer than to find them did
+            path = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], dict | list | str) else 0)
+            message = f"{shorten(path)} has {error.error_count()} wrong values or names."
+            raise ApiError(400, message, param=shorten(path), code="invalid_value") from None
+        raise _describe(error, fields) from None
+
+
+def _unknown(path: str) -> ApiError:
+    return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
+
+
+def _drop_unsupported_noops(fields: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Drop what this server lacks but is not really asked for; raise `ApiError` 400 where it is."""
+    kept = {}
+    for name, value in fields.items():
+        if name not in UNSUPPORTED or name in model.model_fields:
+            kept[name] = value
+        elif value is not None and not any(value == idle and type(value) is type(idle) for idle in UNSUPPORTED[name]):
+            raise ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+    return kept
+
+
+def _locate(steps: tuple[int | str, ...], kind: str, data: Any) -> tuple[str, int]:
+    """Walk an error's location through the data and leave out pydantic's names of union members."""
+    path, depth = "", 0
+    for position, step in enumerate(steps):
+        last = position == len(steps) - 1
+        if isinstance(step, int) and isinstance(data, list) and step < len(data):
+            path, data, depth = f"{path}[{step}]", data[step], depth + 1
+        elif isinstance(step, str) and isinstance(data, dict) and (step in data or (last and kind == "missing")):
+            path, data, depth = f"{path}.{shorten(step)}" if path else shorten(step), data.get(step), depth + 1
+    return path, depth
+
+
+def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
+    """Say the most telling of pydantic's errors in one sentence: of a union, the member that fitted furthest."""
+    found = []
+    for entry in error.errors(include_url=False, include_input=False):
+        path, depth = _locate(entry["loc"], entry["type"], data)
+        if entry["type"].startswith("union_tag"):
+            path = f"{path}.{entry['ctx']['discriminator'].strip(QUOTES)}"
+        found.append((path, depth, entry["type"], entry["msg"], entry.get("ctx", {}).get("expected_tags", "")))
+    fields = [re.split(r"[.\[]", path)[0] for path, *_ in found]
+    found = [item for item, field in zip(found, fields, strict=True) if field == fields[0]]
+    path, _, kind, _, tags = max(found, key=lambda item: (item[1], not item[2].endswith("_type")))
+    if kind == "extra_forbidden":
+        return _unknown(path)
+    if kind in ("missing", "union_tag_not_found"):
+        return ApiError(400, f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
+    if kind == "union_tag_invalid":
+        choices = " or ".join(", ".join(tag.strip(QUOTES) for tag in tags.split(", ")).rsplit(", ", 1))
+        return ApiError(400, f"{path} should be {choices}.", param=path, code="invalid_value")
+    same = [item for item in found if item[0] == path and item[2].endswith("_type") == kind.endswith("_type")]
+    texts = list(dict.fromkeys(_predicate(message) for _, _, _, message, _ in same))
+    text = " or ".join([texts[0], *(other.removeprefix("should be ") for other in texts[1:])])
+    return ApiError(400, f"{path} {text}."[:MAX_MESSAGE], param=path, code="invalid_value")
+
+
+def _predicate(message: str) -> str:
+    """Turn "Input should be …" into "should be …"."""
+    for subject in ("Input ", "String ", "List ", "Dictionary ", "Value error, "):
+        message = message.removeprefix(subject)
+    return message.replace(" after validation", "")

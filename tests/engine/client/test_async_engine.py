@@ -1,0 +1,422 @@
+"""The engine in its own process: streams, aborts, death and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from support.checkpoints import TINY
+
+from pyllm import LLM, SamplingParams
+from pyllm.engine.client.async_engine import AsyncEngine, Bell, RequestStream
+from pyllm.engine.client.output_processor import RequestOutput
+from pyllm.engine.config import EngineConfig
+from pyllm.engine.errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError
+from pyllm.model.cpu.backend import available
+from pyllm.model.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.anyio
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_in_the_engine() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def config(folder: Path) -> EngineConfig:
+    return EngineConfig(model=str(folder), dtype="float32", device="cpu", quiet=True, num_kv_blocks=200)
+
+
+async def start(folder: Path) -> AsyncEngine:
+    return await AsyncEngine.start(config(folder), Tokenizer.from_folder(folder))
+
+
+@pytest.fixture(scope="module")
+async def engine(tiny_checkpoint, anyio_backend) -> AsyncIterator[AsyncEngine]:
+    engine = await start(tiny_checkpoint)
+    yield engine
+    await engine.shutdown()
+
+
+def children() -> set[int]:
+    """Processes that this one has started and that are not gone (a zombie is not gone)."""
+    lists = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(pid) for file in lists for pid in file.read_text().split()}
+
+
+def processes() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+async def read(stream: RequestStream) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+def ids(outputs: list[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+async def test_a_stream_gives_what_the_library_gives(engine, tiny_checkpoint):
+    each = [
+        SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=11, max_tokens=9, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=1.0, seed=12, top_p=0.9, max_tokens=9, ignore_eos=True),
+    ]
+    llm = LLM(str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=200)
+    prompts = [llm.tokenizer.encode(text) for text in ("One", "Two words", "And three words")]
+    expected = llm.generate(prompts, each)
+    streams = [engine.submit(f"lib-{i}", *pair) for i, pair in enumerate(zip(prompts, each, strict=True))]
+    for stream, completion, prompt in zip(streams, expected, prompts, strict=True):
+        outputs = await read(stream)
+        assert ids(outputs) == completion.token_ids
+        assert "".join(output.text for output in outputs) == completion.text
+        found = [(entry.token_id, entry.logprob) for output in outputs for entry in output.logprobs]
+        assert [token for token, _ in found] == [entry.token_id for entry in completion.logprobs]
+        scores = [entry.logprob for entry in completion.logprobs]
+        assert [score for _, score in found] == pytest.approx(scores, abs=1e-4)
+        assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["length"]
+        last = outputs[-1]
+        assert (last.num_prompt_tokens, last.num_output_tokens) == (len(prompt), 9)
+        assert 0 < last.times.arrival <= last.times.scheduled <= last.times.first_token <= last.times.last_token
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+
+async def test_a_hundred_requests_at_once_all_end_whole(engine):
+    rng = random.Random(0)
+    streams, sizes = [], []
+    for i in range(100):
+        sizes.append(rng.randint(1, 12))
+        params = SamplingParams(max_tokens=sizes[-1], ignore_eos=True, temperature=1.0)
+        streams.append(engine.submit(f"many-{i}", [rng.randrange(4, 270) for _ in range(rng.randint(1, 30))], params))
+    answers = await asyncio.wait_for(asyncio.gather(*map(read, streams)), 30)
+    assert [len(ids(outputs)) for outputs in answers] == sizes
+    assert all(outputs[-1].finish_reason == "length" for outputs in answers)
+    await until(lambda: engine.stats.num_running == engine.stats.num_waiting == 0)
+    assert engine.stats.kv_cache_usage == 0
+
+
+async def test_an_abort_ends_the_stream_and_frees_the_blocks(engine):
+    streams = [engine.submit(f"abort-{i}", [5 + i] * 20, ENDLESS) for i in range(4)]
+    for stream in streams:
+        await anext(stream)
+    await until(lambda: engine.stats.num_running == 4 and engine.stats.kv_cache_usage > 0)
+    for stream in streams:
+        stream.abort()
+        stream.abort()
+    for stream in streams:
+        assert all(output.finish_reason is None for output in await read(stream))
+    await until(lambda: engine.stats.num_running == 0)
+    assert engine.stats.kv_cache_usage == 0
+
+
+async def test_an_abort_before_anything_happened_leaves_nothing(engine):
+    for i in range(20):
+        engine.submit(f"early-{i}", [9] * 30, ENDLESS).abort()
+    assert len(await read(engine.submit("after", [9], SamplingParams(max_tokens=2, ignore_eos=True)))) == 2
+    await until(lambda: engine.stats.num_running == 0)
+    assert engine.stats.kv_cache_usage == 0
+
+
+async def test_an_abort_wakes_who_waits(engine):
+    stream = engine.submit("waits", [9] * 10, ENDLESS)
+    reader = asyncio.create_task(read(stream))
+    await asyncio.sleep(0)
+    stream.abort()
+    await asyncio.wait_for(reader, 1)
+
+
+async def test_an_id_may_be_used_again_at_once_after_an_abort(engine):
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    expected = ids(await read(engine.submit("second-alone", [100, 101], params)))
+    for _ in range(20):
+        first = engine.submit("again", [7] * 5, ENDLESS)
+        await anext(first)
+        first.abort()
+        assert ids(await read(engine.submit("again", [100, 101], params))) == expected
+
+
+async def test_a_stop_string_ends_the_request_in_the_engine_too(engine):
+    unstopped = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    free = await read(engine.submit("free", [40, 41, 42], unstopped))
+    text = "".join(output.text for output in free)
+    stop = text[3:5]
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, stop=(stop,))
+    outputs = await read(engine.submit("stopped", [40, 41, 42], params))
+    assert "".join(output.text for output in outputs) == text[: text.index(stop)]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
+    await until(lambda: engine.stats.num_running == 0)
+    assert engine.stats.kv_cache_usage == 0
+
+
+async def test_a_request_that_can_never_run_is_refused_at_once(engine):
+    for prompt in ([], [100_000], [5] * 300):
+        with pytest.raises(RequestError):
+            engine.submit("bad", prompt, SamplingParams(max_tokens=5))
+    assert ids(await read(engine.submit("bad", [5], SamplingParams(max_tokens=2, ignore_eos=True))))
+
+
+async def test_two_running_requests_of_one_name_do_not_mix(engine):
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    apart = [ids(await read(engine.submit("alone", [token], params))) for token in (5, 6)]
+    streams = [engine.submit("twin", [token], params) for token in (5, 6)]
+    assert [ids(await read(stream)) for stream in streams] == apart
+
+
+async def test_the_listener_sees_every_step(engine):
+    seen = []
+    engine.step_listener = seen.append
+    try:
+        await read(engine.submit("heard", [5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True)))
+        await until(lambda: bool(seen) and seen[-1].stats.num_running == 0)
+    finally:
+        engine.step_listener = None
+    assert sum(len(output.token_ids) for step in seen for output in step.outputs) == 4
+    assert sum(step.stats.step_tokens for step in seen) == 3 + 3
+
+
+async def test_one_bell_tells_of_many_streams(engine):
+    bell = Bell()
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    streams = [engine.submit(f"belled-{i}", [5 + i], params, bell=bell) for i in range(3)]
+    taken = [[] for _ in streams]
+    while not all(outputs and outputs[-1].finish_reason for outputs in taken):
+        await asyncio.wait_for(bell.heard(), 5)
+        for outputs, stream in zip(taken, streams, strict=True):
+            outputs += stream.take()
+    assert [len(ids(outputs)) for outputs in taken] == [6, 6, 6]
+    assert streams[0].take() == []
+
+
+async def test_requests_beyond_the_queue_are_refused_until_others_end(tiny_checkpoint):
+    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
+    engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
+    try:
+        with pytest.raises(RequestError, match="at most 5 sequences at once, but 6"):
+            engine.check_room(6)
+        engine.check_room(5)
+        streams = [engine.submit(f"run-{i}", [5] * 10, ENDLESS) for i in range(5)]
+        with pytest.raises(EngineBusyError, match="3 requests wait already") as caught:
+            engine.submit("late", [5], ENDLESS)
+        assert caught.value.retry_after == 1, "nothing is known of the pace yet"
+        await until(lambda: (engine.stats.num_running, engine.stats.num_waiting) == (2, 3))
+        with pytest.raises(EngineBusyError):
+            engine.check_room()
+        for stream in streams[:2]:
+            stream.abort()
+        engine.check_room(2)
+        with pytest.raises(EngineBusyError):
+            engine.check_room(3)
+    finally:
+        await engine.shutdown()
+
+
+async def test_nobody_is_refused_a_place_that_the_end_of_others_has_left(tiny_checkpoint):
+    """All that run end in one step, while others wait: at that moment nothing runs."""
+    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
+    engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
+    left, refusals, seen = 5, [], set()
+
+    def look(message):
+        nonlocal left
+        left -= sum(output.finish_reason is not None for output in message.outputs)
+        seen.add((engine.stats.num_running, engine.stats.num_waiting))
+        try:
+            engine.check_room(5 - left)
+        except EngineBusyError as error:
+            refusals.append((left, str(error)))
+
+    engine.step_listener = look
+    try:
+        streams = [engine.submit(f"r{n}", [5], SamplingParams(max_tokens=2, ignore_eos=True)) for n in range(5)]
+        for stream in streams:
+            await read(stream)
+        assert any(running == 0 and waiting > 0 for running, waiting in seen)
+        assert refusals == []
+    finally:
+        await engine.shutdown()
+
+
+async def test_when_to_come_back_follows_from_the_pace_of_those_that_end(tiny_checkpoint, monkeypatch):
+    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=1, max_num_queued_reqs=9)
+    engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
+    try:
+        ended_before_a_pause = engine.submit("first", [5], SamplingParams(max_tokens=1, ignore_eos=True))
+        await read(ended_before_a_pause)
+        assert engine._seconds_until(100) == 1
+        short = [engine.submit("short", [5], SamplingParams(max_tokens=1, ignore_eos=True)) for _ in range(4)]
+        engine.submit("long", [5] * 10, ENDLESS)
+        for stream in short:
+            await read(stream)
+        await until(lambda: (engine.stats.num_running, engine.stats.num_waiting) == (1, 0))
+        for _ in range(9):
+            engine.submit("long", [5] * 10, ENDLESS)
+        now = time.monotonic()
+        for seconds, expected in ((0, {1}), (20, range(10, 20)), (10_000, {60})):  # two places; four ended so long ago
+            monkeypatch.setattr(time, "monotonic", lambda ago=seconds: now + ago)
+            with pytest.raises(EngineBusyError) as caught:
+                engine.check_room(2)
+            assert caught.value.retry_after in expected
+        monkeypatch.undo()
+    finally:
+        await engine.shutdown()
+
+
+async def test_a_salt_keeps_prefixes_apart(engine):
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    prompt = [random.Random(1).randrange(4, 270) for _ in range(64)]
+    cached = []
+    for salt in ("a", "a", "b", None, None):
+        cached.append((await read(engine.submit("salted", prompt, params, cache_salt=salt)))[-1].num_cached_tokens)
+    assert cached[0] == cached[2] == cached[3] == 0
+    assert min(cached[1], cached[4]) > 0
+
+
+async def test_a_prompt_s_states_and_logprobs_cross_the_border(engine, tiny_checkpoint):
+    llm = LLM(str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=200)
+    prompt = llm.tokenizer.encode("What crosses the border")
+    rules = {"logit_bias": {40: 3.5}, "bad_words": ((41,), (42, 43)), "allowed_token_ids": tuple(range(30, 90))}
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=2, **rules)
+    streams = [
+        engine.submit("asking", prompt, params),
+        engine.submit("mean", prompt, SamplingParams(), pooling="mean"),
+        engine.submit("last", [7] * engine.info.max_model_len, SamplingParams(), pooling="last"),
+    ]
+    asking, mean, last = [await read(stream) for stream in streams]
+    expected = llm.generate([prompt], params)[0]
+    assert ids(asking) == expected.token_ids
+    prompts = zip(asking[0].prompt_logprobs, expected.prompt_logprobs, strict=True)
+    pairs = [*prompts, *zip([entry for output in asking for entry in output.logprobs], expected.logprobs, strict=True)]
+    for found, wanted in pairs:
+        if available(TINY):  # to the bit; plain torch rounds by the shape of the step
+            assert found == wanted
+        assert (found.token_id, found.rank) == (wanted.token_id, wanted.rank)
+        assert [token for token, _ in found.top] == [token for token, _ in wanted.top]
+        assert found.logprob == pytest.approx(wanted.logprob, abs=1e-5)
+    assert all(output.prompt_logprobs == [] for output in asking[1:])
+    for outputs, wanted in ((mean, llm.embed([prompt])), (last, llm.embed([[7] * 256], "last"))):
+        assert [output.finish_reason for output in outputs] == ["stop"]
+        assert outputs[0].embedding == pytest.approx(wanted[0], abs=1e-6)
+        assert outputs[0].times.arrival < outputs[0].times.scheduled < outputs[0].times.last_token
+    with pytest.raises(RequestError, match="257 tokens"):
+        engine.submit("long", [7] * (engine.info.max_model_len + 1), SamplingParams(), pooling="mean")
+
+
+async def test_a_killed_engine_fails_everyone_within_two_seconds(tiny_checkpoint):
+    before = children()
+    engine = await start(tiny_checkpoint)
+    (pid,) = children() - before
+    streams = [engine.submit(str(i), [5] * 10, ENDLESS) for i in range(3)]
+    for stream in streams:
+        await anext(stream)
+    # Who reads all along, who reads later, and who does not read at all.
+    reader = asyncio.create_task(read(streams[0]))
+    watcher = asyncio.create_task(engine.wait_dead())
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="engine process"):
+        await asyncio.wait_for(reader, 2)
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(read(streams[1]), 2)
+    assert "engine process" in await asyncio.wait_for(watcher, 2)
+    assert not engine.is_alive
+    with pytest.raises(EngineDeadError):
+        engine.submit("late", [5], SamplingParams())
+    for stream in streams:
+        stream.abort()
+    await engine.shutdown()
+    await engine.shutdown()
+    assert children() == before
+
+
+async def test_shutdown_ends_running_requests_and_leaves_no_child(tiny_checkpoint):
+    before = children()
+    engine = await start(tiny_checkpoint)
+    (pid,) = children() - before
+    stream = engine.submit("r", [5] * 10, ENDLESS)
+    await anext(stream)
+    started = time.monotonic()
+    await engine.shutdown()
+    assert time.monotonic() - started < 4, "it ended when asked to, and was not killed"
+    assert children() == before
+    assert pid not in processes()
+    with pytest.raises(EngineDeadError, match="shutting down"):
+        await read(stream)
+    with pytest.raises(EngineDeadError):
+        engine.submit("late", [5], SamplingParams())
+
+
+async def test_an_engine_that_cannot_start_says_why_and_leaves_no_child(tiny_checkpoint, tmp_path):
+    before = children()
+    tokenizer = Tokenizer.from_folder(tiny_checkpoint)
+    with pytest.raises(EngineStartError, match=r"config\.json") as failure:
+        await AsyncEngine.start(config(tmp_path), tokenizer)
+    assert "\n" not in str(failure.value)
+    assert children() == before
+
+
+async def test_a_cancelled_start_leaves_no_child(tiny_checkpoint):
+    before = children()
+    starting = asyncio.create_task(start(tiny_checkpoint))
+    await until(lambda: bool(children() - before))
+    await asyncio.sleep(0.2)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert children() == before
+
+
+async def test_files_in_the_users_folder_are_not_taken_for_modules(tiny_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise SystemExit('a file of the user was run')")
+    monkeypatch.chdir(tmp_path)
+    engine = await start(tiny_checkpoint)
+    await engine.shutdown()
+
+
+PROGRAM = """
+import asyncio, sys
+from pyllm.engine.client.async_engine import AsyncEngine
+from pyllm.engine.config import EngineConfig
+from pyllm.engine.messages import SamplingParams
+from pyllm.model.tokenizer import Tokenizer
+
+async def main():
+    folder = sys.argv[1]
+    config = EngineConfig(model=folder, device="cpu", quiet=True, num_kv_blocks=50)
+    engine = await AsyncEngine.start(config, Tokenizer.from_folder(folder))
+    stream = engine.submit("r", [5], SamplingParams(max_tokens=3, ignore_eos=True))
+    print(sum([len(output.token_ids) async for output in stream]))
+    engine.submit("cut", [5], SamplingParams(max_tokens=200, ignore_eos=True))
+    await engine.shutdown()
+
+asyncio.run(main())
+print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "safetensors"}))
+"""
+
+
+def test_a_client_program_needs_no_torch_and_ends_without_a_warning(tiny_checkpoint):
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", PROGRAM, str(tiny_checkpoint)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert (done.returncode, done.stdout.split("\n"), done.stderr) == (0, ["3", "[]", ""], "")

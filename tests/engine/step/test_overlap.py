@@ -1,0 +1,259 @@
+"""The engine with a step under way while the next one is planned: the same answers as one step at a time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.paged_runner import EOS, VOCAB, PagedRunner, expected, finish, make_core, message, tokens_of
+
+from pyllm import LLM
+from pyllm.engine.messages import SamplingParams, TokenOutput
+from pyllm.engine.step.core import EngineCore
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30) | st.integers(1, 30).map(lambda n: [1] * n),
+        st.integers(1, 30),  # max_tokens
+        st.lists(st.integers(0, VOCAB - 1), max_size=3),  # stop ids
+        st.booleans(),  # ignore_eos
+        st.integers(0, 4),  # steps until the next arrives
+        st.integers(0, 1),  # priority
+        st.sampled_from([None, None, "salt"]),
+        st.sampled_from([None, None, None, 0]),  # logprobs: the host reads more than the token
+        st.none() | st.none() | st.integers(1, 6),  # output tokens after which the client finds a stop string
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+def overlapped(**sizes: object) -> EngineCore:
+    return make_core(overlap_scheduling=True, **sizes)
+
+
+def runner_of(core: EngineCore) -> PagedRunner:
+    assert isinstance(core.runner, PagedRunner)
+    return core.runner
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    requests=REQUESTS,
+    seqs=st.integers(1, 8),
+    budget=st.integers(1, 40),
+    block_size=st.integers(1, 9),
+    spare=st.integers(0, 20),
+    caching=st.booleans(),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), max_size=3),
+    failures=st.lists(st.booleans(), max_size=12),
+)
+def test_outputs_are_those_of_one_request_at_a_time(
+    requests, seqs, budget, block_size, spare, caching, policy, aborts, failures
+):
+    core = overlapped(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        block_size=block_size,
+        num_blocks=-(-64 // block_size) + spare,
+        enable_prefix_caching=caching,
+        scheduling_policy=policy,
+    )
+    # Never so many failures in a row that a step of one sequence is given up.
+    runner_of(core).failures = [failed and n % 3 == 0 for n, failed in enumerate(failures)]
+    wanted: dict[str, tuple[list[int], str]] = {}
+    got: dict[str, tuple[list[int], str | None]] = {}
+    found: dict[str, int | None] = {}
+    pending = list(enumerate(requests))
+    wait = step = 0
+    gone: set[str] = set()
+    while pending or core.has_work:
+        while pending and (wait <= 0 or not core.has_work):
+            i, (prompt, most, stops, ignore, wait, priority, salt, logprobs, found[str(i)]) = pending.pop(0)
+            limits = {"max_tokens": most, "stop_token_ids": tuple(stops), "ignore_eos": ignore, "logprobs": logprobs}
+            request = message(str(i), prompt, priority=priority, cache_salt=salt, **limits)
+            core.add_request(request)
+            wanted[str(i)] = expected(prompt, request.params)
+        wait -= 1
+        before = set(gone)
+        for output in core.step().outputs:
+            name = output.request_id
+            assert name not in before, "nothing comes after an abort"
+            if name in gone:  # one step may bring two tokens
+                continue
+            tokens, reason = got.get(name, ([], None))
+            assert reason is None, "nothing comes after the end"
+            got[name] = (tokens + output.token_ids, output.finish_reason)
+            if found[name] is not None and len(got[name][0]) >= found[name]:
+                core.abort([name])  # as a client does that finds a stop string
+                gone.add(name)
+        for at, index in aborts:
+            if at == step:
+                core.abort([str(index)])
+                gone |= {str(index)} & set(wanted)
+        step += 1
+    core.check_idle()
+    for name, (tokens, reason) in wanted.items():
+        if name not in gone:
+            assert got[name] == (tokens, reason)
+        elif name in got:
+            assert got[name][0] == tokens[: len(got[name][0])]
+
+
+def free_running(prompt: list[int], count: int = 20) -> list[int]:
+    return expected(prompt, SamplingParams(max_tokens=count, ignore_eos=True))[0]
+
+
+def test_a_step_begins_before_the_one_before_it_is_read():
+    core = overlapped()
+    core.add_request(message("r", [1, 2, 3], max_tokens=5, ignore_eos=True))
+    came = []
+    while core.has_work:
+        came.append((runner_of(core).num_launched, [t for o in core.step().outputs for t in o.token_ids]))
+    assert [len(tokens) for _, tokens in came] == [0, 1, 1, 1, 1, 1]
+    assert [token for _, tokens in came for token in tokens] == free_running([1, 2, 3], 5)
+
+
+def test_no_step_is_wasted_on_a_sequence_whose_length_is_known():
+    core = overlapped()
+    core.add_request(message("a", [1, 2, 3], max_tokens=4, ignore_eos=True))
+    core.add_request(message("b", [4], max_tokens=2, ignore_eos=True))
+    finish(core)
+    assert runner_of(core).num_computed == (3 + 3) + (1 + 1)
+    assert runner_of(core).num_launched == 4
+
+
+def test_a_stop_id_costs_one_token_of_one_step_and_gives_none_away():
+    prompt = [1, 2, 3]
+    free = free_running(prompt)
+    core = overlapped()
+    core.add_request(message("r", prompt, max_tokens=20, ignore_eos=True, stop_token_ids=(free[4],)))
+    outputs = finish(core)["r"]
+    kept = free.index(free[4]) + 1
+    assert tokens_of(outputs) == free[:kept]
+    assert outputs[-1].finish_reason == "stop"
+    assert outputs[-1].stop_token_id == free[4]
+    assert runner_of(core).num_computed == len(prompt) + kept  # the last of them in vain
+
+
+def test_an_idle_engine_waits_for_nothing_after_an_abort():
+    core = overlapped()
+    core.add_request(message("r", [1, 2, 3], max_tokens=20, ignore_eos=True))
+    core.step()
+    core.step()
+    core.abort(["r"])
+    assert not core.has_work
+    core.check_idle()
+    core.add_request(message("next", [1, 2, 3], max_tokens=6, ignore_eos=True))
+    assert tokens_of(finish(core)["next"]) == free_running([1, 2, 3], 6)
+
+
+def test_pages_of_an_ended_sequence_are_given_on_though_a_step_still_writes_to_them():
+    core = overlapped(num_blocks=4, block_size=4, max_model_len=16, enable_prefix_caching=False)
+    prompts = {str(n): [n + 1] * 5 for n in range(6)}
+    for name, prompt in prompts.items():
+        stop = free_running(prompt)[2]
+        core.add_request(message(name, prompt, max_tokens=10, ignore_eos=True, stop_token_ids=(stop,)))
+    outputs = finish(core)
+    for name, prompt in prompts.items():
+        free = free_running(prompt)
+        assert tokens_of(outputs[name]) == free[: free.index(free[2]) + 1]
+
+
+@pytest.mark.parametrize("field", [{"logprobs": 1}, {"presence_penalty": 0.5}, {"min_tokens": 2}])
+def test_steps_with_a_sequence_whose_tokens_the_host_needs_are_read_at_once(field):
+    core = overlapped()
+    core.add_request(message("plain", [1, 2, 3], max_tokens=20, ignore_eos=True))
+    core.step()
+    core.step()
+    core.add_request(message("needs", [4, 5], max_tokens=3, ignore_eos=True, **field))
+    outputs: dict[str, list[TokenOutput]] = {}
+    steps = 0
+    while not outputs.get("needs") or outputs["needs"][-1].finish_reason is None:
+        launched = runner_of(core).num_launched
+        for output in core.step().outputs:
+            outputs.setdefault(output.request_id, []).append(output)
+        assert runner_of(core).num_launched == launched
+        steps += 1
+    assert steps == 3
+    assert len(tokens_of(outputs["plain"])) == 1 + 3, "the one under way and three more"
+    core.step()
+    assert runner_of(core).num_launched == launched + 1, "and then the steps overlap again"
+    finish(core)
+
+
+def test_a_prompt_in_chunks_overlaps_with_its_own_first_tokens():
+    core = overlapped(max_num_batched_tokens=8)
+    prompt = list(range(1, 30))
+    core.add_request(message("r", prompt, max_tokens=5, ignore_eos=True))
+    assert [len(core.step().outputs) for _ in range(5)] == [0, 0, 0, 0, 1]
+    finish(core)
+
+
+def test_who_is_preempted_goes_on_with_the_token_that_was_under_way():
+    core = overlapped(num_blocks=8, block_size=2, max_model_len=16)
+    prompts = {str(n): [n + 1, n + 2] for n in range(4)}
+    for name, prompt in prompts.items():
+        core.add_request(message(name, prompt, max_tokens=10, ignore_eos=True))
+    outputs = finish(core)
+    assert core.scheduler.num_preemptions > 0
+    assert all(tokens_of(outputs[name]) == free_running(prompt, 10) for name, prompt in prompts.items())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_without_memory_is_made_smaller_and_tried_again(overlap):
+    core = make_core(overlap_scheduling=overlap, max_num_batched_tokens=64)
+    prompts = {str(n): [n + 1] * 10 for n in range(4)}
+    for name, prompt in prompts.items():
+        core.add_request(message(name, prompt, max_tokens=6, ignore_eos=True))
+    runner_of(core).failures = [False, True, True, True]
+    most, step, sizes = core.scheduler.max_num_seqs, core.step, []
+    core.step = lambda: (step(), sizes.append(core.scheduler.max_num_seqs))[0]
+    outputs = finish(core)
+    assert all(tokens_of(outputs[name]) == free_running(prompt, 6) for name, prompt in prompts.items())
+    assert min(sizes) < 4
+    assert core.scheduler.max_num_seqs == most, "without work there is nothing left that needs so much"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_has_no_room_even_alone_is_told_what_to_set(overlap):
+    core = make_core(overlap_scheduling=overlap)
+    core.add_request(message("r", [1] * 20, max_tokens=6, ignore_eos=True))
+    runner_of(core).failures = [True] * 4
+    last = finish(core)["r"][-1]
+    assert last.finish_reason == "error"
+    assert "lower --gpu-memory-utilization" in (last.error or "")
+    core.add_request(message("after", [2, 3], max_tokens=6, ignore_eos=True))
+    assert tokens_of(finish(core)["after"]) == free_running([2, 3], 6)
+
+
+def test_an_end_of_sequence_id_that_comes_while_its_successor_is_computed_ends_the_answer():
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    prompt = next([first, 9] for first in range(1, VOCAB) if EOS in expected([first, 9], params)[0])
+    core = overlapped()
+    core.add_request(message("r", prompt, max_tokens=20))
+    outputs = finish(core)["r"]
+    assert (tokens_of(outputs), outputs[-1].finish_reason) == expected(prompt, SamplingParams(max_tokens=20))
+
+
+def test_the_network_gives_the_same_answers_whether_steps_overlap_or_not(tiny_checkpoint):
+    prompts = ["The same beginning, and then this", "The same beginning, and then that", "c", "d" * 90, "e", "f"]
+    params = [
+        SamplingParams(max_tokens=30, temperature=0.0),
+        SamplingParams(max_tokens=25, temperature=1.0, seed=1, stop=("a", "9")),
+        SamplingParams(max_tokens=25, temperature=0.8, top_p=0.9, seed=2, stop_token_ids=(70, 71, 72, 73, 74)),
+        SamplingParams(max_tokens=20, temperature=1.0, top_k=5, seed=3, ignore_eos=True),
+        SamplingParams(max_tokens=9, temperature=1.0, seed=4, ignore_eos=True, logprobs=2),
+        SamplingParams(max_tokens=30, temperature=1.0, min_p=0.05, seed=5, frequency_penalty=0.5),
+    ]
+
+    def answers(overlap: bool) -> list[tuple[str, list[int], str | None, str | int | None]]:
+        llm = LLM(
+            str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=40, max_model_len=128,
+            max_num_seqs=4, max_num_batched_tokens=32, block_size=8, overlap_scheduling=overlap,
+        )  # fmt: skip
+        found = llm.generate(prompts, params) + llm.generate(prompts, params)  # then from the prefix cache
+        return [(one.text, one.token_ids, one.finish_reason, one.stop_reason) for one in found]
+
+    assert answers(overlap=True) == answers(overlap=False)

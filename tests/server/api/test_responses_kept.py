@@ -1,0 +1,225 @@
+"""What is kept of `/v1/responses`: how a conversation goes on, the lists of its items, and the store."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import tracemalloc
+
+import msgspec
+import pytest
+from openai.types.responses import ResponseItemList
+from support.responses_client import CALL, REPLY, WEATHER, creator, prompts
+
+from pyllm.server.api.responses import route as responses
+from pyllm.server.api.responses.store import MAX_PACKED_BYTES, KeptResponse, ResponseStore
+from pyllm.server.api.responses.wire import InputItemList
+
+
+@pytest.fixture
+def create(harness):
+    return creator(harness)
+
+
+@pytest.fixture
+def long_context(harness):
+    """Room for descriptions of tools, of which each byte is a token here."""
+    harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=1500)
+
+
+def test_items_of_every_kind_reach_the_prompt_in_order(create, harness, long_context):
+    create(
+        instructions="Obey.",
+        tools=[WEATHER],
+        input=[
+            {"role": "developer", "content": "Note."},
+            {"role": "user", "content": [{"type": "input_text", "text": "Ask"}, {"type": "input_text", "text": "me"}]},
+            {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed",
+             "content": [{"type": "output_text", "text": "Wait.", "annotations": [], "logprobs": []}]},
+            {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "get_weather", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c1", "output": "Rain"},
+        ],
+    )  # fmt: skip
+    (prompt,) = prompts(harness)
+    place = 0
+    for text in ("Obey.", "Note.", "Ask", "me", "Wait.", "get_weather", "Rain"):
+        place = prompt.index(text, place)
+
+
+def test_a_response_goes_on_after_an_earlier_one_without_its_instructions(create, harness):
+    first = create(instructions="Obey.", input="One")
+    second = create(input="Two", previous_response_id=first["id"])
+    create(input=[], previous_response_id=second["id"])
+    create(input=None, previous_response_id=second["id"])
+    seen = prompts(harness)
+    assert "Obey." in seen[0]
+    assert "Obey." not in seen[1]
+    assert seen[1].index("One") < seen[1].index(REPLY) < seen[1].index("Two")
+    assert seen[2] == seen[3]
+    assert seen[2].count(REPLY) == 2
+    assert second["previous_response_id"] == first["id"]
+
+
+def test_a_stream_is_kept_like_a_whole_answer(create, harness):
+    events = create(input="One", stream=True)
+    kept = harness.get(f"/v1/responses/{events[-1]['response']['id']}").json()
+    assert kept == events[-1]["response"]
+    create(input="Two", previous_response_id=kept["id"])
+    assert prompts(harness)[1].index("One") < prompts(harness)[1].index(REPLY)
+
+
+def test_a_conversation_goes_on_though_its_first_response_is_deleted(create, harness):
+    first = create(input="One")
+    second = create(input="Two", previous_response_id=first["id"])
+    deleted = harness.run(lambda client: client.delete(f"/v1/responses/{first['id']}"))
+    assert deleted.json() == {"id": first["id"], "object": "response", "deleted": True}
+    create(input="Three", previous_response_id=second["id"])
+    assert "One" in prompts(harness)[2]
+    assert harness.get(f"/v1/responses/{first['id']}").status_code == 404
+
+
+def test_items_may_be_named_by_their_id(create, harness):
+    message = create()["output"][0]
+    create(input=[{"role": "user", "content": "Ah"}, {"type": "item_reference", "id": message["id"]}])
+    assert REPLY in prompts(harness)[1]
+    error = create(400, input=[{"type": "item_reference", "id": "msg_0"}])
+    assert (error["param"], error["code"]) == ("input[0].id", "item_not_found")
+    twice = [{"type": "item_reference", "id": message["id"]}, {"type": "item_reference", "id": message["id"]}]
+    assert create(400, input=twice)["param"] == "input[1].id"
+
+
+def test_items_of_one_response_are_read_once_and_without_their_logprobs(create, harness, long_context, monkeypatch):
+    reads = []
+    read = KeptResponse.output_items
+    monkeypatch.setattr(KeptResponse, "output_items", lambda kept: reads.append(read(kept)) or reads[-1])
+    harness.engine.reply = f"Let me look. {CALL}"
+    first = create(tools=[WEATHER], max_output_tokens=100, top_logprobs=2)
+    assert first["output"][0]["content"][0]["logprobs"]
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    result = {"type": "function_call_output", "call_id": first["output"][1]["call_id"], "output": "Rain"}
+    second = create(input=[*references, result])
+    assert len(reads) == 1
+    listed = harness.get(f"/v1/responses/{second['id']}/input_items?order=asc").json()["data"]
+    assert [item["type"] for item in listed] == ["message", "function_call", "function_call_output"]
+    assert listed[0]["content"] == [first["output"][0]["content"][0] | {"logprobs": []}]
+    create(input="And?", previous_response_id=first["id"])
+    assert len(reads) == 2
+    assert harness.get(f"/v1/responses/{first['id']}").json() == first
+
+
+@pytest.mark.parametrize("field", ["previous_response_id", "input[1].id"])
+def test_too_much_of_earlier_responses_is_refused(create, harness, monkeypatch, field):
+    first, second = create(), create()
+    monkeypatch.setattr(responses, "MAX_BODY_BYTES", 450)  # room for one conversation, or two answers
+    if field == "previous_response_id":
+        create(previous_response_id=first["id"])
+        monkeypatch.setattr(responses, "MAX_BODY_BYTES", 100)
+        error = create(400, previous_response_id=first["id"])
+    else:
+        one, two = ({"type": "item_reference", "id": answer["output"][0]["id"]} for answer in (first, second))
+        create(input=[one, two])
+        monkeypatch.setattr(responses, "MAX_BODY_BYTES", 300)
+        create(input=[one])
+        error = create(400, input=[one, two])
+    assert error["param"] == field
+
+
+def test_input_items_are_listed_newest_first_in_pages(create, harness):
+    first = create(input="One")
+    second = create(input=[{"role": "user", "content": "Two"}], previous_response_id=first["id"])
+    path = f"/v1/responses/{second['id']}/input_items"
+    page = harness.get(path)
+    InputItemList.model_validate_json(page.content)
+    ResponseItemList.model_validate_json(page.content)
+    texts = [item["content"][0]["text"] for item in page.json()["data"]]
+    assert texts == ["Two", REPLY, "One"]
+    assert page.json()["has_more"] is False
+    start = harness.get(f"{path}?limit=2&order=asc").json()
+    assert [item["content"][0]["text"] for item in start["data"]] == ["One", REPLY]
+    assert start["has_more"] is True
+    rest = harness.get(f"{path}?limit=2&order=asc&after={start['last_id']}").json()
+    assert [item["content"][0]["text"] for item in rest["data"]] == ["Two"]
+    assert rest["first_id"] == rest["last_id"] == rest["data"][0]["id"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=101", "limit=x", "limit=0020", f"limit={'0' * 5000}", "limit=\u0661", "order=up", "order=DESC",
+     "after=msg_0", "foo=1", "include=x"],
+    ids=lambda query: query[:20],
+)  # fmt: skip
+def test_a_wrong_query_is_refused_by_name(create, harness, query):
+    answer = harness.get(f"/v1/responses/{create()['id']}/input_items?{query}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == query.split("=")[0]
+
+
+def test_what_is_not_kept_is_not_found(create, harness):
+    answer = create(store=False)
+    assert answer["store"] is False
+    for path in (answer["id"], f"{answer['id']}/input_items", "resp_0"):
+        assert harness.get(f"/v1/responses/{path}").json()["error"]["code"] == "response_not_found"
+    error = create(400, previous_response_id=answer["id"])
+    assert (error["param"], error["code"]) == ("previous_response_id", "previous_response_not_found")
+    assert harness.post("/v1/responses/resp_0/cancel").status_code == 404
+    assert harness.run(lambda client: client.delete("/v1/responses/resp_0")).status_code == 404
+
+
+def test_a_stream_of_a_kept_response_and_its_cancellation_are_refused(create, harness):
+    path = f"/v1/responses/{create()['id']}"
+    assert harness.get(f"{path}?stream=true").json()["error"]["param"] == "stream"
+    assert harness.get(f"{path}?stream=false&include[]=message.output_text.logprobs").status_code == 200
+    assert harness.post(f"{path}/cancel").status_code == 400
+
+
+def test_the_store_forgets_what_is_longest_unused_and_stays_within_its_bytes():
+    def response(number, size=100):
+        text = "".join(random.Random(number).choices(string.ascii_letters + string.digits, k=size))
+        return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": text}]}
+
+    store = ResponseStore(max_responses=3, max_bytes=2000)
+    for number in range(3):
+        store.put(response(number), b"[]")
+    assert store.find("resp_0")
+    store.put(response(3), b"[]")
+    assert [bool(store.find(f"resp_{number}")) for number in range(4)] == [True, False, True, True]
+    assert store.find_holder("msg_1") is None
+    assert store.find_holder("msg_3").output_items() == response(3)["output"]
+    store.put(response(4, size=2200), b"[]")
+    assert (len(store), store.size <= 2000) == (2, True)
+    store.put(response(5, size=3000), b"[]")
+    assert store.find("resp_5") is None
+    for number in (3, 4):
+        store.remove(f"resp_{number}")
+    assert (len(store), store.size) == (0, 0)
+
+
+def test_a_kept_response_takes_much_less_memory_than_its_json(create):
+    body = create(input="How are you?")
+    size = len(json.dumps(body))
+    assert size > 1000
+    store, count = ResponseStore(), 400
+    tracemalloc.start()
+    try:
+        for number in range(count):
+            output = [body["output"][0] | {"id": f"msg_{number}"}]
+            store.put(body | {"id": f"resp_{number}", "output": output}, b'[{"role":"user","content":"How are you?"}]')
+        taken = tracemalloc.get_traced_memory()[0] / count
+    finally:
+        tracemalloc.stop()
+    assert len(store) == count
+    assert taken < 0.3 * size + 600, "what Python needs for names and objects takes a part too"
+    assert store.size / count < 0.3 * size
+    assert json.loads(store.get("resp_7").response)["output"][0]["id"] == "msg_7"
+
+
+@pytest.mark.parametrize("size", [10, MAX_PACKED_BYTES])
+def test_what_is_kept_comes_back_whole_packed_or_not(size):
+    store, items = ResponseStore(), [{"id": "msg_1", "text": "ü" * size}]
+    store.put({"id": "resp_1", "output": items, "usage": None}, b'[{"content":"Hi"}]')
+    kept = store.get("resp_1")
+    assert json.loads(kept.response) == {"id": "resp_1", "output": items, "usage": None}
+    assert kept.input_items() == [{"content": "Hi"}]
+    assert kept.output_items() == items
+    assert kept.context_size - kept.output_size == len(kept.input) == len(b'[{"content":"Hi"}]')

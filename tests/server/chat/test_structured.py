@@ -1,0 +1,332 @@
+"""What requests ask of the text's form: schemas, expressions, choices and grammars, and what comes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import threading
+import time
+from typing import Any
+
+import jsonschema
+import pytest
+
+from pyllm import LLM, SamplingParams
+from pyllm.engine.errors import EngineBusyError, RequestError
+from pyllm.server.chat import structured as structured_output
+from pyllm.server.chat.structured import (
+    check_grammar,
+    choice_grammar,
+    json_object_grammar,
+    json_schema_grammar,
+    lark_grammar,
+    regex_grammar,
+)
+
+NAMES = ["a", "name", "größe", "x y", 'q"t', "nested", "id", "😀", "default", "type"]
+PATTERNS = ["^[a-z]{1,6}$", "^\\d{3}-\\d{2}$", "^(red|green|blue)$", "^[A-F0-9]+x$"]
+FORMATS = ["date", "time", "ipv4", "uuid", "date-time"]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_checkpoint) -> LLM:
+    return LLM(
+        str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=4096, max_model_len=512, seed=1
+    )
+
+
+def generate(llm: LLM, grammars: list[str], max_tokens: int = 400, **params: Any):
+    each = [
+        SamplingParams(grammar=grammar, max_tokens=max_tokens, seed=i, **params) for i, grammar in enumerate(grammars)
+    ]
+    return llm.generate([[5, 6, 7]] * len(each), each)
+
+
+def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
+    """Every kind of schema that people write, bounded so that a model without habits comes to an end."""
+    kinds = ["integer", "number", "string", "string", "boolean", "null", "enum", "const", "anyOf"]
+    kind = draw.choice(kinds + ["object", "array"] * 3 if depth < 3 else kinds)
+    if depth == 0:
+        kind = draw.choice(["object", "object", "object", "array", kind])
+    if kind == "integer":
+        low = draw.randint(-1000, 1000)
+        bounds: dict[str, Any] = {"minimum": low, "maximum": low + draw.choice([0, 1, 7, 500])}
+        if draw.random() < 0.3:
+            bounds = {"exclusiveMinimum": low, "exclusiveMaximum": low + draw.choice([2, 99])}
+        if draw.random() < 0.2:
+            bounds = {"minimum": 0, "multipleOf": draw.choice([2, 5, 25])}
+        return {"type": "integer", **draw.choice([bounds, bounds, {}])}
+    if kind == "number":
+        low = draw.randint(-100, 100) / 4
+        return {"type": "number", **draw.choice([{"minimum": low, "maximum": low + draw.choice([0.5, 30])}, {}])}
+    if kind == "string":
+        length = draw.randint(0, 12)
+        return {
+            "type": "string",
+            **draw.choice(
+                [
+                    {"maxLength": length},
+                    {"minLength": length // 2, "maxLength": length},
+                    {"pattern": draw.choice(PATTERNS)},
+                    {"format": draw.choice(FORMATS)},
+                ]
+            ),
+        }
+    if kind in ("boolean", "null"):
+        return {"type": kind, "description": "plain"}
+    if kind == "enum":
+        return {"enum": draw.sample(["red", "é", 'say "x"', 7, -2, None, True, "a\nb", 1.5, ""], draw.randint(1, 5))}
+    if kind == "const":
+        return {"const": draw.choice(["fixed", 12, None, {"k": [1, 2]}, ["x"]])}
+    if kind == "anyOf":
+        return {"anyOf": [random_schema(draw, depth + 2) for _ in range(draw.randint(1, 3))]}
+    if kind == "array":
+        low = draw.randint(0, 2)
+        return {
+            "type": "array",
+            "items": random_schema(draw, depth + 1),
+            "minItems": low,
+            "maxItems": low + draw.randint(0, 3),
+        }
+    names = draw.sample(NAMES, draw.randint(0, 5))
+    return {
+        "type": "object",
+        "properties": {name: random_schema(draw, depth + 1) for name in names},
+        "required": [name for name in names if draw.random() < 0.7],
+        "additionalProperties": False,
+    }
+
+
+def test_a_thousand_random_schemas_at_temperature_one_give_valid_json(llm):
+    draw = random.Random(4)
+    schemas = [random_schema(draw) for _ in range(1000)]
+    outputs = generate(llm, [json_schema_grammar(schema) for schema in schemas])
+    finished = 0
+    for schema, output in zip(schemas, outputs, strict=True):
+        assert output.finish_reason in ("stop", "length")
+        if output.finish_reason == "stop":
+            finished += 1
+            checker = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker(("ipv4",)))
+            checker.validate(json.loads(output.text))
+    assert finished >= 980
+
+
+def test_any_json_object_is_one(llm):
+    outputs = generate(llm, [json_object_grammar()] * 20, 300)
+    values = [json.loads(output.text) for output in outputs if output.finish_reason == "stop"]
+    assert values
+    assert all(isinstance(value, dict) for value in values)
+
+
+def test_white_space_is_bounded_and_common_layouts_are_allowed(llm):
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}},
+              "required": ["a"], "additionalProperties": False}  # fmt: skip
+    # A model that likes nothing better than white space still ends.
+    space, newline = llm.tokenizer.encode(" \n")
+    output = generate(llm, [json_schema_grammar(schema)], logit_bias={space: 100.0, newline: 100.0})[0]
+    assert output.finish_reason == "stop"
+    assert max(map(len, re.findall(r"\s+", output.text))) <= 33
+    for style in ({}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 4}, {"indent": "\t"}):
+        assert accepts(json_schema_grammar(schema), json.dumps({"a": [1, 2]}, **style))
+    assert not accepts(json_schema_grammar(schema), "{}")
+
+
+def accepts(grammar: str, text: str) -> bool:
+    from pyllm.engine.grammar.checker import BYTES, compile_grammar
+
+    matcher = compile_grammar(BYTES.tokenizer(), grammar)
+    tokens = list(text.encode())
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    "choice", ["yes", 'a "b"', "back\\slash", "new\nline", "\x00\x7f\x1b", "é", "😀", "a/b", "<s>", "{}"]
+)
+def test_a_choice_is_taken_as_it_is(choice):
+    grammar = choice_grammar([choice, "other", "otherwise"])
+    assert accepts(grammar, choice)
+    assert accepts(grammar, "other")
+    assert accepts(grammar, "otherwise")
+    assert not accepts(grammar, "oth")
+
+
+def test_choices_expressions_and_grammars_shape_the_text(llm):
+    lark = 'start: NUMBER (OPERATOR NUMBER)~1..2\nNUMBER: /[0-9]{1,3}/\nOPERATOR: "+" | "-"\n'
+    grammars = [choice_grammar(["yes", "no", "no way"]), regex_grammar(r"[a-c]{2,4}-\d{2}"), lark_grammar(lark)] * 5
+    outputs = generate(llm, grammars)
+    assert {output.finish_reason for output in outputs} == {"stop"}
+    assert all(output.text in ("yes", "no", "no way") for output in outputs[0::3])
+    assert all(re.fullmatch(r"[a-c]{2,4}-\d{2}", output.text, re.ASCII) for output in outputs[1::3])
+    assert all(re.fullmatch(r"\d{1,3}([+-]\d{1,3}){1,2}", output.text, re.ASCII) for output in outputs[2::3])
+
+
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "object", "properties": {"a": {"foo": 1}}}, "foo"),
+        ({"anyOf": [{"not": {}}]}, "not"),
+        ({"type": "string", "nullable": True}, "nullable"),
+        ({"type": "string", "x-guidance": {"lenient": True}}, "x-guidance"),
+        ({"$defs": {"a": {"if": {}}}}, "if"),
+        ({"const": float("nan")}, "number"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_and_named(schema, word):
+    with pytest.raises(RequestError, match=word) as caught:
+        json_schema_grammar(schema, param="response_format")
+    assert caught.value.param == "response_format"
+
+
+def test_words_that_only_describe_are_left_aside_but_not_properties_of_that_name(llm):
+    schema = {"title": "T", "type": "object", "description": "d",
+              "$schema": "https://json-schema.org/draft/2020-12/schema",
+              "properties": {"title": {"type": "boolean", "default": True, "x-order": 1},
+                             "default": {"const": {"title": 1}}},
+              "required": ["title", "default"], "additionalProperties": False, "x-foo": 3}  # fmt: skip
+    assert accepts(json_schema_grammar(schema), '{"title":true,"default":{"title":1}}')
+    assert not accepts(json_schema_grammar(schema), "{}")
+
+
+def test_strict_demands_what_openai_demands():
+    good = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+    assert json_schema_grammar(good, strict=True) == json_schema_grammar(good)
+    for bad, word in (
+        (good | {"required": []}, "'a'"),
+        ({key: value for key, value in good.items() if key != "additionalProperties"}, "additionalProperties"),
+        ({"type": "array", "items": good}, "root"),
+        (good | {"properties": {"a": {"type": ["object", "null"]}}}, "additionalProperties"),
+    ):
+        assert json_schema_grammar(bad)
+        with pytest.raises(RequestError, match=word):
+            json_schema_grammar(bad, strict=True)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: json_schema_grammar(nested(200)),
+        lambda: json_schema_grammar({"enum": list(range(30_000))}),
+        lambda: json_schema_grammar({"const": "x" * 300_000}),
+        lambda: regex_grammar("a" * 70_000),
+        lambda: regex_grammar("a\\"),
+        lambda: regex_grammar("\ud83d"),
+        lambda: choice_grammar([]),
+        lambda: choice_grammar(["a", ""]),
+        lambda: choice_grammar([str(i) for i in range(5000)]),
+        lambda: lark_grammar("x" * 70_000),
+    ],
+)
+def test_what_is_too_large_or_no_text_is_refused_before_any_parser_sees_it(build):
+    with pytest.raises(RequestError) as caught:
+        build()
+    assert len(str(caught.value)) < 300
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("grammar", "word"),
+    [
+        (lark_grammar("start: nothing"), "nothing"),
+        (regex_grammar("("), "unclosed"),
+        (regex_grammar("(?=a)b"), "look-around"),
+        (json_schema_grammar({"type": "integer", "minimum": 5, "maximum": 3}), "minimum"),
+        (json_schema_grammar({"type": "nonsense"}), "nonsense"),
+        (json_schema_grammar({"$ref": "#/$defs/none"}), "none"),
+        (json_schema_grammar({"$ref": "#"}), "no text"),
+        (json_schema_grammar({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "oneOf"),
+        (json_schema_grammar({"type": "string", "format": "nonsense"}), "nonsense"),
+        (json_schema_grammar({"type": "integer", "multipleOf": 215656441}), "complex"),
+        (
+            json_schema_grammar({"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}b"} for i in range(5, 30)]}),
+            "complex",
+        ),
+        (regex_grammar("(" * 20_000 + ")" * 20_000), "nest"),
+        (lark_grammar("start: " + "(" * 30_000 + '"a"' + ")" * 30_000), "nested"),
+    ],
+)
+def test_a_wrong_or_hostile_grammar_is_refused_in_time_while_the_loop_goes_on(grammar, word):
+    async def check() -> int:
+        ticks = 0
+        task = asyncio.create_task(check_grammar(grammar, "structured_outputs"))
+        while not task.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        with pytest.raises(RequestError, match=word) as caught:
+            await task
+        assert caught.value.param == "structured_outputs"
+        assert len(str(caught.value)) < 300
+        return ticks
+
+    asyncio.run(check_grammar(regex_grammar("a")))  # the process has started
+    started = time.monotonic()
+    ticks = asyncio.run(check())
+    assert time.monotonic() - started < 6  # 2, on a machine with nothing else to do
+    assert ticks > 20 * (time.monotonic() - started) - 5
+
+
+def test_a_good_grammar_passes_and_the_second_time_at_once():
+    grammar = json_schema_grammar({"type": "object", "properties": {"a": {"type": "number"}}})
+
+    async def check() -> float:
+        await asyncio.gather(*(check_grammar(grammar) for _ in range(50)))
+        started = time.monotonic()
+        await check_grammar(grammar)
+        return time.monotonic() - started
+
+    assert asyncio.run(check()) < 0.01
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The grammars that are tried, each of which is good, as long as `release` is set."""
+    grammars: list[str] = []
+    release = threading.Event()
+    release.set()
+
+    def check(self: object, grammar: str) -> str:
+        grammars.append(grammar)
+        release.wait(10)
+        return ""
+
+    monkeypatch.setattr(structured_output.GrammarChecker, "check", check)
+    return grammars, release
+
+
+def test_verdicts_are_kept_within_bounds_the_last_ones_longest(tried, monkeypatch):
+    grammars, _ = tried
+    monkeypatch.setattr(structured_output, "VERDICT_BYTES", 1000)
+
+    async def ask(*names: str) -> None:
+        for name in names:
+            await check_grammar(lark_grammar(f"start: /{name}/"))
+
+    asyncio.run(ask("one", "two", "three", "four", "four"))
+    assert len(grammars) == 4
+    asyncio.run(ask("four", "three", "one"))
+    assert len(grammars) == 5, "the first is forgotten"
+
+
+def test_more_new_grammars_than_can_be_tried_are_refused_for_now(tried, monkeypatch):
+    grammars, release = tried
+    monkeypatch.setattr(structured_output, "MAX_CHECKS", 3)
+    release.clear()
+
+    async def ask() -> list[Any]:
+        asked = [asyncio.create_task(check_grammar(lark_grammar(f"start: /busy{n}/"))) for n in range(5)]
+        asked.append(asyncio.create_task(check_grammar(lark_grammar("start: /busy0/"))))
+        await asyncio.sleep(0.1)
+        release.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    assert [isinstance(answer, EngineBusyError) for answer in answers] == [False] * 3 + [True] * 2 + [False]
+    assert len(grammars) == 3

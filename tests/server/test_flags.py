@@ -1,0 +1,285 @@
+"""Flags: where their values come from, what is refused, and what the engine gets of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pyllm.engine import messages
+from pyllm.server import flags as module
+from pyllm.server.flags import ConfigError, GenerateConfig, ServerConfig, TerminalConfig, load_config
+from pyllm.server.generation.served_model import model_name, read_defaults
+
+
+def load(cls, *arguments, **environment):
+    return load_config(cls, arguments, environment, program="pyllm test", description="")
+
+
+def test_arguments_win_over_environment_over_file_over_defaults(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("port: 1\nhost: file\nmax-num-seqs: 3\nserved_model_name: [a, b]\n")
+    config = load(ServerConfig, "--port=4", "--config", str(file), PYLLM_PORT="5", PYLLM_HOST="environment")
+    assert (config.port, config.host, config.max_num_seqs) == (4, "environment", 3)
+    assert config.served_model_name == ("a", "b")
+    assert config.block_size == 16
+    assert load(ServerConfig, PYLLM_CONFIG=str(file)).port == 1
+
+
+def test_model_is_positional_or_a_flag_but_not_two_different_ones():
+    assert load(ServerConfig, "here").model == load(ServerConfig, "--model", "here").model == "here"
+    assert load(TerminalConfig, "here").model == "here"
+    assert load(GenerateConfig, "words", "--model", "here").model == "here"
+    assert load(ServerConfig).model is None
+    assert load(ServerConfig, "x", "--model", "x").model == "x"
+    with pytest.raises(ConfigError, match="twice"):
+        load(ServerConfig, "x", "--model", "y")
+
+
+def test_a_size_has_units_or_none():
+    sizes = {"1000": 1000, "512MB": 512 * 10**6, "2GiB": 2 << 30, "1.5k": 1500, "3 mi": 3 << 20}
+    for text, size in sizes.items():
+        assert load(ServerConfig, "--kv-cache-memory-bytes", text).kv_cache_memory_bytes == size
+    assert load(ServerConfig, PYLLM_KV_CACHE_MEMORY_BYTES="1KiB").kv_cache_memory_bytes == 1024
+
+
+def test_switches_that_are_on_can_be_turned_off(tmp_path):
+    assert load(ServerConfig).enable_prefix_caching
+    assert not load(ServerConfig, "--no-enable-prefix-caching").engine_config(tmp_path).enable_prefix_caching
+    assert not load(ServerConfig, PYLLM_ENABLE_PREFIX_CACHING="false").enable_prefix_caching
+
+
+def test_repeatable_flags_collect_and_the_environment_separates_by_commas():
+    assert load(ServerConfig, "--api-key", "a", "--api-key", "b").api_key == ("a", "b")
+    assert load(ServerConfig, PYLLM_API_KEY="a, b").api_key == ("a", "b")
+
+
+def test_empty_variable_is_an_absent_one():
+    assert load(ServerConfig, PYLLM_PORT="").port == 8000
+
+
+@pytest.mark.parametrize("key", ["", " ", ","])
+def test_a_key_that_was_not_found_opens_no_server(key):
+    with pytest.raises(ConfigError, match="PYLLM_API_KEY must be one or more texts, none empty"):
+        load(ServerConfig, PYLLM_API_KEY=key)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--prot", "1"], "--prot; did you mean --port?"),
+        (["--max-model-length=5"], "did you mean --max-model-len?"),
+        (["--port", "x"], "--port must be a whole number between 0 and 65535, got 'x'"),
+        (["--port", "70000"], "between 0 and 65535"),
+        (["--port", "1.5"], "whole number"),
+        (["--shutdown-timeout", "nan"], "--shutdown-timeout must be a number"),
+        (["--shutdown-timeout", "-1"], "between 0"),
+        (["--dtype", "bfloat"], "did you mean bfloat16?"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--api-key", ""], "none empty"),
+        (["--host", ""], "--host"),
+        (["--port"], "expected one argument"),
+        (["--kv-cache-memory-bytes", "2 GiBs"], "--kv-cache-memory-bytes must be a number of bytes, or one such as"),
+        (["--kv-cache-memory-bytes", "0"], "--kv-cache-memory-bytes"),
+        (["--kv-cache-memory-bytes", "9999999999TB"], "--kv-cache-memory-bytes"),
+        (["--gpu-memory-utilization", "1.1"], "between 0.01 and 1"),
+        (["--scheduling-policy", "prio"], "did you mean priority?"),
+        (["--max-num-queued-reqs", "0"], "--max-num-queued-reqs"),
+        (["--max-logprobs", "21"], "between 0 and 20"),
+        (["--log-format", "yaml"], "one of text, json"),
+        (["--override-generation-config", "[1]"], "must be a JSON object such as"),
+        (["--override-generation-config", "{"], "must be a JSON object such as"),
+        (["--override-generation-config", "[" * 20000], "must be a JSON object such as"),
+        (["--generation-config", ""], "not empty"),
+        (["--ssl-keyfiles", "x"], "did you mean --ssl-keyfile?"),
+        (["a", "b"], "Unexpected argument 'b'"),
+        (["--config", "/does/not/exist.yaml"], "cannot be read: No such file"),
+    ],
+)
+def test_unusable_arguments_are_refused_in_one_sentence(arguments, sentence):
+    with pytest.raises(ConfigError) as caught:
+        load(ServerConfig, *arguments)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("prot: 1", "unknown flag 'prot'; did you mean port?"),
+        ("port: many", "port in"),
+        ("config: other.yaml", "unknown flag 'config'"),
+        ("- a", "lines of the form"),
+        ("a: b: c", "not valid YAML"),
+        ("host: {a: 1}", "host in"),
+        ("api-key: [1]", "api_key in"),
+    ],
+)
+def test_unusable_files_are_refused_in_one_sentence(tmp_path, text, sentence):
+    file = tmp_path / "flags.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(ServerConfig, "--config", str(file))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_environment_is_named_in_its_errors():
+    with pytest.raises(ConfigError, match="PYLLM_PORT must be"):
+        load(ServerConfig, PYLLM_PORT="x")
+
+
+def test_switches_are_read_from_everywhere(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("chat: true")
+    assert load(GenerateConfig, "hi", "--chat").chat
+    assert load(GenerateConfig, "hi", PYLLM_CHAT="yes").chat
+    assert load(GenerateConfig, "hi", "--config", str(file)).chat
+    assert not load(GenerateConfig, "hi", "--no-chat", PYLLM_CHAT="1").chat
+    with pytest.raises(ConfigError, match="PYLLM_CHAT must be true or false"):
+        load(GenerateConfig, "hi", PYLLM_CHAT="maybe")
+
+
+def test_terminal_flags_keep_an_unset_temperature_apart_from_zero():
+    assert load(TerminalConfig).temperature is load(TerminalConfig).max_tokens is None
+    assert load(TerminalConfig, "--temperature", "0").temperature == 0
+
+
+def test_a_json_flag_is_text_or_a_mapping_of_the_file(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("override_generation_config: {temperature: 0.5}")
+    text = '{"temperature": 0.5}'
+    for config in (
+        load(ServerConfig, "--config", str(file)),
+        load(ServerConfig, "--override-generation-config", text),
+        load(ServerConfig, PYLLM_OVERRIDE_GENERATION_CONFIG=text),
+    ):
+        assert config.override_generation_config == text
+
+
+def test_the_cap_of_logprobs_is_the_engines():
+    assert module.MAX_LOGPROBS == messages.MAX_LOGPROBS == load(ServerConfig).max_logprobs
+
+
+def test_engine_gets_its_flags():
+    assert load(ServerConfig, "--deterministic").engine_config(Path("x")).deterministic
+    assert not load(ServerConfig).engine_config(Path("x")).deterministic
+    assert load(ServerConfig, "--kv-cache-dtype", "fp8").engine_config(Path("x")).kv_cache_dtype == "fp8"
+    assert load(ServerConfig).engine_config(Path("x")).max_num_seqs is None, "the engine knows the device"
+    config = load(ServerConfig, "--max-num-seqs", "3", "--seed", "9", "--load-format", "dummy", "--num-kv-blocks", "7")
+    engine = config.engine_config(Path("/some/folder"))
+    assert (engine.model, engine.max_num_seqs, engine.seed) == ("/some/folder", 3, 9)
+    assert (engine.load_format, engine.num_kv_blocks, engine.block_size) == ("dummy", 7, 16)
+
+
+def test_a_local_model_is_named_after_its_folder_and_not_its_path(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert model_name(str(tmp_path / "mine")) == model_name(".") == "mine"
+    assert model_name("org/name") == "org/name"
+    assert model_name(None) == "pyllm-demo"
+
+
+def test_generation_config_gives_values_of_the_right_type_only(tmp_path):
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"temperature": 1, "top_k": 50.0, "top_p": true, "min_p": "0.5", "max_new_tokens": 2.5}')
+    defaults, _ = read_defaults(tmp_path)
+    assert defaults.pop("top_k", 50) == 50
+    assert defaults == {"temperature": 1.0}
+    assert type(defaults["temperature"]) is float
+    file.write_text('{"top_k": true, "max_new_tokens": false, "top_p": NaN, "temperature": 1e999}')
+    assert read_defaults(tmp_path)[0] == {}
+
+
+def test_generation_config_gives_defaults_and_loses_what_cannot_be_used(tmp_path, caplog):
+    assert read_defaults(tmp_path)[0] == {}
+    file = tmp_path / "generation_config.json"
+    file.write_text(
+        '{"temperature": 0.7, "top_k": 50, "top_p": 7, "max_new_tokens": 9, "min_p": "x", "eos_token_id": 0}'
+    )
+    assert read_defaults(tmp_path)[0] == {"temperature": 0.7, "top_k": 50, "max_tokens": 9}
+    assert "top_p" in caplog.text
+    for text in ("[]", "{", "\xff"):
+        file.write_text(text, encoding="latin-1")
+        assert read_defaults(tmp_path)[0] == {}
+        with pytest.raises(ConfigError, match="cannot be read: it is not a JSON object"):
+            read_defaults(tmp_path, str(tmp_path))
+
+
+def test_the_flags_choose_the_file_of_defaults_and_win_over_it(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder, text in ((own, '{"temperature": 0.7, "top_k": 50}'), (other, '{"min_p": 0.1}')):
+        folder.mkdir()
+        (folder / "generation_config.json").write_text(text)
+    assert read_defaults(own, "none") == read_defaults(own, "vllm") == ({}, "OpenAI's")
+    values, said = read_defaults(own, str(other))
+    assert values == {"min_p": 0.1}
+    assert said == f"min_p = 0.1 from {other}'s generation_config.json; else OpenAI's"
+    override = '{"top_k": null, "temperature": 0, "max_new_tokens": 7}'
+    values, said = read_defaults(own, "auto", override)
+    assert values == {"temperature": 0.0, "max_tokens": 7}
+    assert said == "temperature = 0.0, max_new_tokens = 7 from --override-generation-config; else OpenAI's"
+    assert read_defaults(tmp_path, "auto", '{"top_p": 0.5}')[0] == {"top_p": 0.5}
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_defaults(own, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ('{"temprature": 1}', "'temprature', which is not known; did you mean temperature?"),
+        ('{"zzz": 1}', "it takes temperature, top_p"),
+        ('{"temperature": 3}', "temperature must be between 0 and 2, got 3"),
+        ('{"temperature": NaN}', "temperature must be between 0 and 2"),
+        ('{"temperature": "hot"}', "Expected `float`, got `str`"),
+        ('{"max_new_tokens": 0}', "max_new_tokens must be at least 1"),
+        ('{"top_k": 1.5}', "Expected `int`"),
+    ],
+)
+def test_overrides_that_cannot_be_used_are_refused_in_one_sentence(tmp_path, override, sentence):
+    with pytest.raises(ConfigError) as caught:
+        read_defaults(tmp_path, "auto", override)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def command(*arguments):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYLLM_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pyllm", *arguments], capture_output=True, text=True, timeout=60, env=environment
+    )
+
+
+def test_help_and_version_are_quick_and_complete():
+    started = time.monotonic()
+    assert "chat" in command("--help").stdout
+    assert time.monotonic() - started < 2
+    assert "--max-num-batched-tokens" in command("serve", "--help").stdout
+    assert command("--version").stdout.startswith("pyllm ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sevre"], "use one of serve"),
+        (["serve", "--prot", "1"], "did you mean --port?"),
+        (["generate"], "prompt is needed"),
+        (["serve", "/no/such/folder", "--port", "0"], "/no/such/folder"),
+        (["serve", "--host", "203.0.113.7", "--port", "0"], "Cannot listen on 203.0.113.7:0"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_one_sentence(arguments, words):
+    result = command(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_api_process_needs_no_torch():
+    check = "import sys; import pyllm.server.serve, pyllm.server.cli.terminal; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
