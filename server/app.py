@@ -24,7 +24,7 @@ from .api.completions.route import create_completion
 from .api.completions.wire import Completion, CompletionRequest
 from .api.embeddings.route import create_embedding
 from .api.embeddings.wire import EmbeddingList, EmbeddingRequest
-from .api.fields import ErrorAnswer, ModelCard, ModelList
+from .api.fields import ErrorAnswer
 from .api.messages.route import count_tokens, create_message
 from .api.messages.wire import (
     CountTokensRequest,
@@ -34,6 +34,7 @@ from .api.messages.wire import (
     MessagesRequest,
     TokenCount,
 )
+from .api.models import add_model_routes
 from .api.pages import add_page_routes
 from .api.responses.route import create_response
 from .api.responses.store import ResponseStore, add_store_routes
@@ -120,7 +121,7 @@ def create_app(service: Service) -> FastAPI:
             expose_headers=["x-request-id", "request-id"],
         )
     _add_state_routes(app, service)
-    _add_model_routes(app, service)
+    add_model_routes(app, service.ready_model)
     add_page_routes(app)
     app.state.body_room = BodyRoom(seconds=service.config.body_timeout)
     app.state.responses = ResponseStore()
@@ -171,29 +172,6 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         """Prometheus metrics."""
         text = service.model.metrics.exposition() if service.model else b""
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
-
-
-def _add_model_routes(app: FastAPI, service: Service) -> None:
-    def card(model: ServedModel, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": model.created,
-            "owned_by": "pyllm",
-            "max_model_len": model.engine.info.max_model_len,
-        }
-
-    @app.get("/v1/models", response_model=ModelList)
-    async def list_models() -> Response:
-        """The served model under each of its names."""
-        model = service.ready_model()
-        return JsonResponse({"object": "list", "data": [card(model, name) for name in model.names]})
-
-    @app.get("/v1/models/{name:path}", response_model=ModelCard)
-    async def get_model(name: str) -> Response:
-        """One served model; a name may contain slashes."""
-        model = service.ready_model()
-        return JsonResponse(card(model, model.check_name(name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

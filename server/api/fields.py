@@ -237,23 +237,6 @@ class TokenDynamics(StrictModel):
 FinishReason = Literal["stop", "length"]
 
 
-class ModelCard(StrictModel):
-    """One served model."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int
-
-
-class ModelList(StrictModel):
-    """Answer of `GET /v1/models`."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
 class ErrorBody(StrictModel):
     """What went wrong."""
 

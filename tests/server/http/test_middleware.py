@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from pyllm.engine.errors import EngineDeadError
-from pyllm.server.api.fields import ErrorAnswer, ModelCard, ModelList
+from pyllm.server.api.fields import ErrorAnswer
+from pyllm.server.api.models import ModelCard, ModelList
 from pyllm.server.chat.template import ChatTemplateError
 from pyllm.server.http.errors import ApiError, to_api_error
 
