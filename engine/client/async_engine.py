@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..checks import resolve_request
 from ..config import EngineConfig
 from ..errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError, describe
 from ..messages import (
@@ -29,7 +30,6 @@ from ..messages import (
     StartFailed,
     StepOutputs,
 )
-from ..step.request import resolve_request
 from .launch import EngineProcess
 from .output_processor import OutputProcessor, RequestOutput
 from .pipe import Pipe

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..checks import check_request
 from ..errors import RequestError, describe
 from ..grammar.state import GrammarCompiler
 from ..memory import is_out_of_memory
@@ -16,7 +17,7 @@ from ..runner.sampler import SampledToken
 from .drafting import Drafter
 from .kv_cache import KVCacheManager
 from .outputs import failure_of, output_of
-from .request import AWAITED, Request, RequestStatus, check_request
+from .request import AWAITED, Request, RequestStatus
 from .retry import run_apart
 from .runner import Launched, Runner
 from .scheduler import ScheduledSequence, Scheduler, SchedulerOutput

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import enum
-import itertools
-import random
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from ..errors import RequestError
-from ..messages import EngineInfo, EngineRequest, FinishReason, Pooling, SamplingParams, TokenLogprobs
+from ..messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:  # most need torch, which a client of the engine does without
     from torch import Tensor
@@ -20,7 +14,6 @@ if TYPE_CHECKING:  # most need torch, which a client of the engine does without
     from ..runner.logit_rules import LogitRules
     from .drafting import Drafter
 
-PRIORITY_LIMIT = 2**31
 AWAITED = -1
 """Stands at the end of a sequence for a token that is being drawn: the step that computes it is not read yet."""
 
@@ -190,50 +183,3 @@ class Request:
                 self.finish_reason = "error"
             elif self.grammar.finished:
                 self.finish_reason = "stop"
-
-
-def check_request(message: EngineRequest, info: EngineInfo) -> None:
-    """Raise `RequestError` if the request can never run on this engine."""
-    prompt = len(message.prompt_token_ids)
-    if not prompt:
-        raise RequestError("The prompt is empty: it needs at least one token.", code="empty_prompt")
-    if min(message.prompt_token_ids) < 0 or max(message.prompt_token_ids) >= info.vocab_size:
-        raise RequestError(f"The prompt has a token id outside 0 to {info.vocab_size - 1}.")
-    params = message.params
-    named: dict[str, Collection[int]] = {
-        "stop_token_ids": params.stop_token_ids,
-        "logit_bias": params.logit_bias,
-        "bad_words": [*itertools.chain.from_iterable(params.bad_words)],
-        "allowed_token_ids": params.allowed_token_ids or (),
-    }
-    for param, ids in named.items():
-        if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
-            raise RequestError(f"{param} has a token id outside 0 to {info.vocab_size - 1}.", param=param)
-    asked = 0 if message.pooling else 1 if params.max_tokens is None else params.max_tokens
-    has = f"the prompt has {prompt} tokens" + (f" and up to {asked} more were asked for" if asked else "")
-    if prompt + asked > info.max_model_len:
-        raise RequestError(
-            f"This model's context is {info.max_model_len} tokens, but {has}.", code="context_length_exceeded"
-        )
-    if prompt + max(asked - 1, 0) > info.kv_capacity_tokens:  # the last token is never computed
-        raise RequestError(
-            f"The KV cache holds {info.kv_capacity_tokens} tokens, but {has}.", code="context_length_exceeded"
-        )
-    if message.pooling not in (None, "mean", "last"):
-        raise RequestError(f"pooling must be 'mean' or 'last', got {message.pooling!r}.", param="pooling")
-    if not -PRIORITY_LIMIT <= message.priority < PRIORITY_LIMIT:
-        raise RequestError("priority must be a 32-bit integer.", param="priority")
-
-
-def resolve_request(message: EngineRequest, info: EngineInfo, seeds: random.Random) -> EngineRequest:
-    """The request with its open ends decided (max_tokens, seed), checked; raises `RequestError`."""
-    params = message.params
-    room = max(info.max_model_len - len(message.prompt_token_ids), 1)
-    params = msgspec.structs.replace(
-        params,
-        max_tokens=max(room, params.min_tokens) if params.max_tokens is None else params.max_tokens,
-        seed=seeds.getrandbits(63) if params.seed is None else params.seed,
-    )
-    message = msgspec.structs.replace(message, params=params)
-    check_request(message, info)
-    return message

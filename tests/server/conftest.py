@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from pyllm.engine.checks import resolve_request
 from pyllm.engine.client.async_engine import Bell, RequestStream
 from pyllm.engine.client.output_processor import OutputProcessor
 from pyllm.engine.errors import EngineBusyError, EngineDeadError
@@ -29,7 +30,6 @@ from pyllm.engine.messages import (
     TokenLogprobs,
     TokenOutput,
 )
-from pyllm.engine.step.request import resolve_request
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.app import Service, create_app
 from pyllm.server.chat.template import ChatTemplate

@@ -13,9 +13,9 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ....engine.checks import check_request
 from ....engine.errors import RequestError
 from ....engine.messages import EngineRequest, SamplingParams
-from ....engine.step.request import check_request
 from ...generation.generation import Choice, Generation
 from ...generation.served_model import ServedModel
 from ...http.errors import JsonResponse
