@@ -43,29 +43,29 @@ EXIT_SECONDS = 1.0
 """How long an engine that has closed its socket gets to exit, so that its exit code can be told."""
 
 
-class Bell:
-    """Rung by streams, heard by one task: `asyncio.Event` without what it costs to let several wait."""
+class Wakeup:
+    """An event that streams set and one task waits for: cheaper than `asyncio.Event`, which serves several."""
 
-    __slots__ = ("_loop", "_rung", "_waiter")
+    __slots__ = ("_loop", "_pending", "_waiter")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._rung = False
+        self._pending = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def ring(self) -> None:
-        """Wake who waits, or who waits next."""
+    def wake(self) -> None:
+        """Wake the waiting task, or the next one to wait."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         else:
-            self._rung = True
+            self._pending = True
 
-    def heard(self) -> asyncio.Future[None]:
-        """Done when it has been rung since the last time that this was asked."""
+    def wait(self) -> asyncio.Future[None]:
+        """Return a future that is done once `wake` has been called since the last wait."""
         self._waiter = waiter = self._loop.create_future()
-        if self._rung:
+        if self._pending:
             waiter.set_result(None)
-        self._rung = False
+        self._pending = False
         return waiter
 
 
@@ -73,29 +73,29 @@ class RequestStream:
     """The outputs of one request, as they come: `async for output in stream`.
 
     Iteration ends after the output with a `finish_reason`, and raises `EngineDeadError` if the engine dies first.
-    Whoever stops reading earlier calls `abort`. One task reads several streams by giving all of them one bell.
+    To stop reading earlier, call `abort`. One task can read several streams that share one `Wakeup`.
     """
 
-    def __init__(self, engine: AsyncEngine, wire_id: str, bell: Bell) -> None:
+    def __init__(self, engine: AsyncEngine, wire_id: str, wakeup: Wakeup) -> None:
         self._engine = engine
         self._wire_id = wire_id
-        self._bell = bell
+        self._wakeup = wakeup
         self._outputs: list[RequestOutput] = []
         self._finished = False
         self._dead: str | None = None
 
     @property
     def unread(self) -> int:
-        """Tokens that have come and were not taken yet."""
+        """Tokens that have arrived and not been read."""
         return sum(len(output.token_ids) for output in self._outputs)
 
-    def take(self) -> list[RequestOutput]:
-        """All that has come since the last time, at once; raise `EngineDeadError` if nothing ever will again."""
+    def drain(self) -> list[RequestOutput]:
+        """Return all unread outputs at once; raise `EngineDeadError` if there are none and the engine is dead."""
         if not self._outputs and self._dead is not None:
             raise EngineDeadError(self._dead)
         outputs, self._outputs = self._outputs, []
         if outputs and self._dead is not None:
-            self._bell.ring()  # the next look says so
+            self._wakeup.wake()  # the next drain raises
         return outputs
 
     def __aiter__(self) -> RequestStream:
@@ -107,25 +107,25 @@ class RequestStream:
                 raise EngineDeadError(self._dead)
             if self._finished:
                 raise StopAsyncIteration
-            await self._bell.heard()
+            await self._wakeup.wait()
         return self._outputs.pop(0)
 
     def abort(self) -> None:
         """Stop generating; harmless when the request is over already."""
         if not self._finished:
             self._finished = True
-            self._bell.ring()
+            self._wakeup.wake()
             self._engine._forget(self._wire_id)
 
     def _put(self, output: RequestOutput) -> None:
         self._outputs.append(output)
         self._finished = output.finish_reason is not None
-        self._bell.ring()
+        self._wakeup.wake()
 
     def _die(self, message: str) -> None:
         self._dead = message
         self._finished = True
-        self._bell.ring()
+        self._wakeup.wake()
 
 
 class AsyncEngine:
@@ -236,7 +236,7 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         pooling: Pooling | None = None,
-        bell: Bell | None = None,
+        wakeup: Wakeup | None = None,
     ) -> RequestStream:
         """Send a request to the engine at once.
 
@@ -247,7 +247,7 @@ class AsyncEngine:
             priority: lower goes first, under the scheduling policy `priority`.
             cache_salt: only requests of one salt share computed prefixes.
             pooling: generate nothing and answer with the prompt's final hidden states, in one output's `embedding`.
-            bell: rung when there is something to `take`, for a reader of several streams.
+            wakeup: set when there is something to `drain`, for a task that reads several streams.
 
         Raises:
             RequestError: the request can never run.
@@ -264,7 +264,7 @@ class AsyncEngine:
             priority=priority, cache_salt=cache_salt, pooling=pooling,
         )  # fmt: skip
         message = resolve_request(message, self.info, self._seeds)
-        stream = RequestStream(self, wire_id, bell or Bell())
+        stream = RequestStream(self, wire_id, wakeup or Wakeup())
         self._processor.add(wire_id, len(prompt_token_ids), message.params)
         self._streams[wire_id] = stream
         self._pipe.send(message)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from ...engine.client.async_engine import Bell, RequestStream
+from ...engine.client.async_engine import Wakeup, RequestStream
 from ...engine.client.output_processor import RequestOutput, RequestTimes
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import EngineInfo, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
@@ -121,7 +121,7 @@ class Generation:
         self._token_weight = 1 + (self.params.logprobs or 0)
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
-        self.bell = Bell()
+        self.wakeup = Wakeup()
         self._running = len(self.choices)
         name = request.state.request_id
         salt = request.state.cache_owner + (cache_salt or "") or None  # all owners' names are of one length
@@ -131,7 +131,7 @@ class Generation:
                 own = msgspec.structs.replace(own, seed=_shifted(own.seed, index % n))
                 stream = self._engine.submit(
                     f"{name}-{index}", choice.prompt_token_ids, own,
-                    priority=priority, cache_salt=salt, pooling=pooling, bell=self.bell,
+                    priority=priority, cache_salt=salt, pooling=pooling, wakeup=self.wakeup,
                 )  # fmt: skip
                 self._streams.append(stream)
         except BaseException as error:
@@ -160,13 +160,13 @@ class Generation:
 
     @property
     def running(self) -> bool:
-        """Whether any choice has not ended; `bell` rings when there is something to `take`."""
+        """Whether any choice has not ended; `wakeup` is set when there is something to `take`."""
         return self._running > 0
 
     def take(self) -> Iterator[tuple[int, RequestOutput]]:
         """(choice index, output) for all that has come by now; raise `EngineDeadError` or `ApiError` on a failure."""
         for index, stream in enumerate(self._streams):
-            for output in stream.take():
+            for output in stream.drain():
                 self._note(index, output)
                 yield index, output
 
@@ -222,7 +222,7 @@ class Generation:
 
     async def _collect(self) -> None:
         while self.running:
-            await self.bell.heard()
+            await self.wakeup.wait()
             for index, output in self.take():
                 choice = self.choices[index]
                 choice.pieces.append(output.text)

@@ -130,7 +130,7 @@ async def send_events(generation: Generation, writer: EventWriter, send: Send) -
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 data = b""
-            await generation.bell.heard()
+            await generation.wakeup.wait()
             for index, output in generation.take():
                 if waiting and (before := waiting.pop(index, None)) is not None:
                     output = _joined(before, output)

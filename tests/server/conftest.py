@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from pyllm.engine.checks import resolve_request
-from pyllm.engine.client.async_engine import Bell, RequestStream
+from pyllm.engine.client.async_engine import Wakeup, RequestStream
 from pyllm.engine.client.output_processor import OutputProcessor
 from pyllm.engine.errors import EngineBusyError, EngineDeadError
 from pyllm.engine.messages import (
@@ -104,7 +104,7 @@ class ScriptedEngine:
             raise EngineBusyError("Too many wait already.", retry_after=7)
 
     def submit(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, bell: Bell | None = None,
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, wakeup: Wakeup | None = None,
         priority: int = 0, cache_salt: str | None = None, pooling: Pooling | None = None,
     ) -> RequestStream:  # fmt: skip
         if self.error is not None:
@@ -117,7 +117,7 @@ class ScriptedEngine:
         self.requests.append((request_id, prompt_token_ids, params))
         self.extras.append((priority, cache_salt))
         self.running.add(request_id)
-        stream = RequestStream(self, request_id, bell or Bell())  # type: ignore[arg-type]
+        stream = RequestStream(self, request_id, wakeup or Wakeup())  # type: ignore[arg-type]
         self._tasks.append(asyncio.get_running_loop().create_task(self._speak(stream, message)))
         return stream
 

@@ -17,7 +17,7 @@ import pytest
 from support.checkpoints import TINY
 
 from pyllm import LLM, SamplingParams
-from pyllm.engine.client.async_engine import AsyncEngine, Bell, RequestStream
+from pyllm.engine.client.async_engine import AsyncEngine, Wakeup, RequestStream
 from pyllm.engine.client.output_processor import RequestOutput
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError
@@ -197,17 +197,17 @@ async def test_the_listener_sees_every_step(engine):
     assert sum(step.stats.step_tokens for step in seen) == 3 + 3
 
 
-async def test_one_bell_tells_of_many_streams(engine):
-    bell = Bell()
+async def test_one_wakeup_serves_many_streams(engine):
+    wakeup = Wakeup()
     params = SamplingParams(max_tokens=6, ignore_eos=True)
-    streams = [engine.submit(f"belled-{i}", [5 + i], params, bell=bell) for i in range(3)]
+    streams = [engine.submit(f"shared-{i}", [5 + i], params, wakeup=wakeup) for i in range(3)]
     taken = [[] for _ in streams]
     while not all(outputs and outputs[-1].finish_reason for outputs in taken):
-        await asyncio.wait_for(bell.heard(), 5)
+        await asyncio.wait_for(wakeup.wait(), 5)
         for outputs, stream in zip(taken, streams, strict=True):
-            outputs += stream.take()
+            outputs += stream.drain()
     assert [len(ids(outputs)) for outputs in taken] == [6, 6, 6]
-    assert streams[0].take() == []
+    assert streams[0].drain() == []
 
 
 async def test_requests_beyond_the_queue_are_refused_until_others_end(tiny_checkpoint):
