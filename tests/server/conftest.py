@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from pyllm.engine.checks import resolve_request
-from pyllm.engine.client.async_engine import Wakeup, RequestStream
+from pyllm.engine.client.async_engine import RequestStream, Wakeup
 from pyllm.engine.client.output_processor import OutputProcessor
 from pyllm.engine.errors import EngineBusyError, EngineDeadError
 from pyllm.engine.messages import (

@@ -17,7 +17,7 @@ import pytest
 from support.checkpoints import TINY
 
 from pyllm import LLM, SamplingParams
-from pyllm.engine.client.async_engine import AsyncEngine, Wakeup, RequestStream
+from pyllm.engine.client.async_engine import AsyncEngine, RequestStream, Wakeup
 from pyllm.engine.client.output_processor import RequestOutput
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError
