@@ -22,8 +22,7 @@ from .api.chat.route import create_chat_completion
 from .api.chat.wire import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from .api.completions.route import create_completion
 from .api.completions.wire import Completion, CompletionRequest
-from .api.embeddings.route import create_embedding
-from .api.embeddings.wire import EmbeddingList, EmbeddingRequest
+from .api.embeddings import EmbeddingList, EmbeddingRequest, create_embedding
 from .api.fields import ErrorAnswer
 from .api.messages.route import count_tokens, create_message
 from .api.messages.wire import (

@@ -71,3 +71,20 @@ def _since(messages: Messages, start: int) -> Messages:
     called = {call["id"] for message in chosen for call in message.get("tool_calls", ())}
     last = messages[-1]
     return [m for m in chosen if m is last or m["role"] != "tool" or m["tool_call_id"] in called]
+
+
+async def encode_prompts(
+    given: str | list[int] | list[str] | list[list[int]],
+    model: ServedModel,
+    *,
+    add_bos: bool,
+    keep: int | None,
+    max_tokens: int | None,
+) -> list[list[int]]:
+    """Return the token ids of one or more prompts, cut as `truncate_prompt` does; raises `RequestError`."""
+    prompts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    encoded = [
+        await model.encode(prompt, add_bos=add_bos, any_length=keep is not None) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+    return [truncate_prompt(prompt, keep, model, max_tokens) for prompt in encoded]

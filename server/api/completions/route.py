@@ -16,7 +16,7 @@ from ....engine.errors import RequestError
 from ....engine.messages import SamplingParams, TokenLogprobs
 from ....model.tokenizer import Tokenizer
 from ...chat.structured import check_grammar, format_grammar
-from ...chat.truncation import truncate_prompt
+from ...chat.truncation import encode_prompts
 from ...generation.generation import Choice, Generation, sampling_params
 from ...generation.served_model import ServedModel
 from ...generation.streaming import Chunks, EventStream
@@ -60,24 +60,6 @@ async def create_completion(request: Request, body: CompletionRequest, model: Se
 
     # Candidates for each token of long prompts are many.
     return answer() if params.prompt_logprobs is None else await asyncio.to_thread(answer)
-
-
-async def encode_prompts(
-    given: str | list[int] | list[str] | list[list[int]],
-    model: ServedModel,
-    *,
-    add_bos: bool,
-    keep: int | None,
-    max_tokens: int | None,
-) -> list[list[int]]:
-    """The token ids of one or more prompts, cut as `truncate_prompt` does; raises `RequestError`."""
-    several = isinstance(given, list) and not isinstance(given[0], int)
-    prompts: list[Any] = given if several else [given]  # type: ignore[assignment]
-    ids = [
-        await model.encode(prompt, add_bos=add_bos, any_length=keep is not None) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
-    return [truncate_prompt(prompt, keep, model, max_tokens) for prompt in ids]
 
 
 async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams:

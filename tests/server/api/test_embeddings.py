@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 
-from pyllm.server.api.embeddings.wire import EmbeddingList
+from pyllm.server.api.embeddings import EmbeddingList
 
 CONTEXT = 200
 

@@ -1,0 +1,122 @@
+"""The embeddings endpoint: pools the model's final hidden states into one vector for each input.
+
+No model of this family was trained for embeddings: the vectors distinguish texts, but a retrieval model's are better.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...engine.checks import check_request
+from ...engine.errors import RequestError
+from ...engine.messages import EngineRequest, SamplingParams
+from ..chat.truncation import encode_prompts
+from ..generation.generation import Choice, Generation
+from ..generation.served_model import ServedModel
+from ..http.errors import JsonResponse
+from .fields import MAX_INT, MAX_SEQUENCES, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
+
+MAX_INPUTS = 2048
+LARGE_ANSWER = 2**16  # numbers; an answer with at least this many is encoded off the event loop
+
+
+class EmbeddingRequest(StrictModel):
+    """Body of `POST /v1/embeddings`."""
+
+    model: Name | None = None
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    ) = Field(description="One or more texts or lists of token ids, none of them empty.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="float by default; base64 encodes little-endian 32-bit floats."
+    )
+    pooling: Literal["mean", "last"] | None = Field(
+        None, description="The mean of the final hidden states (default) or only the last token's."
+    )
+    dimensions: int | None = Field(None, ge=1, le=MAX_INT, description="Only the model's hidden size is supported.")
+    add_special_tokens: bool | None = Field(None, description="Put the begin-of-sequence token before each text.")
+    truncate_prompt_tokens: KeptTokens = None
+    priority: Priority = None
+    user: Name | None = None
+
+
+class Embedding(StrictModel):
+    """One input's vector, of length 1."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(StrictModel):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(StrictModel):
+    """Answer of `POST /v1/embeddings`."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+async def create_embedding(request: Request, body: EmbeddingRequest, model: ServedModel) -> Response:
+    """Turn each input into a vector of length 1."""
+    info = model.engine.info
+    if body.dimensions not in (None, info.hidden_size):
+        message = f"dimensions must be {info.hidden_size}, the model's hidden size, got {body.dimensions}."
+        raise RequestError(message, param="dimensions")
+    keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
+    prompts = await encode_prompts(body.input, model, add_bos=add_bos, keep=keep, max_tokens=0)
+    params = SamplingParams(max_tokens=1)
+    for prompt in prompts:  # check every input before the first is computed
+        try:
+            check_request(EngineRequest(request_id="", prompt_token_ids=prompt, params=params, pooling="mean"), info)
+        except RequestError as error:
+            error.param = "input"
+            raise
+    choices: list[Choice] = []
+    batch = min(info.max_num_seqs, MAX_SEQUENCES)  # as many as run at once, so that none of them fills the queue
+    for start in range(0, len(prompts), batch):
+        inputs = prompts[start : start + batch]
+        generation = Generation(
+            model, request, inputs, [params] * len(inputs),
+            field="input", priority=body.priority or 0, pooling=body.pooling or "mean",
+        )  # fmt: skip
+        try:
+            await generation.collect()
+        finally:  # the log counts all inputs so far, even if this one fails
+            choices += generation.choices
+            generation.choices = choices
+    vectors = [choice.embedding or [] for choice in choices]
+    count = sum(map(len, prompts))
+    usage = {"prompt_tokens": count, "total_tokens": count}
+
+    def answer() -> Response:
+        data = _data(vectors, body.encoding_format == "base64")
+        return JsonResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+    return answer() if len(vectors) * info.hidden_size < LARGE_ANSWER else await asyncio.to_thread(answer)
+
+
+def _data(vectors: list[list[float]], as_base64: bool) -> list[dict[str, Any]]:
+    """Normalise the vectors and number them."""
+    matrix = np.array(vectors, dtype=np.float64)
+    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
+    units = (matrix / np.maximum(lengths, np.finfo(np.float64).tiny)).astype("<f4")
+    shown = [base64.b64encode(unit.tobytes()).decode() for unit in units] if as_base64 else units.tolist()
+    return [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(shown)]

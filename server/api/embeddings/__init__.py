@@ -1,1 +1,0 @@
-"""Embeddings: the route and its wire models."""
