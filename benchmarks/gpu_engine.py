@@ -60,7 +60,7 @@ def make_core(
         maker = Reruns() if machine.dry else CudaGraphs(machine.device)
         counts = [8, 16] if machine.dry else token_counts(info.max_num_batched_tokens)
         runner.capture(maker, longest, [most] if machine.dry else graphs, counts if mixed else ())
-    return EngineCore(info, runner, runner.watcher)
+    return EngineCore(info, runner, runner.expert_stats)
 
 
 def submit(core: EngineCore, requests: Sequence[Request], name: str = "r") -> None:

@@ -95,7 +95,7 @@ def _build(config: EngineConfig) -> EngineCore:
     graphs = None
     if device.type == "cuda" and model.ops.capturable and not config.enforce_eager:
         graphs = _capture(runner, CudaGraphs(device), limits)
-    runner.watcher.reset()
+    runner.expert_stats.reset()
     info = EngineInfo(
         era=report.era,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -128,7 +128,7 @@ def _build(config: EngineConfig) -> EngineCore:
         num_experts=model.config.num_experts if model.config.use_token_routed_mlp else 0,
     )
     grammars = GrammarCompiler(lambda: Tokenizer.from_folder(config.model), info.vocab_size, info.eos_token_ids)
-    return EngineCore(info, runner, runner.watcher, grammars)
+    return EngineCore(info, runner, runner.expert_stats, grammars)
 
 
 def _choose_kernels(config: EngineConfig, model: DeepForCausalLM, device: torch.device, native: bool) -> Kernels:

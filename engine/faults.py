@@ -25,11 +25,10 @@ import torch
 
 from ..model.network import LayerState
 from .messages import StepOutputs
-from .runner.expert_stats import Watcher
-from .runner.sampler import SampledToken
+from .runner.expert_stats import ExpertStats
 from .step.core import EngineCore
 from .step.request import Request
-from .step.runner import Launched, Runner
+from .step.runner import LaunchedStep, Runner, SampledToken
 from .step.scheduler import ScheduledSequence
 
 KINDS = ("prepare", "sample", "once", "take", "text", "memory", "slow", "hang", "broken", "exit", "crash")
@@ -47,7 +46,7 @@ def plant(core: EngineCore, text: str) -> None:
     """Let the faults that `text` names strike in the steps of `core`; `ValueError` for what names none."""
     faults = FaultyRunner(core.runner, text)
     core.runner = faults
-    step, watch, append = core.step, Watcher.__call__, Request.append
+    step, watch, append = core.step, ExpertStats.__call__, Request.append
 
     def marked_step() -> StepOutputs:
         outputs = step()
@@ -59,7 +58,7 @@ def plant(core: EngineCore, text: str) -> None:
         ]
         return msgspec.structs.replace(outputs, outputs=marked)
 
-    def slow_watch(self: Watcher, state: LayerState) -> None:
+    def slow_watch(self: ExpertStats, state: LayerState) -> None:
         if faults.is_slow:
             time.sleep(SLOW_SECONDS)
         watch(self, state)
@@ -70,7 +69,7 @@ def plant(core: EngineCore, text: str) -> None:
             raise PlantedError("take")
 
     core.step = marked_step  # type: ignore[method-assign]
-    Watcher.__call__ = slow_watch  # type: ignore[method-assign]
+    ExpertStats.__call__ = slow_watch  # type: ignore[method-assign]
     Request.append = failing_append  # type: ignore[method-assign]
 
 
@@ -104,16 +103,16 @@ class FaultyRunner:
         self._strike_after(sequences)
         return sampled
 
-    def launch(self, sequences: Sequence[ScheduledSequence]) -> Launched:
+    def launch(self, sequences: Sequence[ScheduledSequence]) -> LaunchedStep:
         """As the real one, but for the faults."""
         self._strike_before(sequences)
         launched = self._runner.launch(sequences)
         self._strike_after(sequences)
         return launched
 
-    def relieve(self) -> None:
+    def release_cached_memory(self) -> None:
         """As the real one."""
-        self._runner.relieve()
+        self._runner.release_cached_memory()
 
     def _strike_before(self, sequences: Sequence[ScheduledSequence]) -> None:
         names = [sequence.request.request_id for sequence in sequences]

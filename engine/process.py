@@ -89,8 +89,8 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
             inbox.put(None)
 
     voice = _Voice(sock)
-    if core.watcher is not None:
-        core.watcher.on_layer = voice.on_layer
+    if core.expert_stats is not None:
+        core.expert_stats.on_layer = voice.on_layer
     if core.grammars is not None:
         core.grammars.on_ready = lambda: inbox.put(_GRAMMAR_READY)
     threading.Thread(target=receive, name="receive", daemon=True).start()

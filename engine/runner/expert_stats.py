@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,22 +11,17 @@ from ...model.layer import DeepLayer
 from ...model.network import DeepForCausalLM, LayerState
 from ..messages import TokenDynamics
 
-Ints = npt.NDArray[np.int64]
 MAX_STEPS = 256
 MAX_TOKENS = 65536
 """Most steps, and most tokens of them, that are kept to be counted together."""
 
 
-class Watcher:
+class ExpertStats:
     """An observer of the network: counts the experts of all tokens, and looks closely at some.
 
     It counts where the network computes, and waits for that only when somebody wants to know.
 
     `on_layer`, where it is set, is called when a layer is done.
-
-    Attributes (as of the last `count`):
-        expert_tokens: int64 [layers, experts], tokens that each expert has computed; [layers, 0] without experts.
-        reroutes: int64 [layers], tokens for which mu chose another expert than their id's.
     """
 
     def __init__(self, model: DeepForCausalLM) -> None:
@@ -41,8 +34,7 @@ class Watcher:
         self._offsets = torch.arange(len(layers), device=model.device)[:, None] * num_experts
         self._counts = torch.zeros(len(layers) * num_experts, dtype=torch.int64, device=model.device)
         self._reroutes = torch.zeros(len(layers), dtype=torch.int64, device=model.device)
-        self.expert_tokens: Ints = np.zeros((len(layers), num_experts), np.int64)
-        self.reroutes: Ints = np.zeros(len(layers), np.int64)
+        self._shape = len(tables), num_experts
         self._steps: list[tuple[Tensor, Tensor | list[Tensor]]] = []
         self._num_tokens = 0
         self._experts: list[Tensor] = []
@@ -56,7 +48,6 @@ class Watcher:
         self._num_tokens = 0
         self._counts.zero_()
         self._reroutes.zero_()
-        self.count()
 
     def begin(self, rows: Tensor | None) -> None:
         """Expect the layers of one step; `rows` int64 [R] are the tokens to look at closely."""
@@ -71,11 +62,11 @@ class Watcher:
         if self._rows is not None:
             self._norms.append((_norms(state.mu, self._rows), _norms(state.velocity, self._rows)))
 
-    def count(self) -> None:
-        """Bring the counts up to date."""
+    def count(self) -> tuple[list[list[int]], list[int]]:
+        """Return the tokens so far of each layer's experts, and each layer's rerouted tokens; empty without experts."""
         self._fold()
-        self.expert_tokens = self._counts.cpu().numpy().reshape(self.expert_tokens.shape).copy()
-        self.reroutes = self._reroutes.cpu().numpy().copy()
+        tokens: list[list[int]] = self._counts.view(self._shape).tolist()
+        return tokens, self._reroutes.tolist() if tokens else []
 
     def take(self, ids: Tensor, experts: Tensor | list[Tensor]) -> None:
         """Take the experts, int64 [layers, T] or as many [T], of a step's tokens, int64 [T], into account."""

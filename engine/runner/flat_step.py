@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..step.request import AWAITED
+from ..step.request import PENDING_TOKEN
 from ..step.scheduler import ScheduledSequence
 
 Longs = npt.NDArray[np.int64]
@@ -56,7 +56,7 @@ def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep
         request = sequence.request
         start = request.num_computed_tokens
         tokens += request.token_ids[start : start + sequence.num_tokens]
-        if tokens[-1] == AWAITED:
+        if tokens[-1] == PENDING_TOKEN:
             awaited.append((len(tokens) - 1, request.draw_row))
             tokens[-1] = 0
         tokens += sequence.draft

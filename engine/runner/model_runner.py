@@ -15,11 +15,12 @@ from ...model.sampling import SamplingBatch
 from ...model.transfer import download, upload
 from ..grammar.state import MaskMaker, MaskOrder
 from ..messages import TokenDynamics
+from ..step.runner import SampledToken
 from ..step.scheduler import ScheduledSequence
-from .expert_stats import Watcher
+from .expert_stats import ExpertStats
 from .flat_step import flatten
 from .prompt_reader import read_prompts
-from .sampler import SampledToken, Sampler
+from .sampler import Sampler
 from .step_graphs import GraphMaker, StepGraphs, StepResult
 
 
@@ -66,7 +67,7 @@ class ModelRunner:
         self.block_size = block_size
         self.kv_cache = model.new_kv_cache(num_blocks + 1, block_size, kv_cache_dtype)
         self.sampler = Sampler(model.ops)
-        self.watcher = Watcher(model)
+        self.expert_stats = ExpertStats(model)
         self.masks = MaskMaker()
         self.graphs: StepGraphs | None = None
         self._most = max_num_seqs
@@ -166,7 +167,7 @@ class ModelRunner:
             sampled[n] = replace(sampled[n], dynamics=seen)
         return sampled
 
-    def relieve(self) -> None:
+    def release_cached_memory(self) -> None:
         """Give memory back to the device that torch keeps for later."""
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -175,7 +176,7 @@ class ModelRunner:
         """Begin a step as a graph, where one fits."""
         result = self.graphs.run(sequences) if self.graphs is not None else None
         if result is not None and result.seen is not None:
-            self.watcher.take(result.seen[0], result.seen[1:])
+            self.expert_stats.take(result.seen[0], result.seen[1:])
         return result
 
     def _compute(
@@ -186,9 +187,9 @@ class ModelRunner:
         if result is not None:
             return result.hidden, []
         input_ids, positions, metadata = self.prepare(sequences)
-        self.watcher.begin(watched)
-        hidden = self.model(input_ids, positions, metadata, self.kv_cache, observer=self.watcher)
-        return hidden, self.watcher.end(input_ids)
+        self.expert_stats.begin(watched)
+        hidden = self.model(input_ids, positions, metadata, self.kv_cache, observer=self.expert_stats)
+        return hidden, self.expert_stats.end(input_ids)
 
     def prepare(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, AttentionMetadata]:
         """The step's token ids [T], positions [T] and attention metadata."""

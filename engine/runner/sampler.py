@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...model.backend import Backend
 from ...model.sampling import SamplingBatch, apply_rules
-from ..messages import TokenDynamics, TokenLogprobs
+from ..messages import TokenLogprobs
 from ..step.request import Request
+from ..step.runner import SampledToken
 from .logit_rules import LogitRules
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """The next token of one request."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None
-    dynamics: TokenDynamics | None = None
-
 
 Draw = tuple[Request, Sequence[int]]
 
@@ -65,7 +55,8 @@ class Sampler:
         ruled: list[tuple[int, Request, LogitRules]] = []
         for row, request in enumerate(requests):
             if request.has_logit_rules:
-                request.logit_rules = rules = request.logit_rules or LogitRules(request, vocab_size, device)
+                if not isinstance(rules := request.logit_rules, LogitRules):
+                    rules = request.logit_rules = LogitRules(request, vocab_size, device)
                 ruled.append((row, request, rules))
         masks = {row: rules.mask for row, _, rules in ruled if rules.mask is not None}
         constrained = [row for row, request in enumerate(requests) if request.grammar is not None]

@@ -26,7 +26,7 @@ from ...model.backend import AttentionMetadata
 from ...model.network import DeepForCausalLM, LayerState
 from ...model.sampling import SamplingBatch
 from ...model.transfer import upload
-from ..step.request import AWAITED, Request
+from ..step.request import PENDING_TOKEN, Request
 from ..step.scheduler import ScheduledSequence
 from .flat_step import flatten
 
@@ -266,7 +266,7 @@ class StepGraphs:
         requests = [sequence.request for sequence in sequences]
         positions = np.array([request.num_computed_tokens for request in requests])
         ids = np.array([request.token_ids[at] for request, at in zip(requests, positions.tolist(), strict=True)])
-        awaited = ids == AWAITED
+        awaited = ids == PENDING_TOKEN
         host["ids"][:count] = np.where(awaited, 0, ids)
         host["sources"][:count] = np.where(awaited, [request.draw_row for request in requests], self._most)
         held = np.array([len(request.block_ids) for request in requests])

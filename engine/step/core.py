@@ -12,14 +12,12 @@ from ..errors import RequestError, describe
 from ..grammar.state import GrammarCompiler
 from ..memory import is_out_of_memory
 from ..messages import EngineInfo, EngineRequest, EngineStats, StepOutputs, TokenOutput
-from ..runner.expert_stats import Watcher
-from ..runner.sampler import SampledToken
 from .drafting import Drafter
 from .kv_cache import KVCacheManager
 from .outputs import failure_of, output_of
-from .request import AWAITED, Request, RequestStatus
+from .request import PENDING_TOKEN, Request, RequestStatus
 from .retry import run_apart
-from .runner import Launched, Runner
+from .runner import ExpertCounts, LaunchedStep, Runner, SampledToken
 from .scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 
 OUT_OF_MEMORY = (
@@ -36,7 +34,7 @@ class _Flight(NamedTuple):
     sequences: list[ScheduledSequence]
     ends: list[int]
     """Tokens of each sequence that are computed after it, so also the place of the drawn one."""
-    launched: Launched
+    launched: LaunchedStep
 
 
 class EngineCore:
@@ -49,7 +47,7 @@ class EngineCore:
     Args:
         info: sizes and limits.
         runner: computes a step.
-        watcher: what the runner has seen of the experts; None where nobody looks.
+        expert_stats: which experts have worked; None without an observer.
         grammars: compiles those of requests; None where there is no tokenizer, so that no request may have any.
     """
 
@@ -57,13 +55,12 @@ class EngineCore:
         self,
         info: EngineInfo,
         runner: Runner,
-        watcher: Watcher | None = None,
+        expert_stats: ExpertCounts | None = None,
         grammars: GrammarCompiler | None = None,
     ) -> None:
         self.info = info
         self.runner = runner
-        self.watcher = watcher
-        self._watcher = watcher if watcher is not None and watcher.expert_tokens.size else None
+        self.expert_stats = expert_stats
         self._told_experts = 0.0
         self._speculative = info.speculative_config
         self._num_drafts = self._num_draft_tokens = 0
@@ -144,12 +141,11 @@ class EngineCore:
 
     def stats(self, *, seconds: float = 0.0, tokens: int = 0) -> EngineStats:
         """The engine's state now; the arguments say what the last step did."""
-        expert_tokens = expert_reroutes = None
-        if self._watcher is not None and not (self.has_work and time.monotonic() < self._told_experts + TELL_SECONDS):
-            self._told_experts = time.monotonic()
-            self._watcher.count()
-            expert_tokens = self._watcher.expert_tokens.tolist()
-            expert_reroutes = self._watcher.reroutes.tolist()
+        stats, now = self.expert_stats, time.monotonic()
+        due = stats is not None and not (self.has_work and now < self._told_experts + TELL_SECONDS)
+        expert_tokens, expert_reroutes = stats.count() if stats is not None and due else ([], [])
+        if due:
+            self._told_experts = now
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting) + self._num_compiling,
@@ -162,8 +158,8 @@ class EngineCore:
             num_drafts=self._num_drafts,
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_tokens=self._num_accepted,
-            expert_tokens=expert_tokens,
-            expert_reroutes=expert_reroutes,
+            expert_tokens=expert_tokens or None,
+            expert_reroutes=expert_reroutes or None,
         )
 
     def check_idle(self) -> None:
@@ -235,7 +231,7 @@ class EngineCore:
             if request.status is not RequestStatus.FINISHED:
                 request.num_computed_tokens += count
                 if samples:
-                    request.token_ids.append(AWAITED)
+                    request.token_ids.append(PENDING_TOKEN)
         return outputs
 
     def _compute_apart(self, sequences: list[ScheduledSequence], error: Exception) -> list[TokenOutput]:
@@ -263,7 +259,7 @@ class EngineCore:
             try:
                 self.scheduler.kv_cache.publish(request, end)
                 if draw is not None:
-                    request.settle(end, draw.token_id)
+                    request.resolve(end, draw.token_id)
                     outputs.append(output_of(request, [draw]))
             except Exception as error:
                 outputs.append(self._fail(request, error))
@@ -279,7 +275,7 @@ class EngineCore:
 
     def _make_room(self, planned: SchedulerOutput) -> list[TokenOutput]:
         """After a step that found no memory, of which nothing is under way: make the next ones smaller."""
-        self.runner.relieve()
+        self.runner.release_cached_memory()
         self._num_failures += 1
         if self._num_failures == 1:  # what was kept in reserve may have been enough
             return []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..messages import EngineRequest, TokenOutput
-from ..runner.sampler import SampledToken
 from .request import Request
+from .runner import SampledToken
 
 
 def output_of(request: Request, draws: list[SampledToken]) -> TokenOutput:

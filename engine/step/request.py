@@ -11,10 +11,9 @@ if TYPE_CHECKING:  # most need torch, which a client of the engine does without
     from torch import Tensor
 
     from ..grammar.state import GrammarState
-    from ..runner.logit_rules import LogitRules
     from .drafting import Drafter
 
-AWAITED = -1
+PENDING_TOKEN = -1
 """Stands at the end of a sequence for a token that is being drawn: the step that computes it is not read yet."""
 
 
@@ -111,7 +110,7 @@ class Request:
         self.has_logit_rules = bool(
             params.logit_bias or params.bad_words or params.allowed_token_ids is not None or params.min_tokens
         )
-        self.logit_rules: LogitRules | None = None
+        self.logit_rules: object | None = None
         self.grammar: GrammarState | None = None
         self.pooling: Pooling | None = message.pooling
         self.generates = message.pooling is None and params.max_tokens != 0
@@ -163,7 +162,7 @@ class Request:
         self.token_ids.append(token_id)
         self._judge(token_id, self.num_output_tokens)
 
-    def settle(self, index: int, token_id: int) -> None:
+    def resolve(self, index: int, token_id: int) -> None:
         """Take the token that was awaited at `index`; what is awaited behind an end is given up."""
         self.token_ids[index] = token_id
         self._judge(token_id, index + 1 - self.num_prompt_tokens)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..messages import EngineRequest, SamplingParams
-from ..runner.sampler import SampledToken
 from .request import Request
+from .runner import SampledToken
 from .scheduler import ScheduledSequence
 
 Execute = Callable[[Sequence[ScheduledSequence]], list[SampledToken]]

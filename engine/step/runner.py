@@ -1,15 +1,25 @@
-"""What the engine wants of whatever computes its steps."""
+"""What the engine core needs from the code that computes its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from ..runner.sampler import SampledToken
+from ..messages import TokenDynamics, TokenLogprobs
 from .scheduler import ScheduledSequence
 
 
-class Launched(Protocol):
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of one request."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    dynamics: TokenDynamics | None = None
+
+
+class LaunchedStep(Protocol):
     """A step that is being computed."""
 
     def read(self) -> list[SampledToken]:
@@ -18,16 +28,27 @@ class Launched(Protocol):
 
 
 class Runner(Protocol):
-    """What computes a step: the model runner, or a stand-in without weights."""
+    """Computes steps: the model runner, or a mock without weights."""
 
     def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
         """Compute the step's tokens; return a sampled token for each sequence that samples, in order."""
         ...
 
-    def launch(self, sequences: Sequence[ScheduledSequence]) -> Launched:
-        """Begin a step behind the last one. Tokens that are awaited by then are taken from that one's draws."""
+    def launch(self, sequences: Sequence[ScheduledSequence]) -> LaunchedStep:
+        """Begin a step after the one in flight, whose draws replace the pending tokens."""
         ...
 
-    def relieve(self) -> None:
-        """Give back memory that is only kept in reserve."""
+    def release_cached_memory(self) -> None:
+        """Return to the device the memory that is only kept for reuse."""
+        ...
+
+
+class ExpertCounts(Protocol):
+    """Which experts have computed how many tokens."""
+
+    on_layer: Callable[[], None] | None
+    """Called after each layer of a step."""
+
+    def count(self) -> tuple[list[list[int]], list[int]]:
+        """Return each layer's tokens by expert, and by layer the tokens that mu rerouted; empty without experts."""
         ...

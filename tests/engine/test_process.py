@@ -75,15 +75,18 @@ def test_a_long_step_tells_of_its_layers_and_a_short_one_does_not(monkeypatch, s
     monkeypatch.setattr(module, "PULSE_SECONDS", 0.05)
     core = make_core()
 
-    class Watcher:
+    class NoExperts:
         on_layer = None
 
-    core.watcher, execute = Watcher(), core.runner.execute
+        def count(self):
+            return [], []
+
+    core.expert_stats, execute = NoExperts(), core.runner.execute
 
     def slow(sequences):
         for _ in range(3):
             time.sleep(seconds)
-            core.watcher.on_layer()
+            core.expert_stats.on_layer()
         return execute(sequences)
 
     core.runner.execute = slow

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from pyllm.engine.messages import EngineInfo, EngineRequest, SamplingParams, TokenLogprobs, TokenOutput
-from pyllm.engine.runner.sampler import SampledToken
 from pyllm.engine.step.core import EngineCore
-from pyllm.engine.step.request import AWAITED, Request
+from pyllm.engine.step.request import PENDING_TOKEN, Request
+from pyllm.engine.step.runner import SampledToken
 from pyllm.engine.step.scheduler import ScheduledSequence
 
 VOCAB = 50
@@ -50,15 +50,15 @@ class PagedRunner:
 
     def known(self, request: Request) -> list[int]:
         """Its tokens, the awaited one from the last step's draws."""
-        assert AWAITED not in request.token_ids[:-1]
-        awaited = request.token_ids[-1] == AWAITED
+        assert PENDING_TOKEN not in request.token_ids[:-1]
+        awaited = request.token_ids[-1] == PENDING_TOKEN
         return [*request.token_ids[:-1], self.drawn[request.draw_row] if awaited else request.token_ids[-1]]
 
     def launch(self, sequences: Sequence[ScheduledSequence]) -> LaunchedStep:
         self.num_launched += 1
         return LaunchedStep(self.execute(sequences))
 
-    def relieve(self) -> None:
+    def release_cached_memory(self) -> None:
         pass
 
     def slot(self, sequence: ScheduledSequence, position: int) -> int:

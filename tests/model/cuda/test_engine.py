@@ -64,7 +64,7 @@ def on_triton(
         model, num_blocks=info.num_blocks, block_size=8, max_num_seqs=info.max_num_seqs, kv_cache_dtype=kept
     )
     runner.capture(maker, info.max_model_len, [2, 4], token_counts)
-    llm.core = EngineCore(info, runner, runner.watcher, llm.core.grammars)
+    llm.core = EngineCore(info, runner, runner.expert_stats, llm.core.grammars)
     return maker
 
 
