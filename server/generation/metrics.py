@@ -1,4 +1,4 @@
-"""The metrics of a server: each is named here and nowhere else, after vLLM's names and buckets."""
+"""The server's metrics: each is defined here and only here, with vLLM's names and buckets where vLLM has it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise, zip_longest
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -16,18 +16,12 @@ from ...engine.client.output_processor import RequestTimes
 from ...engine.messages import EngineStats, StepOutputs
 
 PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
-OURS = (
-    "pyllm:engine_step_seconds",
-    "pyllm:engine_restarts",
-    "pyllm:expert_tokens",
-    "pyllm:expert_reroutes",
-    "pyllm:http_responses",
+NOT_IN_VLLM = frozenset(
+    PREFIX + name
+    for name in ("engine_step_seconds", "engine_restarts", "expert_tokens", "expert_reroutes", "http_responses")
 )
-"""What vLLM does not have."""
-COUNTS = (
-    "num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "num_drafts", "num_draft_tokens",
-)  # fmt: skip
-"""What an engine's statistics count since its start."""
+ENGINE_COUNTS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "num_drafts", "num_draft_tokens")
+"""Fields of `EngineStats` that count since the engine's start."""
 LABEL = "model_name"
 REASONS = ("stop", "length", "abort", "error")
 FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -42,144 +36,133 @@ STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 
 
 class Metrics(Collector):
-    """The metrics of one served model, in a registry of their own.
+    """The metrics of one served model.
 
-    `stats` gives the engine's latest state whenever the metrics are read; counts go on from engine to engine. With
-    `vllm_names`, those that vLLM has are there a second time under its names and labels.
+    `stats` returns the engine's latest state. Counts continue when a new engine replaces a dead one. With `vllm_names`,
+    the metrics that vLLM has are exposed a second time under its names and labels.
     """
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool = False) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
         self._model_name = model_name
         self._vllm_names = vllm_names
-        self._stats, self._ended = stats, EngineStats(expert_tokens=[], expert_reroutes=[])
-        self._told = self._ended
+        self._stats = stats
+        self._previous = EngineStats()  # totals of the engines before this one
+        self._experts = EngineStats()  # the last ones that had counts of experts
         self._num_restarts = 0
-        self._answers: dict[int, int] = {}
+        self._responses: dict[int, int] = {}
         self.num_prompt_tokens = self.num_generation_tokens = 0
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(model_name, name, text, buckets)
-            self._registry.register(made)
-            return made
-
-        self.time_to_first_token = histogram(
-            "pyllm:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
+        self._histograms: list[Histogram] = []
+        new = self._histogram
+        self.time_to_first_token = new(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
         )
-        self.inter_token_latency = histogram(
-            "pyllm:inter_token_latency_seconds", "Between two tokens of a sequence.", TOKEN_BUCKETS
+        self.inter_token_latency = new(
+            "inter_token_latency_seconds", "Between two tokens of a sequence.", TOKEN_BUCKETS
         )
-        self.request_latency = histogram(
-            "pyllm:e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
+        self.request_latency = new(
+            "e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
         )
-        self._phases = [  # between two moments of `RequestTimes` each
-            histogram(
-                f"pyllm:request_{phase}_time_seconds", f"A sequence's time in its {phase} phase.", REQUEST_BUCKETS
-            )
+        self._phases = [  # each between two moments of `RequestTimes`
+            new(f"request_{phase}_time_seconds", f"A sequence's time in its {phase} phase.", REQUEST_BUCKETS)
             for phase in ("queue", "prefill", "decode")
         ]
         self._lengths = [
-            histogram(f"pyllm:request_{part}_tokens", f"Tokens of a sequence's {text}.", LENGTH_BUCKETS)
+            new(f"request_{part}_tokens", f"Tokens of a sequence's {text}.", LENGTH_BUCKETS)
             for part, text in (("prompt", "prompt"), ("generation", "output"))
         ]
-        self._step_tokens = histogram(
-            "pyllm:iteration_tokens_total", "Tokens of prompts and outputs computed in one step.", STEP_TOKEN_BUCKETS
+        self._step_tokens = new(
+            "iteration_tokens_total", "Tokens of prompts and outputs computed in one step.", STEP_TOKEN_BUCKETS
         )
-        self._step = histogram("pyllm:engine_step_seconds", "Time of one engine step.", STEP_BUCKETS)
-        finished = Counter(
-            "pyllm:request_success", "Sequences that ended.", [LABEL, "finished_reason"], registry=self._registry
-        )
-        # All are there from the start, at 0, so that the first of its kind shows in a rate.
-        self._finished = {reason: finished.labels(model_name, reason) for reason in REASONS}
+        self._step_seconds = new("engine_step_seconds", "Time of one engine step.", STEP_BUCKETS)
+        labels = [LABEL, "finished_reason"]
+        self._success = Counter(PREFIX + "request_success", "Sequences that ended.", labels, registry=None)
+        # Every reason starts at 0, so that the first of its kind shows in a rate.
+        self._finished = {reason: self._success.labels(model_name, reason) for reason in REASONS}
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        self._histograms.append(histogram := Histogram(self._model_name, PREFIX + name, text, buckets))
+        return histogram
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's state, and all counts."""
-        now = self._total()
-        for name, text, value in (
-            ("pyllm:num_requests_running", "Sequences in the running batch.", now.num_running),
-            ("pyllm:num_requests_waiting", "Sequences waiting for their turn.", now.num_waiting),
-            ("pyllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", now.kv_cache_usage),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=[LABEL])
-            gauge.add_metric([self._model_name], value)
-            yield gauge
-        drafts, right = now.num_draft_tokens, now.num_accepted_tokens
+        """Yield every metric under its own name."""
+        now = self._totals()
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
         queries, hits = now.prefix_cache_queries, now.prefix_cache_hits
-        for name, text, count in (
-            ("pyllm:num_preemptions", "Sequences set back to free KV blocks.", now.num_preemptions),
-            ("pyllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", queries),
-            ("pyllm:prefix_cache_hits", "Prompt tokens that were found in the prefix cache.", hits),
-            ("pyllm:spec_decode_num_drafts", "Guesses of next tokens that were checked.", now.num_drafts),
-            ("pyllm:spec_decode_num_draft_tokens", "Tokens guessed.", drafts),
-            ("pyllm:spec_decode_num_accepted_tokens", "Tokens guessed rightly.", sum(right)),
-            ("pyllm:prompt_tokens", "Prompt tokens of the requests that were started, each prompt once.",
-             self.num_prompt_tokens),
-            ("pyllm:generation_tokens", "Tokens generated.", self.num_generation_tokens),
-            ("pyllm:engine_restarts", "New engines in the place of dead ones.", self._num_restarts),
-        ):  # fmt: skip
-            yield self._counts(name, text, (), [((), count)])
-        yield self._counts(
-            "pyllm:spec_decode_num_accepted_tokens_per_pos", "Right tokens by place in their guess.", ("position",),
-            (((n,), count) for n, count in enumerate(right)),
-        )  # fmt: skip
-        yield self._counts(
-            "pyllm:http_responses", "Answers by HTTP status, but those to probes; 499: none was wanted.", ("status",),
-            (((status,), count) for status, count in sorted(self._answers.items())),
-        )  # fmt: skip
-        yield self._counts(
-            "pyllm:expert_tokens", "Tokens that an expert has computed.", ("layer", "expert"),
-            (((layer, expert), count) for layer, counts in enumerate(now.expert_tokens or ())
-             for expert, count in enumerate(counts)),
-        )  # fmt: skip
-        yield self._counts(
-            "pyllm:expert_reroutes", "Tokens that mu has sent to another expert than their id's.", ("layer",),
-            (((layer,), count) for layer, count in enumerate(now.expert_reroutes or ())),
-        )  # fmt: skip
+        drafts, accepted = now.num_draft_tokens, now.num_accepted_tokens
+        for kind, name, text, value in (
+            (gauge, "pyllm:num_requests_running", "Sequences in the running batch.", now.num_running),
+            (gauge, "pyllm:num_requests_waiting", "Sequences in the queue.", now.num_waiting),
+            (gauge, "pyllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", now.kv_cache_usage),
+            (counter, "pyllm:num_preemptions", "Sequences preempted to free KV blocks.", now.num_preemptions),
+            (counter, "pyllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries),
+            (counter, "pyllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits),
+            (counter, "pyllm:spec_decode_num_drafts", "Drafts verified.", now.num_drafts),
+            (counter, "pyllm:spec_decode_num_draft_tokens", "Draft tokens verified.", drafts),
+            (counter, "pyllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", sum(accepted)),
+            (counter, "pyllm:prompt_tokens", "Tokens of prompts whose computation began.", self.num_prompt_tokens),
+            (counter, "pyllm:generation_tokens", "Tokens generated.", self.num_generation_tokens),
+            (counter, "pyllm:engine_restarts", "Engines that replaced a dead one.", self._num_restarts),
+        ):
+            yield self._family(kind, name, text, [((), value)])
+        rows: Iterable[tuple[tuple[int, ...], float]] = (((n,), count) for n, count in enumerate(accepted))
+        text = "Draft tokens accepted, by position in their draft."
+        yield self._family(counter, "pyllm:spec_decode_num_accepted_tokens_per_pos", text, rows, "position")
+        rows = (((status,), count) for status, count in sorted(self._responses.items()))
+        text = "Responses by HTTP status, except to probes; 499: the client left first."
+        yield self._family(counter, "pyllm:http_responses", text, rows, "status")
+        layers = enumerate(now.expert_tokens or ())
+        rows = (((layer, expert), count) for layer, counts in layers for expert, count in enumerate(counts))
+        yield self._family(counter, "pyllm:expert_tokens", "Tokens computed by each expert.", rows, "layer", "expert")
+        rows = (((layer,), count) for layer, count in enumerate(now.expert_reroutes or ()))
+        text = "Tokens that mu sent to another expert than their id's."
+        yield self._family(counter, "pyllm:expert_reroutes", text, rows, "layer")
+        for histogram in self._histograms:
+            yield histogram.family()
+        yield from self._success.collect()
 
-    def _counts(
-        self, name: str, text: str, labels: tuple[str, ...], rows: Iterable[tuple[tuple[object, ...], int]]
-    ) -> CounterMetricFamily:
-        """A counter with a count for each of some values of its labels."""
-        family = CounterMetricFamily(name, text, labels=[LABEL, *labels])
-        for values, count in rows:
-            family.add_metric([self._model_name, *map(str, values)], count)
+    def _family(
+        self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str,
+        rows: Iterable[tuple[tuple[int, ...], float]], *labels: str,
+    ) -> Metric:  # fmt: skip
+        """Return a metric with one value for each combination of its labels."""
+        family = kind(name, text, labels=[LABEL, *labels])
+        for values, value in rows:
+            family.add_metric([self._model_name, *map(str, values)], value)
         return family
 
     def follow(self, stats: Callable[[], EngineStats]) -> None:
-        """Go on with a new engine, whose own counts begin at 0."""
-        self._ended, self._stats = self._total(), stats
-        self._told = EngineStats(expert_tokens=[], expert_reroutes=[])
+        """Continue with a new engine, whose own counts start at 0."""
+        self._previous, self._stats, self._experts = self._totals(), stats, EngineStats()
         self._num_restarts += 1
 
-    def _total(self) -> EngineStats:
-        """The engine's latest state, with the counts of all engines so far."""
-        now, ended, told = self._stats(), self._ended, self._told
-        nothing: list[int] = []
-        rows = zip_longest(ended.expert_tokens or (), told.expert_tokens or (), fillvalue=nothing)
+    def _totals(self) -> EngineStats:
+        """Return the engine's latest state, with the counts of all engines so far."""
+        now, previous, experts = self._stats(), self._previous, self._experts
+        no_experts: list[int] = []
+        rows = zip_longest(previous.expert_tokens or (), experts.expert_tokens or (), fillvalue=no_experts)
         return msgspec.structs.replace(
             now,
-            **{name: getattr(ended, name) + getattr(now, name) for name in COUNTS},
-            num_accepted_tokens=_sums(ended.num_accepted_tokens, now.num_accepted_tokens),
+            **{name: getattr(previous, name) + getattr(now, name) for name in ENGINE_COUNTS},
+            num_accepted_tokens=_sums(previous.num_accepted_tokens, now.num_accepted_tokens),
             expert_tokens=[_sums(*pair) for pair in rows],
-            expert_reroutes=_sums(ended.expert_reroutes or [], told.expert_reroutes or []),
+            expert_reroutes=_sums(previous.expert_reroutes or (), experts.expert_reroutes or ()),
         )
 
     def on_step(self, outputs: StepOutputs) -> None:
-        """Take note of one engine step; messages that no step made (a refusal, an abort) do not count."""
-        if outputs.stats.expert_tokens is not None:
-            self._told = outputs.stats
-        if not outputs.stats.step_tokens:
-            return
-        self._step.observe(outputs.stats.step_seconds)
-        self._step_tokens.observe(outputs.stats.step_tokens)
+        """Count an engine step; messages without a step (a refusal, an abort) do not count."""
+        stats = outputs.stats
+        if stats.expert_tokens is not None:
+            self._experts = stats
+        if stats.step_tokens:
+            self._step_seconds.observe(stats.step_seconds)
+            self._step_tokens.observe(stats.step_tokens)
 
     def on_answer(self, status: int) -> None:
-        """Take note of an HTTP answer."""
-        self._answers[status] = self._answers.get(status, 0) + 1
+        """Count an HTTP response."""
+        self._responses[status] = self._responses.get(status, 0) + 1
 
     def on_finish(self, reason: str, seconds: float, times: RequestTimes, prompt_tokens: int, tokens: int) -> None:
-        """Take note of a sequence's end, `seconds` after its arrival, and of those phases that it went through."""
+        """Count a sequence that ended `seconds` after its arrival, and the phases that it reached."""
         self._finished[reason].inc()
         self.request_latency.observe(seconds)
         for length, count in zip(self._lengths, (prompt_tokens, tokens), strict=True):
@@ -189,59 +172,51 @@ class Metrics(Collector):
                 phase.observe(end - begin)
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        text = generate_latest(self._registry)
-        if self._vllm_names:
-            second = CollectorRegistry()
-            second.register(_Renamed(self._registry))
-            text += generate_latest(second)
-        return text
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self) + (generate_latest(_VllmNames(self)) if self._vllm_names else b"")
 
 
 def _sums(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """Of each place; what one does not have is 0."""
+    """Add two lists item by item; the shorter one is padded with 0."""
     return [sum(pair) for pair in zip_longest(first, second, fillvalue=0)]
 
 
-class Histogram(Collector):
-    """A histogram for one thread, ten times as fast as the library's own, for it is asked at every token."""
+class Histogram:
+    """A histogram for one thread, ten times as fast as prometheus_client's: one is updated at every token."""
 
     def __init__(self, model_name: str, name: str, text: str, buckets: tuple[float, ...]) -> None:
-        self._model_name = model_name
-        self._name = name
-        self._text = text
-        self._bounds = buckets
+        self._model_name, self._name, self._text, self._bounds = model_name, name, text, buckets
         self._counts = [0] * (len(buckets) + 1)
         self._sum = 0.0
 
     def observe(self, value: float, count: int = 1) -> None:
-        """Take note of `count` things of this size."""
+        """Count `value`, `count` times."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        """What it holds now."""
+    def family(self) -> HistogramMetricFamily:
+        """Return the counts as a metric."""
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         family = HistogramMetricFamily(self._name, self._text, labels=[LABEL])
         buckets = list(zip(bounds, accumulate(self._counts), strict=True))
         family.add_metric([self._model_name], buckets=buckets, sum_value=self._sum)
-        yield family
+        return family
 
 
-class _Renamed(Collector):
-    """The metrics of another registry as vLLM shows them, with the number of the engine, of which there is one."""
+class _VllmNames(Collector):
+    """The metrics as vLLM names them, with its label for the number of the engine, which is always 0 here."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        for family in self._registry.collect():
-            if family.name in OURS:
+        for family in self._metrics.collect():
+            if family.name in NOT_IN_VLLM:
                 continue
             renamed = Metric(family.name.replace(PREFIX, VLLM_PREFIX, 1), family.documentation, family.type)
             renamed.samples = [
                 sample._replace(
-                    name=sample.name.replace(PREFIX, VLLM_PREFIX, 1), labels={**sample.labels, "engine": "0"}
+                    name=sample.name.replace(PREFIX, VLLM_PREFIX, 1), labels=sample.labels | {"engine": "0"}
                 )
                 for sample in family.samples
             ]
