@@ -130,5 +130,5 @@ def test_determinism_is_refused_where_plain_torch_would_compute() -> None:
 
 def test_defaults_that_cannot_be_used_are_refused() -> None:
     sentence = refusal("--override-generation-config", '{"temprature": 1}')
-    assert sentence.endswith("'temprature', which is not known; did you mean temperature?")
+    assert sentence.endswith("'temprature', which is unknown; did you mean temperature?")
     assert "generation_config.json cannot be read" in refusal("--generation-config", "/no/such/folder")

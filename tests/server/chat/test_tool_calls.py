@@ -174,7 +174,7 @@ def test_a_parser_is_named_or_follows_the_template() -> None:
     template = ChatTemplate(Tokenizer.from_folder(DEMO_FOLDER), '{{ messages }}{# {\'name\': "name", "parameters"} #}')
     assert find_format("auto", template) is LLAMA
     assert find_format("json", template) is JSON
-    with pytest.raises(ConfigError, match=r"--tool-call-parser hermse is not known; did you mean hermes\?"):
+    with pytest.raises(ConfigError, match=r"--tool-call-parser hermse is unknown; did you mean hermes\?"):
         find_format("hermse", template)
-    with pytest.raises(ConfigError, match=r"it is auto, hermes, json, llama3_json\."):
+    with pytest.raises(ConfigError, match=r"known parsers: auto, hermes, json, llama3_json\."):
         find_format("x", template)

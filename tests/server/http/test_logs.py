@@ -71,5 +71,5 @@ def test_more_logprobs_than_the_server_gives_are_refused(harness, path, fields, 
     response = harness.post(path, fields)
     assert response.status_code == 400
     error = ErrorAnswer.model_validate_json(response.content).error
-    assert (error.param, error.message) == (param, f"{param} is at most 2 on this server, got 3.")
+    assert (error.param, error.message) == (param, f"{param} must be at most 2 on this server, got 3.")
     assert harness.post(path, fields | {param: 2}).status_code == 200
