@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
@@ -23,7 +22,7 @@ from .api.chat.wire import ChatCompletion, ChatCompletionChunk, ChatCompletionRe
 from .api.completions.route import create_completion
 from .api.completions.wire import Completion, CompletionRequest
 from .api.embeddings import EmbeddingList, EmbeddingRequest, create_embedding
-from .api.fields import ErrorAnswer
+from .api.fields import UNSUPPORTED, ErrorAnswer
 from .api.messages.route import count_tokens, create_message
 from .api.messages.wire import (
     CountTokensRequest,
@@ -34,73 +33,19 @@ from .api.messages.wire import (
     TokenCount,
 )
 from .api.models import add_model_routes
-from .api.pages import add_page_routes
+from .api.pages import PAGE_PATHS, add_page_routes
 from .api.responses.route import create_response
-from .api.responses.store import ResponseStore, add_store_routes
+from .api.responses.store import add_store_routes
 from .api.responses.wire import ResponseEvent, ResponseObject, ResponseRequest
 from .api.tokenize.route import detokenize, tokenize
 from .api.tokenize.wire import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
-from .flags import ServerConfig
-from .generation.served_model import ServedModel
-from .generation.tracing import Tracing
-from .http.body import BodyRoom, read_body
+from .http.body import read_body
+from .http.context import RequestContext
 from .http.errors import ApiError, JsonResponse, error_response, to_api_error, unavailable
 from .http.middleware import RequestMiddleware
+from .service import Service
 
 REFERENCE = "#/components/schemas/{model}"
-
-
-@dataclass(slots=True)
-class Service:
-    """What the routes share.
-
-    Attributes:
-        model: None until it is loaded.
-        tracing: None unless asked for.
-        restarting: "waiting" before, and "loading" while a new engine takes the place of a dead one; else "".
-        draining: no new work is taken, since the server is about to end.
-        in_flight: HTTP requests that have not ended.
-        idle: set while there is none.
-    """
-
-    config: ServerConfig
-    model: ServedModel | None = None
-    tracing: Tracing | None = None
-    restarting: Literal["", "waiting", "loading"] = ""
-    draining: bool = False
-    in_flight: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.idle.set()
-
-    def enter(self) -> None:
-        """Count a request in."""
-        self.in_flight += 1
-        self.idle.clear()
-
-    def leave(self) -> None:
-        """Count a request out."""
-        self.in_flight -= 1
-        if not self.in_flight:
-            self.idle.set()
-
-    @property
-    def alive(self) -> bool:
-        """Whether there is an engine that works, or is being loaded."""
-        return self.model is None or self.model.engine.is_alive or self.restarting == "loading"
-
-    def ready_model(self) -> ServedModel:
-        """The model; raise `ApiError` 503 while none can take requests."""
-        if self.draining:
-            raise unavailable("The server is shutting down.", "shutting_down")
-        if self.model is None:
-            raise unavailable("The model is still loading.", "loading")
-        if self.restarting:
-            raise unavailable("The engine has stopped and is being started again.", "engine_restarting")
-        if not self.alive:
-            raise unavailable("The engine has stopped and cannot serve requests.", "engine_dead")
-        return self.model
 
 
 def create_app(service: Service) -> FastAPI:
@@ -110,7 +55,7 @@ def create_app(service: Service) -> FastAPI:
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
     )  # fmt: skip
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(RequestMiddleware, service=service)
+    app.add_middleware(RequestMiddleware, server=service, public_paths=PAGE_PATHS)
     if service.config.allowed_origins:
         app.add_middleware(
             _Cors,
@@ -122,9 +67,7 @@ def create_app(service: Service) -> FastAPI:
     _add_state_routes(app, service)
     add_model_routes(app, service.ready_model)
     add_page_routes(app)
-    app.state.body_room = BodyRoom(seconds=service.config.body_timeout)
-    app.state.responses = ResponseStore()
-    add_store_routes(app, app.state.responses)
+    add_store_routes(app, service.responses)
     for endpoint in ENDPOINTS:
         _add_endpoint(app, service, endpoint)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -138,13 +81,13 @@ class _Cors(CORSMiddleware):
         if response.status_code < 400:
             return response
         message = "Pages of this origin may not call this server: see --allowed-origins."
-        refusal = error_response(ApiError(response.status_code, message, code="cors"), {"path": ""})
+        refusal = error_response(ApiError(response.status_code, message, code="cors"))
         refusal.headers.update({name: value for name, value in response.headers.items() if name == "vary"})
         return refusal
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    return error_response(to_api_error(error), request.scope)
+    return error_response(to_api_error(error), RequestContext.of(request.scope))
 
 
 def _add_state_routes(app: FastAPI, service: Service) -> None:
@@ -182,14 +125,16 @@ class Endpoint:
         answer: the model of a whole answer, for the OpenAPI page.
         chunk: the model of one event of a stream, where there is one.
         error: the model of a failure.
+        uses_store: `handle` also takes the store of responses.
     """
 
     path: str
     body: type[BaseModel]
-    handle: Callable[[Request, Any, ServedModel], Awaitable[Response]]
+    handle: Callable[..., Awaitable[Response]]
     answer: type[BaseModel]
     chunk: type[BaseModel] | None = None
     error: type[BaseModel] = ErrorAnswer
+    uses_store: bool = False
 
 
 ENDPOINTS = (
@@ -198,7 +143,8 @@ ENDPOINTS = (
         answer=ChatCompletion, chunk=ChatCompletionChunk,
     ),
     Endpoint(
-        path="/v1/responses", body=ResponseRequest, handle=create_response, answer=ResponseObject, chunk=ResponseEvent
+        path="/v1/responses", body=ResponseRequest, handle=create_response, answer=ResponseObject,
+        chunk=ResponseEvent, uses_store=True,
     ),
     Endpoint(
         path="/v1/completions", body=CompletionRequest, handle=create_completion, answer=Completion, chunk=Completion
@@ -220,14 +166,15 @@ ENDPOINTS = (
 
 def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
     async def route(request: Request) -> Response:
-        model = service.ready_model()
-        body: Any = await read_body(request, endpoint.body)
-        request.state.model = body.model
+        model, context = service.ready_model(), RequestContext.of(request.scope)
         try:
+            body: Any = await read_body(request, endpoint.body, UNSUPPORTED)
+            context.model = body.model
             body.model = model.check_name(body.model)
-            return await endpoint.handle(request, body, model)
+            shared = (service.responses,) if endpoint.uses_store else ()
+            return await endpoint.handle(context, body, model, *shared)
         finally:
-            request.state.place.leave()
+            context.release()
 
     # The route reads the body itself, so that FastAPI knows nothing of its shape.
     reference = {"$ref": REFERENCE.format(model=endpoint.body.__name__)}

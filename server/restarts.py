@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from ..engine.errors import EngineStartError
 
 if TYPE_CHECKING:
-    from .app import Service
     from .generation.served_model import ServedModel
+    from .service import Service
 
 logger = logging.getLogger("pyllm.server")
 

@@ -24,12 +24,13 @@ import uvloop
 
 from .. import __version__
 from ..engine.client.launch import EngineProcess
-from .app import Service, create_app
+from .app import create_app
 from .flags import ConfigError, ServerConfig
 from .generation.served_model import ServedModel, load
 from .generation.tracing import Tracing
 from .http.protocol import UNSENT_BYTES, HttpProtocol, connection_limits
 from .restarts import Restarts
+from .service import Service
 
 logger = logging.getLogger("pyllm.server")
 

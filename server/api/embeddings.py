@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.checks import check_request
@@ -20,6 +19,7 @@ from ...engine.messages import EngineRequest, SamplingParams
 from ..chat.truncation import encode_prompts
 from ..generation.generation import Choice, Generation
 from ..generation.served_model import ServedModel
+from ..http.context import RequestContext
 from ..http.errors import JsonResponse
 from .fields import MAX_INT, MAX_SEQUENCES, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
 
@@ -74,7 +74,7 @@ class EmbeddingList(StrictModel):
     usage: EmbeddingUsage
 
 
-async def create_embedding(request: Request, body: EmbeddingRequest, model: ServedModel) -> Response:
+async def create_embedding(context: RequestContext, body: EmbeddingRequest, model: ServedModel) -> Response:
     """Turn each input into a vector of length 1."""
     info = model.engine.info
     if body.dimensions not in (None, info.hidden_size):
@@ -94,7 +94,7 @@ async def create_embedding(request: Request, body: EmbeddingRequest, model: Serv
     for start in range(0, len(prompts), batch):
         inputs = prompts[start : start + batch]
         generation = Generation(
-            model, request, inputs, [params] * len(inputs),
+            model, context, inputs, [params] * len(inputs),
             field="input", priority=body.priority or 0, pooling=body.pooling or "mean",
         )  # fmt: skip
         try:

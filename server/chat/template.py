@@ -9,6 +9,7 @@ from typing import Any
 
 import minijinja
 
+from ...engine.errors import RequestError
 from ...model.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -39,8 +40,11 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_excep
 FUNCTIONS = frozenset({"range", "namespace", "dict", "debug", "cycler", "joiner", "lipsum"})
 
 
-class ChatTemplateError(ValueError):
-    """Messages that cannot be put into the model's format; one plain sentence for the client."""
+class ChatTemplateError(RequestError):
+    """Messages that the chat template cannot render; one plain sentence for the client."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="messages", code="chat_template_error")
 
 
 class ChatTemplate:

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
-
 from ...engine.errors import RequestError
 from ...engine.messages import SamplingParams
 from ..api.chat.wire import AssistantMessage, ChatCompletionRequest, Message, ToolMessage
 from ..generation.generation import Generation, sampling_params
 from ..generation.served_model import ServedModel
+from ..http.context import RequestContext
 from ..http.errors import encode_json, shorten
 from ..http.offload import off_loop_if_large
 from .structured import check_grammar, format_grammar
@@ -44,10 +43,10 @@ class Turn:
     reader: Callable[[], TurnReader]
     must_call: bool = False
 
-    def generate(self, model: ServedModel, request: Request, body: ChatCompletionRequest) -> Generation:
+    def generate(self, model: ServedModel, context: RequestContext, body: ChatCompletionRequest) -> Generation:
         """Submit it; raises as `Generation` does."""
         return Generation(
-            model, request, [self.prompt], [self.params],
+            model, context, [self.prompt], [self.params],
             field="messages", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
             streams=bool(body.stream),
         )  # fmt: skip

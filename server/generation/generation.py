@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 
 from ...engine.client.async_engine import RequestStream, Wakeup
 from ...engine.client.output_processor import RequestOutput, RequestTimes
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import EngineInfo, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 from ..api.fields import MAX_SEQUENCES, GenerationRequest
+from ..http.context import RequestContext
 from ..http.errors import ApiError, unavailable
 from .served_model import ServedModel
 
@@ -96,7 +97,7 @@ class Generation:
     def __init__(
         self,
         model: ServedModel,
-        request: Request,
+        context: RequestContext,
         prompts: list[list[int]],
         params: Sequence[SamplingParams],
         *,
@@ -112,8 +113,8 @@ class Generation:
         _check_shown(model.engine.info, prompts, params, field, n, streams)
         self._engine = model.engine
         self._metrics = model.metrics
-        self._request = request
-        self._arrival: float = request.state.arrival
+        self._context = context
+        self._arrival = context.arrival
         self.n = n
         self.params = params[0]
         self.model_name = model.names[0]
@@ -123,8 +124,8 @@ class Generation:
         self._streams: list[RequestStream] = []
         self.wakeup = Wakeup()
         self._running = len(self.choices)
-        name = request.state.request_id
-        salt = request.state.cache_owner + (cache_salt or "") or None  # all owners' names are of one length
+        name = context.request_id
+        salt = context.cache_owner + (cache_salt or "") or None  # all owners' names are of one length
         try:
             for index, choice in enumerate(self.choices):
                 own = params[index // n]
@@ -139,8 +140,8 @@ class Generation:
             if isinstance(error, RequestError) and error.param is None:
                 error.param = field
             raise
-        request.state.generation = self  # for the log
-        request.state.place.leave()
+        context.generation = self
+        context.release()
 
     def abort(self) -> None:
         """Stop what still runs; may be called at any time and more than once."""
@@ -209,7 +210,7 @@ class Generation:
     async def collect(self) -> None:
         """Run to the end and keep everything in `choices`; raise `ClientDisconnect` as soon as the client is gone."""
         work = asyncio.create_task(self._collect())
-        gone = asyncio.create_task(_disconnected(self._request))
+        gone = asyncio.create_task(_disconnected(self._context))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -229,6 +230,14 @@ class Generation:
                 choice.token_ids += output.token_ids
                 choice.logprobs += output.logprobs
                 choice.dynamics += output.dynamics
+
+    def log_fields(self) -> dict[str, Any]:
+        """Token counts, and the first choice's seconds in the queue and to its first token."""
+        usage, times = self.usage(), self.choices[0].times
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        tokens = {"prompt": usage["prompt_tokens"], "cached": cached, "completion": usage["completion_tokens"]}
+        moments = {"queue": self.seconds_to(times.scheduled), "ttft": self.seconds_to(times.first_token)}
+        return {"tokens": tokens} | {name: round(value, 6) for name, value in moments.items() if value is not None}
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object: each prompt counts once, each choice's tokens count."""
@@ -291,6 +300,6 @@ def _shifted(seed: int | None, offset: int) -> int | None:
     return None if seed is None else (seed + offset + 2**63) % 2**64 - 2**63
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnected(context: RequestContext) -> None:
+    while (await context.receive())["type"] != "http.disconnect":
         pass

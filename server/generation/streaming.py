@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from ...engine.client.output_processor import RequestOutput
 from ...model.tokenizer import Tokenizer
 from ..api.fields import GenerationRequest
+from ..http.context import RequestContext
 from ..http.errors import ApiError, encode_json, to_api_error
 from .generation import Generation
 from .token_details import show_dynamics
@@ -171,7 +172,7 @@ class EventStream(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; a client that goes away cancels it here."""
-        self._send = scope["state"]["send"]
+        self._send = RequestContext.of(scope).send
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 
 from ... import __version__
 from ..flags import ConfigError
+from .generation import Generation
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
-    from starlette.types import Scope
 
-    from .generation import Generation
+    from ..http.context import RequestContext
 
 OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -67,14 +67,13 @@ class Tracing:
         self._kind = trace.SpanKind.SERVER
         self._failed = trace.Status(trace.StatusCode.ERROR)
 
-    def record(self, scope: Scope, path: str, status: int, seconds: float) -> None:
-        """Make the span of a request that has just ended with this HTTP status, after so many seconds."""
-        operation = OPERATIONS.get(path)
+    def record(self, context: RequestContext, seconds: float) -> None:
+        """Make the span of a request that has just ended after `seconds`."""
+        operation, scope, status = OPERATIONS.get(context.path), context.scope, context.status
         if operation is None or scope["method"] != "POST":
             return
-        state = scope["state"]
-        generation: Generation | None = state.get("generation")
-        model = state.get("model") or (generation.model_name if generation else None)
+        generation = context.generation if isinstance(context.generation, Generation) else None
+        model = context.model or (generation.model_name if generation else None)
         carrier = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in PROPAGATED}
         attributes = {
             "gen_ai.operation.name": operation,
@@ -83,7 +82,7 @@ class Tracing:
             "http.request.method": "POST",
             "http.response.status_code": status,
             "url.path": scope["path"],
-            "pyllm.request.id": state["request_id"],
+            "pyllm.request.id": context.request_id,
             "error.type": str(status) if status >= 400 else None,
         }
         failed = status >= 500

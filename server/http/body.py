@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
-import time
-from collections import deque
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from ...engine.errors import EngineBusyError
-from ..api.fields import UNSUPPORTED
+from .budget import MAX_BODY_BYTES
+from .context import RequestContext
 from .errors import ApiError, shorten
-from .offload import is_large, off_loop
+from .offload import is_large, off_loop_if_large
 
-MAX_BODY_BYTES = 8 * 2**20
 LARGE_BODY_BYTES = 64 * 2**10
-ROOM_BYTES = 4 * MAX_BODY_BYTES
-ROOM_SECONDS = 5.0
 MAX_CONTAINERS = 2**18
 """Objects and arrays in a body: each takes some 70 bytes of memory for two that are sent."""
 MAX_WHOLE = 2**53
@@ -31,84 +26,15 @@ MAX_ERRORS = 1000
 QUOTES = "'"
 
 Body = TypeVar("Body", bound=BaseModel)
+Unsupported = Mapping[str, tuple[Any, ...]]
+"""Fields that this server lacks, each with the values that ask for nothing."""
 
 
-class BodyRoom:
-    """Room for large bodies, from while they are read until what they ask for is under way: their sum is bounded.
+async def read_body(request: Request, model: type[Body], unsupported: Unsupported) -> Body:
+    """Read and check the body; raise `ApiError` (400, 408, 413, 415) or `EngineBusyError` for a refused one.
 
-    Those who find none wait for their turn. Whoever reads for longer than `seconds` then, goes.
+    A large body then holds a reservation of the body budget, which the caller releases.
     """
-
-    def __init__(self, total: int = ROOM_BYTES, seconds: float = 30.0) -> None:
-        self.seconds = seconds
-        self.wanted_at = -math.inf
-        self._total = self._free = total
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def enter(self, size: int) -> BodyPlace:
-        """Take a place of so many bytes; raise `EngineBusyError` when none gets free in time."""
-        place = BodyPlace(self, min(size, self._total))
-        if not self._waiting and place.size <= self._free:
-            self._free -= place.size
-            return place
-        self.wanted_at = time.monotonic()
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((place.size, turn))
-        try:
-            await asyncio.wait_for(asyncio.shield(turn), ROOM_SECONDS)
-        except BaseException as error:
-            if turn.done():
-                place.leave()
-            else:
-                turn.cancel()
-                self.give_back(0)
-            if isinstance(error, TimeoutError):
-                message = "Too many large requests are being read: ask again later."
-                raise EngineBusyError(message, retry_after=5) from None
-            raise
-        place.taken_at = time.monotonic()
-        return place
-
-    def give_back(self, size: int) -> None:
-        """Take back what was given, and let in who waits."""
-        self._free += size
-        while self._waiting and (self._waiting[0][1].cancelled() or self._waiting[0][0] <= self._free):
-            size, turn = self._waiting.popleft()
-            if not turn.cancelled():
-                self._free -= size
-                turn.set_result(None)
-
-
-class BodyPlace:
-    """A body's place in a `BodyRoom`."""
-
-    def __init__(self, room: BodyRoom | None, size: int) -> None:
-        self.size = size
-        self.taken_at = time.monotonic()
-        self._room = room
-
-    @property
-    def is_overdue(self) -> bool:
-        """Whether others have found no place since it was taken, which is long ago."""
-        room = self._room
-        return room is not None and room.wanted_at > self.taken_at < time.monotonic() - room.seconds
-
-    def leave(self) -> None:
-        """Make room; harmless when called again."""
-        if self._room is not None:
-            self._room.give_back(self.size)
-            self._room = None
-
-
-NO_PLACE = BodyPlace(None, 0)
-
-
-async def read_body(request: Request, model: type[Body]) -> Body:
-    """Read and check the body; raise `ApiError` (400, 413, 415) for what is not a `model`.
-
-    A large one has its place in the app's `BodyRoom` afterwards, which `request.state.place` leaves.
-    """
-    request.state.place = NO_PLACE
     content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", content_type):
         raise ApiError(
@@ -120,13 +46,9 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     size = int(length[:20]) if length.isdecimal() else MAX_BODY_BYTES
     if size > MAX_BODY_BYTES:
         raise _too_large()
-    try:
-        data = await _read_bytes(request, size)
-        is_large.set(len(data) >= LARGE_BODY_BYTES)
-        return await off_loop(parse_body, data, model) if is_large.get() else parse_body(data, model)
-    except BaseException:
-        request.state.place.leave()
-        raise
+    data = await _read_bytes(request, size)
+    is_large.set(len(data) >= LARGE_BODY_BYTES)
+    return await off_loop_if_large(parse_body, data, model, unsupported)
 
 
 def _too_large() -> ApiError:
@@ -134,16 +56,16 @@ def _too_large() -> ApiError:
 
 
 async def _read_bytes(request: Request, size: int) -> bytes:
-    """The body; where it turns out to be large, its `size` is accounted for before the rest is read."""
-    data = bytearray()
+    """Read the body; where it turns out to be large, reserve its `size` before the rest is read."""
+    data, context = bytearray(), RequestContext.of(request.scope)
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY_BYTES:
             raise _too_large()
-        if len(data) >= LARGE_BODY_BYTES and request.state.place is NO_PLACE:
-            request.state.place = await request.app.state.body_room.enter(max(size, len(data)))
-        if request.state.place.is_overdue:
-            raise ApiError(408, "The body comes on too slowly while others wait for its place.", code="request_timeout")
+        if len(data) >= LARGE_BODY_BYTES:
+            await context.reserve(max(size, len(data)))
+        if context.reservation is not None and context.reservation.is_overdue:
+            raise ApiError(408, "The request body is uploading too slowly.", code="request_timeout")
     return bytes(data)
 
 
@@ -158,7 +80,7 @@ def _number(text: str) -> float:
 _decode = msgspec.json.Decoder(float_hook=_number).decode
 
 
-def parse_body(data: bytes, model: type[Body]) -> Body:
+def parse_body(data: bytes, model: type[Body], unsupported: Unsupported) -> Body:
     """Check bytes of JSON against `model`; raise `ApiError` 400 naming the field."""
     if len(data) > 2 * MAX_CONTAINERS and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
         raise ApiError(400, f"The body has more than {MAX_CONTAINERS} objects and arrays.", code="invalid_json")
@@ -174,10 +96,10 @@ def parse_body(data: bytes, model: type[Body]) -> Body:
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
     known = {field.alias or name for name, field in model.model_fields.items()}
     for name in fields:  # the first of perhaps very many
-        if name not in known and name not in UNSUPPORTED:
+        if name not in known and name not in unsupported:
             raise _unknown(shorten(name))
     try:
-        return model.model_validate(_drop_unsupported_noops(fields, model))
+        return model.model_validate(_drop_unsupported_noops(fields, model, unsupported))
     except ValidationError as error:
         if error.error_count() > MAX_ERRORS:  # to list them would take longer than to find them did
             path = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], dict | list | str) else 0)
@@ -190,13 +112,13 @@ def _unknown(path: str) -> ApiError:
     return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
 
 
-def _drop_unsupported_noops(fields: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+def _drop_unsupported_noops(fields: dict[str, Any], model: type[BaseModel], unsupported: Unsupported) -> dict[str, Any]:
     """Drop what this server lacks but is not really asked for; raise `ApiError` 400 where it is."""
     kept = {}
     for name, value in fields.items():
-        if name not in UNSUPPORTED or name in model.model_fields:
+        if name not in unsupported or name in model.model_fields:
             kept[name] = value
-        elif value is not None and not any(value == idle and type(value) is type(idle) for idle in UNSUPPORTED[name]):
+        elif value is not None and not any(value == idle and type(value) is type(idle) for idle in unsupported[name]):
             raise ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
     return kept
 

@@ -9,11 +9,9 @@ from typing import Any
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Scope
 
 from ...engine.errors import EngineBusyError, EngineDeadError, RequestError
-from ..chat.template import ChatTemplateError
-from .logs import current_request
+from .context import RequestContext, current_request
 
 logger = logging.getLogger("pyllm.server")
 
@@ -22,8 +20,6 @@ encode_json = msgspec.json.Encoder().encode
 MAX_ECHO = 200
 """Characters of the client's own input that a message repeats at most."""
 RETRY_AFTER_SECONDS = 5
-ANTHROPIC_ROUTES = "/v1/messages"
-"""Where Anthropic's clients ask, and below."""
 ANTHROPIC_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -88,8 +84,6 @@ def to_api_error(error: Exception) -> ApiError:
             return error
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code or "invalid_value")
-        case ChatTemplateError():
-            return ApiError(400, str(error), param="messages", code="chat_template_error")
         case EngineBusyError():
             return ApiError(429, str(error), code="queue_full", headers={"retry-after": str(error.retry_after)})
         case EngineDeadError():
@@ -104,19 +98,13 @@ def to_api_error(error: Exception) -> ApiError:
     return ApiError(500, "The server failed to answer this request.", code="internal_error")
 
 
-def speaks_anthropic(scope: Scope) -> bool:
-    """Whether a request is for Anthropic's routes."""
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path == ANTHROPIC_ROUTES or path.startswith(ANTHROPIC_ROUTES + "/")
-
-
 def anthropic_error(error: ApiError, request_id: str) -> dict[str, Any]:
     """The error object as Anthropic's clients read it; it has all that OpenAI's has."""
     kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"type": "error", "error": error.body["error"] | {"type": kind}, "request_id": request_id}
 
 
-def error_response(error: ApiError, scope: Scope) -> JsonResponse:
-    """The whole HTTP answer for a failure of the request in `scope`."""
-    body = anthropic_error(error, scope["state"]["request_id"]) if speaks_anthropic(scope) else error.body
+def error_response(error: ApiError, context: RequestContext | None = None) -> JsonResponse:
+    """Make the whole HTTP answer for a failed request."""
+    body = anthropic_error(error, context.request_id) if context and context.is_anthropic else error.body
     return JsonResponse(body, status_code=error.status, headers=error.headers)

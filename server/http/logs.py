@@ -6,10 +6,15 @@ import json
 import logging
 import sys
 import time
-from contextvars import ContextVar
+from typing import Any
 
-current_request: ContextVar[str] = ContextVar("current_request", default="-")
-"""The id of the request that is being answered, for what is said of its failures."""
+from .context import RequestContext
+from .errors import shorten
+
+logger = logging.getLogger("pyllm.server")
+
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Routes that are logged at debug level only, since machines ask for them all the time."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -37,3 +42,22 @@ def configure_logging(level: str, form: str = "text") -> None:
     handler.setFormatter(JsonFormatter() if form == "json" else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("pyllm").setLevel(level.upper())
+
+
+def log_request(context: RequestContext, seconds: float) -> None:
+    """Write the line of a request that has ended, without anything of its prompt."""
+    level = logging.DEBUG if context.path in PROBES else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    method, status, request_id = context.scope["method"], context.status, context.request_id
+    path = repr(shorten(context.scope["path"]).encode("ascii", "backslashreplace").decode())[1:-1]
+    fields: dict[str, Any] = {"method": method, "path": path, "status": status, "id": request_id}
+    text = ""
+    if context.generation is not None:
+        about = context.generation.log_fields()
+        text = "".join(f" {kind}_tokens={count}" for kind, count in about["tokens"].items())
+        text += "".join(f" {name}={value:.3f}" for name, value in about.items() if name != "tokens")
+        fields |= about
+    fields["seconds"] = round(seconds, 6)
+    line = "%s %s %d id=%s%s seconds=%.3f"
+    logger.log(level, line, method, path, status, request_id, text, seconds, extra={"fields": fields})

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from .context import RequestContext
 from .errors import ApiError, encode_json, unavailable
 
 if TYPE_CHECKING:
     from ..flags import ServerConfig
-    from ..generation.generation import Generation
 
 logger = logging.getLogger("pyllm.server")
 
@@ -334,7 +334,6 @@ class HttpProtocol(HttpToolsProtocol):
     @property
     def _unread(self) -> int:
         """How far the client of a stream is behind, in tokens."""
-        if self._answered is None:
+        if self._answered is None or (context := RequestContext.find(self._answered.scope)) is None:
             return 0
-        generation: Generation | None = self._answered.scope["state"].get("generation")
-        return generation.unread if generation is not None else 0
+        return context.generation.unread if context.generation is not None else 0

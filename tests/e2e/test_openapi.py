@@ -20,8 +20,9 @@ from schemathesis.specs.openapi.checks import (
 from support.bodies import POSTS
 from support.serving import PATIENCE, ServerProcess
 
-from pyllm.server.app import ENDPOINTS, Service, create_app
+from pyllm.server.app import ENDPOINTS, create_app
 from pyllm.server.flags import ServerConfig
+from pyllm.server.service import Service
 
 CHECKS = [
     schemathesis.checks.not_a_server_error,

@@ -31,11 +31,12 @@ from pyllm.engine.messages import (
     TokenOutput,
 )
 from pyllm.model.tokenizer import Tokenizer
-from pyllm.server.app import Service, create_app
+from pyllm.server.app import create_app
 from pyllm.server.chat.template import ChatTemplate
 from pyllm.server.flags import ServerConfig
 from pyllm.server.generation.metrics import Metrics
 from pyllm.server.generation.served_model import ServedModel
+from pyllm.server.service import Service
 
 CONTEXT = 200
 

@@ -6,7 +6,6 @@ import asyncio
 import time
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ....engine.client.output_processor import RequestOutput
@@ -17,15 +16,16 @@ from ...generation.generation import Choice, Generation
 from ...generation.served_model import ServedModel
 from ...generation.streaming import Chunks, EventStream
 from ...generation.token_details import chat_logprobs, show_details, show_prompt_logprobs
+from ...http.context import RequestContext
 from ...http.errors import JsonResponse, encode_json
 from .wire import ChatCompletionRequest
 
 
-async def create_chat_completion(request: Request, body: ChatCompletionRequest, model: ServedModel) -> Response:
+async def create_chat_completion(context: RequestContext, body: ChatCompletionRequest, model: ServedModel) -> Response:
     """Answer a chat, whole or as a stream; every refusal is raised before the answer begins."""
     turn = await prepare_turn(body, model)
-    generation = turn.generate(model, request, body)
-    head = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": body.model}
+    generation = turn.generate(model, context, body)
+    head = {"id": f"chatcmpl-{context.request_id}", "created": int(time.time()), "model": body.model}
     if body.stream:
         head["object"] = "chat.completion.chunk"
         chunks = ChatChunks(head, generation, model.tokenizer, body, turn)

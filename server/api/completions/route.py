@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ....engine.client.output_processor import RequestOutput
@@ -21,6 +20,7 @@ from ...generation.generation import Choice, Generation, sampling_params
 from ...generation.served_model import ServedModel
 from ...generation.streaming import Chunks, EventStream
 from ...generation.token_details import LegacyLogprobs, show_details, show_prompt_logprobs
+from ...http.context import RequestContext
 from ...http.errors import JsonResponse, encode_json
 from ...http.offload import off_loop_if_large
 from .wire import CompletionRequest
@@ -28,7 +28,7 @@ from .wire import CompletionRequest
 DEFAULT_MAX_TOKENS = 16
 
 
-async def create_completion(request: Request, body: CompletionRequest, model: ServedModel) -> Response:
+async def create_completion(context: RequestContext, body: CompletionRequest, model: ServedModel) -> Response:
     """Continue each prompt, whole or as a stream; every refusal is raised before the answer begins."""
     params = await _params(body, model)
     prompts = await encode_prompts(
@@ -36,12 +36,12 @@ async def create_completion(request: Request, body: CompletionRequest, model: Se
         keep=body.truncate_prompt_tokens, max_tokens=params.max_tokens,
     )  # fmt: skip
     generation = Generation(
-        model, request, prompts, [_fitted(params, prompt, body, model) for prompt in prompts],
+        model, context, prompts, [_fitted(params, prompt, body, model) for prompt in prompts],
         field="prompt", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
         streams=bool(body.stream),
     )  # fmt: skip
     head = {
-        "id": f"cmpl-{request.state.request_id}",
+        "id": f"cmpl-{context.request_id}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": body.model,

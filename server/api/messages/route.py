@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydantic_core import from_json
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ....engine.client.output_processor import RequestOutput
@@ -17,6 +16,7 @@ from ...chat.turn import Turn, prepare_turn
 from ...generation.generation import Choice, Generation
 from ...generation.served_model import LARGE_CHAT, ServedModel
 from ...generation.streaming import EventStream, EventWriter
+from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, anthropic_error, encode_json
 from ...http.offload import off_loop, off_loop_if_large
 from ..chat.wire import (
@@ -62,17 +62,17 @@ NAMES = {
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-async def create_message(request: Request, body: MessagesRequest, model: ServedModel) -> Response:
+async def create_message(context: RequestContext, body: MessagesRequest, model: ServedModel) -> Response:
     """Answer with a message, whole or as a stream; every refusal is raised before the answer begins."""
     chat = await _to_chat(body)
     try:
         turn = await prepare_turn(chat, model)
-        generation = turn.generate(model, request, chat)
+        generation = turn.generate(model, context, chat)
     except RequestError as error:
         raise _in_our_words(error) from None
-    head = {"id": f"msg_{request.state.request_id}", "type": "message", "role": "assistant", "model": body.model}
+    head = {"id": f"msg_{context.request_id}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
-        events = MessageEvents(head, request.state.request_id, generation, turn, body)
+        events = MessageEvents(head, context.request_id, generation, turn, body)
         return EventStream(generation, events, model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
@@ -83,7 +83,7 @@ async def create_message(request: Request, body: MessagesRequest, model: ServedM
     return JsonResponse(head | {"content": content} | end | {"usage": token_counts(choice)})
 
 
-async def count_tokens(_: Request, body: CountTokensRequest, model: ServedModel) -> Response:
+async def count_tokens(_: RequestContext, body: CountTokensRequest, model: ServedModel) -> Response:
     """Count the tokens of the prompt that such a message would have."""
     chat = await _to_chat(body)
     chat.truncate_prompt_tokens = MAX_INT  # what is longer than the context is counted too

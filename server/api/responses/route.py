@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ....engine.errors import RequestError
@@ -17,7 +16,9 @@ from ...chat.template import ChatTemplateError
 from ...chat.turn import BETWEEN_PARTS, Turn, prepare_turn
 from ...generation.served_model import ServedModel
 from ...generation.streaming import EventStream
-from ...http.body import LARGE_BODY_BYTES, MAX_BODY_BYTES, NO_PLACE
+from ...http.body import LARGE_BODY_BYTES
+from ...http.budget import MAX_BODY_BYTES
+from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
 from ...http.offload import is_large, off_loop_if_large
 from ..chat.wire import (
@@ -70,24 +71,24 @@ RENAMED = (
 """What the fields of a chat are called here."""
 
 
-async def create_response(request: Request, body: ResponseRequest, model: ServedModel) -> Response:
+async def create_response(
+    context: RequestContext, body: ResponseRequest, model: ServedModel, store: ResponseStore
+) -> Response:
     """Answer input items, whole or as a stream; every refusal is raised before the answer begins."""
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is only for requests with stream.", param="stream_options")
-    store: ResponseStore = request.app.state.responses
-    owner: str = request.state.owner
+    owner = context.owner
     sources = find_sources(body, store, owner)
     if sources.size >= LARGE_BODY_BYTES:
         is_large.set(True)
-        if request.state.place is NO_PLACE:
-            request.state.place = await request.app.state.body_room.enter(sources.size)
+        await context.reserve(sources.size)
     try:
         chat, items = await off_loop_if_large(_read, body, sources)
         # Instructions are of this response alone, and stay when old items go.
         droppable = int(body.instructions is not None) if body.truncation == "auto" else None
         turn = await prepare_turn(chat, model, droppable)
         described = await off_loop_if_large(_describe, body, turn)
-        generation = turn.generate(model, request, chat)
+        generation = turn.generate(model, context, chat)
     except (RequestError, ChatTemplateError) as error:
         raise _renamed(error) from None
     answer = Answer(described, turn, model.tokenizer)

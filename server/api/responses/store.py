@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...http.body import LARGE_BODY_BYTES
+from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
 from ...http.offload import is_large, off_loop_if_large
 from .wire import DeletedResponse, InputItemList, ResponseObject
@@ -196,19 +197,20 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
     async def get_response(response_id: str, request: Request) -> Response:
         """A response that is kept."""
         _check_query(request.query_params, include_obfuscation=("false",), stream=("false",))
-        return Response(store.get(response_id, request.state.owner).response, media_type="application/json")
+        kept = store.get(response_id, RequestContext.of(request.scope).owner)
+        return Response(kept.response, media_type="application/json")
 
     @app.delete(path, response_model=DeletedResponse)
     async def delete_response(response_id: str, request: Request) -> Response:
         """Forget a response."""
-        store.get(response_id, request.state.owner)
+        store.get(response_id, RequestContext.of(request.scope).owner)
         store.remove(response_id)
         return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
     @app.post(f"{path}/cancel", response_model=ResponseObject)
     async def cancel_response(response_id: str, request: Request) -> Response:
         """Refuse: only a response in the background could be cancelled, and there are none."""
-        store.get(response_id, request.state.owner)
+        store.get(response_id, RequestContext.of(request.scope).owner)
         raise ApiError(400, "Only a response with background can be cancelled.", param="response_id")
 
     page = [
@@ -223,7 +225,7 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
         query = request.query_params
         _check_query(query, order=("asc", "desc"), limit=None, after=None)
         limit = _limit(query.get("limit", "20"))
-        items = store.get(response_id, request.state.owner).input
+        items = store.get(response_id, RequestContext.of(request.scope).owner).input
         is_large.set(len(items) >= LARGE_BODY_BYTES)
         newest_first = query.get("order") != "asc"
         return JsonResponse(await off_loop_if_large(_page, items, newest_first, query.get("after"), limit))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ....engine.errors import RequestError
 from ...chat.turn import prepare_turn
 from ...generation.served_model import ServedModel
+from ...http.context import RequestContext
 from ...http.errors import JsonResponse
 from ..chat.wire import ChatCompletionRequest, TemplateOptions
 from ..fields import MAX_INT
@@ -19,7 +19,7 @@ LARGE_IDS = 4000
 """Token ids from which texts are made off the event loop."""
 
 
-async def tokenize(request: Request, body: TokenizeRequest, model: ServedModel) -> Response:
+async def tokenize(context: RequestContext, body: TokenizeRequest, model: ServedModel) -> Response:
     """Tell the token ids of a prompt, or of messages put through the chat template."""
     ids = await _chat_ids(body, model) if body.prompt is None else await _prompt_ids(body, body.prompt, model)
 
@@ -55,7 +55,7 @@ async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
     return (await prepare_turn(chat, model)).prompt
 
 
-async def detokenize(request: Request, body: DetokenizeRequest, model: ServedModel) -> Response:
+async def detokenize(context: RequestContext, body: DetokenizeRequest, model: ServedModel) -> Response:
     """Tell the text of token ids, that of special tokens too."""
     size = model.engine.info.vocab_size
     if body.tokens and max(body.tokens) >= size:

@@ -1,0 +1,70 @@
+"""The state that the routes, the middleware and `pyllm serve` share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .api.responses.store import ResponseStore
+from .flags import ServerConfig
+from .generation.served_model import ServedModel
+from .generation.tracing import Tracing
+from .http.budget import BodyBudget
+from .http.context import RequestContext
+from .http.errors import unavailable
+from .http.logs import PROBES
+
+
+@dataclass(slots=True)
+class Service:
+    """One server: its model, what it is doing, and what requests share."""
+
+    config: ServerConfig
+    model: ServedModel | None = None  # None until it is loaded
+    tracing: Tracing | None = None  # None without --otlp-traces-endpoint
+    restarting: Literal["", "waiting", "loading"] = ""  # whether a dead engine's successor is due, or being loaded
+    draining: bool = False  # the server is shutting down and refuses new work
+    in_flight: int = 0  # HTTP requests
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while no request is in flight
+    responses: ResponseStore = field(default_factory=ResponseStore)
+    budget: BodyBudget = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+        self.budget = BodyBudget(upload_seconds=self.config.body_timeout)
+
+    def enter(self) -> None:
+        """Count a request in."""
+        self.in_flight += 1
+        self.idle.clear()
+
+    def leave(self) -> None:
+        """Count a request out."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self.idle.set()
+
+    def record(self, context: RequestContext, seconds: float) -> None:
+        """Count the answer of a request that has ended after `seconds`, and trace it."""
+        if self.model is not None and context.path not in PROBES:
+            self.model.metrics.on_answer(context.status)
+        if self.tracing is not None:
+            self.tracing.record(context, seconds)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine works or is loading."""
+        return self.model is None or self.model.engine.is_alive or self.restarting == "loading"
+
+    def ready_model(self) -> ServedModel:
+        """Return the model; raise `ApiError` 503 while it cannot take requests."""
+        if self.draining:
+            raise unavailable("The server is shutting down.", "shutting_down")
+        if self.model is None:
+            raise unavailable("The model is still loading.", "loading")
+        if self.restarting:
+            raise unavailable("The engine has stopped and is restarting.", "engine_restarting")
+        if not self.alive:
+            raise unavailable("The engine has stopped and cannot serve requests.", "engine_dead")
+        return self.model
