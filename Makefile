@@ -1,4 +1,4 @@
-# The five commands that people use, and three for a release. They need make and Python 3.11 or newer, and nothing else.
+# Five everyday commands, and three for a release. They need only make and Python 3.11 or newer.
 
 PYTHON ?= python3
 MODEL ?=
@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
-# Whole servers alone, for they share the processors with their clients; the rest in two processes.
+# Tests with whole servers run one at a time, because servers and clients share the processors; the rest in two processes.
 TESTS = $(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) tests/e2e && $(PYTEST) --ignore tests/e2e --numprocesses 2 --dist loadfile \
   --no-loadscope-reorder)
 
@@ -21,32 +21,32 @@ serve: .venv/installed
 test: .venv/installed-dev
 	$(TESTS)
 
-## test-optimized: the tests once more, in a Python that takes asserts out of the product: nothing may hang on them
+## test-optimized: run the tests under `python -O`: the product must not depend on asserts
 test-optimized: .venv/installed-dev
 	export PYTHONOPTIMIZE=1; $(TESTS)
 
-## lint: style, types, and the direction of imports
+## lint: check style, types, and the direction of imports
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-## bench: throughput of the server with 1, 8 and 32 clients
+## bench: measure the throughput of the server with 1, 8 and 32 clients
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
-## lock: write requirements*.lock anew, from pyproject.toml and the versions of constraints.txt
+## lock: write requirements*.lock again, from pyproject.toml and the versions of constraints.txt
 lock: .venv/tools/installed
 	.venv/tools/bin/uv pip compile pyproject.toml --extra otel --quiet --constraint constraints.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --output-file .venv/all.lock
 	rm -f requirements.lock requirements-torch.lock
-	awk 'BEGIN { head = "# Written by `make lock`: versions, and hashes of all their files; docs/security.md says what it is for." } \
+	awk 'BEGIN { head = "# Written by `make lock`: versions, and hashes of all their files; docs/operations.md says what it is for." } \
 	  /^[a-z0-9]/ { to = /^(torch|triton|cuda-|nvidia-)/ ? "requirements-torch.lock" : "requirements.lock"; \
 	    if (!(to in begun)) { begun[to] = 1; print head > to } } { print > to }' .venv/all.lock
 	rm .venv/all.lock
 
-## audit: ask whether a locked version has a known vulnerability
+## audit: check the locked versions for known vulnerabilities
 audit: .venv/tools/installed
 	@.venv/tools/bin/python .ci/audit.py
 
@@ -56,7 +56,7 @@ clean:
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "PyLLM needs Python 3.11 or newer: name one with 'make PYTHON=python3.12'." >&2; exit 1; }
+	  { echo "PyLLM needs Python 3.11 or newer: pass one with 'make PYTHON=python3.12'." >&2; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt model/cpu/kernels/kernels.cpp

@@ -1,4 +1,4 @@
-"""Takes each defence of docs/reliability.md out, one at a time, and sees that its test fails without it.
+"""Takes each defence of docs/operations.md out, one at a time, and sees that its test fails without it.
 
     python benchmarks/defences.py                      # all of them, a quarter of an hour
     python benchmarks/defences.py --only "client|key"  # those whose hazard, defence, file or test matches
@@ -46,7 +46,7 @@ class Defence:
     """An entry of the table.
 
     Attributes:
-        hazard: the row of docs/reliability.md.
+        hazard: the row of docs/operations.md.
         defence: what it is, in words.
         file: where it stands.
         text: that which stands there, once.

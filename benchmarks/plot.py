@@ -1,7 +1,7 @@
 """Draw throughput against the number of clients, from the lines of `serving.py`, as an SVG.
 
     python benchmarks/serving.py --clients 1 2 4 8 16 32 > serving.json
-    python benchmarks/plot.py serving.json docs/throughput.svg
+    python benchmarks/plot.py serving.json docs/images/throughput.svg
 
 Several lines in the file make several curves, named by their shape and server flags.
 """

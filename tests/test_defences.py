@@ -1,4 +1,4 @@
-"""The table of `benchmarks/defences.py` fits the code, the tests and the page on reliability as they are."""
+"""The table of `benchmarks/defences.py` fits the code, the tests and the page on operations as they are."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def test_a_defence_stands_where_the_table_says_and_its_test_is_there(defence: De
 
 
 def test_every_row_of_the_page_has_a_defence_and_every_defence_a_row() -> None:
-    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([^|]+) \|", page.partition("## Figures")[0], re.MULTILINE)[1:]
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = page.partition("| hazard | promise |\n")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
     assert {row.partition(":")[0] for row in rows} == {defence.hazard for defence in TABLE}
     assert len(rows) == len(set(rows)) > 20
 

@@ -1,7 +1,7 @@
 """Ask a running server what its model did for each token, and draw it as an SVG.
 
     pyllm serve &
-    python docs/dynamics.py "What is the capital of Italy?" docs/dynamics.svg
+    python docs/images/dynamics.py "What is the capital of Italy?" docs/images/dynamics.svg
 
 Needs the `openai` package. Each column is a generated token. Above, the colour of a cell is the expert that computed
 it in that layer (a black frame: mu chose it against the token's id). Below are the norms of mu and of velocity.

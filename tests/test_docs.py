@@ -1,0 +1,66 @@
+"""What the pages name exists: pages, headings, files, tests and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from pyllm.server.flags import BenchConfig, GenerateConfig, ServerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "docker/monitoring/*.md")
+    for path in ROOT.glob(pattern)
+)
+FLAGS = {field.name for config in (ServerConfig, GenerateConfig, BenchConfig) for field in dataclasses.fields(config)}
+OTHER_FLAGS = {"help", "shape", "version"}
+"""Flags of the command line itself, and of the benchmarks."""
+FOLDERS = "server|engine|model|tests|docs|docker|benchmarks"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """The address of each heading of a page, as GitHub makes it."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def named_flags(text: str) -> set[str]:
+    """The names of the flags that a text has in code, as in `--no-enable-prefix-caching` or `pyllm x --help`."""
+    words = re.findall(r"--([a-z][a-z-]+)", " ".join(re.findall(r"`(-[^`]*)`", text)))
+    return {word.removeprefix("no-").replace("-", "_") for word in words}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_pages_and_headings(page: str) -> None:
+    for path, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", read(page)):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_tests_and_flags_exist(page: str) -> None:
+    text = read(page)
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+|Test\w+)`", text):
+        assert re.search(rf"^ *(?:async )?(?:def|class) {name}\b", sources, re.MULTILINE), name
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)", text):
+        assert (ROOT / path).exists(), path
+    assert named_flags(text) <= FLAGS | OTHER_FLAGS
+
+
+def test_the_table_of_flags_is_complete() -> None:
+    """One row names every flag of `pyllm serve`."""
+    rows = re.findall(r"^\| (`.*?) \|", read("docs/quickstart.md"), re.MULTILINE)
+    flags = [name for row in rows for name in sorted(named_flags(row))]
+    assert len(flags) == len(set(flags))
+    assert set(flags) == {field.name for field in dataclasses.fields(ServerConfig)}
