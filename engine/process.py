@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -43,8 +43,6 @@ IDLE_SECONDS = 0.1
 """An engine without work for so long is idle, and not between two requests of a busy client."""
 PULSE_SECONDS = 0.25
 """How often a long step says that another of its layers is done."""
-FAULT_VARIABLE = "PYLLM_ENGINE_FAULT"
-"""For tests: see `engine/faults.py`."""
 
 
 class _Voice:
@@ -136,12 +134,12 @@ def _take(core: EngineCore, message: EngineRequest | Abort) -> TokenOutput | Non
     return None
 
 
-def main() -> None:
-    """Read the configuration from the socket, build the engine, report, serve."""
+def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
+    """Read the configuration from the socket, build the engine, `prepare` it (for tests), report, serve."""
     # A supervisor's SIGTERM may reach every process; the API process decides when this one ends, after draining.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with socket.socket(fileno=int(sys.argv[1])) as sock:
+    with socket.socket(fileno=int(sys.argv[-1])) as sock:
         frames = read_frames(sock)
         from .build import build_engine  # takes its time, in which the other side finds out what to ask for
 
@@ -153,10 +151,7 @@ def main() -> None:
             answer: EngineInfo | StartFailed = StartFailed(message=str(error))
         else:
             answer = core.info
-            if faults := os.environ.get(FAULT_VARIABLE):
-                from .faults import plant
-
-                plant(core, faults)
+            prepare(core)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process is gone, and all who waited
             sock.sendall(encode_frame(answer))
             if isinstance(answer, EngineInfo):

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from ..config import EngineConfig
@@ -36,21 +37,19 @@ def python() -> list[str]:
 
 
 class EngineProcess:
-    """A process of `pyllm.engine.process`, which loads its libraries at once and then waits to be configured.
+    """A process of `pyllm.engine.process`, which loads its libraries at once and then waits to be configured."""
 
-    Attributes:
-        socket: our end of the connection to it.
-        started: `time.monotonic()` when it was.
-    """
+    command: ClassVar[Sequence[str]] = ("-m", "pyllm.engine.process")
+    """What Python runs, with the descriptor of its end of the socket as the last argument."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.socket, theirs = socket.socketpair()
+        self.socket, theirs = socket.socketpair()  # our end and the engine's
         with theirs:
             try:
                 # A session of its own: Ctrl-C in a terminal is for this process, which then decides.
                 self._process = subprocess.Popen(
-                    [*python(), "-m", "pyllm.engine.process", str(theirs.fileno())],
+                    [*python(), *self.command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
                     env=MEMORY_SETTINGS | ({} if "OMP_WAIT_POLICY" in os.environ else THREAD_SETTINGS) | os.environ,
                 )  # fmt: skip

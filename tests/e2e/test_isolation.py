@@ -15,7 +15,7 @@ from support.serving import PATIENCE, ServerProcess
 
 pytestmark = pytest.mark.anyio
 INSIDE = ("Traceback", "Planted", "planted", ".py", "RuntimeError", "allocate")
-KINDS = ("prepare", "sample", "take", "text", "memory")
+KINDS = ("prepare", "sample", "append", "text", "memory")
 GENERAL: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "return_token_ids": True}
 OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", GENERAL | {"prompt": "What the others ask", "temperature": 0}),

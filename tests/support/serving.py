@@ -81,18 +81,19 @@ class ServerProcess:
         arguments: of `pyllm serve`.
         exit_code: what it must end with.
         port: where it listens; 0 is a free one.
-        faults: what goes wrong in its engine, as `engine/faults.py` tells; then the log may have tracebacks.
+        faults: what goes wrong in its engine, in the language of `support/faults.py`; then the log may have tracebacks.
     """
 
     def __init__(self, log: Path, *arguments: str, exit_code: int = 0, port: int = 0, faults: str = "") -> None:
         self._log = log
         self._exit_code = exit_code
         self._signs_of_failure = () if faults else ("Traceback", "Warning:", "Exception")
-        command = [sys.executable, "-m", "pyllm", "serve", *arguments, "--port", str(port)]
+        program = [str(Path(__file__).with_name("faults.py")), "serve", faults] if faults else ["-m", "pyllm", "serve"]
+        command = [sys.executable, *program, *arguments, "--port", str(port)]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=log.parent,
-                env=environment() | ({"PYLLM_ENGINE_FAULT": faults} if faults else {}),
+                env=environment(),
             )  # fmt: skip
 
     def __enter__(self) -> ServerProcess:

@@ -1,15 +1,18 @@
-"""Faults on demand, so that tests can see what becomes of everybody else. Nothing here is imported otherwise.
+"""Faults on demand in a real engine process, so that tests can see what they do to other requests.
 
-The environment variable `PYLLM_ENGINE_FAULT` names faults as `kind@marker`, with commas between. A fault strikes in
-steps with a request whose id has the marker. A client sets it with the header `x-request-id`; ids made here are
-hexadecimal, so that a marker must not be, or it would strike anybody.
+python faults.py serve FAULTS ...    # `pyllm serve ...` with an engine process that has these faults
+python faults.py engine FAULTS FD    # that engine process
 
-- `prepare`, `sample`: the step raises before or after all else was computed; `once`: before, the first of them only.
-- `take`: taking the request's token raises. `text`: its token has no text, so that making some raises.
+FAULTS names faults as `kind@marker`, separated by commas. A fault strikes in steps with a request whose id contains
+the marker. A client sets the id with the header `x-request-id`. Ids made by the server are hexadecimal, so a marker
+must not be, or the fault would strike any request.
+
+- `prepare`, `sample`: the step raises before or after everything else is computed; `once`: before, the first time only.
+- `append`: adding the request's token raises. `text`: its token has no text, so that decoding it raises.
 - `memory`: an allocation that no machine can satisfy.
 - `slow`: each layer takes SLOW_SECONDS. `hang`: the step never ends.
-- `broken`: every step raises from now on, whoever is in it.
-- `exit`, `crash`: the process ends by itself, or by a signal.
+- `broken`: every step raises from now on, whatever requests are in it.
+- `exit`, `crash`: the process exits, or ends by a signal.
 """
 
 from __future__ import annotations
@@ -17,25 +20,29 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Sequence
 
 import msgspec
 import torch
 
-from ..model.network import LayerState
-from .messages import StepOutputs
-from .runner.expert_stats import ExpertStats
-from .step.core import EngineCore
-from .step.request import Request
-from .step.runner import LaunchedStep, Runner, SampledToken
-from .step.scheduler import ScheduledSequence
+from pyllm.engine import process
+from pyllm.engine.client.launch import EngineProcess
+from pyllm.engine.messages import StepOutputs
+from pyllm.engine.runner.expert_stats import ExpertStats
+from pyllm.engine.step.core import EngineCore
+from pyllm.engine.step.request import Request
+from pyllm.engine.step.runner import LaunchedStep, Runner, SampledToken
+from pyllm.engine.step.scheduler import ScheduledSequence
+from pyllm.model.network import LayerState
+from pyllm.server.cli import main as cli
 
-KINDS = ("prepare", "sample", "once", "take", "text", "memory", "slow", "hang", "broken", "exit", "crash")
+KINDS = ("prepare", "sample", "once", "append", "text", "memory", "slow", "hang", "broken", "exit", "crash")
 SLOW_SECONDS = 0.8
 NO_TOKEN = -(1 << 40)
 _MADE_UP = re.compile("[0-9a-f#]*")
-"""What may be in any request's id: one that is made here, and behind it a # and a number."""
+"""What the id of any request may contain: one made by the server, followed by # and a number."""
 
 
 class PlantedError(RuntimeError):
@@ -43,7 +50,7 @@ class PlantedError(RuntimeError):
 
 
 def plant(core: EngineCore, text: str) -> None:
-    """Let the faults that `text` names strike in the steps of `core`; `ValueError` for what names none."""
+    """Plant the faults that `text` names in `core`; raise `ValueError` if it names none."""
     faults = FaultyRunner(core.runner, text)
     core.runner = faults
     step, watch, append = core.step, ExpertStats.__call__, Request.append
@@ -65,8 +72,8 @@ def plant(core: EngineCore, text: str) -> None:
 
     def failing_append(self: Request, token_id: int) -> None:
         append(self, token_id)
-        if faults.strikes("take", self.request_id):
-            raise PlantedError("take")
+        if faults.strikes("append", self.request_id):
+            raise PlantedError("append")
 
     core.step = marked_step  # type: ignore[method-assign]
     ExpertStats.__call__ = slow_watch  # type: ignore[method-assign]
@@ -74,37 +81,33 @@ def plant(core: EngineCore, text: str) -> None:
 
 
 class FaultyRunner:
-    """A runner around the real one.
-
-    Attributes:
-        is_slow: whether a request is in the step that makes its layers slow.
-    """
+    """A runner around the real one, which raises, hangs or exits in steps with a marked request."""
 
     def __init__(self, runner: Runner, text: str) -> None:
         self._runner = runner
         self._faults = [fault.split("@") for fault in text.split(",")]
         if not all(len(own) == 2 and own[0] in KINDS and not _MADE_UP.fullmatch(own[1]) for own in self._faults):
             raise ValueError(
-                f"PYLLM_ENGINE_FAULT names {text!r}; it takes kind@marker, of the kinds {KINDS}, "
+                f"got {text!r}: a fault is kind@marker, with one of the kinds {KINDS} "
                 "and a marker of more than hexadecimal digits and #"
             )
         self._spent = False
         self._broken = False
-        self.is_slow = False
+        self.is_slow = False  # whether the current step makes its layers slow
 
     def strikes(self, kind: str, *request_ids: str) -> bool:
-        """Whether a fault of that kind is meant for one of the requests."""
+        """Whether a fault of that kind is planted for one of the requests."""
         return any(kind == own and marker in name for own, marker in self._faults for name in request_ids)
 
     def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
-        """As the real one, but for the faults."""
+        """Compute as the real one, apart from the faults."""
         self._strike_before(sequences)
         sampled = self._runner.execute(sequences)
         self._strike_after(sequences)
         return sampled
 
     def launch(self, sequences: Sequence[ScheduledSequence]) -> LaunchedStep:
-        """As the real one, but for the faults."""
+        """Compute as the real one, apart from the faults."""
         self._strike_before(sequences)
         launched = self._runner.launch(sequences)
         self._strike_after(sequences)
@@ -137,3 +140,16 @@ class FaultyRunner:
     def _strike_after(self, sequences: Sequence[ScheduledSequence]) -> None:
         if self.strikes("sample", *[sequence.request.request_id for sequence in sequences]):
             raise PlantedError("sample")
+
+
+def main(role: str, faults: str, *arguments: str) -> None:
+    """Run `pyllm serve`, or the engine process that it starts."""
+    if role == "serve":
+        EngineProcess.command = (__file__, "engine", faults)
+        cli.main(["serve", *arguments])
+    else:
+        process.main(lambda core: plant(core, faults))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
