@@ -104,7 +104,9 @@ class SamplingParams(Message, frozen=True, kw_only=True):
         require(len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
         require(self.min_tokens >= 0, "min_tokens", "0 or more")
         require(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "no larger than max_tokens"
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"no larger than the token limit ({self.max_tokens})",
         )
         for param in ("logprobs", "prompt_logprobs"):
             count = getattr(self, param)

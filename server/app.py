@@ -17,8 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 
 from .. import __version__
-from .api.chat.route import create_chat_completion
-from .api.chat.wire import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from .api.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, create_chat_completion
 from .api.completions.route import create_completion
 from .api.completions.wire import Completion, CompletionRequest
 from .api.embeddings import EmbeddingList, EmbeddingRequest, create_embedding
@@ -37,8 +36,7 @@ from .api.pages import PAGE_PATHS, add_page_routes
 from .api.responses.route import create_response
 from .api.responses.store import add_store_routes
 from .api.responses.wire import ResponseEvent, ResponseObject, ResponseRequest
-from .api.tokenize.route import detokenize, tokenize
-from .api.tokenize.wire import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
+from .api.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest, detokenize, tokenize
 from .http.body import read_body
 from .http.context import RequestContext
 from .http.errors import ApiError, JsonResponse, error_response, to_api_error, unavailable

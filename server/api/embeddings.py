@@ -17,11 +17,11 @@ from ...engine.checks import check_request
 from ...engine.errors import RequestError
 from ...engine.messages import EngineRequest, SamplingParams
 from ..chat.truncation import encode_prompts
-from ..generation.generation import Choice, Generation
+from ..generation.generation import MAX_SEQUENCES, Choice, Generation
 from ..generation.served_model import ServedModel
 from ..http.context import RequestContext
 from ..http.errors import JsonResponse
-from .fields import MAX_INT, MAX_SEQUENCES, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
+from .fields import MAX_INT, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048
 LARGE_ANSWER = 2**16  # numbers; an answer with at least this many is encoded off the event loop

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from ...engine.errors import RequestError
+from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
+from ..chat.conversation import AnswerFormat
+from ..chat.structured import (
+    MAX_CHOICES,
+    choice_grammar,
+    json_object_grammar,
+    json_schema_grammar,
+    lark_grammar,
+    regex_grammar,
+)
+from ..generation.generation import MAX_SEQUENCES, Sampling
+from ..generation.served_model import ServedModel
 
 MAX_TEXT = 4 * 2**20
 MAX_IDS = 2**20
 MAX_PROMPTS = 256
-MAX_SEQUENCES = 1024
 MAX_INT = 2**31 - 1
 
-MAX_CHOICES = 2000
 MAX_BAD_WORDS = 128
+MAX_TOOLS = 128
 
 # Fields of OpenAI that mean something which this server cannot do, with the values that ask for nothing.
 # Any other value is refused by name.
@@ -52,6 +64,15 @@ KeptTokens = Annotated[
     int | None,
     Field(ge=-1, le=MAX_INT, description="Keep so many of the last tokens; -1 keeps what fits."),
 ]
+
+
+def _pass(value: Any) -> Any:
+    return value
+
+
+GiveWay = BeforeValidator(_pass)
+"""Changes nothing: checking a long list is one step of the interpreter, unless there is some Python in it, at which
+the other threads have their turn."""
 
 
 class StrictModel(BaseModel):
@@ -176,6 +197,61 @@ class GenerationRequest(OpenAIRequest):
     store: bool | None = None
     verbosity: Name | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+
+
+GRAMMARS: dict[str, Callable[..., str]] = {
+    "json_schema": json_schema_grammar,
+    "regex": regex_grammar,
+    "choice": choice_grammar,
+    "grammar": lark_grammar,
+}
+"""How each kind of structured output is made a grammar."""
+SAMPLING_FIELDS = {*SamplingParams.__struct_fields__} - {"max_tokens", "logprobs", "grammar"}
+
+
+def read_sampling(body: SamplingRequest, model: ServedModel) -> Sampling:
+    """Return what a request sets of `SamplingParams`; raises `RequestError`."""
+    if getattr(body, "stream_options", None) is not None and not body.stream:
+        raise RequestError("stream_options needs stream to be true.", param="stream_options")
+    model.check_logprobs(body)
+    values = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name, None)) is not None}
+    if isinstance(stop := values.get("stop"), str):
+        values["stop"] = [stop]
+    if "logit_bias" in values:
+        values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
+    if "allowed_token_ids" in values:
+        values["allowed_token_ids"] = sorted({*values["allowed_token_ids"]})
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def read_format(
+    wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
+    outputs: StructuredOutputs | None,
+    field: str,
+    schema_field: str,
+) -> AnswerFormat | None:
+    """Return the format that a request asks for in `field` or in structured_outputs; raises `RequestError`."""
+    if wanted is None or isinstance(wanted, TextFormat):
+        return None if outputs is None else _structured_format(outputs)
+    if outputs is not None:
+        raise RequestError(f"structured_outputs and {field} cannot both be given.", param="structured_outputs")
+    if isinstance(wanted, JsonObjectFormat):
+        return AnswerFormat(json_object_grammar(), field, field)
+    grammar = json_schema_grammar(wanted.json_schema, wanted.strict is True, schema_field)
+    return AnswerFormat(grammar, field, schema_field)
+
+
+def read_response_format(body: GenerationRequest) -> AnswerFormat | None:
+    """Return the format of a chat or completion; raises `RequestError`."""
+    form, field = body.response_format, "response_format"
+    wanted = form.json_schema if isinstance(form, JsonSchemaResponseFormat) else form
+    return read_format(wanted, body.structured_outputs, field, f"{field}.json_schema.schema")
+
+
+def _structured_format(outputs: StructuredOutputs) -> AnswerFormat:
+    ((kind, value),) = ((name, value) for name, value in outputs if value is not None)
+    field = f"structured_outputs.{kind}".removesuffix("_schema")
+    return AnswerFormat(GRAMMARS[kind](value, param=field), "structured_outputs", field)
 
 
 class PromptTokensDetails(StrictModel):

@@ -19,12 +19,12 @@ import llguidance
 
 from ...engine.errors import EngineBusyError, RequestError
 from ...engine.grammar.checker import GrammarChecker
-from ..api.fields import MAX_CHOICES, GenerationRequest, JsonObjectFormat, TextFormat
 from ..http.errors import shorten
 
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_GRAMMAR_BYTES = 64 << 10
 """Of a regular expression, a Lark grammar, or all choices together."""
+MAX_CHOICES = 2000
 MAX_DEPTH = 64
 MAX_NODES = 20_000
 CHECKERS = 2
@@ -47,29 +47,6 @@ DESCRIPTIVE = {
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
     "contentEncoding", "contentMediaType", "contentSchema", "discriminator", "externalDocs", "xml",
 }  # fmt: skip
-
-
-def format_grammar(body: GenerationRequest) -> tuple[str, str] | None:
-    """The grammar that a request asks for and the field that does, not yet checked; None where its text is free."""
-    wanted, outputs = body.response_format, body.structured_outputs
-    if isinstance(wanted, TextFormat):
-        wanted = None
-    if outputs is None:
-        if wanted is None:
-            return None
-        if isinstance(wanted, JsonObjectFormat):
-            return json_object_grammar(), "response_format"
-        schema, field = wanted.json_schema, "response_format.json_schema.schema"
-        return json_schema_grammar(schema.json_schema, schema.strict is True, field), field
-    if wanted is not None:
-        raise RequestError("structured_outputs and response_format cannot both be given.", param="structured_outputs")
-    if outputs.regex is not None:
-        return regex_grammar(outputs.regex, field := "structured_outputs.regex"), field
-    if outputs.choice is not None:
-        return choice_grammar(outputs.choice, field := "structured_outputs.choice"), field
-    if outputs.grammar is not None:
-        return lark_grammar(outputs.grammar, field := "structured_outputs.grammar"), field
-    return json_schema_grammar(outputs.json_schema or {}, False, field := "structured_outputs.json"), field
 
 
 def json_schema_grammar(schema: dict[str, Any], strict: bool = False, param: str | None = None) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...engine.errors import RequestError
-from ..api.chat.wire import AllowedToolsChoice, ChatCompletionRequest, Function, NamedToolChoice, Tool
 from ..http.errors import shorten
 from ..http.offload import off_loop_if_large
+from .conversation import Conversation, Tool, ToolChoice
 from .structured import check_grammar, choice_grammar, json_object_grammar, json_schema_grammar
 from .template import MAX_DEPTH, is_deeper
 from .tool_calls import CallReader, ToolCallFormat
@@ -24,30 +24,23 @@ OPEN_KEYWORDS |= {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSche
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """The functions that a turn may call, and whether it must.
+class ToolOptions:
+    """The functions that a turn may call, and whether it must call one."""
 
-    Attributes:
-        tools: at least one.
-        parallel: whether there may be more calls than one.
-        places: where in the request's list the function of a name is.
-    """
-
-    tools: list[Tool]
+    tools: Sequence[Tool]  # at least one
     mode: Literal["auto", "required", "named"]
-    parallel: bool
+    parallel: bool  # there may be several calls
     format: ToolCallFormat
-    places: dict[str, int]
 
     def reader(self) -> CallReader:
-        """A reader for one choice."""
-        names = frozenset(tool.function.name for tool in self.tools)
+        """Return a reader for one choice."""
+        names = frozenset(tool.name for tool in self.tools)
         return CallReader(self.format, names, "stop" if self.mode == "named" else "tool_calls")
 
     def describe(self) -> str:
-        """Plain text that tells a model of its functions, for chat templates that do not."""
-        lines = [json.dumps(tool.function.model_dump(exclude_none=True, exclude={"strict"})) for tool in self.tools]
+        """Return instructions for the model, for chat templates that do not write tools."""
         call = self.format.write("NAME", "{ARGUMENTS}")
+        lines = [json.dumps(tool.describe()) for tool in self.tools]
         return "\n".join([f"You can call these functions. To call one, write {call}", *lines])
 
     async def grammar(self, answer: str | None) -> str | None:
@@ -58,7 +51,7 @@ class Offer:
 
         Raises `RequestError` naming a function's parameters that cannot be enforced.
         """
-        if self.mode == "auto" and answer is None and self.parallel and not any(t.function.strict for t in self.tools):
+        if self.mode == "auto" and answer is None and self.parallel and not any(tool.strict for tool in self.tools):
             return None
         text, arguments = await off_loop_if_large(self._compose, answer)
         try:
@@ -72,29 +65,26 @@ class Offer:
     def _compose(self, answer: str | None) -> tuple[str, dict[str, str]]:
         """The grammar, not yet checked, and those in it for each function's arguments, by their field."""
         grammars = [{"name": "turn", "lark_grammar": self._rules(answer is not None)}]
-        arguments = {field: self._arguments(tool.function, field) for field, tool in self._fields()}
+        arguments = {tool.parameters_field: self._arguments(tool) for tool in self.tools}
         grammars += [_named(f"arguments_{n}", text) for n, text in enumerate(arguments.values())]
         if answer is not None:
             grammars.append(_named("answer", answer))
         return json.dumps({"grammars": grammars}), arguments
 
-    def _fields(self) -> Iterator[tuple[str, Tool]]:
-        return ((f"tools[{self.places[tool.function.name]}].function.parameters", tool) for tool in self.tools)
-
-    def _arguments(self, function: Function, field: str) -> str:
-        if self.mode == "auto" and not function.strict and function.parameters:
+    def _arguments(self, tool: Tool) -> str:
+        if self.mode == "auto" and not tool.strict and tool.parameters:
             return json_object_grammar()
-        schema = arguments_schema(function)
+        schema = arguments_schema(tool)
         if schema == NO_ARGUMENTS:
             return choice_grammar(["{}"])
-        return json_schema_grammar(schema, bool(function.strict), field)
+        return json_schema_grammar(schema, bool(tool.strict), tool.parameters_field)
 
     def _rules(self, with_answer: bool) -> str:
         """The turn in llguidance's Lark: calls, and what may stand beside them."""
         opening, separator = self.format.opening, self.format.separator
         free = self.mode == "auto" and not with_answer
         led = bool(free and opening)
-        starts = [self.format.start(tool.function.name).removeprefix(opening) for tool in self.tools]
+        starts = [self.format.start(tool.name).removeprefix(opening) for tool in self.tools]
         bodies = [f"{_quoted(start)} @arguments_{n} {_quoted(self.format.end)}" for n, start in enumerate(starts)]
         more = f" ({_quoted(separator)} call)" if separator else " call"
         calls = f"call{more}{{0,{MAX_CALLS - 1}}}" if self.parallel else "call"
@@ -114,51 +104,37 @@ class Offer:
         return "\n".join(rules)
 
 
-def read_offer(body: ChatCompletionRequest, format_: ToolCallFormat) -> Offer | None:
-    """What a request offers, or None where the turn has no tools; raises `RequestError`."""
-    tools = body.tools or []
-    names = [tool.function.name for tool in tools]
-    for n, name in enumerate(names):
-        if is_deeper(tools[n].function.parameters, MAX_DEPTH):
-            field = f"tools[{n}].function.parameters"
+def read_tools(conversation: Conversation, format_: ToolCallFormat) -> ToolOptions | None:
+    """Return the tools that a turn may call, None where there are none; raises `RequestError`."""
+    tools, choice = conversation.tools, conversation.tool_choice
+    by_name: dict[str, Tool] = {}
+    for tool in tools:
+        if is_deeper(tool.parameters, MAX_DEPTH):
+            field = tool.parameters_field
             raise RequestError(f"{field} is nested deeper than {MAX_DEPTH} levels.", param=field)
-        if name in names[:n]:
-            raise RequestError(f"tools has two functions called {name}.", param=f"tools[{n}].function.name")
-    choice = body.tool_choice
-    if choice in (None, "none", "auto") and (not tools or choice == "none"):
+        if by_name.setdefault(tool.name, tool) is not tool:
+            raise RequestError(f"{tool.name_field}: there are two tools named {tool.name}.", param=tool.name_field)
+    if choice.mode == "none" or (not tools and choice == ToolChoice()):
         return None
     if not tools:
         raise RequestError("tool_choice needs tools.", param="tool_choice")
-    mode: Literal["auto", "required", "named"]
-    match choice:
-        case NamedToolChoice():
-            tools, mode = _chosen(tools, [choice.function.name]), "named"
-        case AllowedToolsChoice():
-            allowed = choice.allowed_tools
-            tools, mode = _chosen(tools, [tool.function.name for tool in allowed.tools]), allowed.mode
-        case _:
-            mode = "required" if choice == "required" else "auto"
-    parallel = body.parallel_tool_calls is not False and mode != "named"
-    places = {name: n for n, name in enumerate(names)}
-    return Offer(tools=tools, mode=mode, parallel=parallel, format=format_, places=places)
-
-
-def _chosen(tools: Iterable[Tool], names: list[str]) -> list[Tool]:
-    by_name = {tool.function.name: tool for tool in tools}
-    for name in names:
+    for name in choice.names or ():
         if name not in by_name:
             raise RequestError(f"tool_choice names {shorten(name)}, which is not among the tools.", param="tool_choice")
-    return [tool for name, tool in by_name.items() if name in names]
+    if choice.names is not None:
+        tools = [tool for tool in tools if tool.name in choice.names]
+    parallel = conversation.parallel_tool_calls and choice.mode != "named"
+    return ToolOptions(tools=tools, mode=choice.mode, parallel=parallel, format=format_)
 
 
-def arguments_schema(function: Function) -> dict[str, Any]:
-    """The schema of a call's arguments: an object, without members that the function does not speak of.
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """Return the schema of a call's arguments: an object, without members that the function does not mention.
 
     JSON Schema lets an object have members that it does not name, but a function cannot be called with them.
     """
-    if function.strict and function.parameters:
-        return function.parameters  # it must say so itself
-    schema = {"type": "object", **(function.parameters or {})}
+    if tool.strict and tool.parameters:
+        return tool.parameters  # it must say so itself
+    schema = {"type": "object", **(tool.parameters or {})}
     if not OPEN_KEYWORDS & schema.keys():
         schema |= {"properties": schema.get("properties", {}), "additionalProperties": False}
     return schema

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ...engine.errors import RequestError
 from ..generation.served_model import ServedModel
+from .conversation import Message
 
-Messages = list[dict[str, Any]]
+Messages = Sequence[Message]
 Render = Callable[[Messages], Awaitable[list[int]]]
 
 
@@ -36,7 +37,7 @@ async def render_newest(messages: Messages, first: int, room: int, render: Rende
 
     async def fitting(start: int) -> list[int] | None:
         try:
-            prompt = await render(messages[:first] + _since(messages, start))
+            prompt = await render([*messages[:first], *_since(messages, start)])
         except RequestError as error:
             if error.code == "context_length_exceeded":
                 return None
@@ -48,9 +49,9 @@ async def render_newest(messages: Messages, first: int, room: int, render: Rende
     if (everything := await fitting(first)) is not None:
         return everything
     newest = len(messages) - 1
-    while newest > first and messages[newest]["role"] == "tool":
+    while newest > first and messages[newest].role == "tool":
         newest -= 1
-    best = await render(messages[:first] + _since(messages, newest))
+    best = await render([*messages[:first], *_since(messages, newest)])
     if len(best) > room:
         return best
     # From the newest on in growing steps, so that no more is rendered than about twice what fits: a request may
@@ -68,9 +69,8 @@ async def render_newest(messages: Messages, first: int, room: int, render: Rende
 def _since(messages: Messages, start: int) -> Messages:
     """The messages from `start` on, less the results of calls that are before it."""
     chosen = messages[start:]
-    called = {call["id"] for message in chosen for call in message.get("tool_calls", ())}
-    last = messages[-1]
-    return [m for m in chosen if m is last or m["role"] != "tool" or m["tool_call_id"] in called]
+    called = {call.id for message in chosen for call in message.calls}
+    return [m for m in chosen if m is messages[-1] or m.role != "tool" or m.call_id in called]
 
 
 async def encode_prompts(

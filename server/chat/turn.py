@@ -1,32 +1,25 @@
-"""One turn of a chat: from its request to the engine's input, and from its text to content and tool calls.
-
-Chat completions, responses and messages all speak of turns; each of them makes a `ChatCompletionRequest` of its own
-request, and shows in its own shape what the turn's reader finds.
-"""
+"""One turn of a conversation: the prompt and grammar for the engine, and what the generated text means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...engine.errors import RequestError
 from ...engine.messages import SamplingParams
-from ..api.chat.wire import AssistantMessage, ChatCompletionRequest, Message, ToolMessage
-from ..generation.generation import Generation, sampling_params
+from ..generation.generation import sampling_params
 from ..generation.served_model import ServedModel
-from ..http.context import RequestContext
 from ..http.errors import encode_json, shorten
 from ..http.offload import off_loop_if_large
-from .structured import check_grammar, format_grammar
-from .template import MAX_DEPTH, is_deeper
+from .conversation import Conversation, Message
+from .structured import check_grammar
+from .template import MAX_DEPTH, ChatTemplateError, is_deeper
 from .tool_calls import ToolCallFormat, TurnReader
-from .tool_choice import Offer, read_offer
+from .tool_choice import ToolOptions, read_tools
 from .truncation import render_newest, truncate_prompt
 
 MAX_VARIABLE_BYTES = 2**14
-BETWEEN_PARTS = "\n"
-"""What stands between the texts of a message made of parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +36,9 @@ class Turn:
     reader: Callable[[], TurnReader]
     must_call: bool = False
 
-    def generate(self, model: ServedModel, context: RequestContext, body: ChatCompletionRequest) -> Generation:
-        """Submit it; raises as `Generation` does."""
-        return Generation(
-            model, context, [self.prompt], [self.params],
-            field="messages", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
-            streams=bool(body.stream),
-        )  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
-class WholeTurn:
+class ParsedTurn:
     """What the text of a finished turn means.
 
     Attributes:
@@ -66,7 +51,7 @@ class WholeTurn:
     finish_reason: str
 
 
-def read_turn(reader: TurnReader, text: str) -> WholeTurn:
+def read_turn(reader: TurnReader, text: str) -> ParsedTurn:
     """Read a whole text with a fresh reader."""
     parts = [reader.feed(text), reader.finish()]
     pieces = [piece for part in parts for piece in part.calls]
@@ -74,87 +59,86 @@ def read_turn(reader: TurnReader, text: str) -> WholeTurn:
     for piece in pieces:
         arguments.setdefault(piece.index, []).append(piece.arguments)
     calls = [(p.id, p.name or "", "".join(arguments[p.index])) for p in pieces if p.id is not None]
-    return WholeTurn("".join(part.content for part in parts), calls, reader.finish_reason)
+    return ParsedTurn("".join(part.content for part in parts), calls, reader.finish_reason)
 
 
-async def prepare_turn(body: ChatCompletionRequest, model: ServedModel, droppable: int | None = None) -> Turn:
-    """Render, tokenise and check a chat; raises `RequestError` or `ChatTemplateError`.
-
-    With `droppable`, the oldest messages from that one on are left out where all are too many.
-    """
-    offer = await off_loop_if_large(_read_offer, body, model.tool_format)
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    prompt = await _render(body, model, offer, droppable)
-    prompt = truncate_prompt(prompt, body.truncate_prompt_tokens, model, max_tokens)
+async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
+    """Render, tokenise and check a conversation; raises `RequestError`."""
+    tools = await off_loop_if_large(_read_tools, conversation, model.tool_format)
+    max_tokens = conversation.max_tokens
+    prompt = truncate_prompt(await _render(conversation, model, tools), conversation.keep_tokens, model, max_tokens)
     if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
         max_tokens = min(default, max(model.engine.info.max_model_len - len(prompt), 1))
-    grammar = await _grammar(body, offer)
+    grammar = await _grammar(conversation, tools)
     # What ends a turn in plain text may stand inside an answer whose form says where it ends.
-    is_free = grammar is None or (offer is not None and offer.mode == "auto")
+    is_free = grammar is None or (tools is not None and tools.mode == "auto")
+    turn_ends = model.template.stop_strings if is_free else ()
     params = await off_loop_if_large(
-        sampling_params,
-        body,
-        model,
-        max_tokens=max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=grammar,
-        turn_ends=model.template.stop_strings if is_free else (),
+        sampling_params, conversation.sampling, model, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends
     )
-    reader, must_call = (TurnReader, False) if offer is None else (offer.reader, offer.mode != "auto")
+    reader, must_call = (TurnReader, False) if tools is None else (tools.reader, tools.mode != "auto")
     return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call)
 
 
-def _read_offer(body: ChatCompletionRequest, form: ToolCallFormat) -> Offer | None:
-    """What the turn's tools are, after what can be checked of a chat by itself."""
-    if body.top_logprobs is not None and not body.logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    _check_results(body)
-    return read_offer(body, form)
+def _read_tools(conversation: Conversation, form: ToolCallFormat) -> ToolOptions | None:
+    """Return the turn's tools; raise `RequestError` for a tool's result that belongs to no earlier call."""
+    ids: set[str] = set()
+    for message in conversation.messages:
+        ids.update(call.id for call in message.calls)
+        if message.call_id is not None and message.call_id not in ids:
+            field = message.call_id_field
+            text = f"{field}: no earlier message has a tool call with the id {shorten(message.call_id)!r}."
+            raise RequestError(text, param=field)
+    return read_tools(conversation, form)
 
 
-async def _grammar(body: ChatCompletionRequest, offer: Offer | None) -> str | None:
-    """What the turn's text must obey, of its format and its tools."""
-    answer = await off_loop_if_large(format_grammar, body)
+async def _grammar(conversation: Conversation, tools: ToolOptions | None) -> str | None:
+    """Return the grammar of the turn's text, from its format and its tools, after it was checked."""
+    answer = conversation.answer_format
     if answer is None:
-        return await offer.grammar(None) if offer else None
-    text, field = answer
-    await check_grammar(text, field)
-    if offer is None:
-        return text
-    field = field.partition(".")[0]
-    if offer.mode != "auto":
+        return await tools.grammar(None) if tools else None
+    await check_grammar(answer.grammar, answer.grammar_field)
+    if tools is None:
+        return answer.grammar
+    field = answer.field
+    if tools.mode != "auto":
         raise RequestError(f"{field} cannot go together with a tool_choice that requires a call.", param=field)
-    if not offer.format.opening:
+    if not tools.format.opening:
         raise RequestError(f"{field} cannot go together with tools: this model's calls are JSON too.", param=field)
-    return await offer.grammar(text)
+    return await tools.grammar(answer.grammar)
 
 
-async def _render(
-    body: ChatCompletionRequest, model: ServedModel, offer: Offer | None, droppable: int | None
-) -> list[int]:
-    """The prompt, with the tools and in the way that the request asks for."""
-    messages, options = await off_loop_if_large(_template_input, body, model, offer)
+async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> list[int]:
+    """Return the prompt, without the messages that may be left out and do not fit."""
+    options = await off_loop_if_large(_template_options, conversation, model, tools)
 
-    async def render(chosen: list[dict[str, Any]]) -> list[int]:
-        written = await off_loop_if_large(_written, chosen, model, offer)
-        return await model.render(written, any_length=body.truncate_prompt_tokens is not None, **options)
+    async def render(messages: Sequence[Message]) -> list[int]:
+        written = await off_loop_if_large(_for_template, messages, model, tools)
+        return await model.render(written, any_length=conversation.keep_tokens is not None, **options)
 
-    if droppable is None:
-        return await render(messages)
-    room = model.engine.info.max_model_len - (body.max_completion_tokens or body.max_tokens or 1)
-    return await render_newest(messages, droppable, room, render)
+    try:
+        if conversation.keep_messages is None:
+            return await render(conversation.messages)
+        room = model.engine.info.max_model_len - (conversation.max_tokens or 1)
+        return await render_newest(conversation.messages, conversation.keep_messages, room, render)
+    except ChatTemplateError as error:
+        error.param = conversation.messages_field
+        raise
 
 
-def _template_input(
-    body: ChatCompletionRequest, model: ServedModel, offer: Offer | None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages, for `_written`, and the options for the chat template."""
-    template = model.template
-    continues = bool(body.continue_final_message)
-    prompts = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    _check_continuation(body, continues, prompts)
-    variables = body.chat_template_kwargs or {}
-    for name, value in variables.items():
+def _template_options(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> dict[str, Any]:
+    """Return what the chat template is given besides the messages; raises `RequestError`."""
+    template, continues = model.template, conversation.continue_final_message
+    prompts = conversation.add_generation_prompt
+    prompts = not continues if prompts is None else prompts
+    if continues and prompts:
+        field = "continue_final_message"
+        raise RequestError(f"{field} and add_generation_prompt cannot both be true.", param=field)
+    last = conversation.messages[-1]
+    if continues and (last.role not in ("user", "assistant") or last.calls):
+        field = "continue_final_message"
+        raise RequestError(f"{field} needs a last message by user or assistant without tool calls.", param=field)
+    for name, value in conversation.template_variables.items():
         field = f"chat_template_kwargs.{shorten(name)}"
         if name not in template.variables:
             known = ", ".join(sorted(template.variables)) or "none"
@@ -162,68 +146,37 @@ def _template_input(
         if is_deeper(value, MAX_DEPTH) or len(encode_json(value)) > MAX_VARIABLE_BYTES:
             limits = f"{MAX_VARIABLE_BYTES} bytes or nested deeper than {MAX_DEPTH} levels"
             raise RequestError(f"{field} is larger than {limits}.", param=field)
-    messages = [_plain(message) for message in body.messages]
-    tools = [tool.model_dump(exclude_none=True) for tool in offer.tools] if offer else None
-    return messages, {
-        "tools": tools,
+    return {
+        "tools": [tool.for_template() for tool in tools.tools] if tools else None,
         "add_generation_prompt": prompts,
         "continue_final_message": continues,
-        "variables": variables,
+        "variables": conversation.template_variables,
+        "field": conversation.messages_field,
     }
 
 
-def _check_continuation(body: ChatCompletionRequest, continues: bool, prompts: bool) -> None:
-    field = "continue_final_message"
-    if continues and prompts:
-        raise RequestError(f"{field} and add_generation_prompt cannot both be true.", param=field)
-    last = body.messages[-1]
-    if continues and (last.role not in ("user", "assistant") or (last.role == "assistant" and last.tool_calls)):
-        raise RequestError(f"{field} needs a last message by user or assistant without tool_calls.", param=field)
+def _for_template(messages: Sequence[Message], model: ServedModel, tools: ToolOptions | None) -> list[dict[str, Any]]:
+    """Return the messages for the chat template, with what it does not write by itself as text."""
+    if tools and not model.template.knows_tools:
+        messages = _instructed(messages, tools.describe())
+    if not model.template.knows_calls:
+        messages = [_spoken(message, model.tool_format) for message in messages]
+    return [message.for_template() for message in messages]
 
 
-def _check_results(body: ChatCompletionRequest) -> None:
-    """Raise `RequestError` for a tool's result that belongs to no call before it."""
-    ids: set[str] = set()
-    for n, message in enumerate(body.messages):
-        if isinstance(message, AssistantMessage):
-            ids.update(call.id for call in message.tool_calls or ())
-        elif isinstance(message, ToolMessage) and message.tool_call_id not in ids:
-            field = f"messages[{n}].tool_call_id"
-            raise RequestError(f"{field} is not the id of a tool call in a message before.", param=field)
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: parts joined to one text."""
-    shown = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
-    if message.content is not None:
-        parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
-        shown["content"] = BETWEEN_PARTS.join(parts)
-    if isinstance(message, AssistantMessage) and message.tool_calls is not None:
-        shown["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-    return shown
-
-
-def _written(messages: list[dict[str, Any]], model: ServedModel, offer: Offer | None) -> list[dict[str, Any]]:
-    """The messages with what the chat template does not write by itself."""
-    if offer and not model.template.knows_tools:
-        messages = _instructed(messages, offer.describe())
-    return messages if model.template.knows_calls else [_spoken(message, model) for message in messages]
-
-
-def _instructed(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """The messages with more of a system message."""
+def _instructed(messages: Sequence[Message], text: str) -> Sequence[Message]:
+    """Return the messages with more of a system message."""
     first = messages[0]
-    if first["role"] not in ("system", "developer"):
-        return [{"role": "system", "content": text}, *messages]
-    return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
+    if first.role not in ("system", "developer"):
+        return [Message("system", text), *messages]
+    return [replace(first, text=f"{first.text}\n\n{text}"), *messages[1:]]
 
 
-def _spoken(message: dict[str, Any], model: ServedModel) -> dict[str, Any]:
-    """A message for a template that knows no tools: calls and their results as text of assistant and user."""
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-    if not (calls := message.get("tool_calls")):
+def _spoken(message: Message, form: ToolCallFormat) -> Message:
+    """Return a message for a template that knows no tools: calls and their results as text of assistant and user."""
+    if message.role == "tool":
+        return Message("user", f"<tool_response>\n{message.text}\n</tool_response>")
+    if not message.calls:
         return message
-    form = model.tool_format
-    written = form.separator.join(form.write(c["function"]["name"], c["function"]["arguments"]) for c in calls)
-    return {"role": "assistant", "content": (message.get("content") or "") + written}
+    written = form.separator.join(form.write(call.name, call.arguments) for call in message.calls)
+    return Message("assistant", (message.text or "") + written)

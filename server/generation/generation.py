@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ from ...engine.client.async_engine import RequestStream, Wakeup
 from ...engine.client.output_processor import RequestOutput, RequestTimes
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import EngineInfo, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
-from ..api.fields import MAX_SEQUENCES, GenerationRequest
 from ..http.context import RequestContext
 from ..http.errors import ApiError, unavailable
 from .served_model import ServedModel
@@ -25,16 +24,16 @@ MAX_SHOWN = 2**21
 """Candidates for tokens in one answer: each takes some 500 bytes of memory until the whole of it is written."""
 LAYERS_SHOWN = 4
 """Layers of a token's dynamics that take as much as one candidate."""
-CONVERTED_FIELDS = frozenset({"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"})
-SHARED_FIELDS = sorted({*GenerationRequest.model_fields} & {*SamplingParams.__struct_fields__} - CONVERTED_FIELDS)
+MAX_SEQUENCES = 1024
+Sampling = Mapping[str, Any]
+"""The fields of `SamplingParams` that a request sets; `bad_words` are still words."""
 
 
 def sampling_params(
-    body: GenerationRequest,
+    sampling: Sampling,
     model: ServedModel,
     *,
     max_tokens: int | None,
-    logprobs: int | None,
     grammar: str | None = None,
     turn_ends: tuple[str, ...] = (),
 ) -> SamplingParams:
@@ -42,23 +41,15 @@ def sampling_params(
 
     `turn_ends` are strings that end a turn as an end-of-sequence id would, so that `ignore_eos` goes past them too.
     """
-    if body.stream_options is not None and not body.stream:
-        raise RequestError("stream_options is only for requests with stream.", param="stream_options")
-    model.check_logprobs(body)
-    values: dict[str, Any] = model.defaults | {"max_tokens": max_tokens, "logprobs": logprobs, "grammar": grammar}
-    values |= {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
-    if body.logit_bias:
-        values["logit_bias"] = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
-    if body.allowed_token_ids is not None:
-        values["allowed_token_ids"] = tuple(sorted({*body.allowed_token_ids}))
-    if body.bad_words:
-        values["bad_words"] = tuple(_spellings(body.bad_words, model))
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    stop_token_ids = tuple(body.stop_token_ids or ())
-    return SamplingParams(stop=stop if body.ignore_eos else stop + turn_ends, stop_token_ids=stop_token_ids, **values)
+    values: dict[str, Any] = {**model.defaults, **sampling, "max_tokens": max_tokens, "grammar": grammar}
+    if "bad_words" in values:
+        values["bad_words"] = tuple(_spellings(values["bad_words"], model))
+    if not values.get("ignore_eos"):
+        values["stop"] = values.get("stop", ()) + turn_ends
+    return SamplingParams(**values)
 
 
-def _spellings(words: list[str], model: ServedModel) -> Iterator[tuple[int, ...]]:
+def _spellings(words: Sequence[str], model: ServedModel) -> Iterator[tuple[int, ...]]:
     """The token ids of each word, at the start of a text and after a space."""
     for word in words:
         ids = {tuple(model.tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}

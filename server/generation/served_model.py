@@ -70,14 +70,17 @@ class ServedModel:
             return self.tokenizer.encode(text, add_bos=add_bos)
         return await off_loop(self.tokenizer.encode, text, add_bos=add_bos)
 
-    async def render(self, messages: list[dict[str, Any]], *, any_length: bool = False, **options: Any) -> list[int]:
+    async def render(
+        self, messages: list[dict[str, Any]], *, field: str = "messages", any_length: bool = False, **options: Any
+    ) -> list[int]:
         """Render messages through the chat template and tokenise them; raises `ChatTemplateError` or `RequestError`.
 
-        `options` are those of `ChatTemplate.render`; `any_length` accepts messages that cannot fit the context.
+        `options` are those of `ChatTemplate.render`; `any_length` accepts messages that cannot fit the context; an
+        error calls the messages `field`.
         """
         render = partial(self.template.render, messages, **options)
         if not any_length:
-            self._is_small(sum(len(message.get("content") or "") for message in messages), "messages")
+            self._is_small(sum(len(message.get("content") or "") for message in messages), field)
         if is_large.get() or len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT:
             return await off_loop(render)
         return render()

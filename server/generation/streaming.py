@@ -13,7 +13,6 @@ from starlette.types import Receive, Scope, Send
 
 from ...engine.client.output_processor import RequestOutput
 from ...model.tokenizer import Tokenizer
-from ..api.fields import GenerationRequest
 from ..http.context import RequestContext
 from ..http.errors import ApiError, encode_json, to_api_error
 from .generation import Generation
@@ -71,12 +70,12 @@ class Chunks(EventWriter):
     DONE = b"data: [DONE]\n\n"
 
     def __init__(
-        self, head: dict[str, Any], generation: Generation, tokenizer: Tokenizer, body: GenerationRequest
+        self, head: dict[str, Any], generation: Generation, tokenizer: Tokenizer, *, with_usage: bool, with_ids: bool
     ) -> None:
         """`head` is what every chunk says."""
-        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self.with_ids = bool(body.return_token_ids)
-        self.with_dynamics = bool(body.return_dynamics)
+        self.with_usage = with_usage
+        self.with_ids = with_ids
+        self.with_dynamics = generation.params.return_dynamics
         self.with_logprobs = generation.with_logprobs
         self.shows_tokens = self.with_ids or self.with_logprobs or self.with_dynamics
         self.choices = generation.choices

@@ -8,7 +8,6 @@ from typing import Any
 
 from ...engine.messages import TokenDynamics, TokenLogprobs
 from ...model.tokenizer import Tokenizer
-from ..api.fields import GenerationRequest
 from .generation import Choice
 
 LOWEST_LOGPROB = -9999.0
@@ -96,14 +95,16 @@ def show_prompt_logprobs(
     return shown
 
 
-def show_details(choice: Choice, body: GenerationRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+def show_details(
+    choice: Choice, tokenizer: Tokenizer, *, with_ids: bool | None, with_dynamics: bool | None
+) -> dict[str, Any]:
     """The members of a finished choice that say what stopped it, and show its tokens as far as that is asked for."""
     shown: dict[str, Any] = {}
     if choice.stop_reason is not None:
         shown["stop_reason"] = choice.stop_reason
-    if body.return_token_ids:
+    if with_ids:
         shown["token_ids"] = choice.token_ids
-    if body.return_dynamics:
+    if with_dynamics:
         shown["dynamics"] = show_dynamics(choice.token_ids, choice.dynamics, tokenizer)
     return shown
 

@@ -14,7 +14,7 @@ from ....engine.client.output_processor import RequestOutput
 from ....engine.errors import RequestError
 from ....engine.messages import SamplingParams, TokenLogprobs
 from ....model.tokenizer import Tokenizer
-from ...chat.structured import check_grammar, format_grammar
+from ...chat.structured import check_grammar
 from ...chat.truncation import encode_prompts
 from ...generation.generation import Choice, Generation, sampling_params
 from ...generation.served_model import ServedModel
@@ -23,6 +23,7 @@ from ...generation.token_details import LegacyLogprobs, show_details, show_promp
 from ...http.context import RequestContext
 from ...http.errors import JsonResponse, encode_json
 from ...http.offload import off_loop_if_large
+from ..fields import read_response_format, read_sampling
 from .wire import CompletionRequest
 
 DEFAULT_MAX_TOKENS = 16
@@ -67,12 +68,14 @@ async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens must be at least 1 without echo.", param="max_tokens")
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    found = await off_loop_if_large(format_grammar, body)
-    if found is not None:
-        await check_grammar(*found)
+    wanted = await off_loop_if_large(read_response_format, body)
+    if wanted is not None:
+        await check_grammar(wanted.grammar, wanted.grammar_field)
+    sampling = await off_loop_if_large(read_sampling, body, model)
     params = await off_loop_if_large(
-        sampling_params, body, model, max_tokens=max_tokens, logprobs=body.logprobs, grammar=found and found[0]
-    )
+        sampling_params, {**sampling, "logprobs": body.logprobs}, model,
+        max_tokens=max_tokens, grammar=None if wanted is None else wanted.grammar,
+    )  # fmt: skip
     if not body.echo or body.logprobs is None:
         return params
     most = max(body.logprobs, body.prompt_logprobs or 0)
@@ -137,7 +140,8 @@ def _whole(
     """A finished choice."""
     text, logprobs = ShownText(body, choice, tokenizer, skip_special_tokens).take(choice.text, choice.logprobs)
     entry = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-    return entry | show_details(choice, body, tokenizer) | _prompt_members(choice, body, tokenizer)
+    details = show_details(choice, tokenizer, with_ids=body.return_token_ids, with_dynamics=body.return_dynamics)
+    return entry | details | _prompt_members(choice, body, tokenizer)
 
 
 class CompletionChunks(Chunks):
@@ -148,7 +152,8 @@ class CompletionChunks(Chunks):
     def __init__(
         self, head: dict[str, Any], generation: Generation, tokenizer: Tokenizer, body: CompletionRequest
     ) -> None:
-        super().__init__(head, generation, tokenizer, body)
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        super().__init__(head, generation, tokenizer, with_usage=usage, with_ids=bool(body.return_token_ids))
         self._body = body
         skip = generation.params.skip_special_tokens
         self._texts = [ShownText(body, choice, tokenizer, skip) for choice in self.choices]

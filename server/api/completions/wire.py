@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ....engine.messages import MAX_LOGPROBS
+from ...generation.generation import MAX_SEQUENCES
 from ..fields import (
     MAX_INT,
     MAX_PROMPTS,
-    MAX_SEQUENCES,
     FinishReason,
     GenerationRequest,
     PromptLogprob,

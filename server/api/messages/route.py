@@ -1,16 +1,19 @@
-"""Messages in Anthropic's shape: a chat completion in other words."""
+"""Messages in Anthropic's shape: the route."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, groupby
+from typing import Any, Literal
 
 from pydantic_core import from_json
 from starlette.responses import Response
 
 from ....engine.client.output_processor import RequestOutput
 from ....engine.errors import RequestError
+from ...chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Message, Tool, ToolCall, ToolChoice
+from ...chat.structured import json_schema_grammar
 from ...chat.tool_calls import CallPiece, TurnPiece, TurnReader
 from ...chat.turn import Turn, prepare_turn
 from ...generation.generation import Choice, Generation
@@ -19,27 +22,13 @@ from ...generation.streaming import EventStream, EventWriter
 from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, anthropic_error, encode_json
 from ...http.offload import off_loop, off_loop_if_large
-from ..chat.wire import (
-    AssistantMessage,
-    CalledFunction,
-    ChatCompletionRequest,
-    Function,
-    FunctionName,
-    InstructionMessage,
-    Message,
-    NamedToolChoice,
-    TextPart,
-    Tool,
-    ToolCall,
-    ToolChoice,
-    ToolMessage,
-    UserMessage,
-)
-from ..fields import MAX_INT, JsonSchemaFormat, JsonSchemaResponseFormat, SamplingRequest
+from ..fields import MAX_INT, read_sampling
 from .wire import (
     AssistantTurn,
     CountTokensRequest,
+    CustomTool,
     MessagesRequest,
+    MessagesToolChoice,
     OutputConfig,
     PromptRequest,
     SystemTurn,
@@ -47,29 +36,24 @@ from .wire import (
     ToolChoiceTool,
     ToolResultBlock,
     ToolUseBlock,
-    UserTurn,
 )
 
-SHARED_FIELDS = ("model", "max_tokens", *SamplingRequest.model_fields)
-NAMES = {
-    r"^stop\b": "stop_sequences",
-    r"^response_format(\.json_schema)?(?=\.|$)": "output_config.format",
-    r"^parallel_tool_calls$": "tool_choice.disable_parallel_tool_use",
-    r"\.function\.parameters\b": ".input_schema",
-    r"\.function\.": ".",
-}
-"""What chat completions call a field, as a pattern, and what it is called here."""
-CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+MODES: dict[str, Literal["auto", "required", "none", "named"]]
+MODES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 
 
 async def create_message(context: RequestContext, body: MessagesRequest, model: ServedModel) -> Response:
     """Answer with a message, whole or as a stream; every refusal is raised before the answer begins."""
-    chat = await _to_chat(body)
-    try:
-        turn = await prepare_turn(chat, model)
-        generation = turn.generate(model, context, chat)
-    except RequestError as error:
-        raise _in_our_words(error) from None
+    conversation = replace(
+        await _read(body),
+        sampling={**read_sampling(body, model), "stop": tuple(body.stop_sequences or ())},
+        max_tokens=body.max_tokens,
+    )
+    turn = await prepare_turn(conversation, model)
+    generation = Generation(
+        model, context, [turn.prompt], [turn.params],
+        field="messages", priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),
+    )  # fmt: skip
     head = {"id": f"msg_{context.request_id}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
         events = MessageEvents(head, context.request_id, generation, turn, body)
@@ -85,132 +69,88 @@ async def create_message(context: RequestContext, body: MessagesRequest, model: 
 
 async def count_tokens(_: RequestContext, body: CountTokensRequest, model: ServedModel) -> Response:
     """Count the tokens of the prompt that such a message would have."""
-    chat = await _to_chat(body)
-    chat.truncate_prompt_tokens = MAX_INT  # what is longer than the context is counted too
-    try:
-        turn = await prepare_turn(chat, model)
-    except RequestError as error:
-        raise _in_our_words(error) from None
+    # What is longer than the context is counted too.
+    turn = await prepare_turn(replace(await _read(body), keep_tokens=MAX_INT), model)
     return JsonResponse({"input_tokens": len(turn.prompt)})
 
 
-async def _to_chat(body: PromptRequest) -> ChatCompletionRequest:
-    return await (off_loop if len(body.messages) >= LARGE_CHAT else off_loop_if_large)(to_chat, body)
+async def _read(body: PromptRequest) -> Conversation:
+    return await (off_loop if len(body.messages) >= LARGE_CHAT else off_loop_if_large)(read_conversation, body)
 
 
-def to_chat(body: PromptRequest) -> ChatCompletionRequest:
-    """The same request in OpenAI's shape; raise `RequestError` where the turns do not fit each other."""
-    messages = _messages(body)
-    goes_on = isinstance(last := messages[-1], AssistantMessage)
-    if isinstance(last, AssistantMessage) and last.tool_calls:
+def read_conversation(body: PromptRequest) -> Conversation:
+    """Return the conversation of a request; raise `RequestError` where the turns do not fit each other."""
+    messages = list(_join_turns(_split_turns(body)))
+    if messages[-1].calls:
         raise RequestError("The last turn calls tools, but no tool_result follows.", param="messages")
-    choice, parallel = _tool_choice(body)
-    # Nothing is checked again: the bounds here are within those of chats, but for the numbers of messages and of
-    # parts, which may grow by taking turns apart and by joining them.
-    return ChatCompletionRequest.model_construct(
+    choice = body.tool_choice
+    return Conversation(
         messages=messages,
-        tools=[_tool(tool) for tool in body.tools] if body.tools else None,
-        tool_choice=choice,
-        parallel_tool_calls=parallel,
-        response_format=_response_format(body.output_config),
-        add_generation_prompt=not goes_on,
-        continue_final_message=goes_on,
-        stop=getattr(body, "stop_sequences", None),
-        **{name: value for name in SHARED_FIELDS if (value := getattr(body, name, None)) is not None},
+        tools=[_tool(tool, n) for n, tool in enumerate(body.tools or ())],
+        tool_choice=ToolChoice() if choice is None else _tool_choice(choice),
+        parallel_tool_calls=not getattr(choice, "disable_parallel_tool_use", None),
+        answer_format=_answer_format(body.output_config),
+        continue_final_message=messages[-1].role == "assistant",
     )
 
 
-def _messages(body: PromptRequest) -> list[Message]:
-    """The turns as messages; as Anthropic has it, turns of one role that follow each other are one."""
-    messages: list[Any] = []
+def _split_turns(body: PromptRequest) -> Iterator[Message]:
+    """Yield a message for each block of the turns, and one for each system prompt."""
     if body.system:
-        messages.append(InstructionMessage(role="system", content=_parts(body.system)))
-    called: set[str] = set()
-    for place, turn in enumerate(body.messages):
+        yield Message("system", _text(body.system))
+    for position, turn in enumerate(body.messages):
         if isinstance(turn, SystemTurn):
-            messages.append(InstructionMessage(role="system", content=_parts(turn.content)))
-        elif isinstance(turn, AssistantTurn):
-            if not messages or not isinstance(messages[-1], AssistantMessage):
-                messages.append(AssistantMessage(role="assistant", content="", tool_calls=None))
-            called |= _extend_answer(messages[-1], turn)
-        else:
-            _extend_question(messages, turn, place, called)
-    return messages
-
-
-def _extend_answer(message: AssistantMessage, turn: AssistantTurn) -> set[str]:
-    """Add a turn to the message of those before it; return the ids of the turn's calls."""
-    called = set()
-    for block in _blocks(turn.content):
-        if isinstance(block, TextBlock):
-            if not isinstance(message.content, list):
-                message.content = []
-            message.content.append(TextPart.model_construct(type="text", text=block.text))
-        elif isinstance(block, ToolUseBlock):
-            function = CalledFunction.model_construct(name=block.name, arguments=encode_json(block.input).decode())
-            if message.tool_calls is None:
-                message.tool_calls = []
-            message.tool_calls.append(ToolCall.model_construct(id=block.id, type="function", function=function))
-            called.add(block.id)
-    return called
-
-
-def _extend_question(messages: list[Any], turn: UserTurn, place: int, called: set[str]) -> None:
-    for number, block in enumerate(_blocks(turn.content)):
-        if isinstance(block, ToolResultBlock):
-            if block.tool_use_id not in called:
-                path = f"messages[{place}].content[{number}].tool_use_id"
-                raise RequestError(f"{path} is of no tool_use block before it.", param=path)
-            parts = _parts(block.content or "")
-            if block.is_error:
-                parts[0] = TextPart.model_construct(type="text", text=f"Error: {parts[0].text}")
-            messages.append(ToolMessage(role="tool", content=parts, tool_call_id=block.tool_use_id))
+            yield Message("system", _text(turn.content))
             continue
-        if not messages or not isinstance(messages[-1], UserMessage):
-            messages.append(UserMessage.model_construct(role="user", content=[]))
-        messages[-1].content.append(TextPart(type="text", text=block.text))
+        if isinstance(turn, AssistantTurn):
+            yield Message("assistant", None)  # a turn without blocks is one too
+        for number, block in enumerate([turn.content] if isinstance(turn.content, str) else turn.content):
+            match block:
+                case str():
+                    yield Message(turn.role, block)
+                case TextBlock():
+                    yield Message(turn.role, block.text)
+                case ToolUseBlock():
+                    call = ToolCall(block.id, block.name, encode_json(block.input).decode())
+                    yield Message("assistant", None, (call,))
+                case ToolResultBlock():
+                    text = ("Error: " if block.is_error else "") + _text(block.content or "")
+                    field = f"messages[{position}].content[{number}].tool_use_id"
+                    yield Message("tool", text, call_id=block.tool_use_id, call_id_field=field)
 
 
-def _blocks(content: str | list[Any]) -> list[Any]:
-    return [TextBlock(type="text", text=content)] if isinstance(content, str) else content
+def _join_turns(messages: Iterable[Message]) -> Iterator[Message]:
+    """Yield the messages, of which neighbours by the user or by the assistant are one."""
+    for role, group in groupby(messages, key=lambda message: message.role):
+        if role not in ("user", "assistant"):
+            yield from group
+            continue
+        joined = list(group)
+        text = BETWEEN_PARTS.join(message.text for message in joined if message.text is not None)
+        yield Message(role, text, tuple(chain.from_iterable(message.calls for message in joined)))
 
 
-def _parts(content: str | list[TextBlock]) -> list[TextPart]:
-    """At least one part."""
-    return [TextPart(type="text", text=block.text) for block in _blocks(content or "")]
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else BETWEEN_PARTS.join(block.text for block in content)
 
 
-def _tool(tool: Any) -> Tool:
-    function = Function(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
-    return Tool(type="function", function=function)
+def _tool(tool: CustomTool, position: int) -> Tool:
+    field = f"tools[{position}]"
+    return Tool(
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict,
+        name_field=f"{field}.name", parameters_field=f"{field}.input_schema",
+    )  # fmt: skip
 
 
-def _tool_choice(body: PromptRequest) -> tuple[ToolChoice | None, bool | None]:
-    """Which tool is to be called, and whether several may be."""
-    choice = body.tool_choice
-    if choice is None:
-        return None, None
-    single = getattr(choice, "disable_parallel_tool_use", None)
-    parallel = None if single is None else not single
-    if isinstance(choice, ToolChoiceTool):
-        return NamedToolChoice(type="function", function=FunctionName(name=choice.name)), parallel
-    return CHOICES[choice.type], parallel  # type: ignore[return-value]
+def _tool_choice(choice: MessagesToolChoice) -> ToolChoice:
+    return ToolChoice(MODES[choice.type], (choice.name,) if isinstance(choice, ToolChoiceTool) else None)
 
 
-def _response_format(config: OutputConfig | None) -> JsonSchemaResponseFormat | None:
+def _answer_format(config: OutputConfig | None) -> AnswerFormat | None:
     if config is None or config.format is None:
         return None
-    schema = JsonSchemaFormat(name="answer", schema=config.format.json_schema, strict=None)
-    return JsonSchemaResponseFormat(type="json_schema", json_schema=schema)
-
-
-def _in_our_words(error: RequestError) -> RequestError:
-    """The same error with the names that fields have here."""
-    name = error.param or ""
-    for pattern, ours in NAMES.items():
-        name = re.sub(pattern, ours, name)
-    text = str(error).replace(error.param, name) if error.param else str(error)
-    return RequestError(text, param=name or None, code=error.code)
+    field = "output_config.format.schema"
+    return AnswerFormat(json_schema_grammar(config.format.json_schema, param=field), "output_config.format", field)
 
 
 def token_counts(choice: Choice) -> dict[str, int]:

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, RootModel
 
-from ..chat.wire import MAX_TOOLS, GiveWay
 from ..fields import (
     MAX_INT,
+    MAX_TOOLS,
     Description,
     ErrorBody,
+    GiveWay,
     JsonSchema,
     Name,
     SamplingRequest,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
 from ....engine.errors import RequestError
-from ...chat.template import ChatTemplateError
-from ...chat.turn import BETWEEN_PARTS, Turn, prepare_turn
+from ...chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Message, Tool, ToolCall, ToolChoice
+from ...chat.turn import Turn, prepare_turn
+from ...generation.generation import Generation
 from ...generation.served_model import ServedModel
 from ...generation.streaming import EventStream
 from ...http.body import LARGE_BODY_BYTES
@@ -21,25 +22,7 @@ from ...http.budget import MAX_BODY_BYTES
 from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
 from ...http.offload import is_large, off_loop_if_large
-from ..chat.wire import (
-    MAX_TOOLS,
-    AllowedTools,
-    AllowedToolsChoice,
-    AssistantMessage,
-    CalledFunction,
-    ChatCompletionRequest,
-    Function,
-    FunctionName,
-    InstructionMessage,
-    Message,
-    NamedToolChoice,
-    Tool,
-    ToolCall,
-    ToolChoice,
-    ToolMessage,
-    UserMessage,
-)
-from ..fields import JsonSchemaResponseFormat
+from ..fields import MAX_TOOLS, read_format, read_sampling
 from .events import Answer, Item, ResponseEvents, new_id
 from .store import KeptResponse, ResponseStore
 from .wire import (
@@ -52,23 +35,7 @@ from .wire import (
     InputMessage,
     ItemReference,
     ResponseRequest,
-    SchemaFormat,
 )
-
-SPEAKERS: dict[str, type[InstructionMessage | UserMessage | AssistantMessage]] = {
-    "user": UserMessage,
-    "assistant": AssistantMessage,
-    "system": InstructionMessage,
-    "developer": InstructionMessage,
-}
-TRANSLATED_FIELDS = {"tools", "tool_choice", "stream", "stream_options", "top_logprobs"}
-SHARED_FIELDS = sorted({*ResponseRequest.model_fields} & {*ChatCompletionRequest.model_fields} - TRANSLATED_FIELDS)
-RENAMED = (
-    (r"max_(completion_)?tokens", "max_output_tokens"),
-    (r"response_format(\.json_schema)?", "text.format"),
-    (r"(tools\[\d+\]|tool_choice)\.function", r"\1"),
-)
-"""What the fields of a chat are called here."""
 
 
 async def create_response(
@@ -82,15 +49,13 @@ async def create_response(
     if sources.size >= LARGE_BODY_BYTES:
         is_large.set(True)
         await context.reserve(sources.size)
-    try:
-        chat, items = await off_loop_if_large(_read, body, sources)
-        # Instructions are of this response alone, and stay when old items go.
-        droppable = int(body.instructions is not None) if body.truncation == "auto" else None
-        turn = await prepare_turn(chat, model, droppable)
-        described = await off_loop_if_large(_describe, body, turn)
-        generation = turn.generate(model, context, chat)
-    except (RequestError, ChatTemplateError) as error:
-        raise _renamed(error) from None
+    conversation, items = await off_loop_if_large(_read, body, sources, model)
+    turn = await prepare_turn(conversation, model)
+    described = await off_loop_if_large(_describe, body, turn)
+    generation = Generation(
+        model, context, [turn.prompt], [turn.params],
+        field="input", priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),
+    )  # fmt: skip
     answer = Answer(described, turn, model.tokenizer)
     keep = partial(store.put if body.store is not False else _forget, input_items=items, owner=owner)
     if body.stream:
@@ -155,11 +120,11 @@ def _check_size(size: int, param: str) -> None:
         raise RequestError(f"The earlier items have more than {MAX_BODY_BYTES} bytes.", param=param)
 
 
-def _read(body: ResponseRequest, sources: Sources) -> tuple[ChatCompletionRequest, bytes]:
-    """The request as a chat, and the items that it is of, in JSON."""
+def _read(body: ResponseRequest, sources: Sources, model: ServedModel) -> tuple[Conversation, bytes]:
+    """The conversation that a request asks for, and the items that it is of, in JSON."""
     items = read_items(body, sources)
     kept = b"" if body.store is False else b"[%s]" % b",".join(map(encode_json, items))
-    return to_chat(body, to_messages(items)), kept
+    return read_conversation(body, to_messages(items), model), kept
 
 
 def read_items(body: ResponseRequest, sources: Sources) -> list[Item]:
@@ -194,25 +159,22 @@ def _complete(item: InputMessage | InputCall | InputCallOutput) -> Item:
 
 
 def to_messages(items: list[Item]) -> list[Message]:
-    """Items as a chat's messages, checked before: calls belong to the message that they follow."""
+    """Items as messages: calls belong to the assistant's message that they follow."""
     messages: list[Message] = []
-    for item in items:
-        match item["type"]:
-            case "message":
-                role = item["role"]
-                messages.append(SPEAKERS[role].model_construct(role=role, content=_join(item["content"])))
-            case "function_call":
-                if not messages or not isinstance(last := messages[-1], AssistantMessage):
-                    messages.append(last := AssistantMessage.model_construct(role="assistant"))
-                if last.tool_calls is None:
-                    last.tool_calls = []
-                function = CalledFunction.model_construct(name=item["name"], arguments=item["arguments"])
-                last.tool_calls.append(ToolCall.model_construct(id=item["call_id"], type="function", function=function))
-                if len(last.tool_calls) > MAX_TOOLS:
-                    raise RequestError(f"input has more than {MAX_TOOLS} function calls in a row.", param="input")
-            case _:
+    for is_call, group in groupby(items, key=lambda item: item["type"] == "function_call"):
+        if is_call:
+            calls = tuple(ToolCall(item["call_id"], item["name"], item["arguments"]) for item in group)
+            if len(calls) > MAX_TOOLS:
+                raise RequestError(f"input has more than {MAX_TOOLS} function calls in a row.", param="input")
+            text = messages.pop().text if messages and messages[-1].role == "assistant" else None
+            messages.append(Message("assistant", text, calls))
+            continue
+        for item in group:
+            if item["type"] == "message":
+                messages.append(Message(item["role"], _join(item["content"])))
+            else:
                 text = item["output"] if isinstance(item["output"], str) else _join(item["output"])
-                messages.append(ToolMessage.model_construct(role="tool", tool_call_id=item["call_id"], content=text))
+                messages.append(Message("tool", text, call_id=item["call_id"], call_id_field="input"))
     return messages
 
 
@@ -220,62 +182,49 @@ def _join(parts: list[dict[str, Any]]) -> str:
     return BETWEEN_PARTS.join(part["text"] for part in parts)
 
 
-def to_chat(body: ResponseRequest, messages: list[Message]) -> ChatCompletionRequest:
-    """The same request as a chat; raise `RequestError` for what a chat cannot be."""
+def read_conversation(body: ResponseRequest, messages: list[Message], model: ServedModel) -> Conversation:
+    """The conversation of messages that a request asks for; raises `RequestError`."""
     if body.instructions is not None:
-        messages = [InstructionMessage(role="system", content=body.instructions), *messages]
+        messages = [Message("system", body.instructions), *messages]
     if not 1 <= len(messages) <= MAX_ITEMS:
         many = f"more than {MAX_ITEMS} messages, with those before it" if messages else "no items"
         raise RequestError(f"input has {many}.", param="input")
-    form: Any = body.text.format if body.text else None
-    if isinstance(form, SchemaFormat):
-        form = JsonSchemaResponseFormat(type="json_schema", json_schema=form)
     shows = bool(body.include or body.top_logprobs)
-    # Nothing is checked again: the bounds of the fields are those of chats.
-    return ChatCompletionRequest.model_construct(
+    return Conversation(
         messages=messages,
-        max_completion_tokens=body.max_output_tokens,
-        logprobs=shows,
-        top_logprobs=(body.top_logprobs or 0) if shows else None,
-        tools=[_tool(tool) for tool in body.tools] if body.tools else None,
+        messages_field="input",
+        sampling={**read_sampling(body, model), "logprobs": (body.top_logprobs or 0) if shows else None},
+        max_tokens=body.max_output_tokens,
+        tools=[_tool(tool, position) for position, tool in enumerate(body.tools or ())],
         tool_choice=_tool_choice(body),
-        response_format=form,
-        **{name: getattr(body, name) for name in SHARED_FIELDS},
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        answer_format=_answer_format(body),
+        # Instructions are of this response alone, and stay when old items go.
+        keep_messages=int(body.instructions is not None) if body.truncation == "auto" else None,
     )
 
 
-def _tool(tool: FunctionTool) -> Tool:
-    function = Function(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
-    return Tool(type="function", function=function)
+def _answer_format(body: ResponseRequest) -> AnswerFormat | None:
+    wanted = body.text.format if body.text else None
+    return read_format(wanted, body.structured_outputs, "text.format", "text.format.schema")
 
 
-def _tool_choice(body: ResponseRequest) -> ToolChoice | None:
+def _tool(tool: FunctionTool, position: int) -> Tool:
+    field = f"tools[{position}]"
+    return Tool(
+        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict,
+        name_field=f"{field}.name", parameters_field=f"{field}.parameters",
+    )  # fmt: skip
+
+
+def _tool_choice(body: ResponseRequest) -> ToolChoice:
     match body.tool_choice:
-        case FunctionChoice() as function:
-            return _named(function)
+        case FunctionChoice(name=name):
+            return ToolChoice("named", (name,))
         case AllowedFunctions(mode=mode, tools=functions):
-            allowed = AllowedTools(mode=mode, tools=[_named(function) for function in functions])
-            return AllowedToolsChoice(type="allowed_tools", allowed_tools=allowed)
+            return ToolChoice(mode, tuple(function.name for function in functions))
         case choice:
-            return choice
-
-
-def _named(function: FunctionChoice) -> NamedToolChoice:
-    return NamedToolChoice(type="function", function=FunctionName(name=function.name))
-
-
-def _renamed(error: RequestError | ChatTemplateError) -> RequestError:
-    """The same failure with this endpoint's names of the fields."""
-    if isinstance(error, ChatTemplateError):
-        return RequestError(str(error), param="input", code="chat_template_error")
-    message, param = str(error), error.param or "input"
-    for pattern, name in RENAMED:
-        param = re.sub(f"^{pattern}", name, param)
-        message = re.sub(rf"\b{pattern}", name, message)
-    param = re.sub(r"^messages\b.*", "input", param)
-    message = re.sub(r"^messages\S*tool_call_id", "The call_id of a function_call_output", message)
-    message = re.sub(r"^messages\S*", "input", message)
-    return RequestError(message, param=param, code=error.code)
+            return ToolChoice(choice or "auto")
 
 
 def _describe(body: ResponseRequest, turn: Turn) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ....engine.messages import MAX_LOGPROBS
-from ..chat.wire import MAX_TOOLS
 from ..fields import (
     MAX_INT,
+    MAX_TOOLS,
     Description,
     JsonObjectFormat,
     JsonSchema,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyllm.server.api.chat.wire import ChatCompletion, ChatCompletionChunk
+from pyllm.server.api.chat import ChatCompletion, ChatCompletionChunk
 
 REPLY = "Hello, wörld!"
 REPLY_TOKENS = 15  # 14 bytes and the end

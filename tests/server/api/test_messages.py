@@ -12,9 +12,8 @@ import msgspec
 import pytest
 from pydantic import BaseModel
 
-from pyllm.server.api.chat.wire import AssistantMessage
 from pyllm.server.api.messages import route as module
-from pyllm.server.api.messages.wire import AssistantTurn, MessageAnswer, MessageEvent, TokenCount
+from pyllm.server.api.messages.wire import CountTokensRequest, MessageAnswer, MessageEvent, TokenCount
 from pyllm.server.chat.template import ChatTemplate
 from pyllm.server.chat.tool_calls import CallPiece, TurnPiece, TurnReader
 from pyllm.server.chat.turn import Turn
@@ -338,7 +337,7 @@ def test_count_tokens_counts_what_is_longer_than_the_context(harness: Harness) -
     assert send(harness, **fields).status_code == 400
 
 
-def test_turns_of_the_assistant_in_a_row_are_joined_without_going_over_those_before(showing: Harness) -> None:
+def test_assistant_turns_in_a_row_are_joined_only_once(showing: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(number: int) -> dict[str, Any]:
         return {"role": "assistant", "content": [text(f"{number}"), CALL | {"id": f"call_{number}"}]}
 
@@ -347,12 +346,17 @@ def test_turns_of_the_assistant_in_a_row_are_joined_without_going_over_those_bef
     assert messages[1]["content"] == "0\n1\n2"
     assert [call["id"] for call in messages[1]["tool_calls"]] == ["call_0", "call_1", "call_2"]
 
-    message = AssistantMessage(role="assistant", content="", tool_calls=None)
-    turns = [AssistantTurn.model_validate(answer(number)) for number in range(2)]
-    assert module._extend_answer(message, turns[0]) == {"call_0"}
-    lists = message.content, message.tool_calls
-    assert module._extend_answer(message, turns[1]) == {"call_1"}
-    assert (message.content is lists[0], message.tool_calls is lists[1]) == (True, True)
+    class Separator(str):
+        joins = 0
+
+        def join(self, texts):
+            Separator.joins += 1
+            return super().join(texts)
+
+    monkeypatch.setattr(module, "BETWEEN_PARTS", Separator("-"))
+    body = CountTokensRequest.model_validate({"model": "m", "messages": [answer(number) for number in range(9)] + HI})
+    assert module.read_conversation(body).messages[0].text == "0-1-2-3-4-5-6-7-8"
+    assert Separator.joins == 2
 
 
 def test_the_openapi_page_describes_both_routes(harness: Harness) -> None:

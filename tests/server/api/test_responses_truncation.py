@@ -52,9 +52,11 @@ def test_truncation_drops_the_result_of_a_call_that_is_gone(create, harness):
 
 @pytest.mark.parametrize("size", [100, 1])
 def test_truncation_reads_the_items_once_and_renders_little_more_than_what_fits(create, harness, monkeypatch, size):
-    chats, rendered = [], []
-    to_chat, render = responses.to_chat, ChatTemplate.render
-    monkeypatch.setattr(responses, "to_chat", lambda *given: chats.append(to_chat(*given)) or chats[-1])
+    read, rendered = [], []
+    read_conversation, render = responses.read_conversation, ChatTemplate.render
+    monkeypatch.setattr(
+        responses, "read_conversation", lambda *given: read.append(read_conversation(*given)) or read[-1]
+    )
     monkeypatch.setattr(
         ChatTemplate, "render", lambda *given, **more: rendered.append(len(given[1])) or render(*given, **more)
     )
@@ -62,7 +64,7 @@ def test_truncation_reads_the_items_once_and_renders_little_more_than_what_fits(
     create(input=items, truncation="auto", max_output_tokens=20)
     kept = [number for number in range(1000) if f"{number:04}" in prompts(harness)[0]]
     assert kept == list(range(kept[0], 1000))
-    assert len(chats) == 1
+    assert len(read) == 1
     assert sum(rendered) < 100
 
 

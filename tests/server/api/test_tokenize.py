@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyllm.server.api.tokenize.wire import DetokenizeAnswer, TokenizeAnswer
+from pyllm.server.api.tokenize import DetokenizeAnswer, TokenizeAnswer
 
 CONTEXT = 200
 HI = [{"role": "user", "content": "Hi"}]

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pyllm.server.api.chat.wire import ChatCompletion, ChatCompletionChunk
+from pyllm.server.api.chat import ChatCompletion, ChatCompletionChunk
 from pyllm.server.chat.template import ChatTemplate
 
 TEMPLATE = (

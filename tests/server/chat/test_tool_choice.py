@@ -9,25 +9,31 @@ import llguidance
 import pytest
 
 from pyllm.model.tokenizer import Tokenizer
-from pyllm.server.api.chat.wire import ChatCompletionRequest, Function
+from pyllm.server.chat.conversation import Conversation, Message, Tool, ToolChoice
 from pyllm.server.chat.structured import json_object_grammar, regex_grammar
 from pyllm.server.chat.tool_calls import FORMATS
-from pyllm.server.chat.tool_choice import arguments_schema, read_offer
+from pyllm.server.chat.tool_choice import arguments_schema, read_tools
 from pyllm.server.flags import DEMO_FOLDER
 
 TOKENIZER = Tokenizer.from_folder(DEMO_FOLDER)
 INTEGER = {
     "type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False,
 }  # fmt: skip
-TOOLS: list[dict[str, Any]] = [
-    {"type": "function", "function": {"name": "strict", "strict": True, "parameters": INTEGER}},
-    {"type": "function", "function": {"name": "no-arguments"}},
-    {"type": "function", "function": {"name": "loose", "parameters": {"properties": {"q": {"type": "string"}}}}},
+
+
+def tool(name: str, **fields: Any) -> Tool:
+    return Tool(name=name, name_field="", parameters_field=name, **fields)
+
+
+TOOLS = [
+    tool("strict", strict=True, parameters=INTEGER),
+    tool("no-arguments"),
+    tool("loose", parameters={"properties": {"q": {"type": "string"}}}),
 ]
 AUTO: dict[str, Any] = {}
-SINGLE = {"parallel_tool_calls": False}
-REQUIRED = {"tool_choice": "required"}
-NAMED = {"tool_choice": {"type": "function", "function": {"name": "no-arguments"}}}
+SINGLE: dict[str, Any] = {"parallel_tool_calls": False}
+REQUIRED: dict[str, Any] = {"tool_choice": ToolChoice("required")}
+NAMED: dict[str, Any] = {"tool_choice": ToolChoice("named", ("no-arguments",))}
 
 
 class Vocabulary:
@@ -47,10 +53,10 @@ LIBRARY = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary()))
 
 def accepts(fields: dict[str, Any], text: str, name: str, answer: str | None = None) -> bool:
     """Whether a whole turn may be `text`."""
-    body = ChatCompletionRequest(messages=[{"role": "user", "content": "?"}], tools=TOOLS, **fields)  # type: ignore[list-item, arg-type]
-    offer = read_offer(body, FORMATS[name])
-    assert offer is not None
-    grammar = asyncio.run(offer.grammar(answer))
+    conversation = Conversation(messages=[Message("user", "?")], tools=TOOLS, **fields)
+    tools = read_tools(conversation, FORMATS[name])
+    assert tools is not None
+    grammar = asyncio.run(tools.grammar(answer))
     assert grammar is not None
     matcher = llguidance.LLMatcher(LIBRARY, grammar)
     assert not matcher.is_error(), matcher.get_error()
@@ -103,7 +109,7 @@ def test_an_answer_of_a_format_may_be_calls_instead() -> None:
 
 def test_arguments_have_no_members_that_the_function_does_not_know() -> None:
     def of(parameters: dict[str, Any] | None) -> dict[str, Any]:
-        return arguments_schema(Function(name="f", parameters=parameters, strict=None))
+        return arguments_schema(tool("f", parameters=parameters))
 
     closed = {"type": "object", "properties": {}, "additionalProperties": False}
     assert of(None) == of({}) == of({"type": "object"}) == closed

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from pyllm.server.api import chat
 from pyllm.server.api.completions import route as completions
 from pyllm.server.api.messages import route as messages
 from pyllm.server.api.responses import route as responses
@@ -15,24 +16,25 @@ from pyllm.server.chat.template import ChatTemplate, is_deeper
 from pyllm.server.http import body as bodies
 
 HI = [{"role": "user", "content": "Hi"}]
-TURN = [(turn, name) for name in ("_check_results", "read_offer", "_template_input", "_written", "sampling_params")]
+TURN = [(turn, name) for name in ("_read_tools", "_template_options", "_for_template", "sampling_params")]
 TURN += [(tool_choice, "is_deeper"), (bodies, "parse_body"), (ChatTemplate, "render")]
-CHAT = ("/v1/chat/completions", {"messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]}, TURN)
+CHAT = (
+    "/v1/chat/completions",
+    {"messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]},
+    [*TURN, (chat, "read_conversation")],
+)
 MESSAGES = (
     "/v1/messages",
     {"model": "alias", "max_tokens": 9, "messages": HI, "tools": [{"name": "f", "input_schema": {}}]},
-    [*TURN, (messages, "to_chat")],
+    [*TURN, (messages, "read_conversation")],
 )
 RESPONSES = (
     "/v1/responses",
     {"input": "Hi", "tools": [{"type": "function", "name": "f"}]},
-    [*TURN, (responses, "read_items"), (responses, "to_chat"), (responses, "_describe")],
+    [*TURN, (responses, "read_items"), (responses, "read_conversation"), (responses, "_describe")],
 )
-COMPLETIONS = (
-    "/v1/completions",
-    {"prompt": "Hi"},
-    [(bodies, "parse_body"), (completions, "format_grammar"), (completions, "sampling_params")],
-)
+READING = [(completions, name) for name in ("read_response_format", "read_sampling", "sampling_params")]
+COMPLETIONS = ("/v1/completions", {"prompt": "Hi"}, [(bodies, "parse_body"), *READING])
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_all_work_on_a_large_body_is_done_off_the_event_loop(harness, monkeypatc
 
 def test_a_long_conversation_is_read_off_the_event_loop_however_short_the_request(harness, monkeypatch, threads):
     first = harness.post("/v1/responses", {"input": "One"}).json()
-    found = threads([(responses, "read_items"), (turn, "_template_input"), (response_store, "_page")])
+    found = threads([(responses, "read_items"), (turn, "_for_template"), (response_store, "_page")])
     monkeypatch.setattr(responses, "LARGE_BODY_BYTES", 100)
     monkeypatch.setattr(response_store, "LARGE_BODY_BYTES", 100)
     second = harness.post("/v1/responses", {"input": "Two", "previous_response_id": first["id"]}).json()

@@ -1,22 +1,59 @@
-"""Tokenising: what completions and chat completions make of their input, and texts of token ids."""
+"""Tokenising and its inverse, in vLLM's shapes: the requests, the answers and the routes."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from typing import Annotated
 
+from pydantic import Field
 from starlette.responses import Response
 
-from ....engine.errors import RequestError
-from ...chat.turn import prepare_turn
-from ...generation.served_model import ServedModel
-from ...http.context import RequestContext
-from ...http.errors import JsonResponse
-from ..chat.wire import ChatCompletionRequest, TemplateOptions
-from ..fields import MAX_INT
-from .wire import DetokenizeRequest, TokenizeRequest
+from ...engine.errors import RequestError
+from ..chat.turn import prepare_turn
+from ..generation.served_model import ServedModel
+from ..http.context import RequestContext
+from ..http.errors import JsonResponse
+from ..http.offload import off_loop_if_large
+from .chat_input import Messages, TemplateOptions, read_chat
+from .fields import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 
 LARGE_IDS = 4000
 """Token ids from which texts are made off the event loop."""
+
+
+class TokenizeRequest(TemplateOptions):
+    """Body of `POST /tokenize`: either a prompt, as completions read it, or messages, as chat completions do."""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Put the model's first token before the prompt; a chat's template does as it was trained."
+    )
+    return_token_strs: bool | None = Field(None, description="Also give each token's text.")
+
+
+class TokenizeAnswer(StrictModel):
+    """Answer of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(StrictModel):
+    """Body of `POST /detokenize`."""
+
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
+
+
+class DetokenizeAnswer(StrictModel):
+    """Answer of `POST /detokenize`."""
+
+    prompt: str
 
 
 async def tokenize(context: RequestContext, body: TokenizeRequest, model: ServedModel) -> Response:
@@ -47,12 +84,9 @@ async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
         raise RequestError(
             "add_special_tokens is only for a prompt: a chat has those of its template.", param="add_special_tokens"
         )
-    chat = ChatCompletionRequest(
-        messages=body.messages,
-        truncate_prompt_tokens=MAX_INT,  # longer ones than the context are counted too
-        **{name: getattr(body, name) for name in TemplateOptions.model_fields},
-    )
-    return (await prepare_turn(chat, model)).prompt
+    conversation = await off_loop_if_large(read_chat, body.messages, body)
+    # What is longer than the context is counted too.
+    return (await prepare_turn(replace(conversation, keep_tokens=MAX_INT), model)).prompt
 
 
 async def detokenize(context: RequestContext, body: DetokenizeRequest, model: ServedModel) -> Response:

@@ -1,0 +1,319 @@
+"""Chat completions: the request, the answer, the chunks of its stream, and the route."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from starlette.responses import Response
+
+from ...engine.client.output_processor import RequestOutput
+from ...engine.errors import RequestError
+from ...engine.messages import MAX_LOGPROBS
+from ...model.tokenizer import Tokenizer
+from ..chat.conversation import Conversation, ToolChoice
+from ..chat.tool_calls import TurnPiece, TurnReader
+from ..chat.turn import Turn, prepare_turn, read_turn
+from ..generation.generation import Choice, Generation
+from ..generation.served_model import ServedModel
+from ..generation.streaming import Chunks, EventStream
+from ..generation.token_details import chat_logprobs, show_details, show_prompt_logprobs
+from ..http.context import RequestContext
+from ..http.errors import JsonResponse, encode_json
+from ..http.offload import off_loop_if_large
+from .chat_input import Messages, TemplateOptions, ToolCall, read_chat
+from .fields import (
+    MAX_INT,
+    MAX_TOOLS,
+    GenerationRequest,
+    PromptLogprob,
+    SchemaName,
+    StrictModel,
+    TokenDynamics,
+    TokenLogprob,
+    Usage,
+    read_response_format,
+    read_sampling,
+)
+
+
+class FunctionName(StrictModel):
+    """A function by its name."""
+
+    name: SchemaName
+
+
+class NamedToolChoice(StrictModel):
+    """This function must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(StrictModel):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(StrictModel):
+    """Of all tools, only these are offered now."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+WireToolChoice = Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice
+
+
+class ChatCompletionRequest(GenerationRequest, TemplateOptions):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Messages
+    tool_choice: WireToolChoice | None = Field(None, description="auto where there are tools, else none.")
+    parallel_tool_calls: bool | None = Field(None, description="With false, one call at most.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Wins over max_tokens.")
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Without it, the rest of the context.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")
+
+
+class ChatLogprobs(StrictModel):
+    """Log-probabilities of a chat answer, of the raw distribution."""
+
+    content: list[TokenLogprob]
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class AnswerMessage(StrictModel):
+    """The model's turn."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(StrictModel):
+    """One answer to a chat."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    dynamics: list[TokenDynamics] | None = None
+
+
+class ChatCompletion(StrictModel):
+    """Answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+
+
+class FunctionDelta(StrictModel):
+    """A piece of a call: the name comes once, the arguments in pieces."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(StrictModel):
+    """A piece of one tool call."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
+class Delta(StrictModel):
+    """What a chunk adds."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChatChunkChoice(StrictModel):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    dynamics: list[TokenDynamics] | None = None
+
+
+class ChatCompletionChunk(StrictModel):
+    """One event of a chat stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+
+
+async def create_chat_completion(context: RequestContext, body: ChatCompletionRequest, model: ServedModel) -> Response:
+    """Answer a chat, whole or as a stream; every refusal is raised before the answer begins."""
+    turn = await prepare_turn(await off_loop_if_large(read_conversation, body, model), model)
+    generation = Generation(
+        model, context, [turn.prompt], [turn.params],
+        field="messages", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
+        streams=bool(body.stream),
+    )  # fmt: skip
+    head = {"id": f"chatcmpl-{context.request_id}", "created": int(time.time()), "model": body.model}
+    if body.stream:
+        head["object"] = "chat.completion.chunk"
+        chunks = ChatChunks(head, generation, model.tokenizer, body, turn)
+        return EventStream(generation, chunks, model.flags.sse_keep_alive_interval)
+    await generation.collect()
+
+    def answer() -> Response:
+        choices = [_whole(index, choice, body, turn, model) for index, choice in enumerate(generation.choices)]
+        content = head | {"object": "chat.completion", "choices": choices, "usage": generation.usage()}
+        if body.return_token_ids:
+            content["prompt_token_ids"] = turn.prompt
+        if body.prompt_logprobs is not None:
+            positions = generation.choices[0].prompt_logprobs
+            content["prompt_logprobs"] = show_prompt_logprobs(turn.prompt, positions, model.tokenizer)
+        return JsonResponse(content)
+
+    # Candidates for each token of a long prompt are many.
+    return answer() if body.prompt_logprobs is None else await asyncio.to_thread(answer)
+
+
+def read_conversation(body: ChatCompletionRequest, model: ServedModel) -> Conversation:
+    """Return the conversation that a request asks for; raises `RequestError`."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    return replace(
+        read_chat(body.messages, body),
+        sampling={**read_sampling(body, model), "logprobs": (body.top_logprobs or 0) if body.logprobs else None},
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        tool_choice=_tool_choice(body.tool_choice),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        answer_format=read_response_format(body),
+        keep_tokens=body.truncate_prompt_tokens,
+    )
+
+
+def _tool_choice(choice: WireToolChoice | None) -> ToolChoice:
+    match choice:
+        case NamedToolChoice():
+            return ToolChoice("named", (choice.function.name,))
+        case AllowedToolsChoice():
+            names = tuple(tool.function.name for tool in choice.allowed_tools.tools)
+            return ToolChoice(choice.allowed_tools.mode, names)
+        case _:
+            return ToolChoice(choice or "auto")
+
+
+def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, model: ServedModel) -> dict[str, Any]:
+    """One choice of a whole answer."""
+    read = read_turn(turn.reader(), choice.text)
+    message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
+    if read.calls:
+        message["content"] = read.content or None
+        message["tool_calls"] = [
+            {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for id_, name, arguments in read.calls
+        ]
+    reason = read.finish_reason if choice.finish_reason == "stop" else choice.finish_reason
+    entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+    if body.logprobs:
+        entry["logprobs"] = chat_logprobs(choice.logprobs, model.tokenizer)
+    return entry | show_details(
+        choice, model.tokenizer, with_ids=body.return_token_ids, with_dynamics=body.return_dynamics
+    )
+
+
+class ChatChunks(Chunks):
+    """Chunks whose choices have a delta."""
+
+    member, empty = b"delta", b"{}"
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        generation: Generation,
+        tokenizer: Tokenizer,
+        body: ChatCompletionRequest,
+        turn: Turn,
+    ) -> None:
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        super().__init__(head, generation, tokenizer, with_usage=usage, with_ids=bool(body.return_token_ids))
+        self._must_call = turn.must_call
+        # Without tools the text needs no reading.
+        self._readers = [] if turn.reader is TurnReader else [turn.reader() for _ in self.choices]
+        self._prompt_due = body.prompt_logprobs is not None
+
+    def opening(self) -> bytes:
+        """The assistant's role for every choice; the content is null where only calls can follow."""
+        ids = b',"prompt_token_ids":' + encode_json(self.choices[0].prompt_token_ids) if self.with_ids else b""
+        role = b'{"role":"assistant","content":%s}' % (b"null" if self._must_call else b'""')
+        return b"".join(self.chunk(index, role, beside=ids) for index in range(len(self.choices)))
+
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """New text."""
+        shown = encode_json(chat_logprobs(output.logprobs, self.tokenizer)) if self.with_logprobs else b"null"
+        deltas = [b'{"content":%s}' % encode_json(output.text)]
+        if self._readers:
+            deltas = _deltas(self._readers[index].feed(output.text)) or ([self.empty] if self.shows_tokens else [])
+            if not deltas:
+                return b""
+        first = self.chunk(
+            index, deltas[0], logprobs=shown, more=self.details(output), beside=self._about_prompt(index)
+        )
+        return first + b"".join(self.chunk(index, delta) for delta in deltas[1:])
+
+    def ending(self, index: int, output: RequestOutput) -> bytes:
+        """What the reader held back, and the finish reason."""
+        held, about = b"", self._about_prompt(index)
+        if self._readers:
+            reader = self._readers[index]
+            held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish()))
+            if output.finish_reason == "stop":
+                return held + self.last(index, reader.finish_reason, output.stop_reason, about)
+        return held + self.last(index, output.finish_reason, output.stop_reason, about)
+
+    def _about_prompt(self, index: int) -> bytes:
+        """The prompt's log-probabilities, once; they are complete when the first choice has a token."""
+        if not self._prompt_due or index:
+            return b""
+        self._prompt_due = False
+        choice = self.choices[0]
+        shown = show_prompt_logprobs(choice.prompt_token_ids, choice.prompt_logprobs, self.tokenizer)
+        return b',"prompt_logprobs":' + encode_json(shown)
+
+
+def _deltas(piece: TurnPiece) -> list[bytes]:
+    """What a piece of a turn adds, one delta for each step: clients join those of different chunks only."""
+    deltas = [b'{"content":%s}' % encode_json(piece.content)] if piece.content else []
+    for call in piece.calls:
+        function: dict[str, Any] = {"arguments": call.arguments}
+        shown: dict[str, Any] = {"index": call.index, "function": function}
+        if call.id is not None:
+            shown = {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name} | function}
+        deltas.append(b'{"tool_calls":[%s]}' % encode_json(shown))
+    return deltas

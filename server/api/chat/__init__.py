@@ -1,1 +1,0 @@
-"""Chat completions: the route and its wire models."""

@@ -1,0 +1,137 @@
+"""OpenAI's messages and tools, as chat completions and `/tokenize` read them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..chat import conversation as neutral
+from ..chat.conversation import BETWEEN_PARTS, Conversation
+from .fields import MAX_TOOLS, Description, GiveWay, JsonSchema, Name, SchemaName, StrictModel, Text
+
+
+class TextPart(StrictModel):
+    """One text of a message made of parts."""
+
+    type: Literal["text"]
+    text: Text
+
+
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
+
+
+class InstructionMessage(StrictModel):
+    """What the application says to the model."""
+
+    role: Literal["system", "developer"]
+    content: Content
+    name: Name | None = None
+
+
+class UserMessage(StrictModel):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: Content
+    name: Name | None = None
+
+
+class CalledFunction(StrictModel):
+    """Which function, with what."""
+
+    name: Name
+    arguments: Text = Field(description="JSON text of an object.")
+
+
+class ToolCall(StrictModel):
+    """The model's wish to call a function."""
+
+    id: Name
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AssistantMessage(StrictModel):
+    """What the model said before; the fields that hold nothing let a client send an answer back as it came."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ToolMessage(StrictModel):
+    """What a called tool answered."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: Name = Field(description="The id of a call in a message before.")
+    name: Name | None = None
+
+
+Message = Annotated[
+    Annotated[InstructionMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")],
+    GiveWay,
+]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
+class Function(StrictModel):
+    """A function that the model may call."""
+
+    name: SchemaName
+    description: Description | None = None
+    parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments; without it there are none.")
+    strict: bool | None = Field(None, description="With true, also a free choice must obey the parameters' schema.")
+
+
+class Tool(StrictModel):
+    """A tool: functions are the only kind."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class TemplateOptions(StrictModel):
+    """What the chat template is given beside the messages."""
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    add_generation_prompt: bool | None = Field(
+        None, description="End the prompt with the opening of a turn: true unless continue_final_message is."
+    )
+    continue_final_message: bool | None = Field(None, description="Go on with the last message.")
+    chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = Field(
+        None, description="Variables that the checkpoint's chat template knows."
+    )
+
+
+def read_chat(messages: list[Message], options: TemplateOptions) -> Conversation:
+    """Return the conversation of these messages."""
+    return Conversation(
+        messages=[_message(message, n) for n, message in enumerate(messages)],
+        tools=[_tool(tool.function, n) for n, tool in enumerate(options.tools or ())],
+        add_generation_prompt=options.add_generation_prompt,
+        continue_final_message=bool(options.continue_final_message),
+        template_variables=options.chat_template_kwargs or {},
+    )
+
+
+def _message(message: Message, position: int) -> neutral.Message:
+    content = message.content
+    text = BETWEEN_PARTS.join(part.text for part in content) if isinstance(content, list) else content
+    if isinstance(message, ToolMessage):
+        field = f"messages[{position}].tool_call_id"
+        return neutral.Message("tool", text, call_id=message.tool_call_id, call_id_field=field, name=message.name)
+    given = (isinstance(message, AssistantMessage) and message.tool_calls) or ()
+    calls = tuple(neutral.ToolCall(call.id, call.function.name, call.function.arguments) for call in given)
+    return neutral.Message(message.role, text, calls, name=message.name)
+
+
+def _tool(function: Function, position: int) -> neutral.Tool:
+    field = f"tools[{position}].function"
+    return neutral.Tool(**dict(function), name_field=f"{field}.name", parameters_field=f"{field}.parameters")

@@ -1,1 +1,0 @@
-"""Tokenise and detokenise: the routes and their wire models."""

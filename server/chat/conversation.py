@@ -1,0 +1,105 @@
+"""A conversation with the model, independent of the API that the client speaks.
+
+A part that an error may name carries its `field`: where it is in the client's request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..generation.generation import Sampling
+
+BETWEEN_PARTS = "\n"
+"""Separates the texts of a message that has several."""
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool by the model."""
+
+    id: str
+    name: str
+    arguments: str  # JSON text
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    text: str | None
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str | None = None  # the call whose result this is
+    call_id_field: str = ""
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the message in OpenAI's shape, which chat templates expect."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.calls
+        ]
+        shown = {"role": self.role, "content": self.text, "name": self.name, "tool_call_id": self.call_id}
+        return _present(shown | {"tool_calls": calls or None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # JSON Schema of the arguments; None: it takes none
+    strict: bool | None = None  # calls that are not forced must satisfy `parameters` too
+    name_field: str
+    parameters_field: str
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the tool in OpenAI's shape, which chat templates expect."""
+        return {"type": "function", "function": self.describe() | _present({"strict": self.strict})}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the model needs to know to call the function."""
+        return _present({"name": self.name, "description": self.description, "parameters": self.parameters})
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Which tools may be called, and whether one must be."""
+
+    mode: Literal["none", "auto", "required", "named"] = "auto"
+    names: tuple[str, ...] | None = None  # None: every tool
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """What the text of the answer must obey."""
+
+    grammar: str  # for the engine, not yet checked
+    field: str
+    grammar_field: str  # the part of `field` that holds the schema or the expression
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Everything that a client asks for in a turn of a chat."""
+
+    messages: Sequence[Message]  # at least one
+    messages_field: str = "messages"
+    sampling: Sampling = field(default_factory=dict)
+    max_tokens: int | None = None
+    tools: Sequence[Tool] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    answer_format: AnswerFormat | None = None
+    add_generation_prompt: bool | None = None  # None: unless the final message is continued
+    continue_final_message: bool = False
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    keep_tokens: int | None = None  # only so many of the prompt's last tokens; -1: as many as fit
+    keep_messages: int | None = None  # the oldest after so many may be dropped to fit; None: none may
