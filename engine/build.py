@@ -19,7 +19,7 @@ from ..model.network import DeepForCausalLM
 from ..model.tokenizer import Tokenizer
 from .config import EngineConfig
 from .errors import EngineStartError
-from .grammar.state import GrammarCompiler
+from .grammar.compiler import GrammarCompiler
 from .memory import is_out_of_memory, num_kv_blocks
 from .messages import EngineInfo, EngineRequest, Kernels, SamplingParams
 from .runner.model_runner import ModelRunner
@@ -127,8 +127,12 @@ def _build(config: EngineConfig) -> EngineCore:
         num_layers=model.config.num_hidden_layers,
         num_experts=model.config.num_experts if model.config.use_token_routed_mlp else 0,
     )
-    grammars = GrammarCompiler(lambda: Tokenizer.from_folder(config.model), info.vocab_size, info.eos_token_ids)
-    return EngineCore(info, runner, runner.expert_stats, grammars)
+    return EngineCore(
+        info,
+        runner,
+        runner.expert_stats,
+        GrammarCompiler(lambda: Tokenizer.from_folder(config.model), info.vocab_size, info.eos_token_ids),
+    )
 
 
 def _choose_kernels(config: EngineConfig, model: DeepForCausalLM, device: torch.device, native: bool) -> Kernels:

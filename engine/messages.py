@@ -149,6 +149,13 @@ class Abort(Message, frozen=True, kw_only=True):
     request_ids: list[str]
 
 
+class CheckGrammar(Message, frozen=True, kw_only=True):
+    """Compile a grammar and answer with a `GrammarVerdict`, so that its requests are refused before they begin."""
+
+    key: bytes  # comes back with the verdict
+    grammar: str
+
+
 class Ping(Message, frozen=True, kw_only=True):
     """Say that you are alive: between two steps, not from a thread beside them."""
 
@@ -267,6 +274,14 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     """Of a request with `pooling`: its one answer, with the finish reason "stop"."""
 
 
+class GrammarVerdict(Message, frozen=True, kw_only=True, array_like=True):
+    """The answer to a `CheckGrammar`."""
+
+    key: bytes
+    outcome: Literal["accepted", "refused", "busy", "failed"]
+    reason: str = ""  # why it is refused or busy, for the client; or the traceback of a failure, for the log
+
+
 class EngineStats(Message, frozen=True, kw_only=True):
     """The engine's state after a step, and what that step did."""
 
@@ -300,9 +315,10 @@ class StepOutputs(Message, frozen=True, kw_only=True):
 
     outputs: list[TokenOutput]
     stats: EngineStats
+    verdicts: list[GrammarVerdict] = []
 
 
-ToEngine = EngineRequest | Abort | Ping | Shutdown
+ToEngine = EngineRequest | Abort | CheckGrammar | Ping | Shutdown
 FromEngine = EngineInfo | StartFailed | Alive | StepOutputs
 
 
@@ -310,7 +326,7 @@ LENGTH_BYTES = 4
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode_frame(message: msgspec.Struct) -> bytes:
+def encode_frame(message: msgspec.Struct | str) -> bytes:
     """One message as it goes over the socket: its length in four bytes, then msgpack."""
     body = _encoder.encode(message)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body

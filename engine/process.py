@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from .config import EngineConfig
-from .errors import EngineStartError, RequestError, describe
+from .errors import EngineStartError, RequestError
 from .messages import (
     LENGTH_BYTES,
     Abort,
     Alive,
+    CheckGrammar,
     EngineInfo,
     EngineRequest,
     Ping,
@@ -89,8 +90,7 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
     voice = _Voice(sock)
     if core.expert_stats is not None:
         core.expert_stats.on_layer = voice.on_layer
-    if core.grammars is not None:
-        core.grammars.on_ready = lambda: inbox.put(_GRAMMAR_READY)
+    core.grammars.on_ready = lambda: inbox.put(_GRAMMAR_READY)
     threading.Thread(target=receive, name="receive", daemon=True).start()
     while True:
         # Wait for a message only when there is nothing to compute.
@@ -119,18 +119,20 @@ def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -
     return inbox.get()
 
 
-def _take(core: EngineCore, message: EngineRequest | Abort) -> TokenOutput | None:
+def _take(core: EngineCore, message: EngineRequest | Abort | CheckGrammar) -> TokenOutput | None:
     """Add or abort; the answer of a request that the engine refuses or fails to take in, else None."""
     if isinstance(message, Abort):
         core.abort(message.request_ids)
-        return None
-    try:
-        core.add_request(message)
-    except RequestError as error:
-        return failure_of(message, str(error))
-    except Exception as error:
-        core.abort([message.request_id])
-        return failure_of(message, describe(error), refused=False)
+    elif isinstance(message, CheckGrammar):
+        core.check_grammar(message)
+    else:
+        try:
+            core.add_request(message)
+        except RequestError as error:
+            return failure_of(message, error)
+        except Exception as error:
+            core.abort([message.request_id])
+            return failure_of(message, error)
     return None
 
 

@@ -30,6 +30,7 @@ from ..messages import (
     StartFailed,
     StepOutputs,
 )
+from .grammar_checks import GrammarChecks
 from .launch import EngineProcess
 from .output_processor import OutputProcessor, RequestOutput
 from .pipe import Pipe
@@ -150,6 +151,7 @@ class AsyncEngine:
         self._pipe = pipe
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, RequestStream] = {}
+        self._grammars = GrammarChecks(pipe.send)
         self._config = config
         self._tokenizer = tokenizer
         self._ends: deque[float] = deque(maxlen=64)
@@ -226,6 +228,18 @@ class AsyncEngine:
             return 1
         pace = (time.monotonic() - self._ends[0]) / len(self._ends)
         return min(max(math.ceil(count * pace), 1), 60)
+
+    async def check_grammar(self, grammar: str, param: str | None = None) -> None:
+        """Return if the engine can follow a grammar.
+
+        Raises:
+            RequestError: it is invalid, nothing satisfies it, or it takes too long; `param` is the field at fault.
+            EngineBusyError: too many others are being compiled, or the machine is too busy.
+            EngineDeadError: the engine is gone.
+        """
+        if self.error is not None:
+            raise EngineDeadError(self.error)
+        await self._grammars.check(grammar, param)
 
     def submit(
         self,
@@ -316,6 +330,7 @@ class AsyncEngine:
         for stream in self._streams.values():
             stream._die(reason)
         self._streams.clear()
+        self._grammars.die(reason)
         if not self._closing:
             self._died.set()
         self._pipe.close()
@@ -343,6 +358,8 @@ class AsyncEngine:
         if not isinstance(message, StepOutputs):
             raise TypeError(f"{type(message).__name__} in the middle of the conversation")
         self.stats = message.stats
+        for verdict in message.verdicts:
+            self._grammars.resolve(verdict)
         now = time.monotonic()
         aborts: list[str] = []
         if message.stats.step_tokens:  # who has ended in this step leaves a place that the next step gives away

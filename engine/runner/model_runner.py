@@ -13,7 +13,7 @@ from ...model.backend import AttentionMetadata
 from ...model.network import DeepForCausalLM
 from ...model.sampling import SamplingBatch
 from ...model.transfer import download, upload
-from ..grammar.state import MaskMaker, MaskOrder
+from ..grammar.state import MaskBatch, MaskMaker
 from ..messages import TokenDynamics
 from ..step.runner import SampledToken
 from ..step.scheduler import ScheduledSequence
@@ -144,7 +144,7 @@ class ModelRunner:
                 self.masks.finish(masks)  # it has borrowed the grammars' states
             raise
 
-    def _execute(self, sequences: Sequence[ScheduledSequence], masks: MaskOrder | None) -> list[SampledToken]:
+    def _execute(self, sequences: Sequence[ScheduledSequence], masks: MaskBatch | None) -> list[SampledToken]:
         ends = np.cumsum([sequence.num_tokens for sequence in sequences]).tolist()
         draws = [  # each position that is drawn for, with the guessed tokens before it
             (ends[i] - len(s.draft) - 1 + ahead, s.request, s.draft[:ahead])

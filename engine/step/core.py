@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..checks import check_request
-from ..errors import RequestError, describe
-from ..grammar.state import GrammarCompiler
+from ..errors import RequestError
+from ..grammar.compiler import GrammarCompiler
 from ..memory import is_out_of_memory
-from ..messages import EngineInfo, EngineRequest, EngineStats, StepOutputs, TokenOutput
+from ..messages import CheckGrammar, EngineInfo, EngineRequest, EngineStats, GrammarVerdict, StepOutputs, TokenOutput
 from .drafting import Drafter
 from .kv_cache import KVCacheManager
-from .outputs import failure_of, output_of
+from .outputs import failure_of, output_of, verdict_of
 from .request import PENDING_TOKEN, Request, RequestStatus
 from .retry import run_apart
 from .runner import ExpertCounts, LaunchedStep, Runner, SampledToken
 from .scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 
-OUT_OF_MEMORY = (
+OUT_OF_MEMORY = RuntimeError(
     "There was not enough memory to compute even this request alone: lower --gpu-memory-utilization, "
     "--kv-cache-memory-bytes or --max-num-batched-tokens."
 )
@@ -48,7 +48,7 @@ class EngineCore:
         info: sizes and limits.
         runner: computes a step.
         expert_stats: which experts have worked; None without an observer.
-        grammars: compiles those of requests; None where there is no tokenizer, so that no request may have any.
+        grammars: compiles grammars; None refuses them all.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EngineCore:
         info: EngineInfo,
         runner: Runner,
         expert_stats: ExpertCounts | None = None,
-        grammars: GrammarCompiler | None = None,
+        grammars: GrammarCompiler[Request | CheckGrammar] | None = None,
     ) -> None:
         self.info = info
         self.runner = runner
@@ -65,7 +65,8 @@ class EngineCore:
         self._speculative = info.speculative_config
         self._num_drafts = self._num_draft_tokens = 0
         self._num_accepted = [0] * (self._speculative.num_speculative_tokens if self._speculative is not None else 0)
-        self.grammars = grammars
+        self.grammars = grammars or GrammarCompiler()
+        self._verdicts: list[GrammarVerdict] = []
         self.scheduler = Scheduler(
             KVCacheManager(info.num_blocks, info.block_size, enable_prefix_caching=info.enable_prefix_caching),
             max_num_seqs=info.max_num_seqs,
@@ -82,7 +83,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step has anything to do."""
-        return self.scheduler.has_work or (self.grammars is not None and self.grammars.has_ready)
+        return self.scheduler.has_work or self.grammars.has_ready
 
     @property
     def has_requests(self) -> bool:
@@ -91,7 +92,7 @@ class EngineCore:
 
     def wait_for_work(self) -> None:
         """Block until a step has something to do; there must be a request."""
-        if not self.has_work and self.grammars is not None:
+        if not self.has_work:
             self.grammars.wait()
 
     def add_request(self, message: EngineRequest) -> None:
@@ -105,12 +106,14 @@ class EngineCore:
             request.needs_tokens = True
         if message.params.grammar is None or not request.generates:
             self.scheduler.add(request)
-        elif self.grammars is None:
-            raise RequestError("This engine has no tokenizer, so it can follow no grammar.", param="grammar")
         else:
             request.status = RequestStatus.COMPILING
-            self.grammars.submit(request)
+            self.grammars.submit(request, message.params.grammar, ignore_eos=message.params.ignore_eos)
         self._requests[request.request_id] = request
+
+    def check_grammar(self, check: CheckGrammar) -> None:
+        """Compile a grammar; a later step's outputs have the verdict."""
+        self.grammars.submit(check, check.grammar)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget requests, in whatever state they are; unknown ids are fine."""
@@ -137,7 +140,8 @@ class EngineCore:
             self.scheduler.recover()
         self._check_released()
         stats = self.stats(seconds=time.perf_counter() - started, tokens=planned.num_tokens)
-        return StepOutputs(outputs=outputs, stats=stats)
+        verdicts, self._verdicts = self._verdicts, []
+        return StepOutputs(outputs=outputs, stats=stats, verdicts=verdicts)
 
     def stats(self, *, seconds: float = 0.0, tokens: int = 0) -> EngineStats:
         """The engine's state now; the arguments say what the last step did."""
@@ -148,7 +152,7 @@ class EngineCore:
             self._told_experts = now
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting) + self._num_compiling,
+            num_waiting=len(self._requests) - len(self.scheduler.running),
             kv_cache_usage=self.scheduler.kv_cache.pool.usage,
             num_preemptions=self.scheduler.num_preemptions,
             prefix_cache_queries=self.scheduler.num_prefix_queries,
@@ -171,33 +175,29 @@ class EngineCore:
         self._check_released()
         self.scheduler.kv_cache.pool.check_idle()
 
-    @property
-    def _num_compiling(self) -> int:
-        return 0 if self.grammars is None else len(self.grammars)
-
     def _check_released(self) -> None:
+        if self.scheduler.has_work:
+            return
         pool = self.scheduler.kv_cache.pool
-        if not self.scheduler.has_work and (
-            len(self._requests) != self._num_compiling or pool.num_free != pool.num_blocks
-        ):
+        requests = [request for request in self._requests.values() if request not in self.grammars]
+        if requests or pool.num_free != pool.num_blocks:
             raise RuntimeError(
-                f"the idle engine holds {len(self._requests)} requests and {pool.num_blocks - pool.num_free} KV blocks"
+                f"the idle engine holds {len(requests)} requests and {pool.num_blocks - pool.num_free} KV blocks"
             )
 
     def _admit_compiled(self) -> list[TokenOutput]:
-        """Queue the requests whose grammars are ready; the answers of those whose grammars are wrong."""
-        refused = []
-        for request, fault in self.grammars.take() if self.grammars is not None else ():
-            if fault:
-                del self._requests[request.request_id]
-                if isinstance(fault, Exception):
-                    refused.append(failure_of(request, describe(fault), refused=False))
-                else:
-                    refused.append(failure_of(request, f"The grammar cannot be used: {fault}."))
+        """Queue the requests whose grammars are compiled; return the answers of those whose grammars are not."""
+        outputs = []
+        for ticket, result in self.grammars.drain():
+            if isinstance(ticket, CheckGrammar):
+                self._verdicts.append(verdict_of(ticket, result))
+            elif isinstance(result, Exception):
+                del self._requests[ticket.request_id]
+                outputs.append(failure_of(ticket, result))
             else:
-                request.status = RequestStatus.WAITING
-                self.scheduler.add(request)
-        return refused
+                ticket.grammar, ticket.status = result, RequestStatus.WAITING
+                self.scheduler.add(ticket)
+        return outputs
 
     def _plan(self, outputs: list[TokenOutput]) -> SchedulerOutput:
         """The next step; the one under way is read first, and told to `outputs`, if that is in the way of it."""
@@ -286,7 +286,7 @@ class EngineCore:
         self._finish(request)
         self._num_failures = 0
         self.scheduler.recover()
-        return [failure_of(request, OUT_OF_MEMORY, refused=False)]
+        return [failure_of(request, OUT_OF_MEMORY)]
 
     def _update(self, sequences: list[ScheduledSequence], sampled: list[SampledToken]) -> list[TokenOutput]:
         draws = iter(sampled)
@@ -323,7 +323,7 @@ class EngineCore:
             self._note_draft(request, len(sequence.draft), kept - 1)
         if request.finish_reason == "error":  # a token drawn without a mask is nobody's
             assert request.grammar is not None
-            return failure_of(request, request.grammar.error)
+            return failure_of(request, RequestError(request.grammar.error))
         output = output_of(request, draws[:kept])
         if request.reads_prompt:
             request.reads_prompt, request.prompt_logprobs = False, []
@@ -356,11 +356,10 @@ class EngineCore:
     def _fail(self, request: Request, error: Exception) -> TokenOutput:
         """End a request by a fault of ours."""
         self._finish(request)
-        return failure_of(request, describe(error), refused=False)
+        return failure_of(request, error)
 
     def _finish(self, request: Request) -> None:
         if request.status is RequestStatus.COMPILING:
-            assert self.grammars is not None
             self.grammars.discard(request)
         else:
             self.scheduler.finish(request)

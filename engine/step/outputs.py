@@ -1,14 +1,15 @@
-"""What the engine says of a request after a step."""
+"""What the engine reports about a request after a step."""
 
 from __future__ import annotations
 
-from ..messages import EngineRequest, TokenOutput
+from ..errors import RequestError, describe
+from ..messages import CheckGrammar, EngineRequest, GrammarVerdict, TokenOutput
 from .request import Request
 from .runner import SampledToken
 
 
 def output_of(request: Request, draws: list[SampledToken]) -> TokenOutput:
-    """What the request's new tokens, which it has taken already, add to its answer."""
+    """Report new tokens, which the request has appended already."""
     last = draws[-1].token_id
     by_stop_id = request.finish_reason == "stop" and last in request.stop_token_ids
     return TokenOutput(
@@ -24,6 +25,20 @@ def output_of(request: Request, draws: list[SampledToken]) -> TokenOutput:
     )
 
 
-def failure_of(request: Request | EngineRequest, error: str, *, refused: bool = True) -> TokenOutput:
-    """The end of a request; `refused` is for what it has brought upon itself, and may know."""
-    return TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error=error, refused=refused)
+def failure_of(request: Request | EngineRequest, error: Exception) -> TokenOutput:
+    """End a request; the client sees the message of a `RequestError`, and only the log any other error."""
+    refused = isinstance(error, RequestError)
+    text = str(error) if refused else describe(error)
+    return TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error=text, refused=refused)
+
+
+def verdict_of(check: CheckGrammar, result: object) -> GrammarVerdict:
+    """Report what the compiler returned for a grammar."""
+    match result:
+        case RequestError():
+            return GrammarVerdict(key=check.key, outcome="refused", reason=str(result))
+        case TimeoutError():
+            return GrammarVerdict(key=check.key, outcome="busy", reason=str(result))
+        case Exception():
+            return GrammarVerdict(key=check.key, outcome="failed", reason=describe(result))
+    return GrammarVerdict(key=check.key, outcome="accepted")

@@ -177,7 +177,7 @@ class Request:
         elif params.max_tokens is not None and count >= params.max_tokens:
             self.finish_reason = "length"
         if self.grammar is not None and self.finish_reason != "stop":
-            self.grammar.take(token_id)
+            self.grammar.consume(token_id)
             if self.grammar.error:
                 self.finish_reason = "error"
             elif self.grammar.finished:

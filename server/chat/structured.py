@@ -6,19 +6,13 @@ be enforced is refused; only those that describe and demand nothing are left asi
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import json
-import queue
-from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llguidance
 
-from ...engine.errors import EngineBusyError, RequestError
-from ...engine.grammar.checker import GrammarChecker
+from ...engine.errors import RequestError
 from ..http.errors import shorten
 
 MAX_SCHEMA_BYTES = 256 << 10
@@ -27,9 +21,6 @@ MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CHOICES = 2000
 MAX_DEPTH = 64
 MAX_NODES = 20_000
-CHECKERS = 2
-MAX_CHECKS = 32
-VERDICT_BYTES = 4 << 20
 
 # Wherever JSON allows white space: nothing, a space, or a new line and an indent. A model that writes compact, spaced
 # or indented JSON keeps its habit, and one that has none cannot go on with white space for ever.
@@ -108,71 +99,6 @@ def lark_grammar(grammar: str, param: str | None = None, *, name: str = "The gra
     """A grammar in llguidance's variant of Lark; `RequestError` when it is too long or no Unicode text."""
     _check_text(grammar, name, param)
     return json.dumps({"grammars": [{"lark_grammar": grammar}]})
-
-
-async def check_grammar(grammar: str, param: str | None = None) -> None:
-    """See whether the engine can follow a grammar; the event loop goes on meanwhile.
-
-    Raises:
-        RequestError: it is wrong, cannot be satisfied, or is not ready in time.
-        EngineBusyError: too many others are being checked.
-    """
-    fault = await _gate.verdict(grammar)
-    if fault:
-        raise RequestError(f"This cannot be enforced: {fault}.", param=param)
-
-
-class _Gate:
-    """Checks grammars in processes that can be killed, a few at a time, and remembers the verdicts."""
-
-    def __init__(self) -> None:
-        self._verdicts: OrderedDict[bytes, str] = OrderedDict()
-        self._bytes = 0
-        self._running: dict[bytes, asyncio.Future[str]] = {}
-        self._pool = ThreadPoolExecutor(CHECKERS, thread_name_prefix="check-grammar")
-        self._checkers: queue.SimpleQueue[GrammarChecker] = queue.SimpleQueue()
-        for _ in range(CHECKERS):
-            self._checkers.put(GrammarChecker())
-
-    async def verdict(self, grammar: str) -> str:
-        key = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
-        if key in self._verdicts:
-            self._verdicts.move_to_end(key)
-            return self._verdicts[key]
-        future = self._running.get(key)
-        if future is None or future.get_loop() is not asyncio.get_running_loop():
-            if len(self._running) >= MAX_CHECKS:
-                raise EngineBusyError("Too many new grammars are being checked: ask again later.", retry_after=2)
-            future = asyncio.get_running_loop().run_in_executor(self._pool, self._check, grammar)
-            self._running[key] = future
-            future.add_done_callback(lambda done: self._keep(key, done))
-        try:
-            return await asyncio.shield(future)  # one who goes away must not take it from the others
-        except TimeoutError as error:
-            raise EngineBusyError(f"{error} Ask again later.", retry_after=5) from None
-
-    def _check(self, grammar: str) -> str:
-        checker = self._checkers.get()
-        try:
-            return checker.check(grammar)
-        finally:
-            self._checkers.put(checker)
-
-    def _keep(self, key: bytes, future: asyncio.Future[str]) -> None:
-        self._running.pop(key, None)
-        if future.cancelled() or future.exception() is not None:
-            return
-        self._verdicts[key] = future.result()
-        self._bytes += _verdict_bytes(future.result())
-        while self._bytes > VERDICT_BYTES:
-            self._bytes -= _verdict_bytes(self._verdicts.popitem(last=False)[1])
-
-
-def _verdict_bytes(verdict: str) -> int:
-    return 256 + len(verdict)  # with its key, and what a dictionary takes for both
-
-
-_gate = _Gate()
 
 
 def _check_size(schema: Any, param: str | None) -> None:

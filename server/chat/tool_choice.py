@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from ...engine.errors import RequestError
 from ..http.errors import shorten
 from ..http.offload import off_loop_if_large
 from .conversation import Conversation, Tool, ToolChoice
-from .structured import check_grammar, choice_grammar, json_object_grammar, json_schema_grammar
+from .structured import choice_grammar, json_object_grammar, json_schema_grammar
 from .template import MAX_DEPTH, is_deeper
 from .tool_calls import CallReader, ToolCallFormat
 
@@ -43,11 +43,12 @@ class ToolOptions:
         lines = [json.dumps(tool.describe()) for tool in self.tools]
         return "\n".join([f"You can call these functions. To call one, write {call}", *lines])
 
-    async def grammar(self, answer: str | None) -> str | None:
+    async def grammar(self, answer: str | None, check: Callable[[str, str], Awaitable[None]]) -> str | None:
         """The grammar of the turn's text, checked; None where it is free.
 
         Args:
             answer: the grammar of a turn without calls, where that has one; the mode is then "auto".
+            check: raises `RequestError`, naming a field, for a grammar that the engine cannot follow.
 
         Raises `RequestError` naming a function's parameters that cannot be enforced.
         """
@@ -55,10 +56,10 @@ class ToolOptions:
             return None
         text, arguments = await off_loop_if_large(self._compose, answer)
         try:
-            await check_grammar(text, "tools")
+            await check(text, "tools")
         except RequestError:
             for field, alone in arguments.items():
-                await check_grammar(alone, field)
+                await check(alone, field)
             raise
         return text
 

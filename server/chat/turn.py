@@ -13,7 +13,6 @@ from ..generation.served_model import ServedModel
 from ..http.errors import encode_json, shorten
 from ..http.offload import off_loop_if_large
 from .conversation import Conversation, Message
-from .structured import check_grammar
 from .template import MAX_DEPTH, ChatTemplateError, is_deeper
 from .tool_calls import ToolCallFormat, TurnReader
 from .tool_choice import ToolOptions, read_tools
@@ -69,7 +68,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     prompt = truncate_prompt(await _render(conversation, model, tools), conversation.keep_tokens, model, max_tokens)
     if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
         max_tokens = min(default, max(model.engine.info.max_model_len - len(prompt), 1))
-    grammar = await _grammar(conversation, tools)
+    grammar = await _grammar(conversation, tools, model)
     # What ends a turn in plain text may stand inside an answer whose form says where it ends.
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
     turn_ends = model.template.stop_strings if is_free else ()
@@ -92,12 +91,12 @@ def _read_tools(conversation: Conversation, form: ToolCallFormat) -> ToolOptions
     return read_tools(conversation, form)
 
 
-async def _grammar(conversation: Conversation, tools: ToolOptions | None) -> str | None:
+async def _grammar(conversation: Conversation, tools: ToolOptions | None, model: ServedModel) -> str | None:
     """Return the grammar of the turn's text, from its format and its tools, after it was checked."""
     answer = conversation.answer_format
     if answer is None:
-        return await tools.grammar(None) if tools else None
-    await check_grammar(answer.grammar, answer.grammar_field)
+        return await tools.grammar(None, model.engine.check_grammar) if tools else None
+    await model.engine.check_grammar(answer.grammar, answer.grammar_field)
     if tools is None:
         return answer.grammar
     field = answer.field
@@ -105,7 +104,7 @@ async def _grammar(conversation: Conversation, tools: ToolOptions | None) -> str
         raise RequestError(f"{field} cannot go together with a tool_choice that requires a call.", param=field)
     if not tools.format.opening:
         raise RequestError(f"{field} cannot go together with tools: this model's calls are JSON too.", param=field)
-    return await tools.grammar(answer.grammar)
+    return await tools.grammar(answer.grammar, model.engine.check_grammar)
 
 
 async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import tokenizers
+from support.grammars import check_grammar
 from tokenizers import decoders, models, pre_tokenizers
 
 from pyllm.engine.checks import resolve_request
@@ -99,6 +100,9 @@ class ScriptedEngine:
 
     async def shutdown(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         self.error = "The server is shutting down."
+
+    async def check_grammar(self, grammar: str, param: str | None = None) -> None:
+        await check_grammar(grammar, param)
 
     def check_room(self, count: int = 1) -> None:
         if len(self.running) + count > self.most:

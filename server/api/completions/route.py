@@ -14,7 +14,6 @@ from ....engine.client.output_processor import RequestOutput
 from ....engine.errors import RequestError
 from ....engine.messages import SamplingParams, TokenLogprobs
 from ....model.tokenizer import Tokenizer
-from ...chat.structured import check_grammar
 from ...chat.truncation import encode_prompts
 from ...generation.generation import Choice, Generation, sampling_params
 from ...generation.served_model import ServedModel
@@ -70,7 +69,7 @@ async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     wanted = await off_loop_if_large(read_response_format, body)
     if wanted is not None:
-        await check_grammar(wanted.grammar, wanted.grammar_field)
+        await model.engine.check_grammar(wanted.grammar, wanted.grammar_field)
     sampling = await off_loop_if_large(read_sampling, body, model)
     params = await off_loop_if_large(
         sampling_params, {**sampling, "logprobs": body.logprobs}, model,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,11 @@ from support.checkpoints import TINY, write_checkpoint
 
 from pyllm import LLM, SamplingParams
 from pyllm.engine.errors import RequestError
-from pyllm.engine.grammar.checker import MEMORY_BYTES, WAIT_SECONDS, GrammarChecker
-from pyllm.engine.grammar.state import GrammarCompiler, GrammarState, MaskMaker, grammar_bytes
-from pyllm.engine.messages import EngineRequest
-from pyllm.engine.step.request import Request
+from pyllm.engine.grammar.checker import WAIT_SECONDS
+from pyllm.engine.grammar.state import GrammarState, MaskMaker
+from pyllm.engine.messages import CheckGrammar, EngineRequest, GrammarVerdict
 from pyllm.model.config import DeepConfig
 from pyllm.model.cpu.backend import available
-from pyllm.model.tokenizer import Tokenizer
 
 EOS = 0
 PROMPT = [5, 6, 7]
@@ -248,6 +244,40 @@ def test_a_request_whose_grammar_compiles_can_be_aborted(llm):
     core.check_idle()
 
 
+def test_a_check_has_its_verdict_in_a_step_and_holds_up_no_request(llm):
+    core = llm.core
+    core.add_request(request("beside", params(None, max_tokens=40, ignore_eos=True)))
+    checks = {b"good": DIGITS, b"wrong": "start: (", b"slow": BOMBS["a large prime"] + "  "}
+    for key, grammar in checks.items():
+        core.check_grammar(CheckGrammar(key=key, grammar=grammar))
+    verdicts: dict[bytes, GrammarVerdict] = {}
+    steps = []
+    while core.has_requests or len(verdicts) < 3:
+        core.wait_for_work()
+        steps.append(core.step())
+        verdicts |= {verdict.key: verdict for verdict in steps[-1].verdicts}
+    core.check_idle()
+    assert verdicts[b"good"] == GrammarVerdict(key=b"good", outcome="accepted")
+    assert {verdicts[key].outcome for key in (b"wrong", b"slow")} == {"refused"}
+    assert "too complex" in verdicts[b"slow"].reason
+    assert sum(len(output.token_ids) for step in steps for output in step.outputs) == 40
+    core.check_grammar(CheckGrammar(key=b"again", grammar=DIGITS))
+    assert [verdict.outcome for verdict in core.step().verdicts] == ["accepted"], "it is cached"
+
+
+@pytest.mark.parametrize(("error", "outcome"), [(TimeoutError("busy"), "busy"), (KeyError("inside"), "failed")])
+def test_a_check_that_fails_says_how(llm, monkeypatch, error, outcome):
+    def check(self, grammar):
+        raise error
+
+    monkeypatch.setattr("pyllm.engine.grammar.checker.GrammarChecker.check", check)
+    llm.core.check_grammar(CheckGrammar(key=b"", grammar=f"start: {outcome}"))
+    llm.core.wait_for_work()
+    (verdict,) = llm.core.step().verdicts
+    assert verdict.outcome == outcome
+    assert error.args[0] in verdict.reason
+
+
 def test_an_engine_without_a_tokenizer_refuses_grammars():
     from support.paged_runner import make_core
 
@@ -256,20 +286,6 @@ def test_an_engine_without_a_tokenizer_refuses_grammars():
         core.add_request(request("a", params(DIGITS)))
     assert caught.value.param == "grammar"
     assert not core.has_requests
-
-
-def test_the_cache_is_bounded_in_bytes(tiny_checkpoint):
-    compiler = GrammarCompiler(lambda: Tokenizer.from_folder(tiny_checkpoint), 272, [EOS], 4 * grammar_bytes(DIGITS))
-    for i in range(9):
-        own = Request(request(str(i), params(f"start: /[a-z]{{{i + 1}}}/")), (EOS,))
-        compiler.submit(own)
-        compiler.wait()
-        assert compiler.take() == [(own, "")]
-        assert compiler.cached_bytes <= 4 * grammar_bytes(DIGITS)
-    compiler.submit(own)
-    assert compiler.has_ready, "the last one is known"
-    assert [fault for _, fault in compiler.take()] == [""]
-    assert len(compiler) == 0
 
 
 def test_a_mask_that_never_comes_fails_its_request_only(monkeypatch):
@@ -293,25 +309,3 @@ def test_a_mask_that_never_comes_fails_its_request_only(monkeypatch):
     again = maker.finish(maker.start([states[0]]))
     assert torch.equal(again[0], masks[0])
     time.sleep(1.5)  # the thread that was left to itself ends
-
-
-def test_the_process_that_tries_grammars_survives_what_kills_it():
-    checker = GrammarChecker()
-    assert checker.check(DIGITS) == ""
-    assert "too complex" in checker.check(BOMBS["a large prime"])
-    assert checker.check(DIGITS) == ""
-    threading.Timer(0.5, checker._process.kill).start()  # somebody else's doing: it is tried once more
-    assert "too complex" in checker.check(BOMBS["a large prime"])
-    checker.close()
-    assert checker.check(DIGITS) == ""
-    del checker
-    gc.collect()
-
-
-@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="limits are read from Linux's /proc")
-def test_the_process_that_tries_grammars_has_little_memory():
-    checker = GrammarChecker()
-    assert checker.check(DIGITS) == ""
-    limits = Path(f"/proc/{checker._process.pid}/limits").read_text()
-    checker.close()
-    assert re.search(rf"Max address space +{MEMORY_BYTES} +{MEMORY_BYTES} ", limits)

@@ -6,18 +6,20 @@ import asyncio
 import json
 import random
 import re
-import threading
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import jsonschema
 import pytest
+from support.grammars import accepts
 
 from pyllm import LLM, SamplingParams
-from pyllm.engine.errors import EngineBusyError, RequestError
-from pyllm.server.chat import structured as structured_output
+from pyllm.engine.client.async_engine import AsyncEngine
+from pyllm.engine.config import EngineConfig
+from pyllm.engine.errors import RequestError
+from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.chat.structured import (
-    check_grammar,
     choice_grammar,
     json_object_grammar,
     json_schema_grammar,
@@ -133,14 +135,6 @@ def test_white_space_is_bounded_and_common_layouts_are_allowed(llm):
     assert not accepts(json_schema_grammar(schema), "{}")
 
 
-def accepts(grammar: str, text: str) -> bool:
-    from pyllm.engine.grammar.checker import BYTES, compile_grammar
-
-    matcher = compile_grammar(BYTES.tokenizer(), grammar)
-    tokens = list(text.encode())
-    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
-
-
 @pytest.mark.parametrize(
     "choice", ["yes", 'a "b"', "back\\slash", "new\nline", "\x00\x7f\x1b", "é", "😀", "a/b", "<s>", "{}"]
 )
@@ -232,6 +226,20 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def engine(tiny_checkpoint, anyio_backend) -> AsyncIterator[AsyncEngine]:
+    config = EngineConfig(model=str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=64)
+    engine = await AsyncEngine.start(config, Tokenizer.from_folder(tiny_checkpoint))
+    yield engine
+    await engine.shutdown()
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("grammar", "word"),
     [
@@ -253,80 +261,25 @@ def nested(depth: int) -> dict[str, Any]:
         (lark_grammar("start: " + "(" * 30_000 + '"a"' + ")" * 30_000), "nested"),
     ],
 )
-def test_a_wrong_or_hostile_grammar_is_refused_in_time_while_the_loop_goes_on(grammar, word):
-    async def check() -> int:
-        ticks = 0
-        task = asyncio.create_task(check_grammar(grammar, "structured_outputs"))
-        while not task.done():
-            await asyncio.sleep(0.01)
-            ticks += 1
-        with pytest.raises(RequestError, match=word) as caught:
-            await task
-        assert caught.value.param == "structured_outputs"
-        assert len(str(caught.value)) < 300
-        return ticks
-
-    asyncio.run(check_grammar(regex_grammar("a")))  # the process has started
-    started = time.monotonic()
-    ticks = asyncio.run(check())
+async def test_a_wrong_or_hostile_grammar_is_refused_in_time_while_the_loop_goes_on(engine, grammar, word):
+    await engine.check_grammar(regex_grammar("a"))  # the process has started
+    started, ticks = time.monotonic(), 0
+    task = asyncio.create_task(engine.check_grammar(grammar, "structured_outputs"))
+    while not task.done():
+        await asyncio.sleep(0.01)
+        ticks += 1
+    with pytest.raises(RequestError, match=word) as caught:
+        await task
+    assert caught.value.param == "structured_outputs"
+    assert len(str(caught.value)) < 300
     assert time.monotonic() - started < 6  # 2, on a machine with nothing else to do
     assert ticks > 20 * (time.monotonic() - started) - 5
 
 
-def test_a_good_grammar_passes_and_the_second_time_at_once():
+@pytest.mark.anyio
+async def test_a_good_grammar_passes_and_the_second_time_at_once(engine):
     grammar = json_schema_grammar({"type": "object", "properties": {"a": {"type": "number"}}})
-
-    async def check() -> float:
-        await asyncio.gather(*(check_grammar(grammar) for _ in range(50)))
-        started = time.monotonic()
-        await check_grammar(grammar)
-        return time.monotonic() - started
-
-    assert asyncio.run(check()) < 0.01
-
-
-@pytest.fixture
-def tried(monkeypatch):
-    """The grammars that are tried, each of which is good, as long as `release` is set."""
-    grammars: list[str] = []
-    release = threading.Event()
-    release.set()
-
-    def check(self: object, grammar: str) -> str:
-        grammars.append(grammar)
-        release.wait(10)
-        return ""
-
-    monkeypatch.setattr(structured_output.GrammarChecker, "check", check)
-    return grammars, release
-
-
-def test_verdicts_are_kept_within_bounds_the_last_ones_longest(tried, monkeypatch):
-    grammars, _ = tried
-    monkeypatch.setattr(structured_output, "VERDICT_BYTES", 1000)
-
-    async def ask(*names: str) -> None:
-        for name in names:
-            await check_grammar(lark_grammar(f"start: /{name}/"))
-
-    asyncio.run(ask("one", "two", "three", "four", "four"))
-    assert len(grammars) == 4
-    asyncio.run(ask("four", "three", "one"))
-    assert len(grammars) == 5, "the first is forgotten"
-
-
-def test_more_new_grammars_than_can_be_tried_are_refused_for_now(tried, monkeypatch):
-    grammars, release = tried
-    monkeypatch.setattr(structured_output, "MAX_CHECKS", 3)
-    release.clear()
-
-    async def ask() -> list[Any]:
-        asked = [asyncio.create_task(check_grammar(lark_grammar(f"start: /busy{n}/"))) for n in range(5)]
-        asked.append(asyncio.create_task(check_grammar(lark_grammar("start: /busy0/"))))
-        await asyncio.sleep(0.1)
-        release.set()
-        return await asyncio.gather(*asked, return_exceptions=True)
-
-    answers = asyncio.run(ask())
-    assert [isinstance(answer, EngineBusyError) for answer in answers] == [False] * 3 + [True] * 2 + [False]
-    assert len(grammars) == 3
+    await asyncio.gather(*(engine.check_grammar(grammar) for _ in range(50)))
+    started = time.monotonic()
+    await engine.check_grammar(grammar)
+    assert time.monotonic() - started < 0.01

@@ -7,6 +7,7 @@ from typing import Any
 
 import llguidance
 import pytest
+from support.grammars import check_grammar
 
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.chat.conversation import Conversation, Message, Tool, ToolChoice
@@ -56,7 +57,7 @@ def accepts(fields: dict[str, Any], text: str, name: str, answer: str | None = N
     conversation = Conversation(messages=[Message("user", "?")], tools=TOOLS, **fields)
     tools = read_tools(conversation, FORMATS[name])
     assert tools is not None
-    grammar = asyncio.run(tools.grammar(answer))
+    grammar = asyncio.run(tools.grammar(answer, check_grammar))
     assert grammar is not None
     matcher = llguidance.LLMatcher(LIBRARY, grammar)
     assert not matcher.is_error(), matcher.get_error()

@@ -1,0 +1,188 @@
+"""Compiles grammars off the step loop, in a few threads, and keeps the most recently used ones.
+
+A grammar is llguidance's: its variant of Lark, or its JSON form with schemas and regular expressions. Each is tested in
+a separate process first (see `checker`), so that none can hold up the engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import llguidance
+import numpy as np
+
+from ...model.tokenizer import Tokenizer
+from ..errors import RequestError
+from .checker import GrammarChecker, Vocabulary, compile_grammar, error_of
+from .state import GrammarState
+
+COMPILERS = 2
+CACHE_BYTES = 256 << 20
+Ticket = TypeVar("Ticket")
+Compiled = llguidance.LLMatcher | Exception
+
+
+def grammar_bytes(text: str) -> int:
+    """Estimate the memory of a compiled grammar: large ones took 25 to 120 bytes for each byte of text."""
+    return 65536 + 128 * len(text)
+
+
+def vocabulary_of(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> Vocabulary:
+    """Return the vocabulary for logits of `vocab_size`; a model without an end id gets one that is never drawn."""
+    ends = list(eos_token_ids) or [vocab_size]
+    size = max(vocab_size, max(ends) + 1)
+    special = [id_ for id_ in tokenizer.special_ids if id_ < size]
+    return Vocabulary([tokenizer.token_bytes(id_) for id_ in range(size)], special, ends)
+
+
+class GrammarCompiler(Generic[Ticket]):
+    """Compiles the grammars of tickets (requests and checks). For use from one thread.
+
+    Args:
+        load: reads the tokenizer; called when the first grammar comes. None refuses all grammars.
+        vocab_size: width of the logits.
+        eos_token_ids: the model's.
+        cache_bytes: most memory of cached grammars, as estimated by `grammar_bytes`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Tokenizer] | None = None,
+        vocab_size: int = 0,
+        eos_token_ids: Sequence[int] = (),
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.on_ready: Callable[[], None] | None = None  # called from another thread when `drain` may have something
+        self.cached_bytes = 0  # estimated memory of the cached grammars
+        self._load = load
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._checkers: queue.SimpleQueue[GrammarChecker] = queue.SimpleQueue()
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[str, Compiled] = OrderedDict()
+        self._waiting: dict[str, list[tuple[Ticket, bool]]] = {}  # with each ticket's `ignore_eos`, as in `_ready`
+        self._done: deque[tuple[str, Compiled]] = deque()
+        self._ready: list[tuple[Ticket, bool, Compiled]] = []
+        self._wakeup = threading.Event()
+
+    def __contains__(self, ticket: Ticket) -> bool:
+        """Whether `ticket` was submitted and neither drained nor discarded."""
+        return any(own is ticket for own, *_ in itertools.chain(self._ready, *self._waiting.values()))
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether `drain` returns anything."""
+        return bool(self._ready or self._done)
+
+    def submit(self, ticket: Ticket, grammar: str, *, ignore_eos: bool = False) -> None:
+        """Begin to compile a grammar, unless it is cached or already begun.
+
+        With `ignore_eos`, the state avoids the model's end ids as long as the grammar allows another token.
+        """
+        if self._load is None:
+            raise RequestError("This engine has no tokenizer, so it cannot follow a grammar.", param="grammar")
+        if grammar in self._cache:
+            self._cache.move_to_end(grammar)
+            self._ready.append((ticket, ignore_eos, self._cache[grammar]))
+        elif grammar in self._waiting:
+            self._waiting[grammar].append((ticket, ignore_eos))
+        else:
+            self._waiting[grammar] = [(ticket, ignore_eos)]
+            self._pool = self._pool or ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
+            try:
+                self._pool.submit(self._compile, grammar, self._load)
+            except Exception as error:  # no thread can be started
+                self._done.append((grammar, error))
+
+    def discard(self, ticket: Ticket) -> None:
+        """Forget a ticket that was submitted and not drained."""
+        for grammar, group in self._waiting.items():
+            self._waiting[grammar] = [entry for entry in group if entry[0] is not ticket]
+        self._ready = [entry for entry in self._ready if entry[0] is not ticket]
+
+    def drain(self) -> list[tuple[Ticket, GrammarState | Exception]]:
+        """Return the tickets whose grammars are compiled.
+
+        A `RequestError` says why a grammar is refused, a `TimeoutError` that the machine is too busy; any other
+        exception is an internal error.
+        """
+        while self._done:
+            grammar, result = self._done.popleft()
+            if not isinstance(result, Exception) or isinstance(result, RequestError):
+                self._keep(grammar, result)
+            self._ready += [(*entry, result) for entry in self._waiting.pop(grammar)]
+        ready, self._ready = self._ready, []
+        return [(ticket, self._new_state(result, ignore_eos)) for ticket, ignore_eos, result in ready]
+
+    def wait(self) -> None:
+        """Block until there is something to `drain`."""
+        while not self.has_ready:
+            self._wakeup.wait()
+            self._wakeup.clear()
+
+    def _new_state(self, result: Compiled, ignore_eos: bool) -> GrammarState | Exception:
+        if isinstance(result, Exception):
+            return result
+        assert self._tokenizer is not None  # it has compiled the grammar
+        mask_bytes = -(-self._tokenizer.vocab_size // 32) * 4
+        avoided = None
+        if ignore_eos and self._eos_token_ids:
+            ends = np.zeros(8 * mask_bytes, np.uint8)
+            ends[list(self._eos_token_ids)] = 1
+            avoided = np.packbits(ends, bitorder="little")
+        try:
+            return GrammarState(result.deep_copy(), avoided, mask_bytes)
+        except Exception as error:
+            return error
+
+    def _keep(self, grammar: str, result: Compiled) -> None:
+        self._cache[grammar] = result
+        self.cached_bytes += grammar_bytes(grammar)
+        while self.cached_bytes > self._cache_bytes:
+            self.cached_bytes -= grammar_bytes(self._cache.popitem(last=False)[0])
+
+    def _compile(self, grammar: str, load: Callable[[], Tokenizer]) -> None:
+        """Compile a grammar, in a thread of the pool."""
+        result: Compiled
+        try:
+            result = self._check_and_compile(grammar, load)
+        except UnicodeEncodeError:
+            result = _refusal("it has half a character (a lone surrogate)")
+        except Exception as error:
+            result = error
+        self._done.append((grammar, result))
+        self._wakeup.set()
+        if self.on_ready is not None:
+            self.on_ready()
+
+    def _check_and_compile(self, grammar: str, load: Callable[[], Tokenizer]) -> Compiled:
+        with self._lock:
+            if self._tokenizer is None:
+                tokenizer = load()
+                vocabulary = vocabulary_of(tokenizer, self._vocab_size, self._eos_token_ids)
+                self._tokenizer = vocabulary.tokenizer(tokenizer.encode)
+                for _ in range(COMPILERS):
+                    self._checkers.put(GrammarChecker(vocabulary))
+        checker = self._checkers.get()
+        try:
+            reason = checker.check(grammar)
+        finally:
+            self._checkers.put(checker)
+        if reason:
+            return _refusal(reason)
+        matcher = compile_grammar(self._tokenizer, grammar)
+        reason = error_of(matcher)
+        return _refusal(reason) if reason else matcher
+
+
+def _refusal(reason: str) -> RequestError:
+    return RequestError(f"The requested format cannot be enforced: {reason}.")
