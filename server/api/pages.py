@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
@@ -22,10 +25,14 @@ PAGE_PATHS = frozenset({"/", "/docs", "/openapi.json", *(f"/docs/{name}" for nam
 def add_page_routes(app: FastAPI) -> None:
     """Add the pages and their assets to `app`."""
     assets = Path(str(files("fastapi_offline"))) / "static"
-    pages: dict[str, Response] = {"/": _page("chat.html"), "/docs": _page("docs.html")}
-    for name in ASSETS:
-        pages[f"/docs/{name}"] = FileResponse(assets / name, headers={"x-content-type-options": "nosniff"})
+    pages: dict[str, Any] = {"/": _page("chat.html"), "/docs": _page("docs.html")}
+    pages |= {f"/docs/{name}": partial(_asset, assets / name) for name in ASSETS}
     app.router.routes += [Route(path, page, methods=["GET"]) for path, page in pages.items()]
+
+
+async def _asset(path: Path, request: Request) -> Response:
+    # One for each request: some versions of Starlette write a range's headers into the response itself.
+    return FileResponse(path, headers={"x-content-type-options": "nosniff"})
 
 
 def _page(name: str) -> HTMLResponse:
