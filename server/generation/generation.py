@@ -80,10 +80,7 @@ class Choice:
 
 
 class Generation:
-    """The sequences of one request: `n` for each prompt, in the order of the answer's choices.
-
-    Raises `RequestError`, `EngineBusyError` or `EngineDeadError` when the engine refuses one of them; none runs then.
-    """
+    """The sequences of one request: `n` for each prompt, in the order of the response's choices."""
 
     def __init__(
         self,
@@ -99,9 +96,12 @@ class Generation:
         pooling: Pooling | None = None,
         streams: bool = False,
     ) -> None:
-        """Submit them all; `params` are of each prompt, `field` is what this endpoint calls a prompt."""
+        """Submit all sequences; `params` has one entry for each prompt, `field` is the endpoint's name for prompts.
+
+        Raises `RequestError`, `EngineBusyError` or `EngineDeadError` if the engine refuses one; then none runs.
+        """
         _check_size(model, prompts, params, field, n)
-        _check_shown(model.engine.info, prompts, params, field, n, streams)
+        _check_details(model.engine.info, prompts, params, "n" if n > 1 else field, n, streams)
         self._engine = model.engine
         self._metrics = model.metrics
         self._context = context
@@ -110,19 +110,17 @@ class Generation:
         self.params = params[0]
         self.model_name = model.names[0]
         self.with_logprobs = self.params.logprobs is not None
-        self._token_weight = 1 + (self.params.logprobs or 0)
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self.wakeup = Wakeup()
         self._running = len(self.choices)
-        name = context.request_id
-        salt = context.cache_owner + (cache_salt or "") or None  # all owners' names are of one length
+        salt = context.cache_owner + (cache_salt or "") or None  # all owners' names have the same length
         try:
             for index, choice in enumerate(self.choices):
                 own = params[index // n]
                 own = msgspec.structs.replace(own, seed=_shifted(own.seed, index % n))
                 stream = self._engine.submit(
-                    f"{name}-{index}", choice.prompt_token_ids, own,
+                    f"{context.request_id}-{index}", choice.prompt_token_ids, own,
                     priority=priority, cache_salt=salt, pooling=pooling, wakeup=self.wakeup,
                 )  # fmt: skip
                 self._streams.append(stream)
@@ -135,7 +133,7 @@ class Generation:
         context.release()
 
     def abort(self) -> None:
-        """Stop what still runs; may be called at any time and more than once."""
+        """Stop the sequences that still run; may be called at any time and more than once."""
         for stream, choice in zip(self._streams, self.choices, strict=False):
             stream.abort()
             if choice.finish_reason is None:
@@ -143,37 +141,36 @@ class Generation:
 
     @property
     def unread(self) -> int:
-        """Tokens of a stream that have come and were not taken yet; those with candidates weigh as much as these."""
-        return self._token_weight * sum(stream.unread for stream in self._streams)
+        """Tokens that wait to be read; one with candidates counts as many times as it has entries."""
+        return (1 + (self.params.logprobs or 0)) * sum(stream.unread for stream in self._streams)
 
     def seconds_to(self, moment: float) -> float | None:
-        """From the request's arrival to a moment of `RequestTimes`; None for what has not happened."""
+        """Return the seconds from the request's arrival to a moment of `RequestTimes`; None if it has not come."""
         return moment - self._arrival if moment else None
 
     @property
     def running(self) -> bool:
-        """Whether any choice has not ended; `wakeup` is set when there is something to `take`."""
+        """Whether any sequence is unfinished; `wakeup` is set when there is something to drain."""
         return self._running > 0
 
-    def take(self) -> Iterator[tuple[int, RequestOutput]]:
-        """(choice index, output) for all that has come by now; raise `EngineDeadError` or `ApiError` on a failure."""
+    def drain(self) -> Iterator[tuple[int, RequestOutput]]:
+        """Yield the choice's index and the output of all that has arrived; raises the failure of a sequence."""
         for index, stream in enumerate(self._streams):
             for output in stream.drain():
-                self._note(index, output)
+                self._record(index, output)
                 yield index, output
 
-    def _note(self, index: int, output: RequestOutput) -> None:
-        """Keep the counts of one output and raise if it says that the sequence failed."""
-        choice, times = self.choices[index], output.times
+    def _record(self, index: int, output: RequestOutput) -> None:
+        """Update counts and times, and raise if the sequence failed."""
+        choice, times, metrics = self.choices[index], output.times, self._metrics
         new_tokens = output.num_output_tokens - choice.num_output_tokens
-        if times.scheduled and not choice.times.scheduled and index % self.n == 0:  # once each, as in the usage
-            self._metrics.num_prompt_tokens += output.num_prompt_tokens
+        if times.scheduled and not choice.times.scheduled and index % self.n == 0:  # each prompt once, as in `usage`
+            metrics.num_prompt_tokens += output.num_prompt_tokens
         if new_tokens and not choice.num_output_tokens:
-            self._metrics.time_to_first_token.observe(times.first_token - self._arrival)
+            metrics.time_to_first_token.observe(times.first_token - self._arrival)
         elif new_tokens:
-            gap = (times.last_token - choice.times.last_token) / new_tokens
-            self._metrics.inter_token_latency.observe(gap, new_tokens)
-        self._metrics.num_generation_tokens += new_tokens
+            metrics.inter_token_latency.observe((times.last_token - choice.times.last_token) / new_tokens, new_tokens)
+        metrics.num_generation_tokens += new_tokens
         choice.num_output_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
         choice.times = times
@@ -183,7 +180,7 @@ class Generation:
             choice.embedding = output.embedding
             self._finish(choice, output.finish_reason)
         if output.refused:
-            raise RequestError(output.error or "The engine refuses this request.")
+            raise RequestError(output.error or "The engine refused this request.")
         if output.finish_reason == "error":
             if not self._engine.is_alive:
                 raise EngineDeadError(output.error or "The engine has stopped.")
@@ -199,7 +196,7 @@ class Generation:
         self._metrics.on_finish(reason, seconds, choice.times, *lengths)
 
     async def collect(self) -> None:
-        """Run to the end and keep everything in `choices`; raise `ClientDisconnect` as soon as the client is gone."""
+        """Run to the end and keep everything in `choices`; raises `ClientDisconnect` as soon as the client is gone."""
         work = asyncio.create_task(self._collect())
         gone = asyncio.create_task(_disconnected(self._context))
         try:
@@ -215,7 +212,7 @@ class Generation:
     async def _collect(self) -> None:
         while self.running:
             await self.wakeup.wait()
-            for index, output in self.take():
+            for index, output in self.drain():
                 choice = self.choices[index]
                 choice.pieces.append(output.text)
                 choice.token_ids += output.token_ids
@@ -223,7 +220,7 @@ class Generation:
                 choice.dynamics += output.dynamics
 
     def log_fields(self) -> dict[str, Any]:
-        """Token counts, and the first choice's seconds in the queue and to its first token."""
+        """Return token counts, and the first choice's seconds in the queue and to its first token."""
         usage, times = self.usage(), self.choices[0].times
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         tokens = {"prompt": usage["prompt_tokens"], "cached": cached, "completion": usage["completion_tokens"]}
@@ -231,7 +228,7 @@ class Generation:
         return {"tokens": tokens} | {name: round(value, 6) for name, value in moments.items() if value is not None}
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object: each prompt counts once, each choice's tokens count."""
+        """Return OpenAI's usage object, which counts each prompt once and the tokens of every choice."""
         firsts = self.choices[:: self.n]
         prompt = sum(len(choice.prompt_token_ids) for choice in firsts)
         completion = sum(choice.num_output_tokens for choice in self.choices)
@@ -247,11 +244,13 @@ class Generation:
 def _check_size(
     model: ServedModel, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int
 ) -> None:
-    """Raise `RequestError` or `EngineBusyError` where there would be too many sequences, or ids in lists."""
-    if len(prompts) * n > MAX_SEQUENCES:
-        raise RequestError(f"{len(prompts)} prompts times n = {n} is more than {MAX_SEQUENCES}.", param="n")
+    """Raise `RequestError` or `EngineBusyError` for too many sequences, or too long lists in all of them together."""
+    count = len(prompts) * n
+    if count > MAX_SEQUENCES:
+        message = f"Too many sequences: {len(prompts)} prompts with n = {n} make {count}, at most {MAX_SEQUENCES}."
+        raise RequestError(message, param="n")
     try:
-        model.engine.check_room(len(prompts) * n)
+        model.engine.check_room(count)
     except RequestError as error:
         error.param = "n" if n > 1 else field
         raise
@@ -259,35 +258,32 @@ def _check_size(
         "allowed_token_ids": sum(len(own.allowed_token_ids or ()) for own in params),
         "bad_words": sum(len(word) for own in params for word in own.bad_words),
     }
-    for name, count in lists.items():
-        if count * n > MAX_LISTED_IDS:  # each sequence takes its own list along
-            text = f"{name} has too many ids for so many sequences: {count * n}, of {MAX_LISTED_IDS} in all."
-            raise RequestError(text, param=name)
+    for name, length in lists.items():
+        if length * n > MAX_LISTED_IDS:  # each sequence carries its own list
+            message = f"{name} is too long for {count} sequences: {length * n} ids in all, at most {MAX_LISTED_IDS}."
+            raise RequestError(message, param=name)
 
 
-def _check_shown(
+def _check_details(
     info: EngineInfo, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int, streams: bool
 ) -> None:
-    """Raise `RequestError` where more would be told of single tokens than there is memory for.
-
-    What a stream tells of its answer is sent as it comes.
-    """
-    shown = 0
+    """Raise `RequestError` if the details of single tokens would not fit in memory; a stream sends its own at once."""
+    count = 0
     for prompt, own in zip(prompts, params, strict=True):
         if own.prompt_logprobs is not None:
-            shown += len(prompt) * (own.prompt_logprobs + 1)
+            count += len(prompt) * (own.prompt_logprobs + 1)
         if not streams:
             room = max(info.max_model_len - len(prompt), 0)
             tokens = room if own.max_tokens is None else min(own.max_tokens, room)
-            shown += tokens * (0 if own.logprobs is None else own.logprobs + 1)
-            shown += tokens * (info.num_layers // LAYERS_SHOWN + 1 if own.return_dynamics else 0)
-    if shown * n > MAX_SHOWN:
-        text = f"Log-probabilities or dynamics of so many tokens are too much: {shown * n} candidates, of {MAX_SHOWN}."
-        raise RequestError(text, param="n" if n > 1 else field)
+            count += tokens * (0 if own.logprobs is None else own.logprobs + 1)
+            count += tokens * (info.num_layers // LAYERS_SHOWN + 1 if own.return_dynamics else 0)
+    if count * n > MAX_SHOWN:
+        message = f"Too many log-probabilities or dynamics requested: {count * n} candidates, at most {MAX_SHOWN}."
+        raise RequestError(message, param=field)
 
 
 def _shifted(seed: int | None, offset: int) -> int | None:
-    """`seed + offset`, going round at the ends of 64 bits."""
+    """Return `seed + offset`, wrapping around at 64 bits."""
     return None if seed is None else (seed + offset + 2**63) % 2**64 - 2**63
 
 

@@ -131,7 +131,7 @@ async def send_events(generation: Generation, writer: EventWriter, send: Send) -
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 data = b""
             await generation.wakeup.wait()
-            for index, output in generation.take():
+            for index, output in generation.drain():
                 if waiting and (before := waiting.pop(index, None)) is not None:
                     output = _joined(before, output)
                 # Tokens without text of their own (a part of a character, a stop string's beginning) wait for some.
