@@ -1,7 +1,7 @@
-"""OpenTelemetry traces: one span for each request that generates, named and described by the GenAI conventions.
+"""OpenTelemetry traces: one span for each generating request, named and described by the GenAI conventions.
 
-Prompts and answers are never in them. A span is made when its request is over, so that nothing is spent before; whether
-it is sent is decided by the client's own trace and by OpenTelemetry's environment variables.
+Spans never contain prompts or answers. A span is made when its request has ended, so that it does not slow it down.
+The client's own trace and OpenTelemetry's environment variables decide whether it is sent.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from urllib.parse import urlsplit
 
 from ... import __version__
 from ..flags import ConfigError
+from ..http.context import RequestContext
 from .generation import Generation
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
-
-    from ..http.context import RequestContext
 
 OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -27,21 +26,16 @@ OPERATIONS = {
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
-"""What the conventions call what a route does."""
+"""The conventions' name for what each route does."""
 PROPAGATED = (b"traceparent", b"tracestate")
 LAST_SECONDS = 3.0
-"""How long the last spans may take to be sent when the server ends."""
+"""Time allowed at shutdown to send the last spans."""
 
 
 class Tracing:
-    """Makes spans and sends them in the background.
+    """Makes spans and sends them to `endpoint` (OTLP over HTTP) in the background, or to `exporter` instead.
 
-    Args:
-        endpoint: URL that takes OTLP traces over HTTP.
-        exporter: what sends them instead.
-
-    Raises:
-        ConfigError: OpenTelemetry is not installed, or the endpoint is no URL.
+    Raises `ConfigError` if OpenTelemetry is not installed or the endpoint is not a URL.
     """
 
     def __init__(self, endpoint: str, exporter: SpanExporter | None = None) -> None:
@@ -57,7 +51,7 @@ class Tracing:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError:
             raise ConfigError("--otlp-traces-endpoint needs OpenTelemetry: pip install 'pyllm-deep[otel]'.") from None
-        resource = Resource.create()  # what the environment says (OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES)
+        resource = Resource.create()  # from OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES
         if str(resource.attributes["service.name"]).startswith("unknown_service"):
             resource = resource.merge(Resource({"service.name": "pyllm", "service.version": __version__}))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -101,15 +95,15 @@ class Tracing:
         span.end(end)
 
     def close(self) -> None:
-        """Send what is left, as far as that takes no longer than `LAST_SECONDS`."""
-        # An endpoint that does not answer would be waited for as long as it is tried again.
+        """Send the remaining spans, for `LAST_SECONDS` at most."""
+        # In a thread, because the exporter keeps retrying an endpoint that does not answer.
         last = threading.Thread(target=self._provider.shutdown, name="send-last-traces", daemon=True)
         last.start()
         last.join(LAST_SECONDS)
 
 
 def _describe(generation: Generation) -> dict[str, Any]:
-    """What the conventions say of a generation, and its times in seconds."""
+    """Return the conventions' attributes of a generation, and its times in seconds."""
     params, usage, times = generation.params, generation.usage(), generation.choices[0].times
     reasons = [choice.finish_reason or "abort" for choice in generation.choices]
     return {
