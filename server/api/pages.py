@@ -45,9 +45,11 @@ def _page(name: str) -> HTMLResponse:
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {
-        "content-security-policy": policy, "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer", "cache-control": "no-cache",
-    }  # fmt: skip
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
     return HTMLResponse(text, headers=headers)
 
 

@@ -47,8 +47,9 @@ def read_defaults(folder: Path, source: str = "auto", override: str | None = Non
     replaced = {key: value for key, value in overrides.items() if value is not None}
     parts = [
         ", ".join(f"{key} = {value}" for key, value in found.items()) + f" from {where}"
-        for found, where in ((values, origin), (replaced, "--override-generation-config")) if found
-    ]  # fmt: skip
+        for found, where in ((values, origin), (replaced, "--override-generation-config"))
+        if found
+    ]
     fields = {DEFAULT_FIELDS[key]: value for key, value in (values | replaced).items()}
     return fields, "; ".join([*parts, "else OpenAI's" if parts else "OpenAI's"])
 

@@ -23,6 +23,8 @@ NOT_IN_VLLM = frozenset(
 ENGINE_COUNTS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "num_drafts", "num_draft_tokens")
 """Fields of `EngineStats` that count since the engine's start."""
 LABEL = "model_name"
+Family = GaugeMetricFamily | CounterMetricFamily
+Rows = Iterable[tuple[tuple[int, ...], float]]  # the values of the labels, and the metric's value for them
 REASONS = ("stop", "length", "abort", "error")
 FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
                        20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
@@ -104,7 +106,7 @@ class Metrics(Collector):
             (counter, "pyllm:engine_restarts", "Engines that replaced a dead one.", self._num_restarts),
         ):
             yield self._family(kind, name, text, [((), value)])
-        rows: Iterable[tuple[tuple[int, ...], float]] = (((n,), count) for n, count in enumerate(accepted))
+        rows: Rows = (((n,), count) for n, count in enumerate(accepted))
         text = "Draft tokens accepted, by position in their draft."
         yield self._family(counter, "pyllm:spec_decode_num_accepted_tokens_per_pos", text, rows, "position")
         rows = (((status,), count) for status, count in sorted(self._responses.items()))
@@ -120,10 +122,7 @@ class Metrics(Collector):
             yield histogram.family()
         yield from self._success.collect()
 
-    def _family(
-        self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str,
-        rows: Iterable[tuple[tuple[int, ...], float]], *labels: str,
-    ) -> Metric:  # fmt: skip
+    def _family(self, kind: type[Family], name: str, text: str, rows: Rows, *labels: str) -> Metric:
         """Return a metric with one value for each combination of its labels."""
         family = kind(name, text, labels=[LABEL, *labels])
         for values, value in rows:

@@ -117,9 +117,17 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
     metrics = Metrics(names[0], lambda: engine.stats, vllm_names=server.metrics_vllm_names)
     engine.step_listener = metrics.on_step
     return ServedModel(
-        names=names, tokenizer=tokenizer, template=template, engine=engine, defaults=defaults, metrics=metrics,
-        created=int(time.time()), longest_token=longest_token, flags=server, tool_format=tool_format,
-    )  # fmt: skip
+        names=names,
+        tokenizer=tokenizer,
+        template=template,
+        engine=engine,
+        defaults=defaults,
+        metrics=metrics,
+        created=int(time.time()),
+        longest_token=longest_token,
+        flags=server,
+        tool_format=tool_format,
+    )
 
 
 def find_format(name: str, template: ChatTemplate) -> ToolCallFormat:

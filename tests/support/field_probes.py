@@ -249,7 +249,7 @@ NESTED: dict[str, Nested] = {
     "AllowedFunctions.tools": (CHAT, *(allowed(name=t) for t in "fg")),
     # Responses.
     "InputText.text": (RESPONSES, *({"input": [user([{"type": "input_text", "text": t}])]} for t in "ab")),
-    "SpokenText.text": (
+    "AssistantText.text": (
         RESPONSES,
         *({"input": [{"role": "assistant", "content": [{"type": "output_text", "text": t}]}, user("Hi")]}
           for t in "ab"),
@@ -354,7 +354,7 @@ BOOKKEEPING = {
     "ToolUseBlock.cache_control", "ToolResultBlock.cache_control", "CustomTool.cache_control",
     # Names for people, and marks that come back as they were given.
     "JsonSchemaFormat.name", "JsonSchemaFormat.description", "SchemaFormat.description",
-    "SpokenText.annotations", "SpokenText.logprobs", "AssistantMessage.annotations",
+    "AssistantText.annotations", "AssistantText.logprobs", "AssistantMessage.annotations",
     "InputMessage.id", "InputMessage.status", "InputCall.id", "InputCall.status",
     "InputCallOutput.id", "InputCallOutput.status",
     # Only with a choice of auto, where what a model does is its own affair.

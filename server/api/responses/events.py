@@ -1,4 +1,4 @@
-"""A response as it grows: items from a turn's text, and the events that tell of them."""
+"""Writes a response while it is generated: its output items, and the events of its stream."""
 
 from __future__ import annotations
 
@@ -25,87 +25,101 @@ from ...http.errors import ApiError, encode_json
 Item = dict[str, Any]
 CONTENT = -1
 _CUT = re.compile(r"[^<>{}]*[<>{}]|[^<>{}]+")
-"""Cuts text where calls may begin or end, so that no piece holds both a call and content that follows it."""
+"""Cuts text where a call may begin or end, so that no piece holds both a call and the content after it."""
 
 
 def new_id(kind: str) -> str:
-    """An id that nobody can guess."""
+    """Return an id that cannot be guessed."""
     return f"{kind}_{uuid.uuid4().hex}"
 
 
 def _runs(pieces: Iterable[TurnPiece]) -> list[CallPiece]:
-    """What belongs together as one; content stands there as the arguments of call `CONTENT`."""
+    """Join adjacent pieces of the same call; content becomes the arguments of a call `CONTENT`."""
     runs: list[CallPiece] = []
     for piece in pieces:
         content = [CallPiece(index=CONTENT, arguments=piece.content)] if piece.content else []
         for new in content + piece.calls:
             if runs and runs[-1].index == new.index:
                 last = runs.pop()
-                runs.append(msgspec.structs.replace(last, arguments=last.arguments + new.arguments))
-            else:
-                runs.append(new)
+                new = msgspec.structs.replace(last, arguments=last.arguments + new.arguments)
+            runs.append(new)
     return runs
 
 
-class Answer:
-    """Makes the output of one response from its text, the same however the text is cut.
+class ResponseWriter(EventWriter):
+    """Writes the output of `response`, the same wherever the text is cut, and calls `put` with it at its end.
 
-    The methods return the events that a stream shows; a whole answer has no use for them.
-
-    Attributes:
-        response: the response object so far.
+    The methods return the events of a stream, which a whole response ignores.
     """
 
-    def __init__(self, response: dict[str, Any], turn: Turn, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        response: dict[str, Any],
+        turn: Turn,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        put: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
         self.response = response
+        self.shows_tokens = generation.with_logprobs
+        self._generation = generation
+        self._put = put
         self._reader = turn.reader()
         self._must_call = turn.must_call
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if turn.params.skip_special_tokens else frozenset()
         self._sequence = 0
-        self._item: Item | None = None
+        self._item: Item | None = None  # the one that is being written
         self._pieces: list[str] = []
-        self._calls = False
-        # Log-probabilities belong to a text as far as their tokens begin inside of it.
+        self._has_calls = False
+        # The log-probabilities of a text are those of the tokens that begin inside it.
         self._logprobs: list[dict[str, Any]] = []
         self._ahead: deque[tuple[int, TokenLogprobs]] = deque()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._tokens_end = self._text_end = 0
 
-    def start(self) -> bytes:
-        """Say that it begins."""
+    def opening(self) -> bytes:
+        """Return the response before it has any output."""
         return self._event("created", response=self.response) + self._event("in_progress", response=self.response)
 
-    def take(self, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes:
-        """Read more text."""
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """Write new text."""
+        return self.write(output.text, output.logprobs)
+
+    def write(self, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes:
+        """Write more text, with the log-probabilities of its tokens."""
         for position in logprobs:
             self._ahead.append((self._tokens_end, position))
             if position.token_id not in self._hidden:
                 self._tokens_end += len(self._decoder.decode(self._tokenizer.token_bytes(position.token_id)))
-        return self._show(self._reader.feed(part) for part in _CUT.findall(text))
+        return self._write(self._reader.feed(part) for part in _CUT.findall(text))
 
-    def finish(self, reason: str | None, usage: dict[str, Any]) -> bytes:
-        """Read what was held back, and end as the engine's finish reason says."""
-        data = self._show([self._reader.finish()])
+    def ending(self, index: int, output: RequestOutput) -> bytes:
+        """Return nothing: the response ends with its only choice."""
+        return b""
+
+    def closing(self) -> bytes:
+        """Write the text that the reader held back, and end the response."""
+        data = self._write([self._reader.finish()])
         if not self.response["output"] and not self._must_call:
             data += self._open_message()
-        data += self._say_unfinished()
-        status = "incomplete" if reason == "length" else "completed"
+        data += self._write_unfinished_character()
+        cut = self._generation.choices[0].finish_reason == "length"
+        status = "incomplete" if cut else "completed"
         data += self._close(status)
-        if status == "incomplete":
+        if cut:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
-        return data + self._end(status, usage)
+        return data + self._end(status)
 
-    def fail(self, error: ApiError, usage: dict[str, Any]) -> bytes:
-        """End in the middle."""
+    def failure(self, error: ApiError) -> bytes:
+        """End the response with an error and the output so far."""
         data = self._close("incomplete")
-        self.response["error"] = {
-            "code": "server_error" if error.status >= 500 else "invalid_prompt",
-            "message": error.message,
-        }
-        return data + self._end("failed", usage)
+        code = "server_error" if error.status >= 500 else "invalid_prompt"
+        self.response["error"] = {"code": code, "message": error.message}
+        return data + self._end("failed")
 
-    def _end(self, status: str, usage: dict[str, Any]) -> bytes:
+    def _end(self, status: str) -> bytes:
+        usage = self._generation.usage()
         self.response["status"] = status
         self.response["completed_at"] = int(time.time()) if status == "completed" else None
         self.response["usage"] = {
@@ -115,15 +129,17 @@ class Answer:
             "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"],
         }
+        if self._put is not None:
+            self._put(self.response)
         return self._event(status, response=self.response)
 
-    def _show(self, pieces: Iterable[TurnPiece]) -> bytes:
+    def _write(self, pieces: Iterable[TurnPiece]) -> bytes:
         data = b""
         for run in _runs(pieces):
             if run.index == CONTENT:
                 if self._item is None or self._item["type"] != "message":
                     data += self._close("completed") + self._open_message()
-                data += self._say(run.arguments)
+                data += self._write_text(run.arguments)
                 continue
             if run.id is not None:
                 data += self._close("completed") + self._open_call(run)
@@ -132,19 +148,19 @@ class Answer:
                 data += self._event("function_call_arguments.delta", **self._place(), delta=run.arguments)
         return data
 
-    def _say(self, text: str) -> bytes:
-        """More text of the open message."""
+    def _write_text(self, text: str) -> bytes:
+        """Add text to the open message."""
         self._pieces.append(text)
         positions = []
-        if not self._calls:  # between a text after a call and the tokens stands what the reader took away
+        if not self._has_calls:  # after a call, positions in the text no longer match: the reader removed the call
             self._text_end += len(text)
             while self._ahead and self._ahead[0][0] < self._text_end:
                 positions.append(self._ahead.popleft()[1])
         return self._delta(text, positions)
 
-    def _say_unfinished(self) -> bytes:
-        """The tokens of a character that the answer's end leaves unfinished, of which the text shows nothing."""
-        if self._calls or not self._decoder.getstate()[0] or self._text_end != self._tokens_end:
+    def _write_unfinished_character(self) -> bytes:
+        """Add the tokens of a last character that the text does not show because it is incomplete."""
+        if self._has_calls or not self._decoder.getstate()[0] or self._text_end != self._tokens_end:
             return b""
         positions = [position for _, position in self._ahead if position.token_id not in self._hidden]
         return self._delta("", positions) if positions and self._item is not None else b""
@@ -161,19 +177,13 @@ class Answer:
 
     def _open_message(self) -> bytes:
         part: Item = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        message: Item = {
-            "id": new_id("msg"),
-            "type": "message",
-            "role": "assistant",
-            "status": "in_progress",
-            "content": [],
-        }
-        data = self._open(message)
+        message: Item = {"id": new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress"}
+        data = self._open(message | {"content": []})
         self.response["output"][-1]["content"] = [part]
         return data + self._event("content_part.added", **self._place(), content_index=0, part=part)
 
     def _open_call(self, call: CallPiece) -> bytes:
-        self._calls = True
+        self._has_calls = True
         item = {"id": new_id("fc"), "type": "function_call", "status": "in_progress", "call_id": call.id}
         return self._open(item | {"name": call.name, "arguments": ""})
 
@@ -195,47 +205,13 @@ class Answer:
         return data + self._event("output_item.done", output_index=place["output_index"], item=item)
 
     def _place(self) -> dict[str, Any]:
-        """Where the open item is."""
+        """Return the fields that say where the open item is."""
         output = self.response["output"]
         return {"item_id": output[-1]["id"], "output_index": len(output) - 1}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        """One event in bytes, so that what it shows may change later."""
+        """Encode an event at once, so that what it shows may change afterwards."""
         name = f"response.{kind}"
         content = {"type": name, "sequence_number": self._sequence, **fields}
         self._sequence += 1
         return b"event: %s\ndata: %s\n\n" % (name.encode(), encode_json(content))
-
-
-class ResponseEvents(EventWriter):
-    """The events of a response's stream; `keep` is called with the response when it has ended."""
-
-    def __init__(self, answer: Answer, generation: Generation, keep: Callable[[dict[str, Any]], None]) -> None:
-        self._answer = answer
-        self._generation = generation
-        self._keep = keep
-        self.shows_tokens = generation.with_logprobs
-
-    def opening(self) -> bytes:
-        """The response before it has any output."""
-        return self._answer.start()
-
-    def piece(self, index: int, output: RequestOutput) -> bytes:
-        """New text."""
-        return self._answer.take(output.text, output.logprobs)
-
-    def ending(self, index: int, output: RequestOutput) -> bytes:
-        """Nothing: the response's end is the only choice's end."""
-        return b""
-
-    def closing(self) -> bytes:
-        """The end of the open item, and the whole response."""
-        data = self._answer.finish(self._generation.choices[0].finish_reason, self._generation.usage())
-        self._keep(self._answer.response)
-        return data
-
-    def failure(self, error: ApiError) -> bytes:
-        """The response as far as it came, and what went wrong."""
-        data = self._answer.fail(error, self._generation.usage())
-        self._keep(self._answer.response)
-        return data

@@ -1,4 +1,4 @@
-"""Responses that are kept: to go on after them, to look at them again, and to be told to forget them."""
+"""Stored responses: a conversation continues from one, and clients read and delete them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import FastAPI
@@ -23,9 +23,9 @@ from .wire import DeletedResponse, InputItemList, ResponseObject
 MAX_RESPONSES = 4096
 MAX_STORE_BYTES = 64 * 2**20
 MAX_PAGE = 100
-MAX_PACKED_BYTES = 64 * 2**10
-"""Larger ones are kept as they are: packing them would hold up the event loop."""
-TYPICAL = (
+COMPRESS_UP_TO = 64 * 2**10
+"""Bytes of the largest responses that are compressed: larger ones would block the event loop for too long."""
+DICTIONARY = (
     b'[{"type":"message","role":"user","content":[{"type":"input_text","text":"'
     b'{"id":"resp_","object":"response","created_at":,"completed_at":null,"status":"completed","error":null,'
     b'"incomplete_details":{"reason":"max_output_tokens"}null,"output":[{"id":"msg_","type":"message","role":"assistant",'
@@ -38,91 +38,58 @@ TYPICAL = (
     b'"reasoning":{"effort":"none","summary":null},"metadata":{},"user":null,"safety_identifier":null,'
     b'"prompt_cache_key":null,"service_tier":"default"}'
 )
-"""What most responses say in these words: a packed one refers to them."""
-NO_ENDS = {"first_id": None, "last_id": None}
+"""Text that most responses share, so that a compressed one only refers to it."""
 
 Item = dict[str, Any]
 _decode = msgspec.json.Decoder().decode
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
-class _Named(msgspec.Struct):
-    """An item, of which nothing but the id is read."""
-
+class _Identified(msgspec.Struct):
     id: str
 
 
-_decode_id = msgspec.json.Decoder(_Named).decode
+_decode_id = msgspec.json.Decoder(_Identified).decode
+
+
+def decode_items(data: memoryview) -> list[Item]:
+    """Decode items one by one, so that other threads can run in between."""
+    return [_decode(item) for item in _split(data)]
+
+
+class Parts(NamedTuple):
+    """A stored response as JSON."""
+
+    response: memoryview
+    input: memoryview  # the items that the model read, oldest first
+    output: memoryview  # the items that it wrote, without log-probabilities
 
 
 @dataclass(frozen=True, slots=True)
-class KeptResponse:
-    """One response and all that the model read for it, as JSON: its size is known, and nobody can change it.
+class StoredResponse:
+    """One response and everything that the model read for it, in immutable bytes."""
 
-    Small ones are packed, for most of their bytes are the same words in each.
-
-    Attributes:
-        item_ids: of the items that the model wrote.
-        owner: whose it is.
-    """
-
-    item_ids: tuple[str, ...]
+    item_ids: tuple[str, ...]  # of the output
     owner: str
-    _data: bytes
-    _lengths: tuple[int, int, int]
+    sizes: tuple[int, int, int]  # bytes of each of the `Parts`
+    data: bytes  # all parts, compressed up to COMPRESS_UP_TO
 
     @classmethod
-    def of(cls, response: bytes, input_: bytes, output: bytes, item_ids: tuple[str, ...], owner: str) -> KeptResponse:
-        """Keep these; `output` are the response's items without their log-probabilities, which no model reads."""
-        lengths, data = (len(response), len(input_), len(output)), response + input_ + output
-        if len(data) <= MAX_PACKED_BYTES:
-            packer = zlib.compressobj(1, zdict=TYPICAL)
-            data = packer.compress(data) + packer.flush()
-        return cls(item_ids, owner, data, lengths)
+    def of(cls, response: bytes, input_: bytes, output: bytes, item_ids: tuple[str, ...], owner: str) -> StoredResponse:
+        """Store the `Parts` of a response."""
+        data = response + input_ + output
+        if len(data) <= COMPRESS_UP_TO:
+            compressor = zlib.compressobj(1, zdict=DICTIONARY)
+            data = compressor.compress(data) + compressor.flush()
+        return cls(item_ids, owner, (len(response), len(input_), len(output)), data)
 
-    @property
-    def size(self) -> int:
-        """Bytes that it takes."""
-        return len(self._data)
-
-    @property
-    def context_size(self) -> int:
-        """Bytes of what the model read and wrote."""
-        return sum(self._lengths[1:])
-
-    @property
-    def output_size(self) -> int:
-        """Bytes of what the model wrote."""
-        return self._lengths[2]
-
-    @property
-    def response(self) -> bytes:
-        """The response."""
-        return self._part(0)
-
-    @property
-    def input(self) -> bytes:
-        """The items that the model read, oldest first."""
-        return self._part(1)
-
-    def input_items(self) -> list[Item]:
-        """The items that the model read, oldest first."""
-        return _items(self._part(1))
-
-    def output_items(self) -> list[Item]:
-        """The items that the model wrote, without log-probabilities."""
-        return _items(self._part(2))
-
-    def _part(self, index: int) -> bytes:
-        data = self._data
-        if sum(self._lengths) <= MAX_PACKED_BYTES:
-            data = zlib.decompressobj(zdict=TYPICAL).decompress(data)
-        begin = sum(self._lengths[:index])
-        return data[begin : begin + self._lengths[index]]
-
-
-def _items(data: bytes) -> list[Item]:
-    return [_decode(item) for item in _split(data)]  # one by one, so that other threads have their turn between them
+    def read(self) -> Parts:
+        """Return the parts."""
+        data, (response, input_, _) = self.data, self.sizes
+        if sum(self.sizes) <= COMPRESS_UP_TO:
+            data = zlib.decompressobj(zdict=DICTIONARY).decompress(data)
+        view, end = memoryview(data), response + input_
+        return Parts(view[:response], view[response:end], view[end:])
 
 
 def _without_logprobs(item: Item) -> Item:
@@ -132,85 +99,86 @@ def _without_logprobs(item: Item) -> Item:
 
 
 class ResponseStore:
-    """Keeps responses in memory, and forgets the one longest unused when there are too many or too many bytes.
+    """Stores responses in memory and evicts the least recently used beyond a number or a total size.
 
-    Each belongs to an owner, and to all others there is none of its name.
-
-    A response is kept with its whole conversation, so it does not need those before it to be kept any longer.
+    Each response belongs to an owner; for all others it does not exist. It is stored with its whole conversation, so
+    it does not need the responses before it.
     """
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_STORE_BYTES) -> None:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
-        self._holders: dict[str, str] = {}
+        self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._holders: dict[str, str] = {}  # the response of each output item, by their ids
         self.size = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._stored)
 
     def put(self, response: dict[str, Any], input_items: bytes, owner: str = "") -> None:
-        """Keep a response with the items that the model read, in JSON; one larger than all the room is not kept."""
+        """Store a response with its input items in JSON, unless it is larger than the whole store."""
         output = encode_json([_without_logprobs(item) for item in response["output"]])
         ids = tuple(item["id"] for item in response["output"])
-        kept = KeptResponse.of(encode_json(response), input_items, output, ids, owner)
-        if kept.size > self._max_bytes:
+        stored = StoredResponse.of(encode_json(response), input_items, output, ids, owner)
+        if len(stored.data) > self._max_bytes:
             return
-        self._kept[response["id"]] = kept
+        self._stored[response["id"]] = stored
         self._holders |= dict.fromkeys(ids, response["id"])
-        self.size += kept.size
-        while len(self._kept) > self._max_responses or self.size > self._max_bytes:
-            self.remove(next(iter(self._kept)))
+        self.size += len(stored.data)
+        while len(self._stored) > self._max_responses or self.size > self._max_bytes:
+            self.remove(next(iter(self._stored)))
 
-    def find(self, response_id: str, owner: str = "") -> KeptResponse | None:
-        """A response that is kept."""
-        kept = self._kept.get(response_id)
-        if kept is None or kept.owner != owner:
+    def find(self, response_id: str, owner: str = "") -> StoredResponse | None:
+        """Return a response of this owner."""
+        stored = self._stored.get(response_id)
+        if stored is None or stored.owner != owner:
             return None
-        self._kept.move_to_end(response_id)
-        return kept
+        self._stored.move_to_end(response_id)
+        return stored
 
-    def find_holder(self, item_id: str, owner: str = "") -> KeptResponse | None:
-        """The response that is kept and has this output item."""
+    def find_holder(self, item_id: str, owner: str = "") -> StoredResponse | None:
+        """Return the response that has this output item."""
         return self.find(self._holders.get(item_id, ""), owner)
 
-    def get(self, response_id: str, owner: str = "") -> KeptResponse:
-        """A response that is kept; raise `ApiError` 404 where there is none."""
-        if (kept := self.find(response_id, owner)) is None:
+    def get(self, response_id: str, owner: str = "") -> StoredResponse:
+        """Return a response of this owner; raise `ApiError` 404 if there is none."""
+        if (stored := self.find(response_id, owner)) is None:
             message = f"Response with id {shorten(response_id)!r} not found."
             raise ApiError(404, message, param="response_id", code="response_not_found")
-        return kept
+        return stored
 
     def remove(self, response_id: str) -> None:
-        """Forget a response that is kept."""
-        kept = self._kept.pop(response_id)
-        self.size -= kept.size
-        for item_id in kept.item_ids:
+        """Delete a stored response."""
+        stored = self._stored.pop(response_id)
+        self.size -= len(stored.data)
+        for item_id in stored.item_ids:
             del self._holders[item_id]
 
 
 def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
-    """The routes that show and forget what is kept."""
+    """Add the routes that read and delete stored responses."""
     path = "/v1/responses/{response_id}"
+
+    def find(response_id: str, request: Request) -> StoredResponse:
+        return store.get(response_id, RequestContext.of(request.scope).owner)
 
     @app.get(path, response_model=ResponseObject)
     async def get_response(response_id: str, request: Request) -> Response:
-        """A response that is kept."""
+        """A stored response."""
         _check_query(request.query_params, include_obfuscation=("false",), stream=("false",))
-        kept = store.get(response_id, RequestContext.of(request.scope).owner)
-        return Response(kept.response, media_type="application/json")
+        return Response(bytes(find(response_id, request).read().response), media_type="application/json")
 
     @app.delete(path, response_model=DeletedResponse)
     async def delete_response(response_id: str, request: Request) -> Response:
-        """Forget a response."""
-        store.get(response_id, RequestContext.of(request.scope).owner)
+        """Delete a response."""
+        find(response_id, request)
         store.remove(response_id)
         return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
     @app.post(f"{path}/cancel", response_model=ResponseObject)
     async def cancel_response(response_id: str, request: Request) -> Response:
-        """Refuse: only a response in the background could be cancelled, and there are none."""
-        store.get(response_id, RequestContext.of(request.scope).owner)
+        """Refuse: only background responses can be cancelled, and this server has none."""
+        find(response_id, request)
         raise ApiError(400, "Only a response with background can be cancelled.", param="response_id")
 
     page = [
@@ -221,11 +189,11 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
 
     @app.get(f"{path}/input_items", response_model=InputItemList, openapi_extra={"parameters": page})
     async def list_input_items(response_id: str, request: Request) -> Response:
-        """What the model read for a response, the newest first, also of the responses before it."""
+        """The items that the model read for a response, newest first, including those of earlier responses."""
         query = request.query_params
         _check_query(query, order=("asc", "desc"), limit=None, after=None)
         limit = _limit(query.get("limit", "20"))
-        items = store.get(response_id, RequestContext.of(request.scope).owner).input
+        items = find(response_id, request).read().input
         is_large.set(len(items) >= LARGE_BODY_BYTES)
         newest_first = query.get("order") != "asc"
         return JsonResponse(await off_loop_if_large(_page, items, newest_first, query.get("after"), limit))
@@ -236,7 +204,7 @@ def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_query(query: QueryParams, **known: tuple[str, ...] | None) -> None:
-    """Raise `ApiError` 400 for an argument that is not known, or has none of its values."""
+    """Raise `ApiError` 400 for an unknown argument or a value that is not listed for it."""
     known |= {"include": ("message.output_text.logprobs",)}
     for name, value in query.multi_items():
         field = name.removesuffix("[]") if name == "include[]" else name
@@ -249,7 +217,7 @@ def _check_query(query: QueryParams, **known: tuple[str, ...] | None) -> None:
 
 
 def _limit(text: str) -> int:
-    """How many items to show; raise `ApiError` 400."""
+    """Return the number of items to show; raise `ApiError` 400."""
     limit = int(text) if re.fullmatch("[0-9]{1,3}", text) else 0
     if not 1 <= limit <= MAX_PAGE:
         message = f"limit should be a whole number from 1 to {MAX_PAGE}, got {shorten(text)!r}."
@@ -257,17 +225,17 @@ def _limit(text: str) -> int:
     return limit
 
 
-def _page(data: bytes, newest_first: bool, after: str | None, limit: int) -> dict[str, Any]:
-    """At most `limit` items that follow the item `after`; raise `ApiError` 400."""
+def _page(data: memoryview, newest_first: bool, after: str | None, limit: int) -> dict[str, Any]:
+    """Return at most `limit` items that follow the item `after`; raise `ApiError` 400."""
     items = _split(data)
     if newest_first:
         items.reverse()
     first = 0
     if after is not None:
-        place = next((n for n, item in enumerate(items) if _decode_id(item).id == after), None)
-        if place is None:
+        first = next((n for n, item in enumerate(items, 1) if _decode_id(item).id == after), 0)
+        if not first:
             raise ApiError(400, f"There is no item {shorten(after)!r}.", param="after", code="invalid_value")
-        first = place + 1
     page = items[first : first + limit]
-    ends = {"first_id": _decode_id(page[0]).id, "last_id": _decode_id(page[-1]).id} if page else NO_ENDS
-    return {"object": "list", "data": page, **ends, "has_more": first + len(page) < len(items)}
+    first_id, last_id = (_decode_id(page[n]).id if page else None for n in (0, -1))
+    more = first + len(page) < len(items)
+    return {"object": "list", "data": page, "first_id": first_id, "last_id": last_id, "has_more": more}

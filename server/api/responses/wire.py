@@ -1,4 +1,4 @@
-"""Responses: the request with its items, the answer, the events of its stream, and what is kept."""
+"""The Responses API's wire models: requests, responses, the events of a stream, and stored items."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class InputText(StrictModel):
     text: Text
 
 
-class SpokenText(StrictModel):
-    """One text of an earlier answer, which may come back as it was given."""
+class AssistantText(StrictModel):
+    """One text of an earlier response, as the server returned it."""
 
     type: Literal["output_text"]
     text: Text
@@ -53,11 +53,11 @@ class SpokenText(StrictModel):
     logprobs: Annotated[list[Any], Field(max_length=2**17)] | None = None
 
 
-MessagePart = Annotated[InputText | SpokenText, Field(discriminator="type")]
+MessagePart = Annotated[InputText | AssistantText, Field(discriminator="type")]
 
 
 class InputMessage(StrictModel):
-    """What somebody said: the user, the application, or the model in an earlier answer."""
+    """A message of the user, of the application, or of the model in an earlier response."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -68,7 +68,7 @@ class InputMessage(StrictModel):
 
 
 class InputCall(StrictModel):
-    """A function call of an earlier answer, which may come back as it was given."""
+    """A function call of an earlier response, as the server returned it."""
 
     type: Literal["function_call"]
     call_id: Name
@@ -81,7 +81,7 @@ class InputCall(StrictModel):
 
 
 class InputCallOutput(StrictModel):
-    """What a called function gave."""
+    """The result of a function call."""
 
     type: Literal["function_call_output"]
     call_id: Name
@@ -91,14 +91,14 @@ class InputCallOutput(StrictModel):
 
 
 class ItemReference(StrictModel):
-    """An output item of a response that is kept, by its id."""
+    """An output item of a stored response, by its id."""
 
     type: Literal["item_reference"]
     id: Name
 
 
 def _with_type(item: Any) -> Any:
-    """A message need not say that it is one."""
+    """Add the type of a message, which may leave it out."""
     return {"type": "message"} | item if isinstance(item, dict) and "role" in item else item
 
 
@@ -114,19 +114,19 @@ class FunctionTool(StrictModel):
     type: Literal["function"]
     name: SchemaName
     description: Description | None = None
-    parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments; without it there are none.")
+    parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments (default: none).")
     strict: bool | None = None
 
 
 class FunctionChoice(StrictModel):
-    """This function must be called; or it is one of those allowed."""
+    """The function that must be called, or one of those that are allowed."""
 
     type: Literal["function"]
     name: SchemaName
 
 
 class AllowedFunctions(StrictModel):
-    """Only these of the tools may be called."""
+    """The only tools that may be called."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -138,20 +138,20 @@ ToolChoice = Literal["none", "auto", "required"] | NamedFunctions
 
 
 class SchemaFormat(JsonSchemaFormat):
-    """An answer that satisfies a JSON schema."""
+    """A text that satisfies a JSON schema."""
 
     type: Literal["json_schema"]
 
 
 class TextOptions(StrictModel):
-    """The form of the answer's text."""
+    """The format of the output text."""
 
     format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Bookkeeping.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Ignored.")
 
 
 class ReasoningOptions(StrictModel):
-    """The model does not reason before it answers, so there is nothing to choose."""
+    """No options: the models do not reason before they answer."""
 
     effort: Literal["none"] | None = None
     summary: None = None
@@ -159,26 +159,26 @@ class ReasoningOptions(StrictModel):
 
 
 class ResponseStreamOptions(StrictModel):
-    """How a stream is written."""
+    """Options of a stream."""
 
     include_obfuscation: UnsupportedFlag = None
 
 
 class ResponseRequest(OpenAIRequest):
-    """Body of `POST /v1/responses`; `input`, a text of the user or items, may be left out after an earlier response."""
+    """Body of `POST /v1/responses`; `input`, a user's text or items, is optional with `previous_response_id`."""
 
     input: Text | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
-    instructions: Text | None = Field(None, description="System message of this response alone.")
-    previous_response_id: Name | None = Field(None, description="Go on after this kept response.")
-    store: bool | None = Field(None, description="Keep the response (default true).")
-    max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Without it, the rest of the context.")
+    instructions: Text | None = Field(None, description="System message of this response only.")
+    previous_response_id: Name | None = Field(None, description="Continue from this stored response.")
+    store: bool | None = Field(None, description="Store the response (default true).")
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Default: the rest of the context.")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="auto drops the oldest items to fit.")
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: ToolChoice | None = Field(None, description="auto where there are tools, else none.")
-    parallel_tool_calls: bool | None = Field(None, description="With false, one call at most.")
+    tool_choice: ToolChoice | None = Field(None, description="Default: auto with tools, else none.")
+    parallel_tool_calls: bool | None = Field(None, description="false allows one call at most.")
     text: TextOptions | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Above 0 it includes logprobs.")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Above 0, logprobs are included.")
     stream_options: ResponseStreamOptions | None = None
     reasoning: ReasoningOptions | None = None
     background: UnsupportedFlag = None
@@ -193,16 +193,16 @@ class ResponseRequest(OpenAIRequest):
 
 
 class OutputText(StrictModel):
-    """The text of an answer."""
+    """One text of a response."""
 
     type: Literal["output_text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)]
-    logprobs: list[TokenLogprob] = Field(description="Of the tokens that make the text, where they were asked for.")
+    logprobs: list[TokenLogprob] = Field(description="Of the text's tokens, if requested.")
 
 
 class OutputMessage(StrictModel):
-    """What the model says."""
+    """A message of the model."""
 
     id: str
     type: Literal["message"]
@@ -212,7 +212,7 @@ class OutputMessage(StrictModel):
 
 
 class OutputCall(StrictModel):
-    """The model's wish to call a function."""
+    """A function call that the model makes."""
 
     id: str
     type: Literal["function_call"]
@@ -226,7 +226,7 @@ OutputItem = Annotated[OutputMessage | OutputCall, Field(discriminator="type")]
 
 
 class ResponseFailure(StrictModel):
-    """Why a response could not be finished."""
+    """Why a response failed."""
 
     code: Literal["server_error", "invalid_prompt"]
     message: str
@@ -239,14 +239,14 @@ class IncompleteDetails(StrictModel):
 
 
 class InputTokensDetails(StrictModel):
-    """Of the input's tokens, those that were not computed again."""
+    """How many of the input tokens came from the prefix cache."""
 
     cached_tokens: int
     cache_write_tokens: Literal[0]
 
 
 class OutputTokensDetails(StrictModel):
-    """Of the output's tokens, those spent on reasoning."""
+    """How many of the output tokens were reasoning."""
 
     reasoning_tokens: Literal[0]
 
@@ -262,7 +262,7 @@ class ResponseUsage(StrictModel):
 
 
 class ResponseObject(StrictModel):
-    """Answer of `POST /v1/responses`, with what was asked."""
+    """Answer of `POST /v1/responses`, with the options of its request."""
 
     id: str
     object: Literal["response"]
@@ -297,7 +297,7 @@ class ResponseObject(StrictModel):
 
 
 class ResponseEvent(StrictModel):
-    """One event of a stream; which members it has depends on its type."""
+    """One event of a stream; its fields depend on its type."""
 
     type: str
     sequence_number: int
@@ -313,8 +313,8 @@ class ResponseEvent(StrictModel):
     arguments: str | None = None
 
 
-class KeptMessage(StrictModel):
-    """A message of the input."""
+class StoredMessage(StrictModel):
+    """A message of the stored input."""
 
     id: str
     type: Literal["message"]
@@ -323,8 +323,8 @@ class KeptMessage(StrictModel):
     content: list[Annotated[InputText | OutputText, Field(discriminator="type")]]
 
 
-class KeptCallOutput(StrictModel):
-    """What a called function gave."""
+class StoredCallOutput(StrictModel):
+    """The result of a function call."""
 
     id: str
     type: Literal["function_call_output"]
@@ -337,7 +337,7 @@ class InputItemList(StrictModel):
     """Answer of `GET /v1/responses/{response_id}/input_items`."""
 
     object: Literal["list"]
-    data: list[Annotated[KeptMessage | OutputCall | KeptCallOutput, Field(discriminator="type")]]
+    data: list[Annotated[StoredMessage | OutputCall | StoredCallOutput, Field(discriminator="type")]]
     first_id: str | None
     last_id: str | None
     has_more: bool

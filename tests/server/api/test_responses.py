@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 from support.responses_client import CALL, REPLY, WEATHER, creator, prompts, types_of, without_ids
 
 from pyllm.engine.messages import SamplingParams, TokenLogprobs
-from pyllm.server.api.responses.events import Answer
+from pyllm.server.api.responses.events import ResponseWriter
 from pyllm.server.chat.tool_calls import FORMATS, CallReader
 from pyllm.server.chat.turn import Turn
 
@@ -262,14 +263,18 @@ def test_a_tool_choice_without_tools_is_harmless_unless_it_needs_one(create, cho
 @pytest.fixture
 def outputs(harness):
     def outputs(pieces):
+        stored = []
         reader = lambda: CallReader(FORMATS["hermes"], {"get_weather"})  # noqa: E731
         turn = Turn(prompt=[1], params=SamplingParams(logprobs=0), reader=reader)
-        answer = Answer({"id": "resp_1", "output": []}, turn, harness.tokenizer)
+        choice = SimpleNamespace(finish_reason="stop")
+        generation = SimpleNamespace(with_logprobs=True, choices=[choice], usage=lambda: USAGE)
+        writer = ResponseWriter({"id": "resp_1", "output": []}, turn, generation, harness.tokenizer, stored.append)
         for piece in pieces:
             ids = harness.tokenizer.encode(piece)
-            answer.take(piece, [TokenLogprobs(token_id=id_, logprob=-1.0, top=[]) for id_ in ids])
-        answer.finish("stop", USAGE)
-        return without_ids(answer.response["output"])
+            writer.write(piece, [TokenLogprobs(token_id=id_, logprob=-1.0, top=[]) for id_ in ids])
+        writer.closing()
+        assert stored == [writer.response]
+        return without_ids(writer.response["output"])
 
     return outputs
 

@@ -13,7 +13,7 @@ from openai.types.responses import ResponseItemList
 from support.responses_client import CALL, REPLY, WEATHER, creator, prompts
 
 from pyllm.server.api.responses import route as responses
-from pyllm.server.api.responses.store import MAX_PACKED_BYTES, KeptResponse, ResponseStore
+from pyllm.server.api.responses.store import COMPRESS_UP_TO, ResponseStore, StoredResponse, decode_items
 from pyllm.server.api.responses.wire import InputItemList
 
 
@@ -91,20 +91,21 @@ def test_items_may_be_named_by_their_id(create, harness):
 
 def test_items_of_one_response_are_read_once_and_without_their_logprobs(create, harness, long_context, monkeypatch):
     reads = []
-    read = KeptResponse.output_items
-    monkeypatch.setattr(KeptResponse, "output_items", lambda kept: reads.append(read(kept)) or reads[-1])
+    read = StoredResponse.read
+    monkeypatch.setattr(StoredResponse, "read", lambda stored: reads.append(stored.item_ids) or read(stored))
     harness.engine.reply = f"Let me look. {CALL}"
     first = create(tools=[WEATHER], max_output_tokens=100, top_logprobs=2)
     assert first["output"][0]["content"][0]["logprobs"]
     references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
     result = {"type": "function_call_output", "call_id": first["output"][1]["call_id"], "output": "Rain"}
     second = create(input=[*references, result])
-    assert len(reads) == 1
+    ids = tuple(item["id"] for item in first["output"])
+    assert reads == [ids]
     listed = harness.get(f"/v1/responses/{second['id']}/input_items?order=asc").json()["data"]
     assert [item["type"] for item in listed] == ["message", "function_call", "function_call_output"]
     assert listed[0]["content"] == [first["output"][0]["content"][0] | {"logprobs": []}]
     create(input="And?", previous_response_id=first["id"])
-    assert len(reads) == 2
+    assert reads.count(ids) == 2
     assert harness.get(f"/v1/responses/{first['id']}").json() == first
 
 
@@ -185,7 +186,7 @@ def test_the_store_forgets_what_is_longest_unused_and_stays_within_its_bytes():
     store.put(response(3), b"[]")
     assert [bool(store.find(f"resp_{number}")) for number in range(4)] == [True, False, True, True]
     assert store.find_holder("msg_1") is None
-    assert store.find_holder("msg_3").output_items() == response(3)["output"]
+    assert decode_items(store.find_holder("msg_3").read().output) == response(3)["output"]
     store.put(response(4, size=2200), b"[]")
     assert (len(store), store.size <= 2000) == (2, True)
     store.put(response(5, size=3000), b"[]")
@@ -211,15 +212,17 @@ def test_a_kept_response_takes_much_less_memory_than_its_json(create):
     assert len(store) == count
     assert taken < 0.3 * size + 600, "what Python needs for names and objects takes a part too"
     assert store.size / count < 0.3 * size
-    assert json.loads(store.get("resp_7").response)["output"][0]["id"] == "msg_7"
+    assert json.loads(bytes(store.get("resp_7").read().response))["output"][0]["id"] == "msg_7"
 
 
-@pytest.mark.parametrize("size", [10, MAX_PACKED_BYTES])
-def test_what_is_kept_comes_back_whole_packed_or_not(size):
+@pytest.mark.parametrize("size", [10, COMPRESS_UP_TO])
+def test_a_stored_response_is_read_whole_compressed_or_not(size):
     store, items = ResponseStore(), [{"id": "msg_1", "text": "ü" * size}]
     store.put({"id": "resp_1", "output": items, "usage": None}, b'[{"content":"Hi"}]')
-    kept = store.get("resp_1")
-    assert json.loads(kept.response) == {"id": "resp_1", "output": items, "usage": None}
-    assert kept.input_items() == [{"content": "Hi"}]
-    assert kept.output_items() == items
-    assert kept.context_size - kept.output_size == len(kept.input) == len(b'[{"content":"Hi"}]')
+    stored = store.get("resp_1")
+    response, input_, output = stored.read()
+    assert json.loads(bytes(response)) == {"id": "resp_1", "output": items, "usage": None}
+    assert decode_items(input_) == [{"content": "Hi"}]
+    assert decode_items(output) == items
+    assert stored.sizes == (len(response), len(input_), len(output))
+    assert len(input_) == len(b'[{"content":"Hi"}]')
