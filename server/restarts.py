@@ -1,4 +1,4 @@
-"""Giving the server a new engine when its own has died, as often as `--restart-engine` allows."""
+"""Replace a dead engine, as often as `--restart-engine` allows."""
 
 from __future__ import annotations
 
@@ -17,59 +17,54 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pyllm.server")
 
-FIRST_PAUSE = 1.0
-"""Seconds until the first restart; each further one comes after twice the time, and none after more than these:"""
-LONGEST_PAUSE = 60.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds before a restart: they double from the first to the longest."""
 HEALTHY_SECONDS = 600.0
-"""An engine that has served for so long has all its restarts again."""
+"""After this time without a failure, all restarts are available again."""
 
 
 class Restarts:
-    """Counts the restarts of an engine.
+    """Restarts an engine at most `limit` times in a row."""
 
-    Args:
-        most: how many there may be in a row.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.used = 0
         self._ready_since = time.monotonic()
 
     def next_pause(self) -> float | None:
-        """Take one restart: how many seconds to wait before it; None if there are no more."""
-        if self.used == self.most:
+        """Use one restart; return the seconds to wait before it, or None if no restarts are left."""
+        if self.used == self.limit:
             return None
         self.used += 1
         return min(FIRST_PAUSE * 2.0 ** (self.used - 1), LONGEST_PAUSE)
 
     async def revive(self, service: Service, model: ServedModel) -> ServedModel | None:
-        """Give `service` the model with a new engine, after that of `model` has died; None if it may not be.
+        """Give `service` the model with a new engine, and refuse requests meanwhile; return None if that fails.
 
-        Requests are refused meanwhile. May be cancelled at any time.
+        May be cancelled at any time.
         """
         if time.monotonic() - self._ready_since >= HEALTHY_SECONDS:
             self.used = 0
-        service.restarting = "waiting" if self.used < self.most else ""
-        await model.engine.shutdown(timeout=0.0)  # what it holds is free for its successor then
+        service.restarting = "waiting" if self.used < self.limit else ""
+        await model.engine.shutdown(timeout=0.0)  # frees its memory for the successor
         reason = f"The engine has died: {model.engine.error}"
         while (pause := self.next_pause()) is not None:
-            logger.error("%s It is started again in %g s (%d of %d).", reason, pause, self.used, self.most)
+            logger.error("%s Restarting it in %g s (%d of %d).", reason, pause, self.used, self.limit)
             service.restarting = "waiting"
             await asyncio.sleep(pause)
             service.restarting = "loading"
             try:
                 engine = await model.engine.successor()
-            except (EngineStartError, OSError) as error:  # OSError: there is no process to be had, or no memory for one
-                reason = f"The engine does not start: {str(error).rstrip('.')}."
+            except (EngineStartError, OSError) as error:  # OSError: no process or memory is available
+                reason = f"The engine failed to start: {str(error).rstrip('.')}."
                 continue
             self._ready_since = time.monotonic()
             model.metrics.follow(functools.partial(getattr, engine, "stats"))
             service.model = revived = dataclasses.replace(model, engine=engine)
             service.restarting = ""
-            logger.info("The engine serves again.")
+            logger.info("The engine is serving again.")
             return revived
         service.restarting = ""
         if self.used:
-            logger.error("%s There are no restarts left.", reason)
+            logger.error("%s No restarts are left.", reason)
         return None

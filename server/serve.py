@@ -28,13 +28,16 @@ from .app import create_app
 from .flags import ConfigError, ServerConfig
 from .generation.served_model import ServedModel, load
 from .generation.tracing import Tracing
-from .http.protocol import UNSENT_BYTES, HttpProtocol, connection_limits
+from .http.limits import ConnectionLimits, ConnectionMonitor
+from .http.protocol import HttpProtocol
 from .restarts import Restarts
 from .service import Service
 
 logger = logging.getLogger("pyllm.server")
 
 KEEP_ALIVE_SECONDS = 60
+UNSENT_BYTES = 128 * 2**10
+"""Limit of the bytes in the system's send buffer, so that the server notices a client that does not read."""
 LAST_WORDS_SECONDS = 2.0
 """How long clients get to hear that their request has failed, before the server ends."""
 
@@ -157,7 +160,7 @@ class _ServerProcess:
         self._process = process
         self._sockets = sockets
         self._service = Service(config, tracing=tracing)
-        protocol = functools.partial(HttpProtocol, limits=connection_limits(config))
+        protocol = functools.partial(HttpProtocol, monitor=ConnectionMonitor(ConnectionLimits.from_config(config)))
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(self._service), uds=config.uds,

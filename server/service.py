@@ -1,4 +1,4 @@
-"""The state that the routes, the middleware and `pyllm serve` share."""
+"""The state that all requests of a server share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .http.logs import PROBES
 
 @dataclass(slots=True)
 class Service:
-    """One server: its model, what it is doing, and what requests share."""
+    """One server."""
 
     config: ServerConfig
     model: ServedModel | None = None  # None until it is loaded
     tracing: Tracing | None = None  # None without --otlp-traces-endpoint
-    restarting: Literal["", "waiting", "loading"] = ""  # whether a dead engine's successor is due, or being loaded
-    draining: bool = False  # the server is shutting down and refuses new work
+    restarting: Literal["", "waiting", "loading"] = ""  # of a dead engine: before, and while its successor loads
+    draining: bool = False  # the server is shutting down and refuses new requests
     in_flight: int = 0  # HTTP requests
-    idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while no request is in flight
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while there are none
     responses: ResponseStore = field(default_factory=ResponseStore)
     budget: BodyBudget = field(init=False)
 
@@ -39,14 +39,11 @@ class Service:
         self.in_flight += 1
         self.idle.clear()
 
-    def leave(self) -> None:
-        """Count a request out."""
+    def leave(self, context: RequestContext, seconds: float) -> None:
+        """Count a request out that took `seconds`, and record it in the metrics and traces."""
         self.in_flight -= 1
         if not self.in_flight:
             self.idle.set()
-
-    def record(self, context: RequestContext, seconds: float) -> None:
-        """Count the answer of a request that has ended after `seconds`, and trace it."""
         if self.model is not None and context.path not in PROBES:
             self.model.metrics.on_answer(context.status)
         if self.tracing is not None:
@@ -54,7 +51,7 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine works or is loading."""
+        """Whether the engine is running or loading."""
         return self.model is None or self.model.engine.is_alive or self.restarting == "loading"
 
     def ready_model(self) -> ServedModel:

@@ -1,4 +1,4 @@
-"""From a request's bytes to a checked model, so that every way to fail is ours and says which field is wrong."""
+"""From a request's body to a checked model, with an error for every failure that names the field."""
 
 from __future__ import annotations
 
@@ -18,50 +18,43 @@ from .offload import is_large, off_loop_if_large
 
 LARGE_BODY_BYTES = 64 * 2**10
 MAX_CONTAINERS = 2**18
-"""Objects and arrays in a body: each takes some 70 bytes of memory for two that are sent."""
+"""Objects and arrays in a body: each takes about 70 bytes of memory, of 2 that are sent."""
 MAX_WHOLE = 2**53
-"""Up to here a float says which integer is meant."""
+"""Up to here, each integer has a float of its own."""
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
-QUOTES = "'"
 
 Body = TypeVar("Body", bound=BaseModel)
 Unsupported = Mapping[str, tuple[Any, ...]]
-"""Fields that this server lacks, each with the values that ask for nothing."""
+"""Fields that this server does not support, with the values that have no effect, which are accepted."""
 
 
 async def read_body(request: Request, model: type[Body], unsupported: Unsupported) -> Body:
-    """Read and check the body; raise `ApiError` (400, 408, 413, 415) or `EngineBusyError` for a refused one.
+    """Read and check the body; raise `ApiError` (400, 408, 413, 415) or `EngineBusyError`.
 
-    A large body then holds a reservation of the body budget, which the caller releases.
+    For a large body, the context then holds a reservation, which the caller releases.
     """
-    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if not re.fullmatch(r"application/(.*\+)?json", content_type):
-        raise ApiError(
-            415, f"The body must be application/json, got content-type {shorten(content_type)!r}.", code="content_type"
-        )
+    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if not re.fullmatch(r"application/(.*\+)?json", kind):
+        raise ApiError(415, f"The content-type must be application/json, got {shorten(kind)!r}.", code="content_type")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "Compressed bodies are not supported.", code="content_encoding")
     length = request.headers.get("content-length", "")
-    size = int(length[:20]) if length.isdecimal() else MAX_BODY_BYTES
-    if size > MAX_BODY_BYTES:
-        raise _too_large()
-    data = await _read_bytes(request, size)
+    data = await _read_bytes(request, int(length[:20]) if length.isdecimal() else MAX_BODY_BYTES)
     is_large.set(len(data) >= LARGE_BODY_BYTES)
     return await off_loop_if_large(parse_body, data, model, unsupported)
 
 
-def _too_large() -> ApiError:
-    return ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
-
-
 async def _read_bytes(request: Request, size: int) -> bytes:
-    """Read the body; where it turns out to be large, reserve its `size` before the rest is read."""
+    """Read the body; if it turns out to be large, reserve its `size` before reading the rest."""
     data, context = bytearray(), RequestContext.of(request.scope)
+    too_large = ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
+    if size > MAX_BODY_BYTES:
+        raise too_large
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY_BYTES:
-            raise _too_large()
+            raise too_large
         if len(data) >= LARGE_BODY_BYTES:
             await context.reserve(max(size, len(data)))
         if context.reservation is not None and context.reservation.is_overdue:
@@ -70,7 +63,7 @@ async def _read_bytes(request: Request, size: int) -> bytes:
 
 
 def _number(text: str) -> float:
-    """A number with a point or an exponent: one that is whole is an integer, as JSON Schema counts it."""
+    """Convert a number with a point or an exponent; a whole one is an integer, as in JSON Schema."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("Number out of range")
@@ -81,50 +74,54 @@ _decode = msgspec.json.Decoder(float_hook=_number).decode
 
 
 def parse_body(data: bytes, model: type[Body], unsupported: Unsupported) -> Body:
-    """Check bytes of JSON against `model`; raise `ApiError` 400 naming the field."""
+    """Check bytes of JSON against `model`; raise `ApiError` 400."""
     if len(data) > 2 * MAX_CONTAINERS and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
-        raise ApiError(400, f"The body has more than {MAX_CONTAINERS} objects and arrays.", code="invalid_json")
+        raise _invalid(f"has more than {MAX_CONTAINERS} objects and arrays")
     try:
         fields = _decode(data)
     except UnicodeDecodeError:
-        raise ApiError(400, "The body is not valid UTF-8.", code="invalid_json") from None
+        raise _invalid("is not valid UTF-8") from None
     except RecursionError:
-        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
+        raise _invalid("is nested too deeply") from None
     except ValueError as error:
-        raise ApiError(400, f"The body is not valid JSON: {shorten(str(error))}.", code="invalid_json") from None
+        raise _invalid(f"is not valid JSON: {shorten(str(error))}") from None
     if not isinstance(fields, dict):
-        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+        raise _invalid("must be a JSON object")
     known = {field.alias or name for name, field in model.model_fields.items()}
-    for name in fields:  # the first of perhaps very many
+    for name in fields:
         if name not in known and name not in unsupported:
             raise _unknown(shorten(name))
     try:
-        return model.model_validate(_drop_unsupported_noops(fields, model, unsupported))
+        return model.model_validate(_drop_unsupported(fields, model, unsupported))
     except ValidationError as error:
-        if error.error_count() > MAX_ERRORS:  # to list them would take longer than to find them did
+        if error.error_count() > MAX_ERRORS:  # listing them would take longer than finding them
             path = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], dict | list | str) else 0)
             message = f"{shorten(path)} has {error.error_count()} wrong values or names."
             raise ApiError(400, message, param=shorten(path), code="invalid_value") from None
         raise _describe(error, fields) from None
 
 
+def _invalid(problem: str) -> ApiError:
+    return ApiError(400, f"The body {problem}.", code="invalid_json")
+
+
 def _unknown(path: str) -> ApiError:
     return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
 
 
-def _drop_unsupported_noops(fields: dict[str, Any], model: type[BaseModel], unsupported: Unsupported) -> dict[str, Any]:
-    """Drop what this server lacks but is not really asked for; raise `ApiError` 400 where it is."""
+def _drop_unsupported(fields: dict[str, Any], model: type[BaseModel], unsupported: Unsupported) -> dict[str, Any]:
+    """Drop unsupported fields whose values have no effect; raise `ApiError` 400 for other values."""
     kept = {}
     for name, value in fields.items():
         if name not in unsupported or name in model.model_fields:
             kept[name] = value
-        elif value is not None and not any(value == idle and type(value) is type(idle) for idle in unsupported[name]):
+        elif value is not None and not any(value == noop and type(value) is type(noop) for noop in unsupported[name]):
             raise ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
     return kept
 
 
 def _locate(steps: tuple[int | str, ...], kind: str, data: Any) -> tuple[str, int]:
-    """Walk an error's location through the data and leave out pydantic's names of union members."""
+    """Write an error's location as a path and its depth, without pydantic's names of union members."""
     path, depth = "", 0
     for position, step in enumerate(steps):
         last = position == len(steps) - 1
@@ -136,12 +133,12 @@ def _locate(steps: tuple[int | str, ...], kind: str, data: Any) -> tuple[str, in
 
 
 def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
-    """Say the most telling of pydantic's errors in one sentence: of a union, the member that fitted furthest."""
+    """Describe the deepest of pydantic's errors in the first wrong field; for a union, its members' expectations."""
     found = []
     for entry in error.errors(include_url=False, include_input=False):
         path, depth = _locate(entry["loc"], entry["type"], data)
         if entry["type"].startswith("union_tag"):
-            path = f"{path}.{entry['ctx']['discriminator'].strip(QUOTES)}"
+            path = f"{path}.{entry['ctx']['discriminator'].strip("'")}"
         found.append((path, depth, entry["type"], entry["msg"], entry.get("ctx", {}).get("expected_tags", "")))
     fields = [re.split(r"[.\[]", path)[0] for path, *_ in found]
     found = [item for item, field in zip(found, fields, strict=True) if field == fields[0]]
@@ -151,7 +148,7 @@ def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
     if kind in ("missing", "union_tag_not_found"):
         return ApiError(400, f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
     if kind == "union_tag_invalid":
-        choices = " or ".join(", ".join(tag.strip(QUOTES) for tag in tags.split(", ")).rsplit(", ", 1))
+        choices = " or ".join(", ".join(tag.strip("'") for tag in tags.split(", ")).rsplit(", ", 1))
         return ApiError(400, f"{path} should be {choices}.", param=path, code="invalid_value")
     same = [item for item in found if item[0] == path and item[2].endswith("_type") == kind.endswith("_type")]
     texts = list(dict.fromkeys(_predicate(message) for _, _, _, message, _ in same))

@@ -1,8 +1,9 @@
-"""One HTTP request while it is answered: made by the middleware, read by everything above it."""
+"""One HTTP request while it is answered: made by the middleware, read by all that answers it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from .budget import BodyBudget, Reservation
 ANTHROPIC_ROUTES = "/v1/messages"
 """This route and those below it speak Anthropic's API."""
 CLIENT_GONE = 499
-"""The status of a request whose client left before its answer."""
+"""The status of a request whose client left before the whole answer was sent."""
 current_request: ContextVar[str] = ContextVar("current_request", default="-")
 """The id of the request that is being answered, for the log lines about its failures."""
 _KEY = "pyllm.context"
@@ -25,29 +26,27 @@ class GenerationProgress(Protocol):
     """What the connection and the log read of a request's generation."""
 
     @property
-    def unread(self) -> int:
-        """Output tokens that a slow client has not taken yet."""
+    def unread(self) -> int: ...  # tokens that a slow client has not taken yet
 
-    def log_fields(self) -> dict[str, Any]:
-        """Token counts as `tokens`, and seconds to the events that have happened."""
+    def log_fields(self) -> dict[str, Any]: ...  # token counts as `tokens`, and seconds until some events
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RequestContext:
-    """Everything that is known of a request beside its body."""
+    """Everything known about a request except its body."""
 
     scope: Scope
     client_receive: Receive
-    send: Send  # past all middleware, for the events of a stream
-    path: str  # without the prefix that a proxy may leave there
+    send: Send  # to the client, past all layers: for the events of a stream
+    path: str  # without the prefix that a proxy may have left
     request_id: str
     budget: BodyBudget
     arrival: float = field(default_factory=time.monotonic)
     status: int = 0  # of the answer; 0 before its head is sent
     complete: bool = False  # the whole answer is sent
-    owner: str = ""  # a name for the API key, which does not reveal it
-    cache_owner: str = ""  # the only owner to share cached prompts with; "" for all
-    model: str | None = None  # the name that the body asks for
+    owner: str = ""  # names the API key without revealing it
+    cache_owner: str = ""  # shares cached prompts with this owner only; "" with all
+    model: str | None = None  # as the body names it
     generation: GenerationProgress | None = None
     reservation: Reservation | None = None
 
@@ -56,30 +55,36 @@ class RequestContext:
 
     @classmethod
     def of(cls, scope: Scope) -> RequestContext:
-        """Return the context of a request that the middleware has seen."""
+        """Return the context of a request that has passed the middleware."""
         context: RequestContext = scope[_KEY]
         return context
 
     @classmethod
-    def find(cls, scope: Scope) -> RequestContext | None:
-        """Return the context of a request, which the middleware may not have seen yet."""
-        return scope.get(_KEY)
+    def find(cls, scope: Mapping[str, object]) -> RequestContext | None:
+        """Return the context of a request, or None before the middleware."""
+        context = scope.get(_KEY)
+        return context if isinstance(context, cls) else None
 
     @property
     def is_anthropic(self) -> bool:
-        """Whether the request is for Anthropic's routes."""
+        """Whether the request speaks Anthropic's API."""
         return self.path == ANTHROPIC_ROUTES or self.path.startswith(ANTHROPIC_ROUTES + "/")
 
+    @property
+    def unread(self) -> int:
+        """Tokens that the client is behind its stream; those with log-probabilities count more."""
+        return self.generation.unread if self.generation is not None else 0
+
     async def receive(self) -> Message:
-        """Receive the next message, and note when the client has left."""
+        """Receive the next message, and note whether the client has left."""
         message = await self.client_receive()
-        # After a complete answer the server says the same of a client that is still there.
+        # After a whole answer the server sends the same, although the client is still there.
         if message["type"] == "http.disconnect" and not self.complete:
             self.status = CLIENT_GONE
         return message
 
     async def respond(self, message: Message) -> None:
-        """Send a part of the answer, its head with the request's id."""
+        """Send a part of the answer; its head gets the request id."""
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -90,7 +95,7 @@ class RequestContext:
         await self.send(message)
 
     async def reserve(self, size: int) -> None:
-        """Reserve bytes of the body budget, once; raises `EngineBusyError`."""
+        """Reserve bytes of the body budget, once per request; raise `EngineBusyError` if none get free in time."""
         if self.reservation is None:
             self.reservation = await self.budget.reserve(size)
 

@@ -1,4 +1,4 @@
-"""How the program's own log lines are written: as text for people, or as JSON for machines."""
+"""The server's log lines: as text for people, or as JSON for machines."""
 
 from __future__ import annotations
 
@@ -14,29 +14,24 @@ from .errors import shorten
 logger = logging.getLogger("pyllm.server")
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
-"""Routes that are logged at debug level only, since machines ask for them all the time."""
+"""Routes that machines ask for all the time: logged at debug level, not counted, and open without a key."""
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time (UTC), level, logger, message, and the record's `fields` where it has some."""
+    """One JSON object per line: time (UTC), level, logger, message, and the record's `fields` if it has any."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of one record; a traceback is one more member."""
+        """Format one record; a traceback becomes the field `exception`."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line |= getattr(record, "fields", {})
+        line = {"time": f"{moment}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+        line |= {"logger": record.name, "message": record.getMessage()} | getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
 
 
 def configure_logging(level: str, form: str = "text") -> None:
-    """Send log lines to stderr; `level` is for our own, since what libraries say in detail includes prompts."""
+    """Log to stderr; `level` is PyLLM's only, since libraries log prompts at lower levels."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JsonFormatter() if form == "json" else text)
@@ -45,7 +40,7 @@ def configure_logging(level: str, form: str = "text") -> None:
 
 
 def log_request(context: RequestContext, seconds: float) -> None:
-    """Write the line of a request that has ended, without anything of its prompt."""
+    """Log a request that has ended, without its prompt."""
     level = logging.DEBUG if context.path in PROBES else logging.INFO
     if not logger.isEnabledFor(level):
         return
@@ -54,10 +49,10 @@ def log_request(context: RequestContext, seconds: float) -> None:
     fields: dict[str, Any] = {"method": method, "path": path, "status": status, "id": request_id}
     text = ""
     if context.generation is not None:
-        about = context.generation.log_fields()
-        text = "".join(f" {kind}_tokens={count}" for kind, count in about["tokens"].items())
-        text += "".join(f" {name}={value:.3f}" for name, value in about.items() if name != "tokens")
-        fields |= about
+        progress = context.generation.log_fields()
+        text = "".join(f" {kind}_tokens={count}" for kind, count in progress["tokens"].items())
+        text += "".join(f" {name}={value:.3f}" for name, value in progress.items() if name != "tokens")
+        fields |= progress
     fields["seconds"] = round(seconds, 6)
     line = "%s %s %d id=%s%s seconds=%.3f"
     logger.log(level, line, method, path, status, request_id, text, seconds, extra={"fields": fields})

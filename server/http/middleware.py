@@ -1,4 +1,4 @@
-"""What every request passes: its context, the API key, the last catch for failures, and one line in the log."""
+"""The layer around all routes: request context, API keys, answers to failures, and one log line per request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .errors import ApiError, error_response, to_api_error, unavailable
 from .logs import PROBES, log_request
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")
-"""Nothing that could pass for another field of a log line."""
+"""Others could look like further fields of the log line."""
 
 
 class Server(Protocol):
@@ -32,31 +32,26 @@ class Server(Protocol):
     budget: BodyBudget
     draining: bool
 
-    def enter(self) -> None:
-        """Count a request in."""
+    def enter(self) -> None: ...
 
-    def leave(self) -> None:
-        """Count a request out."""
-
-    def record(self, context: RequestContext, seconds: float) -> None:
-        """Count an answer, and trace it."""
+    def leave(self, context: RequestContext, seconds: float) -> None: ...
 
 
 class RequestMiddleware:
-    """The layer around the routes, as plain ASGI so that streams pass through untouched."""
+    """Plain ASGI, so that streams pass through untouched."""
 
     def __init__(self, app: ASGIApp, server: Server, public_paths: frozenset[str]) -> None:
         self._app = app
         self._server = server
         self._public_paths = PROBES | public_paths
-        # What belongs to a key is labelled with a name that does not reveal it and changes with every start.
+        # A key's owner is named by a hash that does not reveal the key and changes with every start.
         secret = secrets.token_bytes(32)
         keys = [key.encode() for key in server.config.api_key]
         self._keys = [(key, hashlib.blake2b(key, key=secret, digest_size=16).hexdigest()) for key in keys]
         self._root = server.config.root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, and answer any failure that comes out of it."""
+        """Serve one request, and answer its failure."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -67,12 +62,12 @@ class RequestMiddleware:
             if self._keys and context.path not in self._public_paths:
                 context.owner = self._owner(headers)
                 context.cache_owner = context.owner if self._server.config.isolate_cache_by_key else ""
-            # HEAD is answered as GET; the HTTP server leaves the body out.
+            # HEAD is answered like GET; the HTTP server leaves out the body.
             asked = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
             await self._app(asked, context.receive, context.respond)
         except ClientDisconnect:
             context.status = CLIENT_GONE
-        except asyncio.CancelledError:  # the server ends, and the client has not sent or taken the rest in time
+        except asyncio.CancelledError:  # the server stops while the client is still sending or reading
             if not self._server.draining:
                 raise
             if not context.status:
@@ -83,14 +78,12 @@ class RequestMiddleware:
                 raise
             await error_response(to_api_error(failure), context)(scope, context.receive, context.respond)
         finally:
-            self._server.leave()
             seconds = time.monotonic() - context.arrival
+            self._server.leave(context, seconds)
             log_request(context, seconds)
-            self._server.record(context, seconds)
 
     def _begin(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> RequestContext:
-        """Make the context of a request."""
-        # A proxy may take the prefix off or leave it there.
+        # A proxy may strip the prefix or not.
         if self._root and (scope["path"] + "/").startswith(self._root + "/"):
             scope["root_path"] = self._root
         if not _REQUEST_ID.fullmatch(request_id):
@@ -102,11 +95,11 @@ class RequestMiddleware:
         )
 
     def _owner(self, headers: Headers) -> str:
-        """Find the name of the key that a request brings; raise `ApiError` 401 without a known one."""
+        """Name the owner of the request's key; raise `ApiError` 401 without a valid one."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
         given = [text.encode("latin-1") for text in (bearer, headers.get("x-api-key")) if text]
-        # All keys are compared, so that the time does not tell which one was close.
+        # All keys are compared, so that the time does not reveal which one is similar.
         owners = [owner for text in given for key, owner in self._keys if hmac.compare_digest(text, key)]
         if not owners:
             message = "This server needs a valid API key, as `Authorization: Bearer KEY` or `x-api-key: KEY`."

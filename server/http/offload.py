@@ -1,4 +1,4 @@
-"""Work that would hold up the event loop, done by a few threads: many large requests queue here for their turn."""
+"""Threads for work that would block the event loop; many large requests queue here."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ from contextvars import ContextVar
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-WORKERS = 4
-"""Threads for reading requests, apart from those for all else: a flood of requests must not hold that up."""
-
 is_large: ContextVar[bool] = ContextVar("is_large", default=False)
-"""Whether the request that is being answered has so large a body that all work on it belongs off the event loop."""
+"""Whether the current request's body is so large that all work on it belongs off the event loop."""
 
-_pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="read-request")
+_pool = ThreadPoolExecutor(4, thread_name_prefix="read-request")
+"""Apart from asyncio's own threads, so that a flood of large requests blocks only large requests."""
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-async def off_loop(
-    function: Callable[Arguments, Result], /, *arguments: Arguments.args, **options: Arguments.kwargs
-) -> Result:
-    """Call `function` in a thread."""
-    return await asyncio.get_running_loop().run_in_executor(_pool, partial(function, *arguments, **options))
+async def off_loop(call: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    """Call in a thread."""
+    return await asyncio.get_running_loop().run_in_executor(_pool, partial(call, *args, **kwargs))
 
 
 async def off_loop_if_large(
-    function: Callable[Arguments, Result], /, *arguments: Arguments.args, **options: Arguments.kwargs
+    call: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """Call `function`, in a thread where the request is large."""
-    return await off_loop(function, *arguments, **options) if is_large.get() else function(*arguments, **options)
+    """Call in a thread if the request is large."""
+    return await off_loop(call, *args, **kwargs) if is_large.get() else call(*args, **kwargs)

@@ -175,5 +175,5 @@ def test_a_server_that_waits_to_start_its_engine_again_can_be_stopped(checkpoint
         wait_for(lambda: "engine_restarting" in httpx.get(f"{server.url}/ready").text, "the death to show")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
-        assert "serves again" not in server.log, "it did not wait for that"
+        assert "is serving again" not in server.log, "it did not wait for that"
         assert not children(server.process.pid)

@@ -150,8 +150,8 @@ def test_large_bodies_that_drip_leave_their_room_to_others(strict: ServerProcess
     ("fields", "reason"),
     [
         # The answers are so long that all buffers are full while thousands of tokens are still to come.
-        ({"stream": True, "logprobs": 5, "max_tokens": FOREVER}, "the client took nothing of its answer for 2 s"),
-        ({"stream": False, "logprobs": 20, "max_tokens": 1500}, "the client took nothing of its answer for 2 s"),
+        ({"stream": True, "logprobs": 5, "max_tokens": FOREVER}, "the client read nothing of its answer for 2 s"),
+        ({"stream": False, "logprobs": 20, "max_tokens": 1500}, "the client read nothing of its answer for 2 s"),
         (
             {"stream": True, "logprobs": 20, "max_tokens": FOREVER, "n": 24},
             "the client was more than 65536 tokens behind its stream",
@@ -250,7 +250,7 @@ def test_who_rests_longest_makes_room_for_a_new_connection(strict: ServerProcess
         finally:
             stream.shutdown(socket.SHUT_RDWR)
             reader.join()
-    pattern = r"Closed \d+ connection\(s\): it rested, and another needed its place"
+    pattern = r"Closed \d+ connection\(s\): idle, and a new connection needed the slot"
     wait_for(lambda: re.search(pattern, strict.log), "the log to tell it")
 
 

@@ -66,8 +66,8 @@ def test_a_start_that_fails_counts_and_is_tried_again(harness, no_pauses, caplog
     assert revived.engine.is_alive
     assert harness.service.restarting == ""
     assert harness.get("/ready").status_code == 200
-    assert "does not start: There is no room." in caplog.text
-    assert "does not start: [Errno 12] Cannot allocate memory" in caplog.text
+    assert "failed to start: There is no room." in caplog.text
+    assert "failed to start: [Errno 12] Cannot allocate memory" in caplog.text
 
 
 def test_when_no_restarts_are_left_it_is_over(harness, no_pauses):

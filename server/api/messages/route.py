@@ -20,7 +20,7 @@ from ...generation.generation import Choice, Generation
 from ...generation.served_model import LARGE_CHAT, ServedModel
 from ...generation.streaming import EventStream, EventWriter
 from ...http.context import RequestContext
-from ...http.errors import ApiError, JsonResponse, anthropic_error, encode_json
+from ...http.errors import ApiError, JsonResponse, encode_json
 from ...http.offload import off_loop, off_loop_if_large
 from ..fields import MAX_INT, read_sampling
 from .wire import (
@@ -251,7 +251,7 @@ class MessageEvents(EventWriter):
 
     def failure(self, error: ApiError) -> bytes:
         """The error."""
-        return event(anthropic_error(error, self._request_id))
+        return event(error.anthropic_body(self._request_id))
 
     def _start(self) -> bytes:
         if self._started:

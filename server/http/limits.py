@@ -1,0 +1,135 @@
+"""Limits on HTTP connections: how many, and how slow their clients may be. Knows neither sockets nor HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, NamedTuple, Protocol
+
+from ..flags import ServerConfig
+
+logger = logging.getLogger("pyllm.server")
+
+MIN_PROGRESS = 4096
+"""Bytes of a body or an answer that a slow client must send or take within the timeout to be given it again."""
+MIN_IDLE_SECONDS = 0.5
+"""A connection that has been idle for less is not evicted: the request of a new one may be on its way."""
+MAX_EVICTION_TRIES = 16
+SPARE_FILES = 128
+"""Open files of this process that are not connections."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """The timeouts of one connection in seconds, and how many may be open."""
+
+    header: float  # from the connection's or the request's first byte to the end of the headers
+    body: float  # to make progress with the request's body
+    write: float  # to make progress with taking the answer
+    connections: int
+
+    @classmethod
+    def from_config(cls, config: ServerConfig) -> ConnectionLimits:
+        """Read the flags, and raise this process's limit of open files to what they need, as far as it may."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed, most = config.max_connections + SPARE_FILES, config.max_connections
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            if soft < needed:
+                most = max(soft - SPARE_FILES, 1)
+                logger.warning("The system allows %d open files: at most %d connections.", soft, most)
+        return cls(config.header_timeout, config.body_timeout, config.write_timeout, most)
+
+    @property
+    def sweep_interval(self) -> float:
+        """Seconds between two sweeps, by which a timeout may be late."""
+        return min(1.0, self.header / 4, self.body / 4, self.write / 4)
+
+
+class Wait(NamedTuple):
+    """What a connection waits for its client to do."""
+
+    phase: Literal["header", "body", "write"]
+    mark: object  # another one as soon as the client has done so
+    progress: int = 0  # bytes so far, where the client may take longer as long as it makes progress
+
+
+@dataclass(slots=True)
+class ProgressTimer:
+    """Times one connection's wait for its client."""
+
+    _wait: Wait | None = None
+    _since: float = 0.0
+
+    def expired(self, wait: Wait | None, limits: ConnectionLimits, now: float) -> float | None:
+        """Return the timeout that `wait` has exceeded without progress, or None."""
+        if wait is None:
+            self._wait = None
+            return None
+        if self._wait is None or wait[:2] != self._wait[:2]:
+            self._wait, self._since = wait, now
+        timeout: float = getattr(limits, wait.phase)
+        if now - self._since < timeout:
+            return None
+        if wait.progress - self._wait.progress >= MIN_PROGRESS:
+            self._wait, self._since = wait, now
+            return None
+        return timeout
+
+
+class Connection(Protocol):
+    """What the monitor asks of a connection."""
+
+    def check(self, now: float) -> str | None:
+        """Close it if its client is too slow, and return the reason."""
+
+    def close_idle(self) -> bool:
+        """Close it, unless something is left to send."""
+
+
+class ConnectionMonitor:
+    """Applies the limits to all connections of a server, in one periodic sweep instead of a timer per request."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self.limits = limits
+        self.idle: dict[Connection, float] = {}
+        """Connections between two requests or before the first, and since when; the longest idle comes first."""
+        self._closed: Counter[str] = Counter()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, connections: Collection[Connection]) -> None:
+        """Sweep from now until no connection is left."""
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.limits.sweep_interval, self._on_timer, connections)
+
+    def _on_timer(self, connections: Collection[Connection]) -> None:
+        self._timer = None
+        self.sweep(connections, asyncio.get_running_loop().time())
+        if connections:
+            self.watch(connections)
+
+    def sweep(self, connections: Collection[Connection], now: float) -> None:
+        """Close the connections whose clients are too slow, and log how many were closed since the last sweep."""
+        self._closed.update(reason for connection in list(connections) if (reason := connection.check(now)))
+        for reason, count in self._closed.items():
+            logger.info("Closed %d connection(s): %s", count, reason)
+        self._closed.clear()
+
+    def evict_idle(self, now: float) -> bool:
+        """Close the connection that has been idle longest, to admit a new one; return whether there was one."""
+        for connection, since in list(islice(self.idle.items(), MAX_EVICTION_TRIES)):
+            if now - since < MIN_IDLE_SECONDS:
+                break
+            del self.idle[connection]
+            if connection.close_idle():
+                self._closed["idle, and a new connection needed the slot"] += 1
+                return True
+            self.idle[connection] = now
+        return False
