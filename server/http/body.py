@@ -23,6 +23,7 @@ MAX_WHOLE = 2**53
 """Up to here, each integer has a float of its own."""
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
+QUOTES = "'"
 
 Body = TypeVar("Body", bound=BaseModel)
 Unsupported = Mapping[str, tuple[Any, ...]]
@@ -138,7 +139,7 @@ def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
     for entry in error.errors(include_url=False, include_input=False):
         path, depth = _locate(entry["loc"], entry["type"], data)
         if entry["type"].startswith("union_tag"):
-            path = f"{path}.{entry['ctx']['discriminator'].strip("'")}"
+            path = f"{path}.{entry['ctx']['discriminator'].strip(QUOTES)}"
         found.append((path, depth, entry["type"], entry["msg"], entry.get("ctx", {}).get("expected_tags", "")))
     fields = [re.split(r"[.\[]", path)[0] for path, *_ in found]
     found = [item for item, field in zip(found, fields, strict=True) if field == fields[0]]
@@ -148,7 +149,7 @@ def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
     if kind in ("missing", "union_tag_not_found"):
         return ApiError(400, f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
     if kind == "union_tag_invalid":
-        choices = " or ".join(", ".join(tag.strip("'") for tag in tags.split(", ")).rsplit(", ", 1))
+        choices = " or ".join(", ".join(tag.strip(QUOTES) for tag in tags.split(", ")).rsplit(", ", 1))
         return ApiError(400, f"{path} should be {choices}.", param=path, code="invalid_value")
     same = [item for item in found if item[0] == path and item[2].endswith("_type") == kind.endswith("_type")]
     texts = list(dict.fromkeys(_predicate(message) for _, _, _, message, _ in same))

@@ -42,6 +42,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, monitor: ConnectionMonitor, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.connections: set[Any]
         self._monitor = monitor
         self._header_bytes = 0  # of incomplete headers
         self._refusal: ApiError | None = None  # to send after the answers to the requests before it

@@ -1,0 +1,152 @@
+"""The limits on connections, with a clock and connections that are plain objects."""
+
+from __future__ import annotations
+
+import logging
+import resource
+
+import pytest
+
+from pyllm.server.flags import ServerConfig
+from pyllm.server.http.limits import (
+    MAX_EVICTION_TRIES,
+    MIN_IDLE_SECONDS,
+    MIN_PROGRESS,
+    SPARE_FILES,
+    ConnectionLimits,
+    ConnectionMonitor,
+    ProgressTimer,
+    Wait,
+)
+
+LIMITS = ConnectionLimits(header=10.0, body=20.0, write=40.0, connections=3)
+
+
+class FakeConnection:
+    def __init__(self, reason: str | None = None, unsent: bool = False) -> None:
+        self.reason = reason
+        self.unsent = unsent
+        self.closed = False
+
+    def check(self, now: float) -> str | None:
+        self.closed = self.reason is not None
+        return self.reason
+
+    def close_idle(self) -> bool:
+        self.closed = not self.unsent
+        return self.closed
+
+
+@pytest.mark.parametrize("phase", ["header", "body", "write"])
+def test_each_phase_has_its_own_timeout(phase):
+    timer, wait, timeout = ProgressTimer(), Wait(phase, 1), getattr(LIMITS, phase)
+    assert timer.expired(wait, LIMITS, 100.0) is None
+    assert timer.expired(wait, LIMITS, 100.0 + timeout - 0.1) is None
+    assert timer.expired(wait, LIMITS, 100.0 + timeout) == timeout
+
+
+def test_progress_gives_the_client_the_timeout_again():
+    timer = ProgressTimer()
+    assert timer.expired(Wait("body", 1, 500), LIMITS, 0.0) is None
+    assert timer.expired(Wait("body", 1, 500 + MIN_PROGRESS), LIMITS, 20.0) is None
+    assert timer.expired(Wait("body", 1, 500 + MIN_PROGRESS), LIMITS, 39.9) is None
+    assert timer.expired(Wait("body", 1, 499 + 2 * MIN_PROGRESS), LIMITS, 40.0) == 20.0
+
+
+@pytest.mark.parametrize("other", [Wait("body", 1), Wait("header", 2), None])
+def test_another_wait_starts_the_clock_again(other):
+    timer, wait = ProgressTimer(), Wait("header", 1)
+    assert timer.expired(wait, LIMITS, 0.0) is None
+    assert timer.expired(other, LIMITS, 9.0) is None
+    assert timer.expired(wait, LIMITS, 11.0) is None
+    assert timer.expired(wait, LIMITS, 21.0) == 10.0
+
+
+def test_an_early_answer_does_not_restart_the_clock_of_its_body():
+    timer = ProgressTimer()
+    assert timer.expired(Wait("body", 1, 5000), LIMITS, 0.0) is None
+    assert timer.expired(Wait("body", 1, 0), LIMITS, 20.0) == 20.0
+
+
+def test_a_sweep_is_as_frequent_as_the_shortest_timeout_needs():
+    assert LIMITS.sweep_interval == 1.0
+    assert ConnectionLimits(header=10.0, body=2.0, write=40.0, connections=3).sweep_interval == 0.5
+
+
+def test_a_sweep_logs_how_many_connections_it_closed_and_why(caplog):
+    caplog.set_level(logging.INFO, logger="pyllm.server")
+    monitor = ConnectionMonitor(LIMITS)
+    connections = [FakeConnection("too slow"), FakeConnection(), FakeConnection("too slow")]
+    monitor.sweep(connections, 0.0)
+    assert [connection.closed for connection in connections] == [True, False, True]
+    assert caplog.messages == ["Closed 2 connection(s): too slow"]
+    monitor.sweep(connections[1:2], 1.0)
+    assert len(caplog.messages) == 1
+
+
+def test_the_connection_idle_longest_is_evicted(caplog):
+    caplog.set_level(logging.INFO, logger="pyllm.server")
+    monitor = ConnectionMonitor(LIMITS)
+    first, second = FakeConnection(), FakeConnection()
+    monitor.idle |= {first: 1.0, second: 2.0}
+    assert monitor.evict_idle(10.0)
+    assert (first.closed, second.closed) == (True, False)
+    assert list(monitor.idle) == [second]
+    monitor.sweep([], 10.0)
+    assert caplog.messages == ["Closed 1 connection(s): idle, and a new connection needed the slot"]
+
+
+def test_a_connection_that_has_just_become_idle_is_not_evicted():
+    monitor, connection = ConnectionMonitor(LIMITS), FakeConnection()
+    monitor.idle[connection] = 10.0
+    assert not monitor.evict_idle(10.0 + MIN_IDLE_SECONDS / 2)
+    assert not connection.closed
+    assert monitor.evict_idle(10.0 + MIN_IDLE_SECONDS)
+
+
+def test_idle_connections_with_unsent_bytes_are_passed_over():
+    monitor = ConnectionMonitor(LIMITS)
+    busy, free = FakeConnection(unsent=True), FakeConnection()
+    monitor.idle |= {busy: 1.0, free: 2.0}
+    assert monitor.evict_idle(10.0)
+    assert list(monitor.idle.items()) == [(busy, 10.0)]
+
+
+def test_an_eviction_looks_at_a_bounded_number_of_connections():
+    monitor = ConnectionMonitor(LIMITS)
+    monitor.idle |= dict.fromkeys([FakeConnection(unsent=True) for _ in range(MAX_EVICTION_TRIES)], 1.0)
+    monitor.idle[FakeConnection()] = 2.0
+    assert not monitor.evict_idle(10.0)
+    assert monitor.evict_idle(20.0)
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """Fake this process's limit of open files."""
+    changes = []
+
+    def fake(soft: int, hard: int):
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+        monkeypatch.setattr(resource, "setrlimit", lambda _, pair: changes.append(pair))
+        return changes
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "changes", "connections"),
+    [
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, [], 1000),
+        (5000, 5000, [], 1000),
+        (256, resource.RLIM_INFINITY, [(1000 + SPARE_FILES, resource.RLIM_INFINITY)], 1000),
+        (256, 4096, [(1000 + SPARE_FILES, 4096)], 1000),
+        (256, 512, [(512, 512)], 512 - SPARE_FILES),
+        (64, 64, [(64, 64)], 1),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_allowed(files, caplog, soft, hard, changes, connections):
+    found = files(soft, hard)
+    limits = ConnectionLimits.from_config(ServerConfig(max_connections=1000, header_timeout=7.0))
+    assert (limits.connections, limits.header) == (connections, 7.0)
+    assert found == changes
+    assert ("The system allows" in caplog.text) == (connections < 1000)
