@@ -59,7 +59,7 @@ clean:
 	  { echo "PyLLM needs Python 3.11 or newer: pass one with 'make PYTHON=python3.12'." >&2; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-.venv/installed: .venv/bin/python pyproject.toml constraints.txt model/cpu/kernels/kernels.cpp
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt $(wildcard model/cpu/kernels/*)
 	@echo "Installing PyLLM into .venv (a few minutes the first time) ..."
 	$(PIP_INSTALL) --editable ".[client]"
 	@touch $@
