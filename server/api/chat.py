@@ -15,7 +15,7 @@ from ...engine.errors import RequestError
 from ...engine.messages import MAX_LOGPROBS
 from ...model.tokenizer import Tokenizer
 from ..chat.conversation import Conversation, ToolChoice
-from ..chat.tool_calls import TurnPiece, TurnReader
+from ..chat.tool_calls import Part, TurnReader
 from ..chat.turn import Turn, prepare_turn, read_turn
 from ..generation.generation import Choice, Generation
 from ..generation.served_model import ServedModel
@@ -236,8 +236,8 @@ def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, 
     if read.calls:
         message["content"] = read.content or None
         message["tool_calls"] = [
-            {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
-            for id_, name, arguments in read.calls
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in read.calls
         ]
     reason = read.finish_reason if choice.finish_reason == "stop" else choice.finish_reason
     entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
@@ -307,13 +307,15 @@ class ChatChunks(Chunks):
         return b',"prompt_logprobs":' + encode_json(shown)
 
 
-def _deltas(piece: TurnPiece) -> list[bytes]:
-    """What a piece of a turn adds, one delta for each step: clients join those of different chunks only."""
-    deltas = [b'{"content":%s}' % encode_json(piece.content)] if piece.content else []
-    for call in piece.calls:
-        function: dict[str, Any] = {"arguments": call.arguments}
-        shown: dict[str, Any] = {"index": call.index, "function": function}
-        if call.id is not None:
-            shown = {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name} | function}
-        deltas.append(b'{"tool_calls":[%s]}' % encode_json(shown))
+def _deltas(parts: list[Part]) -> list[bytes]:
+    """Return one delta for each part: clients only join those of different chunks."""
+    deltas = []
+    for part in parts:
+        if isinstance(part, str):
+            deltas.append(b'{"content":%s}' % encode_json(part))
+            continue
+        call: dict[str, Any] = {"index": part.index, "function": {"arguments": part.arguments}}
+        if part.id is not None:
+            call |= {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}}
+        deltas.append(b'{"tool_calls":[%s]}' % encode_json(call))
     return deltas

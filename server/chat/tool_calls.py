@@ -14,76 +14,60 @@ import msgspec
 
 
 class CallPiece(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A piece of a tool call.
+    """A piece of a tool call."""
 
-    Attributes:
-        index: which call of the turn, from 0.
-        id: of the call; with its first piece only.
-        name: of the function; with its first piece only.
-        arguments: the next characters of the arguments' JSON text.
-    """
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
+    index: int  # of the call in its turn, from 0
+    id: str | None = None  # of the call; in its first piece only
+    name: str | None = None  # of the function; in the call's first piece only
+    arguments: str = ""  # more characters of the arguments' JSON text
 
 
-class TurnPiece(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a piece of a turn's text means."""
-
-    content: str = ""
-    calls: list[CallPiece] = []
+Part = str | CallPiece
+"""New content of a turn, or a piece of one of its calls."""
 
 
 class TurnReader:
-    """Reads one choice's text as it comes: this one knows no tools, so all of it is content.
+    """Reads one choice's text as it arrives. This one knows no tools, so everything is content.
 
-    Where the text is cut into pieces makes no difference to what they add up to.
+    The parts add up to the same turn wherever the text is cut.
     """
 
     finish_reason: str = "stop"
-    """What to report where the engine says "stop"; final once `finish` was called."""
+    """What to report when the engine says "stop"; final after `finish`."""
 
-    def feed(self, text: str) -> TurnPiece:
-        """Take more text."""
-        return TurnPiece(content=text)
+    def feed(self, text: str) -> list[Part]:
+        """Read more text."""
+        return [text] if text else []
 
-    def finish(self) -> TurnPiece:
-        """What was held back, now that no more text comes."""
-        return TurnPiece()
+    def finish(self) -> list[Part]:
+        """Return what was held back, since the text has ended."""
+        return []
 
 
-# Classes of characters that may come any number of times: in JSON, in a string of it, and between bare calls.
+# Patterns of characters that may be repeated: white space, characters of a JSON string, and those between bare calls.
 _SPACE, _CHARACTER, _BETWEEN = r"\s", r"(?:[^\"\\]|\\(?:.|\Z))", r"[\s;,]"
 
 
 @dataclass(frozen=True)
 class ToolCallFormat:
-    """How a call is written: `opening`, then `{"name": …, KEY: {…}}`, then `closing`.
+    """How a call is written: `opening`, then `{"name": …, KEY: {…}}`, then `closing`."""
 
-    Attributes:
-        opening: empty where calls are bare JSON; a turn is then calls from its beginning, or holds none.
-        key: what the arguments are called; the reader takes both "arguments" and "parameters".
-        separator: what the grammar puts between calls.
-    """
-
-    key: str = "arguments"
-    opening: str = ""
+    key: str = "arguments"  # the reader accepts "arguments" and "parameters"
+    opening: str = ""  # if empty, calls are bare JSON, and a turn either begins with a call or has none
     closing: str = ""
-    separator: str = ""
+    separator: str = ""  # which the grammar puts between calls
 
     def start(self, name: str) -> str:
-        """A call up to its arguments."""
+        """Return a call up to its arguments."""
         return f'{self.opening}{{"name": "{name}", "{self.key}": '
 
     @property
     def end(self) -> str:
-        """A call from its arguments on."""
+        """The end of a call, after its arguments."""
         return "}" + self.closing
 
     def write(self, name: str, arguments: str) -> str:
-        """A whole call."""
+        """Return a whole call."""
         return self.start(name) + arguments + self.end
 
     @cached_property
@@ -95,24 +79,24 @@ class ToolCallFormat:
 
     @cached_property
     def header_begun(self) -> re.Pattern[str]:
-        """Matches, as a whole, what may still become a bare call's header."""
+        """Matches any beginning of a bare call's header."""
         steps = [_BETWEEN, "{", _SPACE, *'"name"', _SPACE, ":", _SPACE, '"', _CHARACTER, '"', _SPACE, ",", _SPACE]
         keys = [[*f'"{key}"', _SPACE, ":", _SPACE] for key in ("arguments", "parameters")]
         return re.compile("|".join(_beginning([*steps, *key]) for key in keys))
 
     @cached_property
     def tail(self) -> re.Pattern[str]:
-        """Matches what ends a call."""
+        """Matches the end of a call."""
         return re.compile(r"\s*\}" + (r"\s*" + re.escape(self.closing) if self.closing else ""))
 
     @cached_property
     def tail_begun(self) -> re.Pattern[str]:
-        """Matches, as a whole, what may still become a tail."""
+        """Matches any beginning of a tail."""
         return re.compile(_beginning([_SPACE, "}", _SPACE, *self.closing]))
 
 
 def _beginning(steps: list[str]) -> str:
-    """A pattern for every beginning of a text made of characters and repeated classes."""
+    """Return a pattern that matches every beginning of a text of these characters and repeated patterns."""
     pattern = ""
     for step in reversed(steps):
         pattern = f"{step}*{pattern}" if len(step) > 1 else f"(?:{re.escape(step)}{pattern})?"
@@ -128,126 +112,124 @@ FORMATS = {
 
 
 def detect_format(template: str) -> str:
-    """The name of the format that a chat template speaks of."""
+    """Return the name of the format that a chat template describes."""
     if FORMATS["hermes"].opening not in template and '"name"' in template:
         return next((name for name in ("llama3_json", "json") if f'"{FORMATS[name].key}"' in template), "hermes")
     return "hermes"
 
 
 class CallReader(TurnReader):
-    """Finds the calls of known functions; everything else is content, and nothing is lost.
+    """Finds calls of known functions; all other text is content, and none is lost.
 
-    A call counts once its function's name is known and its arguments have begun: from then on they are passed on as
-    they come, exactly as they are written, so that a stream need not wait for their end. Arguments that are not JSON
-    arrive as written too. What only looks like a call, or names an unknown function, stays content. White space
-    around calls is left out, unless it stands between two pieces of content.
+    A call is recognised once its function's name is complete and its arguments have begun. From then on the arguments
+    are passed on as they arrive and exactly as they are written, even if they are not JSON, so that a stream need not
+    wait for their end. Text that only looks like a call, or names an unknown function, is content. White space around
+    calls is dropped unless it separates two pieces of content.
     """
 
     def __init__(self, format_: ToolCallFormat, functions: Collection[str], finish_reason: str = "tool_calls") -> None:
-        """`finish_reason` is what to report for a turn that ends with complete calls."""
+        """`finish_reason` is reported for a turn that ends with complete calls."""
         self._format = format_
         self._functions = functions
         self._reason = finish_reason
-        self._held = ""
-        self._space = ""
-        self._said = False
-        self._may_open = True
+        self._held = ""  # not yet read
+        self._space = ""  # white space after the content so far
+        self._has_content = False
+        self._may_open = True  # a bare call may begin here
         self._calls = 0
-        self._step: Callable[[], bool] = self._read_text
-        self._content: list[str] = []
-        self._pieces: list[CallPiece] = []
+        self._step: Callable[[], bool] = self._read_text  # returns whether the next step has something to do
+        self._parts: list[Part] = []
         self._depth = 0
         self._in_string = self._escaped = False
 
-    def feed(self, text: str) -> TurnPiece:
-        """Take more text."""
+    def feed(self, text: str) -> list[Part]:
+        """Read more text."""
         self._held += text
         while self._held and self._step():
             pass
-        return self._take()
+        return self._drain()
 
-    def finish(self) -> TurnPiece:
-        """What was held back; a call that lacks only its closing mark counts."""
+    def finish(self) -> list[Part]:
+        """Return what was held back; a call that lacks only its closing mark is complete."""
         while self._held and self._step != self._read_tail:
             if self._step == self._read_header:
                 self._end_header()
             elif not self._step():
-                self._say(self._held)
-                self._held = ""
+                self._add_content(len(self._held))
         if not self._calls:
-            self._content.append(self._space)
+            if self._space:
+                self._parts.append(self._space)
         elif self._step != self._read_arguments:
             self.finish_reason = self._reason
-        return self._take()
+        return self._drain()
 
-    def _take(self) -> TurnPiece:
-        piece = TurnPiece(content="".join(self._content), calls=self._pieces)
-        self._content, self._pieces = [], []
-        return piece
+    def _drain(self) -> list[Part]:
+        parts, self._parts = self._parts, []
+        return parts
 
-    def _say(self, text: str) -> None:
-        text = self._space + text
-        said = text.rstrip()
-        self._space = text[len(said) :]
-        if said:
-            self._content.append(said)
-            self._said = True
+    def _add_content(self, length: int) -> None:
+        """Make this much of the held text content, except for white space at its end."""
+        text = self._space + self._held[:length]
+        self._held = self._held[length:]
+        content = text.rstrip()
+        self._space = text[len(content) :]
+        if not content:
+            return
+        self._has_content = True
+        if self._parts and isinstance(before := self._parts[-1], str):
+            self._parts[-1] = before + content
+        else:
+            self._parts.append(content)
 
     def _read_text(self) -> bool:
-        """Pass content on up to the next call; each step says whether the next one has something to do."""
-        if not self._format.opening and self._may_open:
+        """Read content up to the next call."""
+        opening = self._format.opening
+        if not opening and self._may_open:
             self._step = self._read_header
             return True
-        if not self._format.opening:
-            self._pass(len(self._held))
-            return False
-        opening = self._format.opening
-        found = self._held.find(opening)
+        found = self._held.find(opening) if opening else -1
         if found >= 0:
             self._step = self._read_header
-            self._pass(found)
+            self._add_content(found)
             return True
-        kept = min(len(opening) - 1, len(self._held))
+        kept = min(max(len(opening) - 1, 0), len(self._held))
         while not opening.startswith(self._held[len(self._held) - kept :]):
             kept -= 1
-        self._pass(len(self._held) - kept)
+        self._add_content(len(self._held) - kept)
         return False
 
-    def _pass(self, count: int) -> None:
-        self._say(self._held[:count])
-        self._held = self._held[count:]
-
     def _read_header(self) -> bool:
+        """Read a call up to its arguments."""
         opening, closing = self._format.opening, self._format.closing
         end = self._held.find(closing, len(opening)) if closing else -1
         match = self._format.header.match(self._held)
         if match and (end < 0 or match.end() <= end):
             name = _decoded(match[1])
             if name not in self._functions:
-                return self._refuse()
+                return self._reject()
             self._open(name)
             self._held = self._held[match.end() :]
             self._step = self._read_arguments
             return True
         if not opening:
-            return False if self._format.header_begun.fullmatch(self._held) else self._refuse()
+            return False if self._format.header_begun.fullmatch(self._held) else self._reject()
         body = self._held[len(opening) :].lstrip()
         if end < 0:
-            return self._refuse() if body and body[0] != "{" else False
-        if not self._take_whole(self._held[len(opening) : end]):
-            return self._refuse()
+            return self._reject() if body and body[0] != "{" else False
+        if not self._read_whole(self._held[len(opening) : end]):
+            return self._reject()
         self._held = self._held[end + len(closing) :]
         return True
 
     def _end_header(self) -> None:
-        """Decide on a call that has no end, since no more text comes."""
-        if self._format.opening and self._take_whole(self._held[len(self._format.opening) :]):
+        """Decide on an unfinished call, since the text has ended."""
+        if self._format.opening and self._read_whole(self._held[len(self._format.opening) :]):
             self._held = ""
         elif not self._step():
-            self._refuse()
+            self._reject()
 
-    def _take_whole(self, body: str) -> bool:
-        """Take a complete call whose members come in another order, or without arguments."""
+    def _read_whole(self, body: str) -> bool:
+        """Read a complete call that has no arguments or its members in another order; return whether it is one."""
         call = _decoded(body)
         name = call.get("name") if isinstance(call, dict) else None
         if not isinstance(name, str) or name not in self._functions:
@@ -257,38 +239,38 @@ class CallReader(TurnReader):
         if not isinstance(_decoded(text), dict):
             return False
         self._open(name)
-        self._add(text)
+        self._add_arguments(text)
         self._step = self._read_text
         return True
 
-    def _refuse(self) -> bool:
-        """What looked like a call is content."""
+    def _reject(self) -> bool:
+        """Make content of what looked like a call."""
         self._step = self._read_text
         self._may_open = False
-        self._pass(len(self._format.opening))
+        self._add_content(len(self._format.opening))
         return True
 
     def _open(self, name: str) -> None:
-        if not self._said:
+        if not self._has_content:
             self._space = ""
         self._depth = 0
         self._may_open = True
-        self._pieces.append(CallPiece(index=self._calls, id=f"call_{uuid.uuid4().hex[:24]}", name=name))
+        self._parts.append(CallPiece(index=self._calls, id=f"call_{uuid.uuid4().hex[:24]}", name=name))
         self._calls += 1
 
-    def _add(self, arguments: str) -> None:
-        if arguments:
-            self._pieces.append(CallPiece(index=self._calls - 1, arguments=arguments))
+    def _add_arguments(self, text: str) -> None:
+        if text:
+            self._parts.append(CallPiece(index=self._calls - 1, arguments=text))
 
     def _read_arguments(self) -> bool:
+        """Read arguments up to the brace that closes them."""
+        end = None
         for position, character in enumerate(self._held, 1):
-            if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif character == "\\":
-                    self._escaped = True
-                elif character == '"':
-                    self._in_string = False
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped = character == "\\"
+                self._in_string = character != '"'
             elif character == '"':
                 self._in_string = True
             elif character in "{[":
@@ -296,19 +278,17 @@ class CallReader(TurnReader):
             elif character in "}]":
                 self._depth -= 1
                 if not self._depth:
-                    self._add(self._held[:position])
-                    self._held = self._held[position:]
-                    self._step = self._read_tail
-                    return True
-        self._add(self._held)
-        self._held = ""
-        return False
+                    self._step, end = self._read_tail, position
+                    break
+        self._add_arguments(self._held[:end])
+        self._held = "" if end is None else self._held[end:]
+        return end is not None
 
     def _read_tail(self) -> bool:
+        """Read the end of a call; without a closing mark, what comes after the brace is content."""
         match = self._format.tail.match(self._held)
         if match is None and self._format.tail_begun.fullmatch(self._held):
             return False
-        # Where the closing mark is missing, what comes after the brace is content.
         match = match or re.match(r"\s*\}", self._held)
         self._held = self._held[match.end() if match else 0 :]
         self._step = self._read_text
@@ -316,12 +296,12 @@ class CallReader(TurnReader):
 
 
 def _decoded(text: str) -> Any:
-    """The value of JSON text; None for what is none."""
+    """Return the value of JSON text, None if it is not JSON."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return None
 
 
-def _no_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")

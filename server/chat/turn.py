@@ -12,7 +12,7 @@ from ..generation.generation import sampling_params
 from ..generation.served_model import ServedModel
 from ..http.errors import encode_json, shorten
 from ..http.offload import off_loop_if_large
-from .conversation import Conversation, Message
+from .conversation import Conversation, Message, ToolCall
 from .template import MAX_DEPTH, ChatTemplateError, is_deeper
 from .tool_calls import ToolCallFormat, TurnReader
 from .tool_choice import ToolOptions, read_tools
@@ -23,42 +23,46 @@ MAX_VARIABLE_BYTES = 2**14
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What a chat asks of the engine, and how its text is to be read.
-
-    Attributes:
-        reader: makes a reader for one choice.
-        must_call: whether the turn is nothing but calls of tools.
-    """
+    """What a conversation asks of the engine, and how to read the generated text."""
 
     prompt: list[int]
     params: SamplingParams
-    reader: Callable[[], TurnReader]
-    must_call: bool = False
+    reader: Callable[[], TurnReader]  # makes a reader for one choice
+    must_call: bool = False  # the turn consists of nothing but tool calls
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedTurn:
-    """What the text of a finished turn means.
+    """What the text of a finished turn means."""
 
-    Attributes:
-        calls: (id, function's name, arguments as JSON text) of each.
-        finish_reason: what to report where the engine says "stop".
-    """
+    parts: list[str | ToolCall]
+    finish_reason: str  # to report when the engine says "stop"
 
-    content: str
-    calls: list[tuple[str, str, str]]
-    finish_reason: str
+    @property
+    def content(self) -> str:
+        """The text apart from the calls."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls of tools."""
+        return [part for part in self.parts if isinstance(part, ToolCall)]
 
 
 def read_turn(reader: TurnReader, text: str) -> ParsedTurn:
     """Read a whole text with a fresh reader."""
-    parts = [reader.feed(text), reader.finish()]
-    pieces = [piece for part in parts for piece in part.calls]
-    arguments: dict[int, list[str]] = {}
-    for piece in pieces:
-        arguments.setdefault(piece.index, []).append(piece.arguments)
-    calls = [(p.id, p.name or "", "".join(arguments[p.index])) for p in pieces if p.id is not None]
-    return ParsedTurn("".join(part.content for part in parts), calls, reader.finish_reason)
+    parts: list[str | ToolCall] = []
+    for part in [*reader.feed(text), *reader.finish()]:
+        last = parts[-1] if parts else None
+        if isinstance(part, str) and isinstance(last, str):
+            parts[-1] = last + part
+        elif isinstance(part, str):
+            parts.append(part)
+        elif part.id is not None:
+            parts.append(ToolCall(part.id, part.name or "", part.arguments))
+        elif isinstance(last, ToolCall):
+            parts[-1] = replace(last, arguments=last.arguments + part.arguments)
+    return ParsedTurn(parts, reader.finish_reason)
 
 
 async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:

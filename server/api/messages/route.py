@@ -14,8 +14,8 @@ from ....engine.client.output_processor import RequestOutput
 from ....engine.errors import RequestError
 from ...chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Message, Tool, ToolCall, ToolChoice
 from ...chat.structured import json_schema_grammar
-from ...chat.tool_calls import CallPiece, TurnPiece, TurnReader
-from ...chat.turn import Turn, prepare_turn
+from ...chat.tool_calls import Part
+from ...chat.turn import Turn, prepare_turn, read_turn
 from ...generation.generation import Choice, Generation
 from ...generation.served_model import LARGE_CHAT, ServedModel
 from ...generation.streaming import EventStream, EventWriter
@@ -60,11 +60,11 @@ async def create_message(context: RequestContext, body: MessagesRequest, model: 
         return EventStream(generation, events, model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
-    reader = turn.reader()
-    content = read_blocks(reader, choice.pieces)
-    calls = any(block["type"] == "tool_use" for block in content)
-    end = ending(body, choice, reader, calls)
-    return JsonResponse(head | {"content": content} | end | {"usage": token_counts(choice)})
+    read = read_turn(turn.reader(), choice.text)
+    end = ending(body, choice, read.finish_reason, bool(read.calls))
+    return JsonResponse(
+        head | {"content": [_block(part) for part in read.parts]} | end | {"usage": token_counts(choice)}
+    )
 
 
 async def count_tokens(_: RequestContext, body: CountTokensRequest, model: ServedModel) -> Response:
@@ -163,52 +163,27 @@ def token_counts(choice: Choice) -> dict[str, int]:
     }
 
 
-def ending(body: MessagesRequest, choice: Choice, reader: TurnReader, calls: bool) -> dict[str, str | None]:
-    """Why the answer ended; a turn's end that the chat template writes as text is no stop sequence unless asked for."""
+def ending(body: MessagesRequest, choice: Choice, reason: str, has_calls: bool) -> dict[str, str | None]:
+    """Return why the answer ended; the end of a turn in plain text is a stop sequence only if the request names it."""
     if choice.finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     if isinstance(choice.stop_reason, str) and choice.stop_reason in (body.stop_sequences or ()):
         return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
-    # OpenAI has "stop" for a call that was asked for by its name.
-    called = reader.finish_reason == "tool_calls" or (calls and isinstance(body.tool_choice, ToolChoiceTool))
+    # OpenAI says "stop" after a call that was forced by name.
+    called = reason == "tool_calls" or (has_calls and isinstance(body.tool_choice, ToolChoiceTool))
     return {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
 
 
-def read_blocks(reader: TurnReader, texts: Iterable[str]) -> list[dict[str, Any]]:
-    """The blocks of a whole answer."""
-    blocks: list[dict[str, Any]] = []
-    for piece in [*map(reader.feed, texts), reader.finish()]:
-        for part in _in_order(piece):
-            if isinstance(part, str):
-                if not blocks or blocks[-1]["type"] != "text":
-                    blocks.append({"type": "text", "text": ""})
-                blocks[-1]["text"] += part
-            else:
-                if part.name is not None:
-                    blocks.append({"type": "tool_use", "id": part.id, "name": part.name, "input": ""})
-                blocks[-1]["input"] += part.arguments
-    for block in blocks:
-        if block["type"] == "tool_use":
-            block["input"] = _parse_input(block["input"])
-    return blocks
-
-
-def _parse_input(text: str) -> dict[str, Any]:
-    """The input of a call; of one that was cut short, what there is of it, as Anthropic's client has it in a stream."""
+def _block(part: str | ToolCall) -> dict[str, Any]:
+    """Return a block of the answer; the input of an unfinished call is what arrived of it, as in Anthropic's client."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
     try:
-        value = from_json(text or "{}", allow_partial=True)
+        value = from_json(part.arguments or "{}", allow_partial=True)
     except ValueError:
         value = None
-    return value if isinstance(value, dict) else {"INVALID_JSON": text}
-
-
-def _in_order(piece: TurnPiece) -> Iterable[str | CallPiece]:
-    """The rest of an open call, then text, then new calls, so that a block is never added to after its end."""
-    first_new = next((n for n, call in enumerate(piece.calls) if call.name is not None), len(piece.calls))
-    yield from piece.calls[:first_new]
-    if piece.content:
-        yield piece.content
-    yield from piece.calls[first_new:]
+    value = value if isinstance(value, dict) else {"INVALID_JSON": part.arguments}
+    return {"type": "tool_use", "id": part.id, "name": part.name, "input": value}
 
 
 def event(content: dict[str, Any]) -> bytes:
@@ -242,7 +217,7 @@ class MessageEvents(EventWriter):
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """The rest of the last block, and why the answer ended."""
         data = self._start() + self._show(self._reader.finish()) + self._close()
-        end = ending(self._body, self._choice, self._reader, self._calls)
+        end = ending(self._body, self._choice, self._reader.finish_reason, self._calls)
         return data + event({"type": "message_delta", "delta": end, "usage": token_counts(self._choice)})
 
     def closing(self) -> bytes:
@@ -261,9 +236,9 @@ class MessageEvents(EventWriter):
         message = self._head | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
         return event({"type": "message_start", "message": message}) + event({"type": "ping"})
 
-    def _show(self, piece: TurnPiece) -> bytes:
+    def _show(self, parts: list[Part]) -> bytes:
         data = b""
-        for part in _in_order(piece):
+        for part in parts:
             if isinstance(part, str):
                 if self._kind != "text":
                     data += self._open({"type": "text", "text": ""})

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import codecs
-import re
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import msgspec
-
 from ....engine.client.output_processor import RequestOutput
 from ....engine.messages import TokenLogprobs
 from ....model.tokenizer import Tokenizer
-from ...chat.tool_calls import CallPiece, TurnPiece
+from ...chat.tool_calls import CallPiece, Part
 from ...chat.turn import Turn
 from ...generation.generation import Generation
 from ...generation.streaming import EventWriter
@@ -23,27 +20,11 @@ from ...generation.token_details import chat_logprobs
 from ...http.errors import ApiError, encode_json
 
 Item = dict[str, Any]
-CONTENT = -1
-_CUT = re.compile(r"[^<>{}]*[<>{}]|[^<>{}]+")
-"""Cuts text where a call may begin or end, so that no piece holds both a call and the content after it."""
 
 
 def new_id(kind: str) -> str:
     """Return an id that cannot be guessed."""
     return f"{kind}_{uuid.uuid4().hex}"
-
-
-def _runs(pieces: Iterable[TurnPiece]) -> list[CallPiece]:
-    """Join adjacent pieces of the same call; content becomes the arguments of a call `CONTENT`."""
-    runs: list[CallPiece] = []
-    for piece in pieces:
-        content = [CallPiece(index=CONTENT, arguments=piece.content)] if piece.content else []
-        for new in content + piece.calls:
-            if runs and runs[-1].index == new.index:
-                last = runs.pop()
-                new = msgspec.structs.replace(last, arguments=last.arguments + new.arguments)
-            runs.append(new)
-    return runs
 
 
 class ResponseWriter(EventWriter):
@@ -92,7 +73,7 @@ class ResponseWriter(EventWriter):
             self._ahead.append((self._tokens_end, position))
             if position.token_id not in self._hidden:
                 self._tokens_end += len(self._decoder.decode(self._tokenizer.token_bytes(position.token_id)))
-        return self._write(self._reader.feed(part) for part in _CUT.findall(text))
+        return self._write(self._reader.feed(text))
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """Return nothing: the response ends with its only choice."""
@@ -100,7 +81,7 @@ class ResponseWriter(EventWriter):
 
     def closing(self) -> bytes:
         """Write the text that the reader held back, and end the response."""
-        data = self._write([self._reader.finish()])
+        data = self._write(self._reader.finish())
         if not self.response["output"] and not self._must_call:
             data += self._open_message()
         data += self._write_unfinished_character()
@@ -133,19 +114,19 @@ class ResponseWriter(EventWriter):
             self._put(self.response)
         return self._event(status, response=self.response)
 
-    def _write(self, pieces: Iterable[TurnPiece]) -> bytes:
+    def _write(self, parts: Iterable[Part]) -> bytes:
         data = b""
-        for run in _runs(pieces):
-            if run.index == CONTENT:
+        for part in parts:
+            if isinstance(part, str):
                 if self._item is None or self._item["type"] != "message":
                     data += self._close("completed") + self._open_message()
-                data += self._write_text(run.arguments)
+                data += self._write_text(part)
                 continue
-            if run.id is not None:
-                data += self._close("completed") + self._open_call(run)
-            if run.arguments:
-                self._pieces.append(run.arguments)
-                data += self._event("function_call_arguments.delta", **self._place(), delta=run.arguments)
+            if part.id is not None:
+                data += self._close("completed") + self._open_call(part)
+            if part.arguments:
+                self._pieces.append(part.arguments)
+                data += self._event("function_call_arguments.delta", **self._place(), delta=part.arguments)
         return data
 
     def _write_text(self, text: str) -> bytes:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pyllm.server.api.messages import route as module
 from pyllm.server.api.messages.wire import CountTokensRequest, MessageAnswer, MessageEvent, TokenCount
 from pyllm.server.chat.template import ChatTemplate
-from pyllm.server.chat.tool_calls import CallPiece, TurnPiece, TurnReader
+from pyllm.server.chat.tool_calls import CallPiece, Part, TurnReader
 from pyllm.server.chat.turn import Turn
 
 Harness = Any  # of conftest.py
@@ -117,25 +117,25 @@ class ScriptedReader(TurnReader):
         self.head: str | None = None
         self.inside = False
 
-    def feed(self, text: str) -> TurnPiece:
-        content, calls = "", []
+    def feed(self, text: str) -> list[Part]:
+        parts: list[Part] = []
         for character in text:
             if character == "<":
                 self.head, self.inside = "", True
             elif character == ">":
                 self.inside = False
             elif not self.inside:
-                content += character
+                parts.append(character)
             elif self.head is not None and character == "{":
                 self.count += 1
-                calls.append(CallPiece(index=self.count, id=f"call_{self.count}", name=self.head))
-                calls.append(CallPiece(index=self.count, arguments="{"))
+                parts.append(CallPiece(index=self.count, id=f"call_{self.count}", name=self.head))
+                parts.append(CallPiece(index=self.count, arguments="{"))
                 self.head = None
             elif self.head is not None:
                 self.head += character
             else:
-                calls.append(CallPiece(index=self.count, arguments=character))
-        return TurnPiece(content=content, calls=calls)
+                parts.append(CallPiece(index=self.count, arguments=character))
+        return parts
 
 
 @pytest.fixture

@@ -30,9 +30,10 @@ def read(pieces: list[str], format_: ToolCallFormat = HERMES) -> Read:
     content, names, arguments = "", [], []
     ids: set[str] = set()
     for piece in [*map(reader.feed, pieces), reader.finish()]:
-        content += piece.content
-        for call in piece.calls:
-            if call.name is not None:
+        for call in piece:
+            if isinstance(call, str):
+                content += call
+            elif call.name is not None:
                 assert (call.index, call.arguments) == (len(names), "")
                 assert call.id is not None
                 assert call.id.startswith("call_")
@@ -147,19 +148,19 @@ def test_whatever_arguments_are_written_come_back_as_the_same_text(calls: list[A
 
 def test_arguments_are_passed_on_as_they_come() -> None:
     reader = CallReader(HERMES, KNOWN)
-    assert [call.name for call in reader.feed(HERMES.start("f") + '{"text": "on').calls] == ["f", None]
-    assert [call.arguments for call in reader.feed("ce upon").calls] == ["ce upon"]
-    assert [call.arguments for call in reader.feed(' a time"').calls] == [' a time"']
+    assert [call.name for call in reader.feed(HERMES.start("f") + '{"text": "on')] == ["f", None]
+    assert [call.arguments for call in reader.feed("ce upon")] == ["ce upon"]
+    assert [call.arguments for call in reader.feed(' a time"')] == [' a time"']
 
 
 def test_content_is_held_back_only_while_it_may_begin_a_call() -> None:
     reader = CallReader(HERMES, KNOWN)
-    assert [reader.feed(text).content for text in ("a <", "b", " <tool_call>", "no", "!")] == [
-        "a", " <b", "", " <tool_call>no", "!",
+    assert [reader.feed(text) for text in ("a <", "b", " <tool_call>", "no", "!")] == [
+        ["a"], [" <b"], [], [" <tool_call>no"], ["!"],
     ]  # fmt: skip
     bare = CallReader(JSON, KNOWN)
-    assert [bare.feed(text).content for text in ('{"na', 'me"', ': "Ann"', ", 1", "}")] == [
-        "", "", "", '{"name": "Ann", 1', "}",
+    assert [bare.feed(text) for text in ('{"na', 'me"', ': "Ann"', ", 1", "}")] == [
+        [], [], [], ['{"name": "Ann", 1'], ["}"],
     ]  # fmt: skip
 
 
@@ -178,3 +179,8 @@ def test_a_parser_is_named_or_follows_the_template() -> None:
         find_format("hermse", template)
     with pytest.raises(ConfigError, match=r"known parsers: auto, hermes, json, llama3_json\."):
         find_format("x", template)
+
+
+def test_content_and_calls_keep_their_order() -> None:
+    parts = CallReader(HERMES, KNOWN).feed(f"One.{CALL}Two.{CALL} Three.")
+    assert [part if isinstance(part, str) else part.index for part in parts] == ["One.", 0, 0, "Two.", 1, 1, " Three."]
