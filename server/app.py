@@ -18,8 +18,7 @@ from starlette.responses import PlainTextResponse
 
 from .. import __version__
 from .api.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, create_chat_completion
-from .api.completions.route import create_completion
-from .api.completions.wire import Completion, CompletionRequest
+from .api.completions import Completion, CompletionRequest, create_completion
 from .api.embeddings import EmbeddingList, EmbeddingRequest, create_embedding
 from .api.fields import UNSUPPORTED, ErrorAnswer
 from .api.messages.route import count_tokens, create_message

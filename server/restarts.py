@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..engine.errors import EngineStartError
 
 if TYPE_CHECKING:
-    from .generation.served_model import ServedModel
+    from .chat.served_model import ServedModel
     from .service import Service
 
 logger = logging.getLogger("pyllm.server")

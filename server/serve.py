@@ -25,8 +25,8 @@ import uvloop
 from .. import __version__
 from ..engine.client.launch import EngineProcess
 from .app import create_app
+from .chat.served_model import ServedModel, load
 from .flags import ConfigError, ServerConfig
-from .generation.served_model import ServedModel, load
 from .generation.tracing import Tracing
 from .http.limits import ConnectionLimits, ConnectionMonitor
 from .http.protocol import HttpProtocol

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .api.responses.store import ResponseStore
+from .chat.served_model import ServedModel
 from .flags import ServerConfig
-from .generation.served_model import ServedModel
 from .generation.tracing import Tracing
 from .http.budget import BodyBudget
 from .http.context import RequestContext

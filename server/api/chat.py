@@ -15,16 +15,17 @@ from ...engine.errors import RequestError
 from ...engine.messages import MAX_LOGPROBS
 from ...model.tokenizer import Tokenizer
 from ..chat.conversation import Conversation, ToolChoice
+from ..chat.served_model import ServedModel
 from ..chat.tool_calls import Part, TurnReader
 from ..chat.turn import Turn, prepare_turn, read_turn
 from ..generation.generation import Choice, Generation
-from ..generation.served_model import ServedModel
-from ..generation.streaming import Chunks, EventStream
-from ..generation.token_details import chat_logprobs, show_details, show_prompt_logprobs
+from ..generation.streaming import EventStream
+from ..generation.token_details import chat_logprobs, show_prompt_logprobs
 from ..http.context import RequestContext
 from ..http.errors import JsonResponse, encode_json
 from ..http.offload import off_loop_if_large
 from .chat_input import Messages, TemplateOptions, ToolCall, read_chat
+from .chunks import Chunks, show_details
 from .fields import (
     MAX_INT,
     MAX_TOOLS,
@@ -178,7 +179,7 @@ async def create_chat_completion(context: RequestContext, body: ChatCompletionRe
     """Answer a chat, whole or as a stream; every refusal is raised before the answer begins."""
     turn = await prepare_turn(await off_loop_if_large(read_conversation, body, model), model)
     generation = Generation(
-        model, context, [turn.prompt], [turn.params],
+        model.engine, model.metrics, context, [turn.prompt], [turn.params],
         field="messages", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
         streams=bool(body.stream),
     )  # fmt: skip
@@ -243,15 +244,13 @@ def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, 
     entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
     if body.logprobs:
         entry["logprobs"] = chat_logprobs(choice.logprobs, model.tokenizer)
-    return entry | show_details(
-        choice, model.tokenizer, with_ids=body.return_token_ids, with_dynamics=body.return_dynamics
-    )
+    return entry | show_details(choice, body, model.tokenizer)
 
 
 class ChatChunks(Chunks):
     """Chunks whose choices have a delta."""
 
-    member, empty = b"delta", b"{}"
+    content_field, empty = b"delta", b"{}"
 
     def __init__(
         self,
@@ -261,8 +260,7 @@ class ChatChunks(Chunks):
         body: ChatCompletionRequest,
         turn: Turn,
     ) -> None:
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        super().__init__(head, generation, tokenizer, with_usage=usage, with_ids=bool(body.return_token_ids))
+        super().__init__(head, generation, tokenizer, body)
         self._must_call = turn.must_call
         # Without tools the text needs no reading.
         self._readers = [] if turn.reader is TurnReader else [turn.reader() for _ in self.choices]
@@ -272,7 +270,7 @@ class ChatChunks(Chunks):
         """The assistant's role for every choice; the content is null where only calls can follow."""
         ids = b',"prompt_token_ids":' + encode_json(self.choices[0].prompt_token_ids) if self.with_ids else b""
         role = b'{"role":"assistant","content":%s}' % (b"null" if self._must_call else b'""')
-        return b"".join(self.chunk(index, role, beside=ids) for index in range(len(self.choices)))
+        return b"".join(self.chunk(index, role, chunk_fields=ids) for index in range(len(self.choices)))
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """New text."""
@@ -283,7 +281,7 @@ class ChatChunks(Chunks):
             if not deltas:
                 return b""
         first = self.chunk(
-            index, deltas[0], logprobs=shown, more=self.details(output), beside=self._about_prompt(index)
+            index, deltas[0], logprobs=shown, choice_fields=self.details(output), chunk_fields=self._about_prompt(index)
         )
         return first + b"".join(self.chunk(index, delta) for delta in deltas[1:])
 

@@ -16,9 +16,9 @@ from starlette.responses import Response
 from ...engine.checks import check_request
 from ...engine.errors import RequestError
 from ...engine.messages import EngineRequest, SamplingParams
+from ..chat.served_model import ServedModel
 from ..chat.truncation import encode_prompts
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation
-from ..generation.served_model import ServedModel
 from ..http.context import RequestContext
 from ..http.errors import JsonResponse
 from .fields import MAX_INT, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
@@ -94,7 +94,7 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
     for start in range(0, len(prompts), batch):
         inputs = prompts[start : start + batch]
         generation = Generation(
-            model, context, inputs, [params] * len(inputs),
+            model.engine, model.metrics, context, inputs, [params] * len(inputs),
             field="input", priority=body.priority or 0, pooling=body.pooling or "mean",
         )  # fmt: skip
         try:

@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from ...engine.errors import RequestError
 from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
-from ..chat.conversation import AnswerFormat
+from ..chat.conversation import AnswerFormat, Sampling
+from ..chat.served_model import ServedModel
 from ..chat.structured import (
     MAX_CHOICES,
     choice_grammar,
@@ -18,8 +19,7 @@ from ..chat.structured import (
     lark_grammar,
     regex_grammar,
 )
-from ..generation.generation import MAX_SEQUENCES, Sampling
-from ..generation.served_model import ServedModel
+from ..generation.generation import MAX_SEQUENCES
 
 MAX_TEXT = 4 * 2**20
 MAX_IDS = 2**20

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from ..generation.served_model import ServedModel
+from ..chat.served_model import ServedModel
 from ..http.errors import JsonResponse
 from .fields import StrictModel
 

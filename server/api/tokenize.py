@@ -10,8 +10,8 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ...engine.errors import RequestError
+from ..chat.served_model import ServedModel
 from ..chat.turn import prepare_turn
-from ..generation.served_model import ServedModel
 from ..http.context import RequestContext
 from ..http.errors import JsonResponse
 from ..http.offload import off_loop_if_large

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..generation.generation import Sampling
-
+Sampling = Mapping[str, Any]
+"""The fields of `SamplingParams` that a request sets; `bad_words` are still words."""
 BETWEEN_PARTS = "\n"
 """Separates the texts of a message that has several."""
 

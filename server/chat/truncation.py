@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ...engine.errors import RequestError
-from ..generation.served_model import ServedModel
 from .conversation import Message
+from .served_model import ServedModel
 
 Messages = Sequence[Message]
 Render = Callable[[Messages], Awaitable[list[int]]]

@@ -8,11 +8,10 @@ from typing import Any
 
 from ...engine.errors import RequestError
 from ...engine.messages import SamplingParams
-from ..generation.generation import sampling_params
-from ..generation.served_model import ServedModel
 from ..http.errors import encode_json, shorten
 from ..http.offload import off_loop_if_large
 from .conversation import Conversation, Message, ToolCall
+from .served_model import ServedModel
 from .template import MAX_DEPTH, ChatTemplateError, is_deeper
 from .tool_calls import ToolCallFormat, TurnReader
 from .tool_choice import ToolOptions, read_tools
@@ -77,7 +76,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
     turn_ends = model.template.stop_strings if is_free else ()
     params = await off_loop_if_large(
-        sampling_params, conversation.sampling, model, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends
+        model.sampling_params, conversation.sampling, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends
     )
     reader, must_call = (TurnReader, False) if tools is None else (tools.reader, tools.mode != "auto")
     return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call)

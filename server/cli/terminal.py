@@ -11,9 +11,9 @@ from typing import Any
 from ...engine.client.launch import EngineProcess
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import SamplingParams
+from ..chat.served_model import ServedModel, load
 from ..chat.template import ChatTemplateError
 from ..flags import GenerateConfig, TerminalConfig
-from ..generation.served_model import ServedModel, load
 
 INTERRUPTED = 130
 _serial = count()

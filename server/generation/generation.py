@@ -4,56 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect
 
-from ...engine.client.async_engine import RequestStream, Wakeup
+from ...engine.client.async_engine import AsyncEngine, RequestStream, Wakeup
 from ...engine.client.output_processor import RequestOutput, RequestTimes
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import EngineInfo, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 from ..http.context import RequestContext
 from ..http.errors import ApiError, unavailable
-from .served_model import ServedModel
+from .metrics import Metrics
 
-MAX_LISTED_IDS = 2**22
-MAX_SHOWN = 2**21
-"""Candidates for tokens in one answer: each takes some 500 bytes of memory until the whole of it is written."""
-LAYERS_SHOWN = 4
-"""Layers of a token's dynamics that take as much as one candidate."""
 MAX_SEQUENCES = 1024
-Sampling = Mapping[str, Any]
-"""The fields of `SamplingParams` that a request sets; `bad_words` are still words."""
-
-
-def sampling_params(
-    sampling: Sampling,
-    model: ServedModel,
-    *,
-    max_tokens: int | None,
-    grammar: str | None = None,
-    turn_ends: tuple[str, ...] = (),
-) -> SamplingParams:
-    """Join a request's fields with the model's defaults; raises `RequestError`.
-
-    `turn_ends` are strings that end a turn as an end-of-sequence id would, so that `ignore_eos` goes past them too.
-    """
-    values: dict[str, Any] = {**model.defaults, **sampling, "max_tokens": max_tokens, "grammar": grammar}
-    if "bad_words" in values:
-        values["bad_words"] = tuple(_spellings(values["bad_words"], model))
-    if not values.get("ignore_eos"):
-        values["stop"] = values.get("stop", ()) + turn_ends
-    return SamplingParams(**values)
-
-
-def _spellings(words: Sequence[str], model: ServedModel) -> Iterator[tuple[int, ...]]:
-    """The token ids of each word, at the start of a text and after a space."""
-    for word in words:
-        ids = {tuple(model.tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
-        yield from sorted(spelling for spelling in ids if spelling)
+MAX_LISTED_IDS = 2**22
+"""Ids in the lists of all sequences of a request."""
+MAX_SHOWN = 2**21
+"""Candidates for tokens in one response: each takes about 500 bytes of memory until the response is written."""
+LAYERS_SHOWN = 4
+"""Layers of a token's dynamics that take as much memory as one candidate."""
 
 
 @dataclass(slots=True)
@@ -84,7 +56,8 @@ class Generation:
 
     def __init__(
         self,
-        model: ServedModel,
+        engine: AsyncEngine,
+        metrics: Metrics,
         context: RequestContext,
         prompts: list[list[int]],
         params: Sequence[SamplingParams],
@@ -100,15 +73,15 @@ class Generation:
 
         Raises `RequestError`, `EngineBusyError` or `EngineDeadError` if the engine refuses one; then none runs.
         """
-        _check_size(model, prompts, params, field, n)
-        _check_details(model.engine.info, prompts, params, "n" if n > 1 else field, n, streams)
-        self._engine = model.engine
-        self._metrics = model.metrics
+        _check_size(engine, prompts, params, field, n)
+        _check_details(engine.info, prompts, params, "n" if n > 1 else field, n, streams)
+        self._engine = engine
+        self._metrics = metrics
         self._context = context
         self._arrival = context.arrival
         self.n = n
         self.params = params[0]
-        self.model_name = model.names[0]
+        self.model_name = metrics.model_name
         self.with_logprobs = self.params.logprobs is not None
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
@@ -242,7 +215,7 @@ class Generation:
 
 
 def _check_size(
-    model: ServedModel, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int
+    engine: AsyncEngine, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int
 ) -> None:
     """Raise `RequestError` or `EngineBusyError` for too many sequences, or too long lists in all of them together."""
     count = len(prompts) * n
@@ -250,7 +223,7 @@ def _check_size(
         message = f"Too many sequences: {len(prompts)} prompts with n = {n} make {count}, at most {MAX_SEQUENCES}."
         raise RequestError(message, param="n")
     try:
-        model.engine.check_room(count)
+        engine.check_room(count)
     except RequestError as error:
         error.param = "n" if n > 1 else field
         raise

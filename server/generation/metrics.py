@@ -45,7 +45,7 @@ class Metrics(Collector):
     """
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool = False) -> None:
-        self._model_name = model_name
+        self.model_name = model_name
         self._vllm_names = vllm_names
         self._stats = stats
         self._previous = EngineStats()  # totals of the engines before this one
@@ -82,7 +82,7 @@ class Metrics(Collector):
         self._finished = {reason: self._success.labels(model_name, reason) for reason in REASONS}
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        self._histograms.append(histogram := Histogram(self._model_name, PREFIX + name, text, buckets))
+        self._histograms.append(histogram := Histogram(self.model_name, PREFIX + name, text, buckets))
         return histogram
 
     def collect(self) -> Iterator[Metric]:
@@ -126,7 +126,7 @@ class Metrics(Collector):
         """Return a metric with one value for each combination of its labels."""
         family = kind(name, text, labels=[LABEL, *labels])
         for values, value in rows:
-            family.add_metric([self._model_name, *map(str, values)], value)
+            family.add_metric([self.model_name, *map(str, values)], value)
         return family
 
     def follow(self, stats: Callable[[], EngineStats]) -> None:

@@ -1,4 +1,4 @@
-"""What a request may learn of single tokens, in each format: log-probabilities, and what the network did."""
+"""Details of single tokens in the formats of the APIs: log-probabilities, and what the network did."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 from ...engine.messages import TokenDynamics, TokenLogprobs
 from ...model.tokenizer import Tokenizer
-from .generation import Choice
 
 LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON lacks, as OpenAI does it."""
+"""Replaces minus infinity, which JSON lacks; OpenAI uses the same number."""
 
 
 def chat_logprobs(positions: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Log-probabilities in the chat format."""
+    """Return log-probabilities in the chat format."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text, data = tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
@@ -30,10 +29,9 @@ def chat_logprobs(positions: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> d
 
 
 class LegacyLogprobs:
-    """Log-probabilities of one choice in the older format, piece by piece.
+    """Writes the log-probabilities of one choice in the older format, piece by piece.
 
-    `text_offset` is where a token begins in the choice's text; a token that is a later part of a character begins
-    where that character does.
+    `text_offset` is where a token begins in the choice's text; a later part of a character begins where that does.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
@@ -42,8 +40,8 @@ class LegacyLogprobs:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._offset = 0
 
-    def take(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """The object for the next positions."""
+    def write(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Return the object for the next positions."""
         text = self._tokenizer.token_text
         return {
             "tokens": [text(position.token_id) for position in positions],
@@ -52,22 +50,22 @@ class LegacyLogprobs:
             "text_offset": [self._advance(position.token_id) for position in positions],
         }
 
-    def take_prompt(self, prompt: Sequence[int], positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """The object for a whole prompt, before all else; nothing is known of its first token."""
-        shown = self.take([TokenLogprobs(token_id=prompt[0], logprob=0.0, top=[]), *positions])
+    def write_prompt(self, prompt: Sequence[int], positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Return the object for a whole prompt, whose first token has no log-probabilities; to be called first."""
+        shown = self.write([TokenLogprobs(token_id=prompt[0], logprob=0.0, top=[]), *positions])
         shown["token_logprobs"][0] = shown["top_logprobs"][0] = None
-        self._offset += len(self._decode(b"", True))  # a character that the prompt leaves unfinished is its own
+        self._offset += len(self._decode(b"", True))  # the prompt's unfinished character ends with it
         return shown
 
     def _candidates(self, position: TokenLogprobs) -> dict[str, float]:
         shown: dict[str, float] = {}
         for id_, logprob in [*position.top, (position.token_id, position.logprob)]:
-            # Of tokens that look alike, such as parts of characters, the likeliest, which comes first.
+            # Of tokens with the same text, such as parts of characters, keep the likeliest, which comes first.
             shown.setdefault(self._tokenizer.token_text(id_), max(logprob, LOWEST_LOGPROB))
         return shown
 
     def _advance(self, token_id: int) -> int:
-        """Where a token begins; the next one begins behind it."""
+        """Move past a token; return where it begins."""
         offset = self._offset
         if token_id not in self._hidden:
             self._offset += len(self._decode(self._tokenizer.token_bytes(token_id)))
@@ -77,7 +75,7 @@ class LegacyLogprobs:
 def show_prompt_logprobs(
     prompt: Sequence[int], positions: Sequence[TokenLogprobs], tokenizer: Tokenizer
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """Log-probabilities of a prompt's tokens by token id, as vLLM writes them; nothing is said of the first."""
+    """Return the log-probabilities of a prompt's tokens as vLLM does, by token id; the first token has none."""
     shown: list[dict[str, dict[str, Any]] | None] = [None] * min(len(prompt), 1)
     for position in positions:
         ranked = [(id_, logprob, rank) for rank, (id_, logprob) in enumerate(position.top, 1)]
@@ -95,24 +93,10 @@ def show_prompt_logprobs(
     return shown
 
 
-def show_details(
-    choice: Choice, tokenizer: Tokenizer, *, with_ids: bool | None, with_dynamics: bool | None
-) -> dict[str, Any]:
-    """The members of a finished choice that say what stopped it, and show its tokens as far as that is asked for."""
-    shown: dict[str, Any] = {}
-    if choice.stop_reason is not None:
-        shown["stop_reason"] = choice.stop_reason
-    if with_ids:
-        shown["token_ids"] = choice.token_ids
-    if with_dynamics:
-        shown["dynamics"] = show_dynamics(choice.token_ids, choice.dynamics, tokenizer)
-    return shown
-
-
 def show_dynamics(
     token_ids: Sequence[int], dynamics: Sequence[TokenDynamics], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """What the network did for each generated token."""
+    """Return what the network did for each generated token."""
     return [
         {
             "token_id": token_id,

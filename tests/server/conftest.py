@@ -33,10 +33,10 @@ from pyllm.engine.messages import (
 )
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.app import create_app
+from pyllm.server.chat.served_model import ServedModel
 from pyllm.server.chat.template import ChatTemplate
 from pyllm.server.flags import ServerConfig
 from pyllm.server.generation.metrics import Metrics
-from pyllm.server.generation.served_model import ServedModel
 from pyllm.server.service import Service
 
 CONTEXT = 200

@@ -12,8 +12,8 @@ import pytest
 
 from pyllm.engine import messages
 from pyllm.server import flags as module
+from pyllm.server.chat.served_model import model_name
 from pyllm.server.flags import ConfigError, GenerateConfig, ServerConfig, TerminalConfig, load_config
-from pyllm.server.generation.served_model import model_name
 
 
 def load(cls, *arguments, **environment):

@@ -13,11 +13,11 @@ from starlette.responses import Response
 from ....engine.client.output_processor import RequestOutput
 from ....engine.errors import RequestError
 from ...chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Message, Tool, ToolCall, ToolChoice
+from ...chat.served_model import LARGE_CHAT, ServedModel
 from ...chat.structured import json_schema_grammar
 from ...chat.tool_calls import Part
 from ...chat.turn import Turn, prepare_turn, read_turn
 from ...generation.generation import Choice, Generation
-from ...generation.served_model import LARGE_CHAT, ServedModel
 from ...generation.streaming import EventStream, EventWriter
 from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json
@@ -51,7 +51,7 @@ async def create_message(context: RequestContext, body: MessagesRequest, model: 
     )
     turn = await prepare_turn(conversation, model)
     generation = Generation(
-        model, context, [turn.prompt], [turn.params],
+        model.engine, model.metrics, context, [turn.prompt], [turn.params],
         field="messages", priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),
     )  # fmt: skip
     head = {"id": f"msg_{context.request_id}", "type": "message", "role": "assistant", "model": body.model}

@@ -75,10 +75,6 @@ class ResponseWriter(EventWriter):
                 self._tokens_end += len(self._decoder.decode(self._tokenizer.token_bytes(position.token_id)))
         return self._write(self._reader.feed(text))
 
-    def ending(self, index: int, output: RequestOutput) -> bytes:
-        """Return nothing: the response ends with its only choice."""
-        return b""
-
     def closing(self) -> bytes:
         """Write the text that the reader held back, and end the response."""
         data = self._write(self._reader.finish())

@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from ....engine.errors import RequestError
 from ...chat.conversation import BETWEEN_PARTS, Conversation, Message, Tool, ToolCall, ToolChoice
+from ...chat.served_model import ServedModel
 from ...chat.turn import Turn, prepare_turn
 from ...generation.generation import Generation
-from ...generation.served_model import ServedModel
 from ...generation.streaming import EventStream
 from ...http.body import LARGE_BODY_BYTES
 from ...http.budget import MAX_BODY_BYTES
@@ -50,7 +50,7 @@ async def create_response(
     turn = await prepare_turn(conversation, model)
     response = await off_loop_if_large(_describe, body, turn)
     generation = Generation(
-        model, context, [turn.prompt], [turn.params],
+        model.engine, model.metrics, context, [turn.prompt], [turn.params],
         field="input", priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),
     )  # fmt: skip
     put = None if body.store is False else partial(store.put, input_items=items, owner=context.owner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyllm.engine.messages import TokenLogprobs
-from pyllm.server.api.completions.wire import Completion
+from pyllm.server.api.completions import Completion
 from pyllm.server.generation import generation
 from pyllm.server.generation.token_details import LegacyLogprobs
 
@@ -219,7 +219,7 @@ def test_of_candidates_that_look_alike_the_likeliest_is_shown(harness):
     """A scorer compares the chosen token with the best of them to see whether it was greedy."""
     ids = harness.tokenizer.encode("é")
     position = TokenLogprobs(token_id=ids[0], logprob=-2.0, top=[(ids[1], -0.5), (ids[0], -2.0)])
-    shown = LegacyLogprobs(harness.tokenizer, True).take([position])
+    shown = LegacyLogprobs(harness.tokenizer, True).write([position])
     assert shown["top_logprobs"] == [{"\ufffd": -0.5}]
     assert shown["token_logprobs"] == [-2.0]
 

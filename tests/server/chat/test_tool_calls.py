@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllm.model.tokenizer import Tokenizer
+from pyllm.server.chat.served_model import find_format
 from pyllm.server.chat.template import ChatTemplate
 from pyllm.server.chat.tool_calls import FORMATS, CallReader, ToolCallFormat, detect_format
 from pyllm.server.flags import DEMO_FOLDER, ConfigError
-from pyllm.server.generation.served_model import find_format
 
 HERMES, JSON, LLAMA = (FORMATS[name] for name in ("hermes", "json", "llama3_json"))
 KNOWN = frozenset({"f", "get_weather"})

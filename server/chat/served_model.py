@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import logging
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import Any
 from ...engine.client.async_engine import AsyncEngine
 from ...engine.client.launch import EngineProcess
 from ...engine.errors import RequestError
+from ...engine.messages import SamplingParams
 from ...model.checkpoint.hub import resolve_model
 from ...model.tokenizer import Tokenizer
-from ..chat.template import ChatTemplate
-from ..chat.tool_calls import FORMATS, ToolCallFormat, detect_format
 from ..flags import DEMO_FOLDER, DEMO_NAME, ConfigError, ModelFlags, ServerConfig
+from ..generation.defaults import read_defaults
+from ..generation.metrics import Metrics
 from ..http.errors import ApiError, encode_json, shorten
 from ..http.offload import is_large, off_loop
-from .defaults import read_defaults
-from .metrics import Metrics
+from .conversation import Sampling
+from .template import ChatTemplate
+from .tool_calls import FORMATS, ToolCallFormat, detect_format
 
 logger = logging.getLogger("pyllm.server")
 
@@ -62,6 +65,26 @@ class ServedModel:
             value = getattr(body, name, None)
             if value is not None and value is not True and value > most:
                 raise RequestError(f"{name} must be at most {most} on this server, got {value}.", param=name)
+
+    def sampling_params(
+        self, sampling: Sampling, *, max_tokens: int | None, grammar: str | None, turn_ends: tuple[str, ...] = ()
+    ) -> SamplingParams:
+        """Join a request's fields with the model's defaults; raises `RequestError`.
+
+        `turn_ends` are strings that end a turn like an end-of-sequence id, so `ignore_eos` ignores them too.
+        """
+        values: dict[str, Any] = {**self.defaults, **sampling, "max_tokens": max_tokens, "grammar": grammar}
+        if "bad_words" in values:
+            values["bad_words"] = tuple(self._spellings(values["bad_words"]))
+        if not values.get("ignore_eos"):
+            values["stop"] = values.get("stop", ()) + turn_ends
+        return SamplingParams(**values)
+
+    def _spellings(self, words: Sequence[str]) -> Iterator[tuple[int, ...]]:
+        """Yield the token ids of each word at the start of a text and after a space."""
+        for word in words:
+            ids = {tuple(self.tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
+            yield from sorted(spelling for spelling in ids if spelling)
 
     async def encode(self, text: str, *, add_bos: bool, any_length: bool = False) -> list[int]:
         """Tokenise plain text; raises `RequestError` if it cannot fit the context, unless `any_length`."""

@@ -1,0 +1,229 @@
+"""The completions endpoint: continues prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import Field
+from starlette.responses import Response
+
+from ...engine.client.output_processor import RequestOutput
+from ...engine.errors import RequestError
+from ...engine.messages import MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from ...model.tokenizer import Tokenizer
+from ..chat.served_model import ServedModel
+from ..chat.truncation import encode_prompts
+from ..generation.generation import MAX_SEQUENCES, Choice, Generation
+from ..generation.streaming import EventStream
+from ..generation.token_details import LegacyLogprobs, show_prompt_logprobs
+from ..http.context import RequestContext
+from ..http.errors import JsonResponse, encode_json
+from ..http.offload import off_loop_if_large
+from .chunks import Chunks, show_details
+from .fields import (
+    MAX_INT,
+    MAX_PROMPTS,
+    FinishReason,
+    GenerationRequest,
+    PromptLogprob,
+    StrictModel,
+    Text,
+    TokenDynamics,
+    TokenIds,
+    Usage,
+    read_response_format,
+    read_sampling,
+)
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of `POST /v1/completions`."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    ) = Field(description=f"One or more texts or lists of token ids; prompts times n ≤ {MAX_SEQUENCES}.")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Default 16; 0 requires echo.")
+    echo: bool | None = Field(None, description="Put the prompt before the text, and its logprobs before the others.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool | None = Field(None, description="Put the begin-of-sequence token before a text prompt.")
+
+
+class CompletionLogprobs(StrictModel):
+    """Log-probabilities in the older format."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(StrictModel):
+    """One continuation of a prompt; in a stream, a piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    dynamics: list[TokenDynamics] | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(StrictModel):
+    """Answer of `POST /v1/completions`, and one event of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+async def create_completion(context: RequestContext, body: CompletionRequest, model: ServedModel) -> Response:
+    """Continue each prompt, whole or as a stream; a request is refused before its stream begins."""
+    params = await _params(body, model)
+    prompts = await encode_prompts(
+        body.prompt, model, add_bos=bool(body.add_special_tokens),
+        keep=body.truncate_prompt_tokens, max_tokens=params.max_tokens,
+    )  # fmt: skip
+    generation = Generation(
+        model.engine, model.metrics, context, prompts, [_fitted(params, prompt, body, model) for prompt in prompts],
+        field="prompt", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
+        streams=bool(body.stream),
+    )  # fmt: skip
+    head: dict[str, Any] = {"id": f"cmpl-{context.request_id}", "object": "text_completion"}
+    head |= {"created": int(time.time()), "model": body.model}
+    skip_special_tokens = params.skip_special_tokens
+    writers = [ChoiceWriter(body, choice, model.tokenizer, skip_special_tokens) for choice in generation.choices]
+    if body.stream:
+        chunks = CompletionChunks(head, generation, model.tokenizer, body, writers)
+        return EventStream(generation, chunks, model.flags.sse_keep_alive_interval)
+    await generation.collect()
+
+    def answer() -> Response:
+        choices = [writer.whole(index) for index, writer in enumerate(writers)]
+        return JsonResponse(head | {"choices": choices, "usage": generation.usage()})
+
+    # A long prompt has many candidates.
+    return answer() if params.prompt_logprobs is None else await asyncio.to_thread(answer)
+
+
+async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams:
+    """Return the sampling parameters of a prompt that leaves enough room; raises `RequestError`."""
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens must be at least 1 without echo.", param="max_tokens")
+    wanted = await off_loop_if_large(read_response_format, body)
+    if wanted is not None:
+        await model.engine.check_grammar(wanted.grammar, wanted.grammar_field)
+    sampling = {**await off_loop_if_large(read_sampling, body, model), "logprobs": body.logprobs}
+    if body.echo and body.logprobs is not None:
+        sampling["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    grammar = None if wanted is None else wanted.grammar
+    return await off_loop_if_large(model.sampling_params, sampling, max_tokens=max_tokens, grammar=grammar)
+
+
+def _fitted(params: SamplingParams, prompt: list[int], body: CompletionRequest, model: ServedModel) -> SamplingParams:
+    """Limit the default of `max_tokens` to the rest of the context after `prompt`."""
+    room = max(model.engine.info.max_model_len - len(prompt), 1)
+    if body.max_tokens is not None or room >= DEFAULT_MAX_TOKENS:
+        return params
+    return msgspec.structs.replace(params, max_tokens=room)
+
+
+def _best(positions: Sequence[TokenLogprobs], count: int) -> list[TokenLogprobs]:
+    """Return `positions` with at most `count` candidates each."""
+    return [msgspec.structs.replace(position, top=position.top[:count]) for position in positions]
+
+
+class ChoiceWriter:
+    """Writes one choice; with echo, the prompt's text and log-probabilities come first."""
+
+    def __init__(
+        self, body: CompletionRequest, choice: Choice, tokenizer: Tokenizer, skip_special_tokens: bool
+    ) -> None:
+        self._body = body
+        self._echo_due = bool(body.echo)
+        self._choice = choice
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._logprobs = LegacyLogprobs(tokenizer, skip_special_tokens)
+
+    def write(self, text: str, positions: Sequence[TokenLogprobs]) -> tuple[str, dict[str, Any] | None]:
+        """Return the next piece of text and its log-probabilities, or None if they were not requested."""
+        count, before = self._body.logprobs, {}
+        if self._echo_due:
+            self._echo_due = False
+            prompt = self._choice.prompt_token_ids
+            text = self._tokenizer.decode(prompt, self._skip) + text
+            if count is not None:
+                before = self._logprobs.write_prompt(prompt, _best(self._choice.prompt_logprobs, count))
+        if count is None:
+            return text, None
+        shown = self._logprobs.write(positions)
+        return text, {name: before[name] + shown[name] for name in shown} if before else shown
+
+    def prompt_fields(self) -> dict[str, Any]:
+        """Return the requested details of the prompt's tokens."""
+        fields: dict[str, Any] = {}
+        prompt, count = self._choice.prompt_token_ids, self._body.prompt_logprobs
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = prompt
+        if count is not None:
+            positions = _best(self._choice.prompt_logprobs, count)
+            fields["prompt_logprobs"] = show_prompt_logprobs(prompt, positions, self._tokenizer)
+        return fields
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """Return the finished choice."""
+        text, logprobs = self.write(self._choice.text, self._choice.logprobs)
+        shown = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self._choice.finish_reason}
+        return shown | show_details(self._choice, self._body, self._tokenizer) | self.prompt_fields()
+
+
+class CompletionChunks(Chunks):
+    """Chunks whose choices have text; the first piece of a choice also brings the details of its prompt."""
+
+    content_field, empty = b"text", b'""'
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        generation: Generation,
+        tokenizer: Tokenizer,
+        body: CompletionRequest,
+        writers: list[ChoiceWriter],
+    ) -> None:
+        super().__init__(head, generation, tokenizer, body)
+        self._writers = writers
+        shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
+        self._prompt_due = set(range(len(writers))) if shows_prompt else set()
+
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """Return new text with its tokens."""
+        text, logprobs = self._writers[index].write(output.text, output.logprobs)
+        details = self.details(output)
+        if index in self._prompt_due:
+            self._prompt_due.remove(index)
+            if fields := self._writers[index].prompt_fields():
+                details += b"," + encode_json(fields)[1:-1]
+        return self.chunk(index, encode_json(text), logprobs=encode_json(logprobs), choice_fields=details)
+
+    def ending(self, index: int, output: RequestOutput) -> bytes:
+        """Return the last chunk of a choice, after the prompt's details if no text has brought them."""
+        before = b""
+        if index in self._prompt_due:
+            before = self.piece(index, msgspec.structs.replace(output, text="", token_ids=[], logprobs=[], dynamics=[]))
+        return before + super().ending(index, output)

@@ -1,1 +1,0 @@
-"""Text completions: the route and its wire models."""
