@@ -1,8 +1,8 @@
-"""The operations that differ by device, in plain torch: the reference, and what every device can run.
+"""The operations that differ by device, in plain torch: the reference, and what runs on any device.
 
-The network calls nothing device-specific but the methods of `Backend`, and each is as much as one device can do
-well at once. Another device is one more subclass that overrides what it can do faster; its results are tested
-against the ones here. Element-wise arithmetic, norms and softmax are FP32; products run in the weights' dtype.
+The network calls nothing device-specific but the methods of `Backend`, each as large as one device can do well at once.
+A device is a subclass that overrides what it does faster; tests compare its results with the ones here. Element-wise
+arithmetic, norms and softmax are FP32; products run in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -28,51 +28,44 @@ BASE_EXPERT_SCORE = 10.0
 HIGHWAY_SHARE = 0.1
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 SMALL_PRODUCT = 16**3
-"""Multiplications up to which torch takes its own loop for a BF16 product, and oneDNN from there on."""
+"""Multiplications in a BF16 product up to which torch uses its own loop; above, it uses oneDNN."""
 PREFILL_BLOCK = 256
 """Queries of a prompt are computed in blocks that end at multiples of this position."""
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the tokens' positions, FP32 [T, D/2] each; element i of a head is paired with i + D/2."""
+
+_NO_CACHE = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
     """Where the flat tokens of one step belong.
 
-    A step holds S sequences, one after the other: first `num_decodes` sequences with one token each,
-    then the rest with any number of tokens (prefill chunks).
-
-    Attributes:
-        query_lens: tokens of each sequence in this step, S numbers that sum to T.
-        seq_lens: length of each sequence after this step, S numbers.
-        num_decodes: how many of the first sequences have exactly one token.
-        slot_mapping: int64 [T], the place of each token in the flattened pages; None without a cache.
-        block_tables: int32 [S, B], the pages of each sequence in order, padded with any valid page.
-        seq_lens_device: int32 [S], `seq_lens` where the kernels of a GPU read them. In a captured graph the lists say
-            what the graph was captured with, and this and the other tensors what is true; 0 is a row of padding.
-        query_starts: int32 [S + 1], the first token of each sequence, on the device; None makes it of `query_lens`
-            where it is needed.
-        num_splits: runs into which decode attention cuts a sequence's keys; None lets the backend choose.
+    A step holds S sequences, one after the other: first `num_decodes` sequences with one token each, then the rest with
+    any number of tokens (prefill chunks). In a captured graph the lists describe the capture, and the tensors each
+    replay. A sequence of length 0 is padding.
     """
 
-    query_lens: list[int]
-    seq_lens: list[int]
+    query_lens: list[int]  # tokens of each sequence in this step, summing to T
+    seq_lens: list[int]  # length of each sequence after this step
     num_decodes: int = 0
-    slot_mapping: Tensor | None = None
-    block_tables: Tensor | None = None
-    seq_lens_device: Tensor | None = None
-    query_starts: Tensor | None = None
-    num_splits: int | None = None
+    slot_mapping: Tensor = _NO_CACHE  # int64 [T], the place of each token in the flattened pages
+    block_tables: Tensor = _NO_CACHE  # int32 [S, B], the pages of each sequence in order, padded with any valid page
+    seq_lens_device: Tensor | None = None  # int32 [S], on the device; None copies `seq_lens` where it is needed
+    query_starts: Tensor | None = None  # int32 [S + 1], the first token of each sequence, on the device; likewise
+    num_splits: int | None = None  # how many parts decode attention splits the keys into; None lets the backend choose
 
     @classmethod
     def without_cache(cls, lengths: list[int]) -> AttentionMetadata:
-        """Whole sequences that attend to their own tokens only; needs no KV cache."""
+        """Whole sequences that attend only to their own tokens, without a KV cache."""
         return cls(query_lens=lengths, seq_lens=lengths)
 
 
 def lazy_zeros(size: int) -> Tensor:
-    """Zeroed uint8 [size] that costs memory only where it is written to, in huge pages where the system has them.
+    """Zeroed uint8 [size] that takes memory only where it is written, in huge pages where the system has them.
 
-    With small ones, a kernel that reads here and there waits for the tables of pages more than for the data.
-    Raises `MemoryError` where the system has no room for it.
+    With small pages, a kernel with scattered reads waits longer for page tables than for the data. Raises `MemoryError`
+    if the system has too little memory.
     """
     try:
         memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -85,19 +78,17 @@ def lazy_zeros(size: int) -> Tensor:
 
 
 class Backend:
-    """Plain torch operations, on any device and with gradients where no KV cache is involved.
+    """Plain torch operations, on any device, and with gradients where no KV cache is involved.
 
-    T is the number of tokens in the step, H the hidden size, D the size of a head. Operations of a subclass may
-    change `x`, `velocity` and `residual` in place; whoever calls goes on with what they return.
-
-    Attributes:
-        prefill_multiple: where a prompt must be cut, if it is, so that the cut does not change its tokens' last bits.
-        capturable: whether a whole step can be captured: no operation of it waits for the device, all lengths are read
-            there, and rows with negative token ids, negative slots and length 0 are left out.
+    T is the number of tokens in the step, H the hidden size, D the size of a head. A subclass may change `x`,
+    `velocity` and `residual` in place; the caller continues with what is returned.
     """
 
     prefill_multiple = PREFILL_BLOCK
+    """A prompt cut at multiples of this gives its tokens the same last bits as an uncut one."""
     capturable = False
+    """Whether a whole step can be captured in a graph: no operation waits for the device, all lengths are read there,
+    and rows with negative token ids, negative slots and length 0 are skipped."""
 
     def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zeroed pages [layers, 2, blocks, block_size, KV, D]."""
@@ -112,8 +103,8 @@ class Backend:
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, in] times weight [out, in], in the weight's dtype, as FP32 [T, out]."""
         x = x.to(weight.dtype)
-        # The BF16 kernels add up one row in another order than several, and very small products in yet another. Two
-        # rows take the time of one, so with a few rows more a token's result does not depend on its company.
+        # The BF16 kernels sum one row in a different order than several rows, and very small products in yet another.
+        # A second row costs no time, so pad: then a token's result does not depend on the rest of the step.
         least = 1 if weight.dtype != torch.bfloat16 else max(2, SMALL_PRODUCT // weight.numel() + 1)
         if len(x) < least:
             return F.linear(F.pad(x, (0, 0, 0, least - len(x))), weight)[: len(x)].float()
@@ -124,33 +115,19 @@ class Backend:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
     def attention(
-        self,
-        layer: DeepLayer,
-        x: Tensor,
-        mu_below: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        cache: Tensor | None,
-        metadata: AttentionMetadata,
+        self, layer: DeepLayer, x: Tensor, mu: Tensor | None, rope: Rope, cache: Tensor | None, step: AttentionMetadata
     ) -> Tensor:
         """Mu-guided causal attention with grouped queries, QK-norm and rotary positions; writes K and V to their pages.
 
-        Args:
-            layer: its weights and sizes.
-            x: FP32 [T, H], the residual stream.
-            mu_below: FP32 [T, H], the mu of the layer below; None where there is none.
-            rope: cosines and sines of the positions, FP32 [T, D/2] each; element i is paired with i + D/2.
-            cache: pages of all layers [layers, 2, blocks, block_size, KV, D], in the weights' dtype or FP8: then all
-                tokens, new ones too, are seen as FP8 kept them. None attends within this step's tokens.
-            metadata: which tokens belong to which sequence and page.
-
-        Returns:
-            FP32 [T, H], before the residual; query head h reads KV head h // (heads / KV).
+        x [T, H] is the residual stream, mu [T, H] the mu of the layer below, if there is one. `cache` is the pages of
+        all layers [layers, 2, blocks, block_size, KV, D], in the weights' dtype or FP8: then every token, new ones
+        included, is read as FP8 stored it. Without a cache, tokens attend to this step's tokens only. Query head h
+        reads KV head h // (heads / KV). Returns FP32 [T, H], to be added to the residual stream.
         """
         config = layer.config
         a = self.rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        if layer.kqv_proj.shape[1] > a.shape[1]:
-            assert mu_below is not None  # for the type checker
-            a = torch.cat((a, mu_below), dim=-1)
+        if mu is not None and layer.kqv_proj.shape[1] > a.shape[1]:
+            a = torch.cat((a, mu), dim=-1)
         kqv = self.linear(a, layer.kqv_proj).unflatten(-1, (-1, config.head_dim))
         kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
         k, q, v = kqv.split((kv_heads, heads, kv_heads), dim=1)  # [T, heads, D] each
@@ -160,24 +137,17 @@ class Backend:
         dtype = layer.kqv_proj.dtype
         q, k, v = _rotate(q, *rope).to(dtype), _rotate(k, *rope).to(dtype), v.to(dtype)
         if cache is None:
-            out = _attention_without_cache(q, k, v, metadata.seq_lens, config.sliding_window)
+            out = _attention_without_cache(q, k, v, step.seq_lens, config.sliding_window)
         else:
-            out = _paged_attention(q, k, v, cache[layer.index], metadata, config.sliding_window)
+            out = _paged_attention(q, k, v, cache[layer.index], step, config.sliding_window)
         return self.linear(out.flatten(1), layer.o_proj)
 
     def dynamics(
         self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """INL dynamics on the attention output, added to the residual stream.
+        """INL dynamics on the attention output h [T, H]; velocity [T, H] comes from the layer below, None is zero.
 
-        Args:
-            layer: its controller and constants.
-            x: FP32 [T, H], the residual stream.
-            h: FP32 [T, H], the attention output.
-            velocity: FP32 [T, H] from the layer below; None is zero.
-
-        Returns:
-            The residual stream, velocity and mu, each FP32 [T, H].
+        Returns the residual stream x [T, H] with h and the dynamics added, the velocity and mu, FP32 [T, H] each.
         """
         # For the type checker: an era has all of these or none.
         assert layer.mu is not None
@@ -203,16 +173,10 @@ class Backend:
     def routed_mlp(
         self, layer: DeepLayer, x: Tensor, input_ids: Tensor, mu: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream with each token's own expert's gated MLP, and the shared one's, added.
+        """The residual stream x [T, H] with the gated MLP of each token's expert, and the shared one's, added.
 
-        Args:
-            layer: its experts and router.
-            x: FP32 [T, H], the residual stream.
-            input_ids: int64 [T].
-            mu: FP32 [T, H]; None where the era has none.
-
-        Returns:
-            The residual stream, and the expert of each token, int64 [T], or None for a dense MLP.
+        Also returns the expert of each token, int64 [T], or None for a dense MLP. `mu` [T, H] is None where the era has
+        none.
         """
         b = self.rms_norm(x, layer.post_norm, layer.config.rms_norm_eps)
         experts = self.route(layer, input_ids, mu)
@@ -229,7 +193,7 @@ class Backend:
         return x, experts
 
     def route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
-        """The expert of each token: its id's own, unless mu speaks louder -> int64 [T]."""
+        """The expert of each token: the one of its id, unless the router's score by mu is higher -> int64 [T]."""
         if layer.token_to_expert is None:
             return None
         own = layer.token_to_expert[input_ids]
@@ -265,37 +229,33 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _paged_attention(
-    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, metadata: AttentionMetadata, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: AttentionMetadata, window: int | None
 ) -> Tensor:
-    """Attention over the pages after writing to them: q [T, heads, D], k and v [T, KV, D] -> [T, heads, D].
+    """Write k and v [T, KV, D] to their pages, then attend over these: q [T, heads, D] -> [T, heads, D].
 
     Position i sees i - window + 1 … i; without a window, all of 0 … i.
     """
-    assert metadata.slot_mapping is not None  # for the type checker
-    assert metadata.block_tables is not None
     for side, new in zip(cache, (k, v), strict=True):
-        if cache.dtype == FP8:  # of which torch can copy only the bits
+        if cache.dtype == FP8:  # torch can copy FP8 only as bits
             side, new = side.view(torch.uint8), narrow(new).view(torch.uint8)
-        side.flatten(0, 1).index_copy_(0, metadata.slot_mapping, new)
-    decodes = metadata.num_decodes
+        side.flatten(0, 1).index_copy_(0, step.slot_mapping, new)
+    decodes = step.num_decodes
     out = torch.empty_like(q)
     if decodes:
-        tables, lengths = metadata.block_tables[:decodes], metadata.seq_lens_device
+        tables, lengths = step.block_tables[:decodes], step.seq_lens_device
         if lengths is None:
-            longest = max(metadata.seq_lens[:decodes])
-            tables = tables[:, : -(-longest // cache.shape[2])]
-            lengths = torch.tensor(metadata.seq_lens[:decodes], device=q.device)
+            tables = tables[:, : -(-max(step.seq_lens[:decodes]) // cache.shape[2])]
+            lengths = torch.tensor(step.seq_lens[:decodes], device=q.device)
         out[:decodes] = _decode_attention(q[:decodes], cache, tables, lengths[:decodes, None], window)
     start = decodes
-    for table, query_len, seq_len in zip(
-        metadata.block_tables[decodes:], metadata.query_lens[decodes:], metadata.seq_lens[decodes:], strict=True
-    ):
+    prompts = zip(step.block_tables[decodes:], step.query_lens[decodes:], step.seq_lens[decodes:], strict=True)
+    for table, query_len, seq_len in prompts:
         end = start + query_len
         pages = table[: -(-seq_len // cache.shape[2])]
         keys, values = (_pages(side, pages, q.dtype).flatten(0, 1) for side in cache)  # [L, KV, D] each
         at = seq_len - query_len
-        # The kernels cut a sum by the number of queries. Blocks with fixed ends give a token the same result
-        # however its prompt was cut into chunks, as long as chunks end there too.
+        # The kernels split a sum according to the number of queries. Blocks with fixed ends give a token the same
+        # result however its prompt was cut into chunks, as long as chunks end there too.
         while start < end:
             block_end = min(seq_len, (at // PREFILL_BLOCK + 1) * PREFILL_BLOCK)
             rows = slice(start, start + block_end - at)
@@ -306,7 +266,7 @@ def _paged_attention(
 
 def _pages(side: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:
     """Pages of the keys or the values, side [blocks, block_size, KV, D], in `dtype`."""
-    # One page is one run of memory: index_select copies it as such, nine times as fast as indexing does.
+    # A page is contiguous: index_select copies it whole, nine times as fast as indexing.
     if side.dtype == FP8:
         return side.view(torch.uint8).index_select(0, pages).view(FP8).to(dtype)
     return side.index_select(0, pages)
@@ -318,10 +278,10 @@ def _decode_attention(q: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor,
     pages = (_pages(side, tables.flatten(), q.dtype) for side in cache)
     keys, values = (page.view(len(q), -1, *page.shape[2:]).transpose(1, 2) for page in pages)  # [S, KV, L, D]
     at = torch.arange(keys.shape[2], device=q.device)[None]
-    visible = at < lengths.clamp(min=1)  # [S, L]; a row of padding sees something too, or it would be NaN
+    visible = at < lengths.clamp(min=1)  # [S, L]; a row of padding sees one key, or it would be NaN
     if window is not None:
         visible &= at >= lengths - window
-    # The query heads that share a KV head stand as rows of one small matrix, so K and V are not repeated.
+    # The query heads that share a KV head are the rows of one small matrix, so K and V are not repeated.
     grouped = q.unflatten(1, (kv_heads, -1))  # [S, KV, group, D]
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None]).flatten(1, 2)
 

@@ -227,7 +227,7 @@ def test_numbers_that_are_none_are_not_hidden_by_int8():
 def test_a_binary_of_other_sources_is_not_used():
     program = (
         "import ctypes; from pyllm.model import DeepConfig; from pyllm.model.cpu import backend as native\n"
-        "native._Step = type('_Step', (ctypes.Structure,), {'_fields_': [('other', ctypes.c_int32)]})\n"
+        "native.Step = type('Step', (ctypes.Structure,), {'_fields_': [('other', ctypes.c_int32)]})\n"
         "print(native.available(DeepConfig()))"
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
