@@ -25,7 +25,7 @@ from ..http.context import RequestContext
 from ..http.errors import JsonResponse, encode_json
 from ..http.offload import off_loop_if_large
 from .chat_input import Messages, TemplateOptions, ToolCall, read_chat
-from .chunks import Chunks, show_details
+from .chunks import Chunks, join_fields, show_details
 from .fields import (
     MAX_INT,
     MAX_TOOLS,
@@ -268,7 +268,8 @@ class ChatChunks(Chunks):
 
     def opening(self) -> bytes:
         """The assistant's role for every choice; the content is null where only calls can follow."""
-        ids = b',"prompt_token_ids":' + encode_json(self.choices[0].prompt_token_ids) if self.with_ids else b""
+        prompt = self.choices[0].prompt_token_ids
+        ids = join_fields({"prompt_token_ids": prompt} if self.body.return_token_ids else {})
         role = b'{"role":"assistant","content":%s}' % (b"null" if self._must_call else b'""')
         return b"".join(self.chunk(index, role, chunk_fields=ids) for index in range(len(self.choices)))
 
@@ -302,7 +303,7 @@ class ChatChunks(Chunks):
         self._prompt_due = False
         choice = self.choices[0]
         shown = show_prompt_logprobs(choice.prompt_token_ids, choice.prompt_logprobs, self.tokenizer)
-        return b',"prompt_logprobs":' + encode_json(shown)
+        return join_fields({"prompt_logprobs": shown})
 
 
 def _deltas(parts: list[Part]) -> list[bytes]:

@@ -23,7 +23,7 @@ from ..generation.token_details import LegacyLogprobs, show_prompt_logprobs
 from ..http.context import RequestContext
 from ..http.errors import JsonResponse, encode_json
 from ..http.offload import off_loop_if_large
-from .chunks import Chunks, show_details
+from .chunks import Chunks, join_fields, show_details
 from .fields import (
     MAX_INT,
     MAX_PROMPTS,
@@ -217,8 +217,7 @@ class CompletionChunks(Chunks):
         details = self.details(output)
         if index in self._prompt_due:
             self._prompt_due.remove(index)
-            if fields := self._writers[index].prompt_fields():
-                details += b"," + encode_json(fields)[1:-1]
+            details += join_fields(self._writers[index].prompt_fields())
         return self.chunk(index, encode_json(text), logprobs=encode_json(logprobs), choice_fields=details)
 
     def ending(self, index: int, output: RequestOutput) -> bytes:

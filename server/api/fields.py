@@ -1,4 +1,4 @@
-"""What several endpoints share: types with their bounds, the fields of sampling, token counts and errors."""
+"""What endpoints share: types with their bounds, the fields of requests for text, token counts and errors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from ..generation.generation import MAX_SEQUENCES
 
 MAX_TEXT = 4 * 2**20
 MAX_IDS = 2**20
-MAX_PROMPTS = 256
 MAX_INT = 2**31 - 1
-
+MAX_PROMPTS = 256
 MAX_BAD_WORDS = 128
 MAX_TOOLS = 128
+LOGPROB_FIELDS = ("logprobs", "top_logprobs", "prompt_logprobs")
 
-# Fields of OpenAI that mean something which this server cannot do, with the values that ask for nothing.
-# Any other value is refused by name.
+# OpenAI's fields that this server does not support, with the values that have no effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -51,18 +50,17 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
 TokenIdText = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_LOGIT_BIAS)]
 BadWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+BadWords = Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)]
 Grammar = Annotated[str, StringConstraints(min_length=1, max_length=2**16)]
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Description = Annotated[str, StringConstraints(max_length=2**16)]
 JsonSchema = dict[str, Any]
-Priority = Annotated[
-    int | None,
-    Field(ge=-(2**31), le=MAX_INT, description="Lower goes first, where the server schedules by priority."),
-]
+_lower_first = "A lower value goes first, if the server schedules by priority."
+Priority = Annotated[int | None, Field(ge=-(2**31), le=MAX_INT, description=_lower_first)]
 KeptTokens = Annotated[
-    int | None,
-    Field(ge=-1, le=MAX_INT, description="Keep so many of the last tokens; -1 keeps what fits."),
+    int | None, Field(ge=-1, le=MAX_INT, description="Keep this many last tokens; -1: all that fit.")
 ]
 
 
@@ -71,21 +69,20 @@ def _pass(value: Any) -> Any:
 
 
 GiveWay = BeforeValidator(_pass)
-"""Changes nothing: checking a long list is one step of the interpreter, unless there is some Python in it, at which
-the other threads have their turn."""
+"""Lets other threads run while the items of a long list are checked; without any Python code, that is one step."""
 
 
 class StrictModel(BaseModel):
-    """A request or a part of one: no unknown fields, no conversions, no infinities."""
+    """A model without unknown fields, conversions or infinities."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(StrictModel):
-    """How a stream is written."""
+    """Options of a stream."""
 
     include_usage: bool | None = Field(None, description="Send a last chunk with the token counts.")
-    include_obfuscation: Literal[False] | None = Field(None, description="Chunks are not padded.")
+    include_obfuscation: Literal[False] | None = Field(None, description="Chunks are never padded.")
 
 
 class JsonSchemaFormat(StrictModel):
@@ -98,32 +95,29 @@ class JsonSchemaFormat(StrictModel):
 
 
 class TextFormat(StrictModel):
-    """An answer without a form."""
+    """Free text."""
 
     type: Literal["text"]
 
 
 class JsonObjectFormat(StrictModel):
-    """An answer that is some JSON object."""
+    """Any JSON object."""
 
     type: Literal["json_object"]
 
 
 class JsonSchemaResponseFormat(StrictModel):
-    """An answer that satisfies a JSON schema."""
+    """JSON that satisfies a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchemaFormat
 
 
-ResponseFormat = Annotated[
-    TextFormat | JsonObjectFormat | JsonSchemaResponseFormat,
-    Field(discriminator="type"),
-]
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaResponseFormat, Field(discriminator="type")]
 
 
 class StructuredOutputs(StrictModel):
-    """The form of the answer, as vLLM's clients ask for it: exactly one of these."""
+    """The format of the text, as vLLM's clients ask for it: exactly one of these."""
 
     json_schema: JsonSchema | None = Field(None, alias="json", description="JSON Schema of the answer.")
     regex: Grammar | None = Field(None, description="Regular expression that matches the whole answer.")
@@ -138,18 +132,16 @@ class StructuredOutputs(StrictModel):
 
 
 class SamplingRequest(StrictModel):
-    """The fields of every request for a text."""
+    """The fields of every request for text."""
 
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_INT, description="-1 and 0 keep all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(
-        None, ge=-(2**63), le=2**63 - 1, description="Draws are repeatable; choice j of several has seed + j."
-    )
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Repeatable draws; choice j uses seed + j.")
     priority: Priority = None
-    cache_salt: Salt | None = Field(None, description="Only requests of one salt share computed prompts.")
+    cache_salt: Salt | None = Field(None, description="Only requests with the same salt share cached prompts.")
 
 
 class OpenAIRequest(SamplingRequest):
@@ -159,22 +151,18 @@ class OpenAIRequest(SamplingRequest):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = Field(None, description="Go on past the end of the text or turn.")
+    ignore_eos: bool | None = Field(None, description="Continue past the end of the text or turn.")
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = Field(
-        None, description="Added to the logits of these token ids."
-    )
-    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = Field(
-        None, description="Words that are never completed."
-    )
+    logit_bias: LogitBias | None = Field(None, description="Added to the logits of these token ids.")
+    bad_words: BadWords | None = Field(None, description="Words that are never completed.")
     allowed_token_ids: TokenIds | None = Field(None, description="Only these are generated.")
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool | None = None
 
-    # OpenAI's bookkeeping, accepted because ignoring it harms nobody.
+    # Accepted and ignored.
     user: Name | None = None
     metadata: Annotated[dict[Name, Name], Field(max_length=16)] | None = None
     service_tier: Name | None = None
@@ -186,14 +174,16 @@ class GenerationRequest(OpenAIRequest):
     """The fields that chats and completions share."""
 
     n: int | None = Field(None, ge=1, le=128, description=f"Answers per prompt; prompts times n ≤ {MAX_SEQUENCES}.")
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Also of the prompt's tokens.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities of the prompt's tokens."
+    )
     response_format: ResponseFormat | None = None
     truncate_prompt_tokens: KeptTokens = None
-    return_dynamics: bool | None = Field(None, description="Tell what the network did for each token.")
+    return_dynamics: bool | None = Field(None, description="Report what the network did for each token.")
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
 
-    # More of the bookkeeping.
+    # Accepted and ignored.
     store: bool | None = None
     verbosity: Name | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
@@ -205,7 +195,7 @@ GRAMMARS: dict[str, Callable[..., str]] = {
     "choice": choice_grammar,
     "grammar": lark_grammar,
 }
-"""How each kind of structured output is made a grammar."""
+"""Makes the grammar of each kind of structured output."""
 SAMPLING_FIELDS = {*SamplingParams.__struct_fields__} - {"max_tokens", "logprobs", "grammar"}
 
 
@@ -213,7 +203,10 @@ def read_sampling(body: SamplingRequest, model: ServedModel) -> Sampling:
     """Return what a request sets of `SamplingParams`; raises `RequestError`."""
     if getattr(body, "stream_options", None) is not None and not body.stream:
         raise RequestError("stream_options needs stream to be true.", param="stream_options")
-    model.check_logprobs(body)
+    for name in LOGPROB_FIELDS:
+        value, most = getattr(body, name, None), model.flags.max_logprobs
+        if value is not None and value is not True and value > most:
+            raise RequestError(f"{name} must be at most {most} on this server, got {value}.", param=name)
     values = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name, None)) is not None}
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = [stop]
@@ -255,13 +248,13 @@ def _structured_format(outputs: StructuredOutputs) -> AnswerFormat:
 
 
 class PromptTokensDetails(StrictModel):
-    """Of the prompt's tokens, those that were not computed again."""
+    """How many of the prompt's tokens came from the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionTokensDetails(StrictModel):
-    """Of the answer's tokens, those spent on reasoning."""
+    """How many of the completion's tokens were reasoning."""
 
     reasoning_tokens: int
 
@@ -285,7 +278,7 @@ class TopLogprob(StrictModel):
 
 
 class TokenLogprob(TopLogprob):
-    """The chosen token at a position, and the likeliest ones."""
+    """The chosen token at a position, and the likeliest candidates."""
 
     top_logprobs: list[TopLogprob]
 
@@ -303,9 +296,9 @@ class TokenDynamics(StrictModel):
 
     token_id: int
     token: str
-    input_token_id: int = Field(description="The token that the pass read: its id routes it.")
+    input_token_id: int = Field(description="The token that was read; its id selects the expert.")
     experts: list[int]
-    rerouted: list[bool] = Field(description="Whether mu chose another expert than the id's.")
+    rerouted: list[bool] = Field(description="Whether mu selected another expert instead.")
     mu_norm: list[float]
     velocity_norm: list[float]
 
@@ -314,7 +307,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class ErrorBody(StrictModel):
-    """What went wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -323,6 +316,6 @@ class ErrorBody(StrictModel):
 
 
 class ErrorAnswer(StrictModel):
-    """Every answer with a status of 400 or more."""
+    """Answer with any status of 400 or more."""
 
     error: ErrorBody

@@ -33,7 +33,6 @@ LARGE_TEXT = 4000
 """Characters from which text is tokenised off the event loop."""
 LARGE_CHAT = 50
 """Messages from which a chat is rendered off the event loop."""
-LOGPROB_FIELDS = ("logprobs", "top_logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +56,6 @@ class ServedModel:
             message = f"The model {shorten(name)!r} does not exist; this server has {self.names[0]!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
         return name or self.names[0]
-
-    def check_logprobs(self, body: object) -> None:
-        """Raise `RequestError` if a field of the request asks for more log-probabilities than this server allows."""
-        most = self.flags.max_logprobs
-        for name in LOGPROB_FIELDS:
-            value = getattr(body, name, None)
-            if value is not None and value is not True and value > most:
-                raise RequestError(f"{name} must be at most {most} on this server, got {value}.", param=name)
 
     def sampling_params(
         self, sampling: Sampling, *, max_tokens: int | None, grammar: str | None, turn_ends: tuple[str, ...] = ()

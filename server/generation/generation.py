@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from ...engine.client.async_engine import AsyncEngine, RequestStream, Wakeup
 from ...engine.client.output_processor import RequestOutput, RequestTimes
 from ...engine.errors import EngineDeadError, RequestError
-from ...engine.messages import EngineInfo, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
+from ...engine.messages import Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 from ..http.context import RequestContext
 from ..http.errors import ApiError, unavailable
 from .metrics import Metrics
@@ -73,8 +73,7 @@ class Generation:
 
         Raises `RequestError`, `EngineBusyError` or `EngineDeadError` if the engine refuses one; then none runs.
         """
-        _check_size(engine, prompts, params, field, n)
-        _check_details(engine.info, prompts, params, "n" if n > 1 else field, n, streams)
+        _check_size(engine, prompts, params, field, n, streams)
         self._engine = engine
         self._metrics = metrics
         self._context = context
@@ -215,17 +214,18 @@ class Generation:
 
 
 def _check_size(
-    engine: AsyncEngine, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int
+    engine: AsyncEngine, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int, streams: bool
 ) -> None:
-    """Raise `RequestError` or `EngineBusyError` for too many sequences, or too long lists in all of them together."""
-    count = len(prompts) * n
+    """Raise `RequestError` or `EngineBusyError` for more sequences, or more about them, than there is memory for."""
+    count, info = len(prompts) * n, engine.info
     if count > MAX_SEQUENCES:
         message = f"Too many sequences: {len(prompts)} prompts with n = {n} make {count}, at most {MAX_SEQUENCES}."
         raise RequestError(message, param="n")
+    field = "n" if n > 1 else field
     try:
         engine.check_room(count)
     except RequestError as error:
-        error.param = "n" if n > 1 else field
+        error.param = field
         raise
     lists = {
         "allowed_token_ids": sum(len(own.allowed_token_ids or ()) for own in params),
@@ -235,23 +235,17 @@ def _check_size(
         if length * n > MAX_LISTED_IDS:  # each sequence carries its own list
             message = f"{name} is too long for {count} sequences: {length * n} ids in all, at most {MAX_LISTED_IDS}."
             raise RequestError(message, param=name)
-
-
-def _check_details(
-    info: EngineInfo, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int, streams: bool
-) -> None:
-    """Raise `RequestError` if the details of single tokens would not fit in memory; a stream sends its own at once."""
-    count = 0
+    shown = 0
     for prompt, own in zip(prompts, params, strict=True):
         if own.prompt_logprobs is not None:
-            count += len(prompt) * (own.prompt_logprobs + 1)
-        if not streams:
+            shown += len(prompt) * (own.prompt_logprobs + 1)
+        if not streams:  # a stream sends what is known of its tokens at once
             room = max(info.max_model_len - len(prompt), 0)
             tokens = room if own.max_tokens is None else min(own.max_tokens, room)
-            count += tokens * (0 if own.logprobs is None else own.logprobs + 1)
-            count += tokens * (info.num_layers // LAYERS_SHOWN + 1 if own.return_dynamics else 0)
-    if count * n > MAX_SHOWN:
-        message = f"Too many log-probabilities or dynamics requested: {count * n} candidates, at most {MAX_SHOWN}."
+            shown += tokens * (0 if own.logprobs is None else own.logprobs + 1)
+            shown += tokens * (info.num_layers // LAYERS_SHOWN + 1 if own.return_dynamics else 0)
+    if shown * n > MAX_SHOWN:
+        message = f"Too many log-probabilities or dynamics requested: {shown * n} candidates, at most {MAX_SHOWN}."
         raise RequestError(message, param=field)
 
 
