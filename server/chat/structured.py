@@ -1,13 +1,12 @@
-"""What a request asks of the text's form, as a grammar for the engine.
+"""Grammars for the formats that a request may demand of the answer's text.
 
-A schema is always enforced, `strict` or not: every text that ends by itself is valid against it. A keyword that cannot
-be enforced is refused; only those that describe and demand nothing are left aside.
+A schema is always enforced, `strict` or not: every answer that ends by itself is valid against it. A keyword that
+cannot be enforced is refused; only purely descriptive keywords are ignored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import llguidance
@@ -22,8 +21,8 @@ MAX_CHOICES = 2000
 MAX_DEPTH = 64
 MAX_NODES = 20_000
 
-# Wherever JSON allows white space: nothing, a space, or a new line and an indent. A model that writes compact, spaced
-# or indented JSON keeps its habit, and one that has none cannot go on with white space for ever.
+# White space between JSON tokens: nothing, a space, or a line break with an indent. A model may write compact,
+# spaced or indented JSON as it was trained to, but cannot write white space without end.
 WHITE_SPACE = r" |\n {0,32}|\n\t{0,8}"
 
 SUBSCHEMA = ("items", "additionalItems", "additionalProperties")
@@ -41,52 +40,41 @@ DESCRIPTIVE = {
 
 
 def json_schema_grammar(schema: dict[str, Any], strict: bool = False, param: str | None = None) -> str:
-    """A grammar for the JSON values that are valid against `schema`.
+    """Return a grammar for the JSON values that are valid against `schema`.
 
-    Args:
-        schema: JSON Schema, of any draft.
-        strict: demand what OpenAI demands of strict schemas: an object at the root, and of each object
-            `additionalProperties: false` and all its properties in `required`.
-        param: the request's field, for errors.
-
-    Raises:
-        RequestError: it is too large, or has a keyword that cannot be enforced.
+    A `strict` schema must be as OpenAI demands: an object at the root, and in each object `additionalProperties: false`
+    and all its properties in `required`. Raises `RequestError` if it is too large or has a keyword that cannot be
+    enforced.
     """
     _check_size(schema, param)
     if strict and schema.get("type") != "object":
-        raise RequestError("A strict schema must be of type 'object' at its root.", param=param)
-    for node in _subschemas(schema):
-        unknown = [key for key in node if key not in ENFORCED and not _is_descriptive(key)]
-        if unknown:
-            raise RequestError(f"The schema's keyword {shorten(unknown[0])!r} is not supported.", param=param)
-        if strict:
-            _check_strict(node, param)
-    bare = _without_descriptions(schema)
+        raise RequestError("The root of a strict schema must have the type 'object'.", param=param)
+    bare = _enforceable(schema, strict, param)
     options = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": False, "lenient": False}
     try:
         return json.dumps({"grammars": [{"json_schema": bare | {"x-guidance": options}}]}, allow_nan=False)
     except ValueError:
-        raise RequestError("The schema has a number that JSON has no word for.", param=param) from None
+        raise RequestError("The schema has a number that JSON cannot represent.", param=param) from None
 
 
 def json_object_grammar() -> str:
-    """A grammar for any JSON object."""
+    """Return a grammar for any JSON object."""
     return json_schema_grammar({"type": "object"})
 
 
 def regex_grammar(regex: str, param: str | None = None) -> str:
-    r"""A grammar for the texts that match `regex` as a whole; see `lark_grammar`.
+    r"""Return a grammar for the texts that match `regex` as a whole; raises as `lark_grammar` does.
 
     The syntax is that of Rust's regex crate, without word boundaries; `\d` and `\w` are ASCII, as in JSON Schema.
     """
     _check_text(regex, "The regular expression", param)
     if (len(regex) - len(regex.rstrip("\\"))) % 2:
-        raise RequestError("The regular expression ends in the middle of an escape.", param=param)
+        raise RequestError("The regular expression ends inside an escape sequence.", param=param)
     return lark_grammar(f"start: /{llguidance.regex_to_lark(regex, 'dw')}/", param, name="The regular expression")
 
 
 def choice_grammar(choices: list[str], param: str | None = None) -> str:
-    """A grammar for exactly these texts; see `lark_grammar`."""
+    """Return a grammar for exactly these texts; raises as `lark_grammar` does."""
     if not 1 <= len(choices) <= MAX_CHOICES:
         raise RequestError(f"There must be 1 to {MAX_CHOICES} choices, got {len(choices)}.", param=param)
     if not all(choices):
@@ -96,34 +84,34 @@ def choice_grammar(choices: list[str], param: str | None = None) -> str:
 
 
 def lark_grammar(grammar: str, param: str | None = None, *, name: str = "The grammar") -> str:
-    """A grammar in llguidance's variant of Lark; `RequestError` when it is too long or no Unicode text."""
+    """Return a grammar in llguidance's variant of Lark; raises `RequestError` if it is too long or not Unicode."""
     _check_text(grammar, name, param)
     return json.dumps({"grammars": [{"lark_grammar": grammar}]})
 
 
 def _check_size(schema: Any, param: str | None) -> None:
-    """Raise `RequestError` for what is too deep or too large for those who come after."""
+    """Raise `RequestError` for a schema that is too deep or too large to process."""
     pending, nodes = [(schema, 1)], 1
     while pending:
         value, depth = pending.pop()
-        nodes += len(value) if isinstance(value, (dict, list)) else 0  # counted before they are laid out
+        nodes += len(value) if isinstance(value, (dict, list)) else 0  # counted before they are added
         if depth > MAX_DEPTH or nodes > MAX_NODES:
-            text = f"nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"of more than {MAX_NODES} values"
-            raise RequestError(f"The schema is too complex: it is {text}.", param=param)
+            text = f"levels of nesting, at most {MAX_DEPTH}" if depth > MAX_DEPTH else f"values, at most {MAX_NODES}"
+            raise RequestError(f"The schema has too many {text}.", param=param)
         if isinstance(value, (dict, list)):
             pending += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
     size = len(json.dumps(schema))
     if size > MAX_SCHEMA_BYTES:
-        raise RequestError(f"The schema has {size} bytes; {MAX_SCHEMA_BYTES} is the most.", param=param)
+        raise RequestError(f"The schema is too large: {size} bytes, at most {MAX_SCHEMA_BYTES}.", param=param)
 
 
 def _check_text(text: str, name: str, param: str | None) -> None:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise RequestError(f"{name} has half a character (a lone surrogate).", param=param) from None
+        raise RequestError(f"{name} is not valid Unicode: it has a lone surrogate.", param=param) from None
     if size > MAX_GRAMMAR_BYTES:
-        raise RequestError(f"{name} has {size} bytes; {MAX_GRAMMAR_BYTES} is the most.", param=param)
+        raise RequestError(f"{name} is too large: {size} bytes, at most {MAX_GRAMMAR_BYTES}.", param=param)
 
 
 def _check_strict(node: dict[str, Any], param: str | None) -> None:
@@ -136,48 +124,27 @@ def _check_strict(node: dict[str, Any], param: str | None) -> None:
     missing = [name for name in properties or () if not isinstance(required, list) or name not in required]
     if missing:
         raise RequestError(
-            f"In a strict schema, every property must be in 'required': {shorten(missing[0])!r} is not.", param=param
+            f"In a strict schema, every property must be in 'required'; {shorten(missing[0])!r} is missing.",
+            param=param,
         )
 
 
-def _children(node: dict[str, Any]) -> Iterator[Any]:
-    for key in SUBSCHEMA:
-        yield node.get(key)
-    for key in SUBSCHEMA_LISTS:
-        if isinstance(node.get(key), list):
-            yield from node[key]
-    for key in SUBSCHEMA_MAPS:
-        if isinstance(node.get(key), dict):
-            yield from node[key].values()
-
-
-def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The schema and all schemas in it, but no other objects, such as a `const`."""
-    pending: list[Any] = [schema]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            yield node
-            pending += _children(node)
-
-
-def _is_descriptive(key: str) -> bool:
-    return key in DESCRIPTIVE or (key.startswith("x-") and key != "x-guidance")
-
-
-def _without_descriptions(schema: Any) -> Any:
+def _enforceable(schema: Any, strict: bool, param: str | None) -> Any:
+    """Return a schema without descriptive keywords; raise `RequestError` for a keyword that cannot be enforced."""
     if not isinstance(schema, dict):
         return schema
+    if strict:
+        _check_strict(schema, param)
     bare: dict[str, Any] = {}
     for key, value in schema.items():
-        if _is_descriptive(key):
+        if key in DESCRIPTIVE or (key.startswith("x-") and key != "x-guidance"):
             continue
+        if key not in ENFORCED:
+            raise RequestError(f"The schema has the unsupported keyword {shorten(key)!r}.", param=param)
         if key in SUBSCHEMA_MAPS and isinstance(value, dict):
-            bare[key] = {name: _without_descriptions(item) for name, item in value.items()}
+            bare[key] = {name: _enforceable(item, strict, param) for name, item in value.items()}
         elif key in SUBSCHEMA_LISTS and isinstance(value, list):
-            bare[key] = [_without_descriptions(item) for item in value]
-        elif key in SUBSCHEMA:
-            bare[key] = _without_descriptions(value)
+            bare[key] = [_enforceable(item, strict, param) for item in value]
         else:
-            bare[key] = value
+            bare[key] = _enforceable(value, strict, param) if key in SUBSCHEMA else value
     return bare

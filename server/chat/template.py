@@ -1,4 +1,4 @@
-"""Chat messages to prompt token ids, through the checkpoint's own Jinja template."""
+"""Renders chat messages to prompt token ids with the checkpoint's own Jinja template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...model.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
-# The family's own plain-text format, for checkpoints that bring no template.
+# The family's own plain-text format, for checkpoints without a template.
 FALLBACK = (
     "{% for message in messages %}"
     "{% if message.role == 'system' %}{{ message.content }}\n\n"
@@ -25,18 +25,17 @@ FALLBACK = (
 )
 
 FUEL = 5_000_000
-"""Template instructions per rendering, about a tenth of a second; a long chat needs some ten thousand."""
+"""Template instructions per rendering: about a tenth of a second. A long chat needs about ten thousand."""
 MAX_CHARACTERS = 4_000_000
-"""Longest rendered prompt."""
+"""Of the longest rendered prompt."""
 MAX_DEPTH = 64
-"""Levels of lists and objects that a template is given."""
+"""Levels of nested lists and objects in what a template reads."""
 
 # Noncharacters: Unicode gives them no meaning, no text needs them, and no template or normalisation touches them.
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
-
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
-"""Names in a template that a request does not set by itself; those of tokens are not among a request's either."""
+"""Variables of a template that a request cannot set, and neither can it set those that end in `_token`."""
 FUNCTIONS = frozenset({"range", "namespace", "dict", "debug", "cycler", "joiner", "lipsum"})
 
 
@@ -48,22 +47,13 @@ class ChatTemplateError(RequestError):
 
 
 class ChatTemplate:
-    """Renders conversations for one model.
-
-    Attributes:
-        stop_strings: what ends an assistant's turn in formats that mark turns by plain text (`\\n\\nUser:`); empty
-            where a special token does, since the engine stops at that by itself.
-        variables: what the template asks for beside messages, tools and tokens, and a request may set.
-        knows_tools: whether the template tells the model of tools.
-        knows_calls: whether it writes calls of tools.
-        source: the template itself.
-    """
+    """Renders conversations for one model."""
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
-        """Compile `source`; raise `ChatTemplateError` where it is not Jinja."""
+        """Compile `source`; raises `ChatTemplateError` if it is not Jinja."""
         self._tokenizer = tokenizer
         self.source = source
-        # trim_blocks and lstrip_blocks stay off: the models were fine-tuned on what plain Jinja writes.
+        # trim_blocks and lstrip_blocks are off: the models were fine-tuned on the output of plain Jinja.
         self._environment = minijinja.Environment(
             fuel=FUEL,
             debug=False,
@@ -84,14 +74,17 @@ class ChatTemplate:
         except minijinja.TemplateError as error:
             raise ChatTemplateError(f"The chat template is not valid Jinja: {error.message}.") from None
         self._knows_generation_prompt = "add_generation_prompt" in variables
-        self.knows_tools = "tools" in variables
-        self.knows_calls = "tool_calls" in source
+        self.knows_tools = "tools" in variables  # it describes the tools
+        self.knows_calls = "tool_calls" in source  # it writes calls of tools
+        # Those that a request may set.
         self.variables = frozenset(name for name in variables - RESERVED - FUNCTIONS if not name.endswith("_token"))
+        # What ends the assistant's turn if the format marks turns by plain text (`\n\nUser:`). Empty if a special token
+        # ends it, since the engine stops at that.
         self.stop_strings = self._find_stop_strings()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, override: str | None = None) -> ChatTemplate:
-        """The template of `override`, else of the checkpoint, else the family's own format."""
+        """Compile `override`, else the checkpoint's template, else the family's own format."""
         return cls(tokenizer, next((t for t in (override, tokenizer.chat_template) if t is not None), FALLBACK))
 
     def render(
@@ -103,19 +96,19 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of the prompt, with the leading token that the model was tuned with.
+        """Return the token ids of the prompt, with the leading token that the model was tuned with.
 
-        Special tokens count only where the template writes them: spelled in a message they are text.
+        A special token is one only where the template writes it: spelled out in a message it is text.
 
         Args:
-            messages: OpenAI's, with contents as strings or None; `arguments` of tool calls may be JSON text.
-            tools: OpenAI's tool descriptions, for templates that write them.
+            messages: in OpenAI's shape, with contents that are strings or None; `arguments` of calls may be JSON text.
+            tools: in OpenAI's shape, for templates that describe them.
             add_generation_prompt: end with the opening of an assistant's turn.
-            continue_final_message: end inside the last message, for the model to go on with it.
+            continue_final_message: end inside the last message, so that the model continues it.
             variables: values for some of `self.variables`.
 
-        Raises `ChatTemplateError` when the template refuses the messages, does too much work, writes too much, or
-        leaves a message out.
+        Raises `ChatTemplateError` if the template refuses the messages, does too much work, writes too much, or leaves
+        a message out.
         """
         if add_generation_prompt and continue_final_message:
             raise ChatTemplateError("add_generation_prompt and continue_final_message cannot both be true.")
@@ -127,7 +120,7 @@ class ChatTemplate:
         free = (c for c in NONCHARACTERS if c not in self.source and not any(c in text for text in strings))
         guard, mark = next(free, ""), next(free, "")
         if not mark:
-            raise ChatTemplateError("The messages hold too many Unicode noncharacters.")
+            raise ChatTemplateError("The messages have too many Unicode noncharacters.")
         if any(map(self._tokenizer.spells_added, strings)):
             chat, tools, variables = self._shielded([chat, tools, variables], guard)
         given = {"tools": tools, **variables}
@@ -139,7 +132,7 @@ class ChatTemplate:
     def _text(
         self, chat: list[dict[str, Any]], given: dict[str, Any], mark: str, generation: bool, continuation: bool
     ) -> str:
-        """The prompt as text; `mark` is a character that is nowhere in it."""
+        """Return the prompt as text; `mark` is a character that occurs nowhere in it."""
         if continuation:
             last = {**chat[-1], "content": (chat[-1].get("content") or "") + mark}
             before, found, _ = self._run([*chat[:-1], last], given).rpartition(mark)
@@ -154,7 +147,7 @@ class ChatTemplate:
             prompted = self._run(chat, given, add_generation_prompt=True)
             if prompted != plain:
                 return prompted
-        # The template ignores the wish: take what it writes before an assistant's words, without the last space,
+        # The template ignores add_generation_prompt: cut the text before an assistant's words, without the last space,
         # which in training was part of the first word's token.
         before, found, _ = self._run([*chat, {"role": "assistant", "content": mark}], given).rpartition(mark)
         return before.removesuffix(" ") if found else plain
@@ -166,37 +159,39 @@ class ChatTemplate:
             )
         except minijinja.TemplateError as error:
             if error.kind == "OutOfFuel":
-                raise ChatTemplateError("The messages are too many for the model's chat template.") from None
+                raise ChatTemplateError(
+                    "The messages take too long to render with the model's chat template: send fewer or shorter ones."
+                ) from None
             raise ChatTemplateError(
                 f"The model's chat template cannot render these messages: {error.message}."
             ) from None
         if len(text) > MAX_CHARACTERS:
-            raise ChatTemplateError(f"The rendered messages are longer than {MAX_CHARACTERS} characters.")
+            raise ChatTemplateError(f"The rendered messages have {len(text)} characters, at most {MAX_CHARACTERS}.")
         return text
 
     def _prepare(self, message: Message) -> dict[str, Any]:
-        """One message in the shape that templates expect."""
+        """Return a message in the shape that templates expect."""
         ready = {key: value for key, value in message.items() if value is not None}
         if "tool_calls" in ready:
             ready["tool_calls"] = [_with_parsed_arguments(call) for call in ready["tool_calls"]]
-        # Templates ask `content is none` of calls only; elsewhere they join it to other text.
+        # Templates test `content is none` only for calls; elsewhere they join it to other text.
         ready.setdefault("content", None if "tool_calls" in ready else "")
         if ready.get("role") == "developer" and "developer" not in self.source:
-            ready["role"] = "system"  # the same thing under OpenAI's newer name
+            ready["role"] = "system"  # the same role under OpenAI's newer name
         return ready
 
     def _require_all_written(self, chat: list[dict[str, Any]], given: dict[str, Any], mark: str) -> None:
-        """Raise where the template silently drops a message of a role, or at a place, that it does not know."""
+        """Raise `ChatTemplateError` if the template silently drops a message, because of its role or its place."""
         doubtful = {n for n, m in enumerate(chat) if m["content"] and m.get("role") not in ("user", "assistant")}
         if not doubtful:
             return
         marked = [{**m, "content": m["content"] + mark} if n in doubtful else m for n, m in enumerate(chat)]
         if self._run(marked, given).count(mark) < len(doubtful):
             roles = " or ".join(sorted({str(chat[n].get("role")) for n in doubtful}))
-            raise ChatTemplateError(f"The model's chat template has no place for a {roles} message where one stands.")
+            raise ChatTemplateError(f"The model's chat template has no place for a {roles} message at that position.")
 
     def _shielded(self, value: Any, guard: str) -> Any:
-        """`value` with the special tokens spelled in its strings broken by `guard`."""
+        """Return `value` with `guard` inside each special token that its strings spell out."""
         if isinstance(value, str):
             return self._tokenizer.shield(value, guard)
         if isinstance(value, Mapping):
@@ -212,19 +207,19 @@ class ChatTemplate:
         except ChatTemplateError:
             return ()
         between = text.partition(answer)[2].partition(following)[0]
-        # What every turn ends with, last or not, where that is visible; else all up to the user's next words.
+        # The end that every turn has, last or not, if it is visible; else everything up to the user's next words.
         end = last.rstrip()
         stop = end if end and between.startswith(end) else between.rstrip()
         return () if not stop or self._tokenizer.spells_special(between) else (stop,)
 
 
 def _with_parsed_arguments(call: Message) -> dict[str, Any]:
-    """A tool call whose arguments are an object where they were JSON text of one."""
+    """Return a tool call whose arguments are an object if they were the JSON text of one."""
     function = dict(call.get("function") or {})
     if isinstance(function.get("arguments"), str):
         try:
             parsed = json.loads(function["arguments"])
-            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate is not text
         except (ValueError, RecursionError):
             parsed = None
         if isinstance(parsed, dict) and not is_deeper(parsed, MAX_DEPTH):
@@ -233,7 +228,7 @@ def _with_parsed_arguments(call: Message) -> dict[str, Any]:
 
 
 def is_deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects are nested in more than so many levels."""
+    """Return whether lists and objects are nested in more than so many levels."""
     inner = [value] if isinstance(value, (dict, list)) else []
     while inner and levels:
         levels -= 1
@@ -243,7 +238,7 @@ def is_deeper(value: Any, levels: int) -> bool:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in nested lists and dictionaries, keys too."""
+    """Yield every string in nested lists and dictionaries, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -262,7 +257,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # The engine's own filter escapes <, > and & for HTML, which no chat model was trained on.
+    # The library's own filter escapes <, > and & for HTML, which no chat model was trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

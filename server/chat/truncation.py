@@ -1,4 +1,4 @@
-"""What is left out of a prompt, so that the rest and an answer to it fit the context: tokens, or messages of a chat."""
+"""Shortens prompts, so that they and their answers fit the context: by tokens, or by messages of a chat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Render = Callable[[Messages], Awaitable[list[int]]]
 
 
 def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max_tokens: int | None) -> list[int]:
-    """The last `keep` ids of a prompt; -1 keeps what fits beside `max_tokens`; raises `RequestError`."""
+    """Return the last `keep` ids of a prompt; -1 keeps those that leave room for `max_tokens`; raises `RequestError`."""
     if keep is None:
         return prompt
     room = model.engine.info.max_model_len - (1 if max_tokens is None else max_tokens)
@@ -26,13 +26,10 @@ def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max
 
 
 async def render_newest(messages: Messages, first: int, room: int, render: Render) -> list[int]:
-    """The prompt of as many of the newest messages as fit `room` tokens; results of calls that are gone go too.
+    """Return the prompt of the `first` messages and as many of the newest as fit `room` tokens.
 
-    Args:
-        messages: of which the `first` ones and the last stay, with the call that a last result is of.
-        render: makes a prompt of some of them; raises `RequestError` as `ServedModel.render` does.
-
-    Where even those that stay are too many, their prompt is, or `RequestError` says so.
+    The last message always stays, and so does the call whose result it is; results of dropped calls are dropped too. If
+    even these messages are too many, return their prompt or raise the `RequestError` of `render`.
     """
 
     async def fitting(start: int) -> list[int] | None:
@@ -54,8 +51,8 @@ async def render_newest(messages: Messages, first: int, room: int, render: Rende
     best = await render([*messages[:first], *_since(messages, newest)])
     if len(best) > room:
         return best
-    # From the newest on in growing steps, so that no more is rendered than about twice what fits: a request may
-    # bring thousands of messages to a context that has room for ten.
+    # From the newest in growing steps, so that at most about twice as many are rendered as fit: a request may have
+    # thousands of messages for a context with room for ten.
     low, step = first, 1
     while newest - low > 1:
         start = max(newest - step, (low + newest) // 2)
@@ -67,7 +64,7 @@ async def render_newest(messages: Messages, first: int, room: int, render: Rende
 
 
 def _since(messages: Messages, start: int) -> Messages:
-    """The messages from `start` on, less the results of calls that are before it."""
+    """Return the messages from `start`, without the results of calls before it."""
     chosen = messages[start:]
     called = {call.id for message in chosen for call in message.calls}
     return [m for m in chosen if m is messages[-1] or m.role != "tool" or m.call_id in called]

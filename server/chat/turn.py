@@ -95,19 +95,29 @@ def _read_tools(conversation: Conversation, form: ToolCallFormat) -> ToolOptions
 
 
 async def _grammar(conversation: Conversation, tools: ToolOptions | None, model: ServedModel) -> str | None:
-    """Return the grammar of the turn's text, from its format and its tools, after it was checked."""
-    answer = conversation.answer_format
-    if answer is None:
-        return await tools.grammar(None, model.engine.check_grammar) if tools else None
-    await model.engine.check_grammar(answer.grammar, answer.grammar_field)
-    if tools is None:
-        return answer.grammar
-    field = answer.field
-    if tools.mode != "auto":
-        raise RequestError(f"{field} cannot go together with a tool_choice that requires a call.", param=field)
-    if not tools.format.opening:
-        raise RequestError(f"{field} cannot go together with tools: this model's calls are JSON too.", param=field)
-    return await tools.grammar(answer.grammar, model.engine.check_grammar)
+    """Return the grammar that the turn's format and tools demand, after checking it; None if the text is free."""
+    answer, check = conversation.answer_format, model.engine.check_grammar
+    if answer is not None:
+        await check(answer.grammar, answer.grammar_field)
+        if tools is None:
+            return answer.grammar
+        if tools.mode != "auto":
+            message = f"{answer.field} cannot be combined with a tool_choice that requires a call."
+            raise RequestError(message, param=answer.field)
+        if not tools.format.opening:
+            message = f"{answer.field} cannot be combined with tools: this model writes calls as JSON too."
+            raise RequestError(message, param=answer.field)
+    found = await off_loop_if_large(tools.grammar, answer.grammar if answer else None) if tools else None
+    if found is None:
+        return None
+    grammar, arguments = found
+    try:
+        await check(grammar, "tools")
+    except RequestError:
+        for field, part in arguments.items():  # to name the tool at fault
+            await check(part, field)
+        raise
+    return grammar
 
 
 async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> list[int]:

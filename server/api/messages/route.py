@@ -30,7 +30,6 @@ from .wire import (
     MessagesRequest,
     MessagesToolChoice,
     OutputConfig,
-    PromptRequest,
     SystemTurn,
     TextBlock,
     ToolChoiceTool,
@@ -74,11 +73,11 @@ async def count_tokens(_: RequestContext, body: CountTokensRequest, model: Serve
     return JsonResponse({"input_tokens": len(turn.prompt)})
 
 
-async def _read(body: PromptRequest) -> Conversation:
+async def _read(body: CountTokensRequest) -> Conversation:
     return await (off_loop if len(body.messages) >= LARGE_CHAT else off_loop_if_large)(read_conversation, body)
 
 
-def read_conversation(body: PromptRequest) -> Conversation:
+def read_conversation(body: CountTokensRequest) -> Conversation:
     """Return the conversation of a request; raise `RequestError` where the turns do not fit each other."""
     messages = list(_join_turns(_split_turns(body)))
     if messages[-1].calls:
@@ -94,7 +93,7 @@ def read_conversation(body: PromptRequest) -> Conversation:
     )
 
 
-def _split_turns(body: PromptRequest) -> Iterator[Message]:
+def _split_turns(body: CountTokensRequest) -> Iterator[Message]:
     """Yield a message for each block of the turns, and one for each system prompt."""
     if body.system:
         yield Message("system", _text(body.system))

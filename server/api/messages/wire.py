@@ -1,4 +1,4 @@
-"""Messages, as Anthropic's clients speak: the request, the answer, the events of its stream, and errors."""
+"""Wire models of Anthropic's Messages API: requests, the answer, the events of its stream, and errors."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from ..fields import (
 )
 
 
-def _ask_for_nothing(value: Any) -> None:
-    """Let values pass that ask for nothing."""
+def _refuse(value: Any) -> None:
     if value is not None and value != [] and value != {}:
         raise ValueError("is not supported by this server")
 
 
-Unsupported = Annotated[None, BeforeValidator(_ask_for_nothing)]
-"""A field of Anthropic's API that means something which this server cannot do."""
+Unsupported = Annotated[None, BeforeValidator(_refuse)]
+"""A field of Anthropic's API that this server does not support: only values that ask for nothing are accepted."""
 
 
 class CacheControl(StrictModel):
-    """Where Anthropic would end a cached part; here all that was computed is cached without being told."""
+    """Accepted without effect: this server caches every prompt without being asked."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
 
 
 class TextBlock(StrictModel):
-    """A text."""
+    """Text."""
 
     type: Literal["text"]
     text: Text
@@ -49,13 +48,13 @@ class TextBlock(StrictModel):
 
 
 class DirectCaller(StrictModel):
-    """The model itself."""
+    """The model itself made the call."""
 
     type: Literal["direct"]
 
 
 class ToolUseBlock(StrictModel):
-    """A call of a tool by the model."""
+    """A call that the model made."""
 
     type: Literal["tool_use"]
     id: Name
@@ -70,7 +69,7 @@ TextBlocks = Annotated[list[TextBlock], Field(max_length=1024, fail_fast=True)]
 
 
 class ToolResultBlock(StrictModel):
-    """What a called tool answered."""
+    """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: Name
@@ -81,7 +80,7 @@ class ToolResultBlock(StrictModel):
 
 
 class ThinkingBlock(StrictModel):
-    """What another model thought: left out of the prompt, as by Anthropic where thinking is off."""
+    """Thoughts of another model: left out of the prompt, as Anthropic does when thinking is off."""
 
     type: Literal["thinking"]
     thinking: Text
@@ -89,7 +88,7 @@ class ThinkingBlock(StrictModel):
 
 
 class RedactedThinkingBlock(StrictModel):
-    """What another model thought, enciphered: left out of the prompt."""
+    """Encrypted thoughts of another model: left out of the prompt."""
 
     type: Literal["redacted_thinking"]
     data: Text
@@ -102,21 +101,21 @@ AssistantBlock = Annotated[
 
 
 class UserTurn(StrictModel):
-    """What the user says, and what the tools answered."""
+    """Words of the user and results of calls."""
 
     role: Literal["user"]
     content: Text | Annotated[list[UserBlock], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
 class AssistantTurn(StrictModel):
-    """What the model said; as the last turn, the beginning of its answer."""
+    """Words and calls of the model; as the last turn, the beginning of its answer."""
 
     role: Literal["assistant"]
     content: Text | Annotated[list[AssistantBlock], Field(max_length=1024, fail_fast=True)]
 
 
 class SystemTurn(StrictModel):
-    """What the application says between turns, where the model's chat template has a place for it."""
+    """Instructions between turns, if the model's chat template has a place for them."""
 
     role: Literal["system"]
     content: Text | TextBlocks
@@ -127,7 +126,7 @@ MessagesTurn = Annotated[Annotated[UserTurn | AssistantTurn | SystemTurn, Field(
 
 def _only_custom(value: Any) -> Any:
     if value not in (None, "custom"):
-        raise ValueError("is not supported: this server has no tools of its own, only custom ones")
+        raise ValueError("is not supported: this server has no built-in tools, so a tool's type must be custom")
     return value
 
 
@@ -139,51 +138,41 @@ class CustomTool(StrictModel):
     description: Description | None = None
     input_schema: JsonSchema = Field(description="JSON Schema of the input.")
     strict: bool | None = Field(
-        None,
-        description="With true, calls that are not forced fit the schema too; OpenAI's rules for strict schemas apply.",
+        None, description="If true, unforced calls obey the schema too, and OpenAI's rules for strict schemas apply."
     )
-    eager_input_streaming: Literal[True] | None = Field(None, description="Input is always streamed as it comes.")
+    eager_input_streaming: Literal[True] | None = Field(None, description="Input is always streamed as it arrives.")
     allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
     defer_loading: Literal[False] | None = None
     input_examples: Unsupported = None
     cache_control: CacheControl | None = None
 
 
-class ToolChoiceAuto(StrictModel):
-    """The model decides."""
-
-    type: Literal["auto"]
-    disable_parallel_tool_use: bool | None = Field(None, description="With true, one call at most.")
-
-
 class ToolChoiceAny(StrictModel):
-    """Some tool must be called."""
+    """The model may call tools (auto) or must (any)."""
 
-    type: Literal["any"]
-    disable_parallel_tool_use: bool | None = Field(None, description="With true, exactly one call.")
+    type: Literal["auto", "any"]
+    disable_parallel_tool_use: bool | None = Field(None, description="If true, at most one call.")
 
 
 class ToolChoiceTool(StrictModel):
-    """This tool must be called."""
+    """The model must call this tool."""
 
     type: Literal["tool"]
     name: SchemaName
-    disable_parallel_tool_use: bool | None = Field(None, description="With true, exactly one call.")
+    disable_parallel_tool_use: bool | None = Field(None, description="Without effect: there is one call.")
 
 
 class ToolChoiceNone(StrictModel):
-    """No tool may be called."""
+    """The model may not call a tool."""
 
     type: Literal["none"]
 
 
-MessagesToolChoice = Annotated[
-    ToolChoiceAuto | ToolChoiceAny | ToolChoiceTool | ToolChoiceNone, Field(discriminator="type")
-]
+MessagesToolChoice = Annotated[ToolChoiceAny | ToolChoiceTool | ToolChoiceNone, Field(discriminator="type")]
 
 
 class ThinkingDisabled(StrictModel):
-    """No thinking before the answer, which is the only way here."""
+    """No thinking before the answer: the only supported value."""
 
     type: Literal["disabled"]
 
@@ -196,14 +185,14 @@ class OutputSchema(StrictModel):
 
 
 class OutputConfig(StrictModel):
-    """The form of the answer."""
+    """The format of the answer."""
 
     format: OutputSchema | None = None
     effort: Unsupported = None
 
 
-class PromptRequest(StrictModel):
-    """The fields that make the prompt."""
+class CountTokensRequest(StrictModel):
+    """Body of `POST /v1/messages/count_tokens`: the fields that determine the prompt."""
 
     model: Name
     messages: Annotated[list[MessagesTurn], Field(min_length=1, max_length=4096, fail_fast=True)]
@@ -217,18 +206,14 @@ class PromptRequest(StrictModel):
     mcp_servers: Unsupported = None
 
 
-class CountTokensRequest(PromptRequest):
-    """Body of `POST /v1/messages/count_tokens`."""
-
-
 class MessagesMetadata(StrictModel):
-    """Anthropic's bookkeeping, accepted because ignoring it harms nobody."""
+    """Accepted and ignored."""
 
     user_id: Name | None = None
 
 
-class MessagesRequest(SamplingRequest, PromptRequest):
-    """Body of `POST /v1/messages`: Anthropic's fields, and those that are not Anthropic's as on the other routes."""
+class MessagesRequest(SamplingRequest, CountTokensRequest):
+    """Body of `POST /v1/messages`: Anthropic's fields, and other sampling fields as on the other routes."""
 
     max_tokens: int = Field(ge=1, le=MAX_INT)
     stop_sequences: Annotated[list[StopText], Field(max_length=4)] | None = None
@@ -238,14 +223,14 @@ class MessagesRequest(SamplingRequest, PromptRequest):
 
 
 class AnswerText(StrictModel):
-    """A text of the answer."""
+    """Text of the answer."""
 
     type: Literal["text"]
     text: str
 
 
 class AnswerToolUse(StrictModel):
-    """A call of a tool."""
+    """A call of a tool by the model."""
 
     type: Literal["tool_use"]
     id: str
@@ -258,10 +243,10 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
 class MessageUsage(StrictModel):
-    """Token counts; the prompt is the sum of the first two."""
+    """Token counts; the first two add up to the prompt."""
 
-    input_tokens: int = Field(description="Of the prompt, what was computed.")
-    cache_read_input_tokens: int = Field(description="Of the prompt, what had been computed before.")
+    input_tokens: int = Field(description="Tokens of the prompt that were computed.")
+    cache_read_input_tokens: int = Field(description="Tokens of the prompt that were cached.")
     cache_creation_input_tokens: Literal[0]
     output_tokens: int
 
@@ -280,20 +265,20 @@ class MessageAnswer(StrictModel):
 
 
 class MessageStart(StrictModel):
-    """The answer, still empty."""
+    """The start of the answer, which is still empty."""
 
     type: Literal["message_start"]
     message: MessageAnswer
 
 
-class Ping(StrictModel):
-    """Nothing."""
+class BareEvent(StrictModel):
+    """An event without content."""
 
-    type: Literal["ping"]
+    type: Literal["ping", "message_stop"]
 
 
 class BlockStart(StrictModel):
-    """A block, still empty."""
+    """The start of a block, which is still empty."""
 
     type: Literal["content_block_start"]
     index: int
@@ -308,7 +293,7 @@ class PartialText(StrictModel):
 
 
 class PartialInput(StrictModel):
-    """More of the JSON text of a call's input."""
+    """More JSON text of a call's input."""
 
     type: Literal["input_json_delta"]
     partial_json: str
@@ -330,46 +315,33 @@ class BlockStop(StrictModel):
 
 
 class MessageEnd(StrictModel):
-    """Why the answer ended."""
+    """The reason why the answer ended."""
 
     stop_reason: StopReason
     stop_sequence: str | None
 
 
 class MessageDelta(StrictModel):
-    """What is known at the end."""
+    """The end of the answer."""
 
     type: Literal["message_delta"]
     delta: MessageEnd
     usage: MessageUsage
 
 
-class MessageStop(StrictModel):
-    """The end of the stream."""
-
-    type: Literal["message_stop"]
-
-
 class MessagesError(StrictModel):
-    """Every answer of these routes with a status of 400 or more, and the last event of a stream that fails.
-
-    It is Anthropic's shape and has all members of OpenAI's too.
-    """
+    """A failure, as an answer or as a stream's last event: Anthropic's shape, with all fields of OpenAI's too."""
 
     type: Literal["error"]
     error: ErrorBody
     request_id: str
 
 
-class MessageEvent(
-    RootModel[
-        Annotated[
-            MessageStart | Ping | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | MessagesError,
-            Field(discriminator="type"),
-        ]
-    ]
-):
-    """One event of a stream; the event's name is its type."""
+Event = MessageStart | BareEvent | BlockStart | BlockDelta | BlockStop | MessageDelta | MessagesError
+
+
+class MessageEvent(RootModel[Annotated[Event, Field(discriminator="type")]]):
+    """One event of a stream, named by its type."""
 
 
 class TokenCount(StrictModel):

@@ -57,8 +57,10 @@ def accepts(fields: dict[str, Any], text: str, name: str, answer: str | None = N
     conversation = Conversation(messages=[Message("user", "?")], tools=TOOLS, **fields)
     tools = read_tools(conversation, FORMATS[name])
     assert tools is not None
-    grammar = asyncio.run(tools.grammar(answer, check_grammar))
-    assert grammar is not None
+    found = tools.grammar(answer)
+    assert found is not None
+    grammar, _ = found
+    asyncio.run(check_grammar(grammar, "tools"))
     matcher = llguidance.LLMatcher(LIBRARY, grammar)
     assert not matcher.is_error(), matcher.get_error()
     ids = [*TOKENIZER.encode_prompt(text), TOKENIZER.eos_token_id]
