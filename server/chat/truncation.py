@@ -14,7 +14,7 @@ Render = Callable[[Messages], Awaitable[list[int]]]
 
 
 def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max_tokens: int | None) -> list[int]:
-    """Return the last `keep` ids of a prompt; -1 keeps those that leave room for `max_tokens`; raises `RequestError`."""
+    """Return the last `keep` ids of a prompt, -1 keeps all that leave room for `max_tokens`; raises `RequestError`."""
     if keep is None:
         return prompt
     room = model.engine.info.max_model_len - (1 if max_tokens is None else max_tokens)
