@@ -1,4 +1,4 @@
-"""The routes, and the state that they share."""
+"""The ASGI application: every route, from one table of endpoints."""
 
 from __future__ import annotations
 
@@ -46,21 +46,18 @@ REFERENCE = "#/components/schemas/{model}"
 
 
 def create_app(service: Service) -> FastAPI:
-    """The ASGI application around `service`."""
+    """Build the ASGI application around `service`."""
     app = FastAPI(
         title="PyLLM", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
-        responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+        responses=_error_schemas(ErrorAnswer),
     )  # fmt: skip
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(RequestMiddleware, server=service, public_paths=PAGE_PATHS)
-    if service.config.allowed_origins:
+    if origins := service.config.allowed_origins:
         app.add_middleware(
-            _Cors,
-            allow_origins=service.config.allowed_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
+            _Cors, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"],
             expose_headers=["x-request-id", "request-id"],
-        )
+        )  # fmt: skip
     _add_state_routes(app, service)
     add_model_routes(app, service.ready_model)
     add_page_routes(app)
@@ -73,7 +70,7 @@ def create_app(service: Service) -> FastAPI:
 
 class _Cors(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
-        """As the library's; a refusal in our shape."""
+        """Refuse other origins in OpenAI's error format."""
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
@@ -87,17 +84,21 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return error_response(to_api_error(error), RequestContext.of(request.scope))
 
 
+def _error_schemas(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    return {"4XX": {"model": model}, "5XX": {"model": model}}
+
+
 def _add_state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """Whether the engine lives, or is still loading."""
+        """Whether the engine is running or loading."""
         if not service.alive:
             raise unavailable("The engine has stopped.", "engine_dead")
         return JsonResponse({"status": "ok"})
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether requests are taken now."""
+        """Whether the server accepts requests now."""
         service.ready_model()
         return JsonResponse({"status": "ready"})
 
@@ -113,52 +114,32 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A route that takes a JSON body.
-
-    Attributes:
-        handle: answers a checked body, whose `model` is the name to answer with; its docstring describes the route.
-        answer: the model of a whole answer, for the OpenAPI page.
-        chunk: the model of one event of a stream, where there is one.
-        error: the model of a failure.
-        uses_store: `handle` also takes the store of responses.
-    """
+    """A route that takes a JSON body."""
 
     path: str
     body: type[BaseModel]
-    handle: Callable[..., Awaitable[Response]]
+    handle: Callable[..., Awaitable[Response]]  # answers a checked body; its docstring describes the route
     answer: type[BaseModel]
-    chunk: type[BaseModel] | None = None
+    chunk: type[BaseModel] | None = None  # one event of a stream
     error: type[BaseModel] = ErrorAnswer
-    uses_store: bool = False
+    uses_store: bool = False  # whether `handle` also takes the store of responses
 
 
 ENDPOINTS = (
     Endpoint(
-        path="/v1/chat/completions", body=ChatCompletionRequest, handle=create_chat_completion,
-        answer=ChatCompletion, chunk=ChatCompletionChunk,
+        "/v1/chat/completions", ChatCompletionRequest, create_chat_completion, ChatCompletion, ChatCompletionChunk
     ),
-    Endpoint(
-        path="/v1/responses", body=ResponseRequest, handle=create_response, answer=ResponseObject,
-        chunk=ResponseEvent, uses_store=True,
-    ),
-    Endpoint(
-        path="/v1/completions", body=CompletionRequest, handle=create_completion, answer=Completion, chunk=Completion
-    ),
-    Endpoint(path="/v1/embeddings", body=EmbeddingRequest, handle=create_embedding, answer=EmbeddingList),
-    Endpoint(path="/tokenize", body=TokenizeRequest, handle=tokenize, answer=TokenizeAnswer),
-    Endpoint(path="/detokenize", body=DetokenizeRequest, handle=detokenize, answer=DetokenizeAnswer),
-    Endpoint(
-        path="/v1/messages", body=MessagesRequest, handle=create_message, answer=MessageAnswer, chunk=MessageEvent,
-        error=MessagesError,
-    ),
-    Endpoint(
-        path="/v1/messages/count_tokens", body=CountTokensRequest, handle=count_tokens, answer=TokenCount,
-        error=MessagesError,
-    ),
-)  # fmt: skip
-"""Every route that generates or counts, with its body and its answer."""
+    Endpoint("/v1/responses", ResponseRequest, create_response, ResponseObject, ResponseEvent, uses_store=True),
+    Endpoint("/v1/completions", CompletionRequest, create_completion, Completion, Completion),
+    Endpoint("/v1/embeddings", EmbeddingRequest, create_embedding, EmbeddingList),
+    Endpoint("/tokenize", TokenizeRequest, tokenize, TokenizeAnswer),
+    Endpoint("/detokenize", DetokenizeRequest, detokenize, DetokenizeAnswer),
+    Endpoint("/v1/messages", MessagesRequest, create_message, MessageAnswer, MessageEvent, MessagesError),
+    Endpoint("/v1/messages/count_tokens", CountTokensRequest, count_tokens, TokenCount, error=MessagesError),
+)
+"""Every route that generates text or counts tokens."""
 
 
 def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
@@ -173,7 +154,7 @@ def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
         finally:
             context.release()
 
-    # The route reads the body itself, so that FastAPI knows nothing of its shape.
+    # FastAPI does not know the body's schema, because the route reads the body itself.
     reference = {"$ref": REFERENCE.format(model=endpoint.body.__name__)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
     if endpoint.chunk is not None:
@@ -184,14 +165,13 @@ def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
         extra["responses"] = {"200": {"content": {"text/event-stream": {"schema": event}}}}
     name = endpoint.handle.__name__
     app.add_api_route(
-        endpoint.path, route, methods=["POST"], response_model=endpoint.answer, openapi_extra=extra,
-        name=name, operation_id=name, description=endpoint.handle.__doc__,
-        responses={"4XX": {"model": endpoint.error}, "5XX": {"model": endpoint.error}},
+        endpoint.path, route, methods=["POST"], response_model=endpoint.answer, openapi_extra=extra, name=name,
+        operation_id=name, description=endpoint.handle.__doc__, responses=_error_schemas(endpoint.error),
     )  # fmt: skip
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's page, and the models of the bodies, which it does not see since the routes read them themselves."""
+    """Complete FastAPI's schema with the models of bodies and events."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         models = {e.body for e in ENDPOINTS} | {e.chunk for e in ENDPOINTS if e.chunk is not None}

@@ -1,4 +1,4 @@
-"""`pyllm serve`: owns the event loop, the listening socket, the engine's life and the signals."""
+"""`pyllm serve`: owns the event loop, the listening sockets, the engine's lifetime and the signals."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ logger = logging.getLogger("pyllm.server")
 
 KEEP_ALIVE_SECONDS = 60
 UNSENT_BYTES = 128 * 2**10
-"""Limit of the bytes in the system's send buffer, so that the server notices a client that does not read."""
-LAST_WORDS_SECONDS = 2.0
-"""How long clients get to hear that their request has failed, before the server ends."""
-
-TLS_GOODBYE_SECONDS = 1.0
-"""In which a client may agree to the end of its HTTPS connection. Many never do, and have their place until then."""
-
+"""What the system buffers of an answer: if it took more, slow clients would look like fast ones."""
+LAST_ERRORS_SECONDS = 2.0
+"""Time to send the errors of the requests that still run when the server stops."""
+TLS_CLOSE_SECONDS = 1.0
+"""Time allowed for the peer's TLS close_notify. Many never send it, and keep their connection open until then."""
 MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
-"""What OpenSSL says of a key and a certificate that are no pair."""
+"""OpenSSL's reasons for a key and a certificate that do not belong together."""
+KERNELS = {"native": "compiled kernels", "triton": "Triton kernels", "torch": "plain torch"}
 
 
 def serve(config: ServerConfig, process: EngineProcess) -> int:
-    """Serve with the engine of `process` until a signal comes or that dies; return the exit code.
+    """Serve with the engine of `process` until a signal arrives or the engine dies; return the exit code.
 
-    Raises `ConfigError`, or what `load` raises, each with one plain sentence, when it cannot start.
+    Raises `ConfigError` or an error of `load`, in one plain sentence, if it cannot start.
     """
-    _check_certificate(config)
+    if config.ssl_keyfile is not None or config.ssl_certfile is not None:
+        _check_certificate(config.ssl_keyfile, config.ssl_certfile)
     if config.isolate_cache_by_key and not config.api_key:
-        raise ConfigError("--isolate-cache-by-key needs keys to tell clients apart by: give --api-key.")
+        raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key.")
     tracing = Tracing(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     sockets = [] if config.uds else _bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         server = _ServerProcess(config, process, sockets, tracing)
         code = runner.run(server.run())
         if server.interrupted_loading:
-            # A download may still run in a thread, which the interpreter would wait for.
+            # A download may still run in a thread, and the interpreter would wait for it.
             process.kill()
             sys.stderr.flush()
             os._exit(code)
@@ -71,31 +71,29 @@ def serve(config: ServerConfig, process: EngineProcess) -> int:
     return code
 
 
-def _check_certificate(config: ServerConfig) -> None:
-    """Raise `ConfigError` where the key and the certificate for HTTPS cannot be used."""
-    if config.ssl_keyfile is None and config.ssl_certfile is None:
-        return
-    if config.ssl_keyfile is None or config.ssl_certfile is None:
+def _check_certificate(key: str | None, certificate: str | None) -> None:
+    """Raise `ConfigError` if HTTPS cannot use the files."""
+    if not key or not certificate:
         raise ConfigError("HTTPS needs both --ssl-keyfile and --ssl-certfile.")
-    for flag, path in (("--ssl-keyfile", config.ssl_keyfile), ("--ssl-certfile", config.ssl_certfile)):
+    for flag, path in (("--ssl-keyfile", key), ("--ssl-certfile", certificate)):
         try:
             Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}.") from None
     try:
-        # An encrypted key would be asked for its password on the terminal; with an empty one it is refused.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile, lambda: "")
+        # OpenSSL would ask for the password of an encrypted key on the terminal; an empty one makes it fail.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
     except ssl.SSLError as error:
-        said = error.reason.replace("_", " ").lower() if error.reason else "not unencrypted PEM"
-        reason = "they do not belong together" if error.reason in MISMATCHES else said
-        pair = f"--ssl-keyfile {config.ssl_keyfile} and --ssl-certfile {config.ssl_certfile}"
-        raise ConfigError(f"{pair} cannot be used: {reason}.") from None
+        reason = error.reason.replace("_", " ").lower() if error.reason else "not unencrypted PEM"
+        if error.reason in MISMATCHES:
+            reason = "they do not belong together"
+        raise ConfigError(f"--ssl-keyfile {key} and --ssl-certfile {certificate} cannot be used: {reason}.") from None
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets for the addresses of `host` that this machine has; raise `ConfigError` if one of them cannot be had."""
+    """Listen on the addresses of `host` that this machine has; raise `ConfigError` if there are none, or one fails."""
     sockets: list[socket.socket] = []
-    absent: OSError | None = None
+    missing: OSError | None = None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, *_, address in dict.fromkeys(found):
@@ -105,16 +103,16 @@ def _bind(host: str, port: int) -> list[socket.socket]:
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-                absent = error  # as ::1 is where there is no IPv6, although `localhost` names it
-        if absent is not None and not sockets:
-            raise absent
+                missing = error  # such as ::1 of `localhost` on a machine without IPv6
+        if missing is not None and not sockets:
+            raise missing
     except OSError as error:
         for listener in sockets:
             listener.close()
         reason = (error.strerror or str(error)).lower().partition(" (while")[0]
         raise ConfigError(f"Cannot listen on {host}:{port} ({reason}): choose another --host or --port.") from None
     for listener in sockets:
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections have it from their listener
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     return sockets
 
@@ -124,36 +122,31 @@ class _HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to us: uvicorn would close its listeners at the first one, while streams still run."""
+        """Leave the signals to `_ServerProcess`: uvicorn would stop listening at the first one."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; a TLS handshake has the time of a header, and its end a moment: uvicorn leaves them 60 and 30 s."""
+        """Listen, with shorter TLS timeouts than uvicorn's 60 s for the handshake and 30 s for the close."""
         config, loop = self.config, asyncio.get_running_loop()
         if config.ssl is None or sockets is None:
             await super().startup(sockets)
             return
-
-        def protocol() -> asyncio.Protocol:
-            make: Any = config.http_protocol_class
-            made: asyncio.Protocol = make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
-            return made
-
+        make: Any = config.http_protocol_class
+        state = self.lifespan.state
+        protocol = functools.partial(make, config=config, server_state=self.server_state, app_state=state)
+        options: Any = {"ssl_handshake_timeout": self.handshake_timeout, "ssl_shutdown_timeout": TLS_CLOSE_SECONDS}
         self.servers = [
-            await loop.create_server(
-                protocol, sock=listener, ssl=config.ssl, backlog=config.backlog,
-                ssl_handshake_timeout=self.handshake_timeout, ssl_shutdown_timeout=TLS_GOODBYE_SECONDS,
-            )
+            await loop.create_server(protocol, sock=listener, ssl=config.ssl, backlog=config.backlog, **options)
             for listener in sockets
-        ]  # fmt: skip
+        ]
         self.started = True
 
 
 class _ServerProcess:
-    """The order of things from start to end."""
+    """Listens, loads the model, serves and shuts down, in this order."""
 
     def __init__(
-        self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket], tracing: Tracing | None = None
+        self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket], tracing: Tracing | None
     ) -> None:
         self.interrupted_loading = False
         self._config = config
@@ -164,7 +157,7 @@ class _ServerProcess:
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(self._service), uds=config.uds,
-                http=protocol, ws="none",  # type: ignore[arg-type]  # it is only ever called
+                http=protocol, ws="none",  # type: ignore[arg-type]  # it is only called
                 ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile, lifespan="off",
                 log_config=None, access_log=False, server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
@@ -175,7 +168,7 @@ class _ServerProcess:
         self._force = asyncio.Event()
 
     async def run(self) -> int:
-        """Listen at once, load, serve, end; return the exit code."""
+        """Run until the end; return the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -196,53 +189,49 @@ class _ServerProcess:
         self._stop.set()
 
     async def _load(self, http: asyncio.Task[None]) -> ServedModel | None:
-        """Load the model; None when a signal or the end of the HTTP server came first."""
+        """Load the model; return None if a signal or the end of the HTTP server came first."""
         loading = asyncio.create_task(load(self._config, self._process, names=self._config.served_model_name))
-        await anyio.lowlevel.checkpoint()  # loads its event loop's part, which else the first stream would wait for
+        await anyio.lowlevel.checkpoint()  # imports anyio's backend now rather than during the first stream
         await _first_of(loading, http, self._stop.wait())
         if not loading.done():
             loading.cancel()
-            if self._config.uds and http.done() and isinstance(error := http.exception(), OSError):
-                raise ConfigError(
-                    f"Cannot listen on the socket {self._config.uds} ({error.strerror}): choose another --uds."
-                )
+            if (uds := self._config.uds) and http.done() and isinstance(error := http.exception(), OSError):
+                raise ConfigError(f"Cannot listen on the socket {uds} ({error.strerror}): choose another --uds.")
             self.interrupted_loading = True
             with contextlib.suppress(asyncio.CancelledError):
                 await loading
             return None
         self._service.model = model = loading.result()
-        gc.freeze()  # what is there now stays: the collector need not look at it again and again while chunks are made
-        self._announce(model, time.monotonic() - self._process.started)
+        gc.freeze()  # what is loaded stays, so the garbage collector need not scan it again and again
+        self._announce(model)
         return model
 
-    def _announce(self, model: ServedModel, seconds: float) -> None:
+    def _announce(self, model: ServedModel) -> None:
         info = model.engine.info
-        source = f"read from {'/'.join(info.file_dtypes)} files" if info.file_dtypes else "made at random"
+        source = f"read from {'/'.join(info.file_dtypes)} files" if info.file_dtypes else "randomly initialized"
+        dtype = info.dtype if info.quantization == "none" else f"{info.quantization} and {info.dtype}"
         logger.info(
-            "PyLLM %s serves %s: era %s, %s parameters, %s in %.1f s, computed in %s on %s by %s",
-            __version__, ", ".join(model.names), info.era, f"{info.parameters:,}", source, info.load_seconds,
-            info.dtype if info.quantization == "none" else f"{info.quantization} and {info.dtype}", info.device,
-            {"native": "compiled kernels", "triton": "Triton kernels", "torch": "plain torch"}[info.kernels],
-        )  # fmt: skip
+            f"PyLLM {__version__} serves {', '.join(model.names)}: era {info.era}, {info.parameters:,} parameters, "
+            f"{source} in {info.load_seconds:.1f} s, computed in {dtype} on {info.device} by {KERNELS[info.kernels]}"
+        )
+        fp8, length = " in FP8" if info.kv_cache_dtype == "fp8" else "", info.max_model_len
         logger.info(
-            "KV cache of %s tokens%s, %.1f requests of the full %s; at most %d sequences at a time",
-            f"{info.kv_capacity_tokens:,}", " in FP8" if info.kv_cache_dtype == "fp8" else "",
-            info.kv_capacity_tokens / info.max_model_len, f"{info.max_model_len:,}",
-            info.max_num_seqs,
-        )  # fmt: skip
-        if info.graph_sizes:
+            f"KV cache of {info.kv_capacity_tokens:,} tokens{fp8}, {info.kv_capacity_tokens / length:.1f} requests of "
+            f"the full {length:,}; at most {info.max_num_seqs} sequences at a time"
+        )
+        if sizes := info.graph_sizes:
             logger.info(
-                "CUDA graphs of decodes of %d sizes to %d and of other steps to %d tokens, made in %.1f s and %d MiB",
-                len(info.graph_sizes), info.graph_sizes[-1], max(info.mixed_graph_sizes, default=0), info.graph_seconds,
-                info.graph_bytes >> 20,
-            )  # fmt: skip
+                f"CUDA graphs for decode steps in {len(sizes)} sizes up to {sizes[-1]} and other steps of up to "
+                f"{max(info.mixed_graph_sizes, default=0)} tokens, captured in {info.graph_seconds:.1f} s with "
+                f"{info.graph_bytes >> 20} MiB"
+            )
         url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config)
-        logger.info("Ready after %.1f s on %s", seconds, url)
+        logger.info(f"Ready after {time.monotonic() - self._process.started:.1f} s on {url}")
 
     async def _serve_until_end(self, model: ServedModel, http: asyncio.Task[None]) -> int:
-        """Wait for a signal or the engine's last death, let requests end, and end the engine."""
+        """Wait for a signal or the engine's last death, drain the requests, and end the engine."""
         restarts = Restarts(self._config.restart_engine)
-        told = False  # of the engine's death, and everybody who waited then
+        stopped_restarting = False  # a signal came after the requests of a dead engine had failed
         while True:
             engine = model.engine
             death = asyncio.create_task(engine.wait_dead())
@@ -254,36 +243,36 @@ class _ServerProcess:
             if not reviving.done():
                 reviving.cancel()
                 await asyncio.wait([reviving])
-                told = True
+                stopped_restarting = True
                 break
             if (revived := reviving.result()) is None:
                 break
             model = revived
         self._service.draining = True
         if self._stop.is_set():
-            logger.info("Stopping; requests that still run: %d", self._service.in_flight)
+            logger.info("Stopping; requests in flight: %d", self._service.in_flight)
             await _first_of(self._drained(self._config.shutdown_timeout), death, self._force.wait())
-            code = 1 if self._force.is_set() or (death.done() and not told) else 0
+            code = 1 if self._force.is_set() or (death.done() and not stopped_restarting) else 0
         elif http.done():
             code = _http_ended(http)
         else:
-            logger.error("The engine has died: %s The server ends.", engine.error)
+            logger.error("The engine has died: %s Stopping the server.", engine.error)
             code = 1
         death.cancel()
-        # Requests that still run end with an error, which their clients get to hear.
+        # Requests in flight fail now, and their clients receive the errors.
         await engine.shutdown(timeout=0.1 if code else 5.0)
-        await _first_of(self._drained(LAST_WORDS_SECONDS), self._force.wait())
+        await _first_of(self._drained(LAST_ERRORS_SECONDS), self._force.wait())
         return code
 
     async def _drained(self, seconds: float) -> None:
-        """Wait until no request runs, for at most so many seconds."""
+        """Wait at most `seconds` until no request is in flight."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._service.idle.wait(), seconds)
 
 
 def _http_ended(http: asyncio.Task[None]) -> int:
-    """Say that the HTTP server has ended of itself; return the exit code."""
-    logger.error("The HTTP server has ended of itself, and PyLLM with it.", exc_info=http.exception())
+    """Log why the HTTP server ended by itself; return the exit code."""
+    logger.error("The HTTP server has ended unexpectedly; stopping.", exc_info=http.exception())
     return 1
 
 
@@ -294,9 +283,9 @@ def _url(listener: socket.socket, config: ServerConfig) -> str:
 
 
 async def _first_of(*things: Any) -> None:
-    """Wait until one of these tasks and coroutines is done; the coroutines are then cancelled, the tasks go on."""
-    own = [asyncio.ensure_future(thing) for thing in things if not isinstance(thing, asyncio.Future)]
-    given = [thing for thing in things if isinstance(thing, asyncio.Future)]
-    await asyncio.wait([*own, *given], return_when=asyncio.FIRST_COMPLETED)
-    for task in own:
-        task.cancel()
+    """Wait for the first of these tasks and coroutines; then cancel the coroutines, but not the tasks."""
+    tasks = [asyncio.ensure_future(thing) for thing in things]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task, thing in zip(tasks, things, strict=True):
+        if task is not thing:
+            task.cancel()

@@ -16,7 +16,7 @@ from pyllm.server.flags import ConfigError, ServerConfig
 
 
 class Listener:
-    """Stands in for the HTTP server: notes where it listens, and ends when it is told to."""
+    """Replaces the HTTP server: notes where it listens, and ends as configured."""
 
     def __init__(self, monkeypatch, harness):
         self.addresses = []
@@ -89,7 +89,8 @@ def test_a_host_without_any_address_here_is_refused(listener, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "source"), [(("BF16", "F32"), "read from BF16/F32 files in 2.5 s"), ((), "made at random in 2.5 s")]
+    ("dtypes", "source"),
+    [(("BF16", "F32"), "read from BF16/F32 files in 2.5 s"), ((), "randomly initialized in 2.5 s")],
 )
 def test_the_log_tells_what_was_loaded(listener, harness, caplog, dtypes, source):
     harness.engine.info = msgspec.structs.replace(
