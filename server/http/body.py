@@ -24,6 +24,8 @@ MAX_WHOLE = 2**53
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
 QUOTES = "'"
+SUBJECT = re.compile("^(Input|String|List|Dictionary|Value error,) ")
+"""The subject of pydantic's messages, which ours replace with the field's name."""
 
 Body = TypeVar("Body", bound=BaseModel)
 Unsupported = Mapping[str, tuple[Any, ...]]
@@ -88,12 +90,16 @@ def parse_body(data: bytes, model: type[Body], unsupported: Unsupported) -> Body
         raise _invalid(f"is not valid JSON: {shorten(str(error))}") from None
     if not isinstance(fields, dict):
         raise _invalid("must be a JSON object")
-    known = {field.alias or name for name, field in model.model_fields.items()}
-    for name in fields:
-        if name not in known and name not in unsupported:
+    extra = [name for name in fields if name not in model.model_fields]
+    for name in extra:
+        if name not in unsupported:
             raise _unknown(shorten(name))
+    for name in extra:
+        value = fields.pop(name)
+        if value is not None and not any(value == noop and type(value) is type(noop) for noop in unsupported[name]):
+            raise ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
     try:
-        return model.model_validate(_drop_unsupported(fields, model, unsupported))
+        return model.model_validate(fields)
     except ValidationError as error:
         if error.error_count() > MAX_ERRORS:  # listing them would take longer than finding them
             path = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], dict | list | str) else 0)
@@ -108,17 +114,6 @@ def _invalid(problem: str) -> ApiError:
 
 def _unknown(path: str) -> ApiError:
     return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
-
-
-def _drop_unsupported(fields: dict[str, Any], model: type[BaseModel], unsupported: Unsupported) -> dict[str, Any]:
-    """Drop unsupported fields whose values have no effect; raise `ApiError` 400 for other values."""
-    kept = {}
-    for name, value in fields.items():
-        if name not in unsupported or name in model.model_fields:
-            kept[name] = value
-        elif value is not None and not any(value == noop and type(value) is type(noop) for noop in unsupported[name]):
-            raise ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
-    return kept
 
 
 def _locate(steps: tuple[int | str, ...], kind: str, data: Any) -> tuple[str, int]:
@@ -141,8 +136,8 @@ def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
         if entry["type"].startswith("union_tag"):
             path = f"{path}.{entry['ctx']['discriminator'].strip(QUOTES)}"
         found.append((path, depth, entry["type"], entry["msg"], entry.get("ctx", {}).get("expected_tags", "")))
-    fields = [re.split(r"[.\[]", path)[0] for path, *_ in found]
-    found = [item for item, field in zip(found, fields, strict=True) if field == fields[0]]
+    field = re.split(r"[.\[]", found[0][0])[0]
+    found = [item for item in found if re.split(r"[.\[]", item[0])[0] == field]
     path, _, kind, _, tags = max(found, key=lambda item: (item[1], not item[2].endswith("_type")))
     if kind == "extra_forbidden":
         return _unknown(path)
@@ -152,13 +147,6 @@ def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
         choices = " or ".join(", ".join(tag.strip(QUOTES) for tag in tags.split(", ")).rsplit(", ", 1))
         return ApiError(400, f"{path} should be {choices}.", param=path, code="invalid_value")
     same = [item for item in found if item[0] == path and item[2].endswith("_type") == kind.endswith("_type")]
-    texts = list(dict.fromkeys(_predicate(message) for _, _, _, message, _ in same))
+    texts = list(dict.fromkeys(SUBJECT.sub("", message).replace(" after validation", "") for *_, message, _ in same))
     text = " or ".join([texts[0], *(other.removeprefix("should be ") for other in texts[1:])])
     return ApiError(400, f"{path} {text}."[:MAX_MESSAGE], param=path, code="invalid_value")
-
-
-def _predicate(message: str) -> str:
-    """Turn "Input should be …" into "should be …"."""
-    for subject in ("Input ", "String ", "List ", "Dictionary ", "Value error, "):
-        message = message.removeprefix(subject)
-    return message.replace(" after validation", "")

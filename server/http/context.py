@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,7 +18,8 @@ CLIENT_GONE = 499
 """The status of a request whose client left before the whole answer was sent."""
 current_request: ContextVar[str] = ContextVar("current_request", default="-")
 """The id of the request that is being answered, for the log lines about its failures."""
-_KEY = "pyllm.context"
+CONTEXT = "pyllm.context"
+"""The member of an ASGI scope that holds the context."""
 
 
 class GenerationProgress(Protocol):
@@ -31,7 +31,7 @@ class GenerationProgress(Protocol):
     def log_fields(self) -> dict[str, Any]: ...  # token counts as `tokens`, and seconds until some events
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, eq=False)
 class RequestContext:
     """Everything known about a request except its body."""
 
@@ -50,20 +50,11 @@ class RequestContext:
     generation: GenerationProgress | None = None
     reservation: Reservation | None = None
 
-    def __post_init__(self) -> None:
-        self.scope[_KEY] = self
-
     @classmethod
     def of(cls, scope: Scope) -> RequestContext:
         """Return the context of a request that has passed the middleware."""
-        context: RequestContext = scope[_KEY]
+        context: RequestContext = scope[CONTEXT]
         return context
-
-    @classmethod
-    def find(cls, scope: Mapping[str, object]) -> RequestContext | None:
-        """Return the context of a request, or None before the middleware."""
-        context = scope.get(_KEY)
-        return context if isinstance(context, cls) else None
 
     @property
     def is_anthropic(self) -> bool:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..flags import ServerConfig
 from .budget import BodyBudget
-from .context import CLIENT_GONE, RequestContext, current_request
+from .context import CLIENT_GONE, CONTEXT, RequestContext, current_request
 from .errors import ApiError, error_response, to_api_error, unavailable
 from .logs import PROBES, log_request
 
@@ -90,9 +90,8 @@ class RequestMiddleware:
             request_id = uuid.uuid4().hex
         current_request.set(request_id)
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-        return RequestContext(
-            scope=scope, client_receive=receive, send=send, path=path, request_id=request_id, budget=self._server.budget
-        )
+        scope[CONTEXT] = context = RequestContext(scope, receive, send, path, request_id, self._server.budget)
+        return context
 
     def _owner(self, headers: Headers) -> str:
         """Name the owner of the request's key; raise `ApiError` 401 without a valid one."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from .context import RequestContext
+from .context import CONTEXT, RequestContext
 from .errors import ApiError, encode_json, unavailable
 from .limits import ConnectionMonitor, ProgressTimer, Wait
 
@@ -234,5 +234,5 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _unread(self) -> int:
         """Tokens that the client of a stream is behind."""
-        context = RequestContext.find(self._answering.scope) if self._answering is not None else None
-        return context.unread if context is not None else 0
+        context = self._answering.scope.get(CONTEXT) if self._answering is not None else None
+        return context.unread if isinstance(context, RequestContext) else 0

@@ -64,7 +64,7 @@ def dynamics_of(place: int) -> TokenDynamics:
 
 
 class ScriptedEngine:
-    """Stands in for `AsyncEngine`: says `reply` to everyone and remembers what it was asked."""
+    """Replaces `AsyncEngine`: answers every request with `reply`, and records the requests."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

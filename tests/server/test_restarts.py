@@ -104,14 +104,14 @@ def values(metrics: Metrics) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-def test_counts_go_on_from_engine_to_engine():
-    told = EngineStats(
+def test_counts_continue_from_engine_to_engine():
+    reported = EngineStats(
         num_running=3, kv_cache_usage=0.5, num_preemptions=2, prefix_cache_queries=100, prefix_cache_hits=40,
         num_drafts=7, num_draft_tokens=20, num_accepted_tokens=[5, 3], step_tokens=9,
         expert_tokens=[[4, 6], [1, 9]], expert_reroutes=[0, 2],
     )  # fmt: skip
-    metrics = Metrics("m", lambda: told)
-    metrics.on_step(StepOutputs(outputs=[], stats=told))
+    metrics = Metrics("m", lambda: reported)
+    metrics.on_step(StepOutputs(outputs=[], stats=reported))
     before = values(metrics)
     fresh = EngineStats()
     metrics.follow(lambda: fresh)
@@ -120,8 +120,8 @@ def test_counts_go_on_from_engine_to_engine():
     assert [after[name] for name in counts] == [before[name] for name in counts]
     assert after['pyllm:num_requests_running{model_name="m"}'] == 0
     assert after['pyllm:engine_restarts_total{model_name="m"}'] == 1
-    metrics.follow(lambda: msgspec.structs.replace(told, num_accepted_tokens=[1]))
-    metrics.on_step(StepOutputs(outputs=[], stats=told))
+    metrics.follow(lambda: msgspec.structs.replace(reported, num_accepted_tokens=[1]))
+    metrics.on_step(StepOutputs(outputs=[], stats=reported))
     last = values(metrics)
     assert last['pyllm:num_preemptions_total{model_name="m"}'] == 4
     assert last['pyllm:spec_decode_num_accepted_tokens_total{model_name="m"}'] == 9

@@ -330,7 +330,7 @@ def test_a_request_id_that_would_confuse_the_log_is_replaced(harness, own):
     assert harness.get("/version", **{"x-request-id": own}).headers["x-request-id"] != own
 
 
-def test_version_is_told(harness):
+def test_the_version_has_a_route(harness):
     assert harness.get("/version").json()["version"]
 
 
