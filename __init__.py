@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from .engine.llm import LLM
     from .engine.messages import SamplingParams
     from .model.config import DeepConfig
-    from .model.network import DeepForCausalLM
+    from .model.pretrained import DeepForCausalLM
 
 __all__ = ["LLM", "DeepConfig", "DeepForCausalLM", "SamplingParams", "__version__"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "DeepConfig": ".model.config",
-    "DeepForCausalLM": ".model.network",
+    "DeepForCausalLM": ".model.pretrained",
     "LLM": ".engine.llm",
     "SamplingParams": ".engine.messages",
 }

@@ -37,7 +37,7 @@ Text = tuple[list[int], int]
 
 def load(folder: Path, dtype: torch.dtype, *, int8: bool = False, plain: bool = False) -> DeepForCausalLM:
     """The model on the compiled kernels, or in plain torch."""
-    model, _ = load_checkpoint(folder, dtype=dtype, device=torch.device("cpu"), progress=False)
+    model, _ = load_checkpoint(folder, network=DeepForCausalLM, dtype=dtype, device=torch.device("cpu"), progress=False)
     model.requires_grad_(False)
     if not plain:
         model.ops = NativeBackend(model, int8=int8)

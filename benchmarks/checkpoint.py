@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pyllm.model.config import DeepConfig
+from pyllm.model import DeepConfig, DeepForCausalLM
 
 SHAPES = {
     "150m": DeepConfig(vocab_size=32000),
@@ -49,7 +49,9 @@ def write_weights(folder: Path) -> None:
 
     from pyllm.model.checkpoint.loader import load_checkpoint, save_checkpoint
 
-    model, _ = load_checkpoint(folder, dtype=torch.bfloat16, device=torch.device("cpu"), load_format="dummy")
+    model, _ = load_checkpoint(
+        folder, network=DeepForCausalLM, dtype=torch.bfloat16, device=torch.device("cpu"), load_format="dummy"
+    )
     save_checkpoint(model, folder, dtype=torch.bfloat16)
 
 

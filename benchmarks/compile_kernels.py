@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM
 from pyllm.model.cuda import sampling as triton_sampling
 from pyllm.model.cuda.backend import TritonBackend
+from pyllm.model.draw_params import DrawParams
 from pyllm.model.fp8 import FP8
 from pyllm.model.sampling import SamplingBatch
 
@@ -161,10 +162,8 @@ def _step(model: DeepForCausalLM, lengths: list[int], kept: torch.dtype | None) 
 
 def _sample(vocab: int) -> None:
     rows = 4
-    batch = SamplingBatch.build(
-        temperature=[1.0] * rows, top_k=[5] * rows, top_p=[0.9] * rows, min_p=[0.1] * rows, seed=[1] * rows,
-        position=[1] * rows, device=torch.device("meta"),
-    )  # fmt: skip
+    params = DrawParams(top_k=5, top_p=0.9, min_p=0.1, seed=1)
+    batch = SamplingBatch.build([params] * rows, [1] * rows, torch.device("meta"))
     logits = torch.empty(rows, vocab, device="meta")
     triton_sampling.draw(logits, batch)
     triton_sampling.draw(logits, replace(batch, top_k=None, top_p=None, min_p=None))

@@ -9,9 +9,9 @@ from gpu_kernels import PAGE, check_all
 from gpu_measure import Decode, Machine
 from torch import Tensor
 
+from pyllm.model import DeepForCausalLM
 from pyllm.model.backend import AttentionMetadata, Backend
 from pyllm.model.cuda import backend as cuda
-from pyllm.model.network import DeepForCausalLM
 
 ACCEPT = 0.70
 Part = tuple[int, int, int]

@@ -16,12 +16,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from pyllm.model import sampling
+from pyllm.model import DeepForCausalLM, sampling
 from pyllm.model.backend import AttentionMetadata, Backend
 from pyllm.model.config import DeepConfig
+from pyllm.model.draw_params import DrawParams
 from pyllm.model.fp8 import FP8, has_fp8
 from pyllm.model.layer import DeepLayer
-from pyllm.model.network import DeepForCausalLM
 
 PAGE = 16
 LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1.5e-2}
@@ -209,14 +209,14 @@ def check_attention(pair: Pair, cuts: list[Cut], kept: torch.dtype | None = None
 def check_draws(pair: Pair, rows: int, vocab: int) -> dict[str, float]:
     """Draws and log-probabilities; the share of rows whose draw differs is the error of a draw."""
     logits = 3 * torch.randn(rows, vocab, generator=pair.generator, device=pair.device)
-    every = {"seed": list(range(rows)), "position": [7] * rows, "device": pair.device, "full": True}
     found = {}
     for name, fields in {
-        "greedy": {"temperature": [0.0] * rows, "top_k": [0] * rows, "top_p": [1.0] * rows},
-        "sampled": {"temperature": [0.9] * rows, "top_k": [0] * rows, "top_p": [1.0] * rows},
-        "top-k, top-p": {"temperature": [0.9] * rows, "top_k": [50] * rows, "top_p": [0.9] * rows},
+        "greedy": {"temperature": 0.0},
+        "sampled": {"temperature": 0.9},
+        "top-k, top-p": {"temperature": 0.9, "top_k": 50, "top_p": 0.9},
     }.items():
-        batch = sampling.SamplingBatch.build(**fields, **every, min_p=[0.0] * rows)
+        params = [DrawParams(seed=row, **fields) for row in range(rows)]
+        batch = sampling.SamplingBatch.build(params, [7] * rows, pair.device, full=True)
         with poisoned():
             drawn = pair.model.ops.draw(logits, batch)
         different = float((drawn != sampling.draw(logits, batch)).float().mean())

@@ -19,12 +19,13 @@ from gpu_kernels import PAGE, attention_config, randomise
 from limits import prefill_flops, step_bytes
 from torch import Tensor
 
+from pyllm.model import DeepForCausalLM
 from pyllm.model.backend import AttentionMetadata, Backend
 from pyllm.model.checkpoint.loader import load_checkpoint
 from pyllm.model.config import DeepConfig
 from pyllm.model.cuda import backend as cuda
+from pyllm.model.draw_params import DrawParams
 from pyllm.model.fp8 import FP8, has_fp8
-from pyllm.model.network import DeepForCausalLM
 from pyllm.model.sampling import SamplingBatch
 
 Work = Callable[[], object]
@@ -164,10 +165,8 @@ class Decode:
             query_starts=torch.arange(batch + 1, dtype=torch.int32, device=device),
         )  # fmt: skip
         ids = (torch.arange(batch, device=device) * 7919 + 11) % model.config.vocab_size
-        draws = SamplingBatch.build(
-            temperature=[0.0] * batch, top_k=[0] * batch, top_p=[1.0] * batch, min_p=[0.0] * batch,
-            seed=[0] * batch, position=[context] * batch, device=device, full=model.ops.capturable,
-        )  # fmt: skip
+        greedy = [DrawParams(temperature=0.0)] * batch
+        draws = SamplingBatch.build(greedy, [context] * batch, device, full=model.ops.capturable)
 
         def scores() -> Tensor:
             return model.logits(model(ids, positions, metadata, cache))
@@ -308,7 +307,9 @@ def greedy_equality(machine: Machine, root: Path, quick: bool) -> list[dict[str,
         from safetensors.torch import load_file
 
         truth = load_file(folder / "golden.safetensors")
-        model, _ = load_checkpoint(folder, dtype=torch.float32, device=machine.device, progress=False)
+        model, _ = load_checkpoint(
+            folder, network=DeepForCausalLM, dtype=torch.float32, device=machine.device, progress=False
+        )
         model.ops = machine.backend(model)
         ids, answer = truth["input_ids"].flatten(), truth["greedy_ids"].flatten().tolist()
         answer = answer[:count]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pyllm.model import DeepForCausalLM
 from pyllm.model.config import DeepConfig
-from pyllm.model.network import DeepForCausalLM
 
 MATRICES = ("_proj", "dynamics_in", "controller_v", "controller_out", "gate_up", "down")
 

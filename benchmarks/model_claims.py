@@ -27,11 +27,12 @@ from in_process import median_seconds
 from measure import VOCAB_SIZE, report
 from torch import Tensor
 
+from pyllm.model import DeepForCausalLM
 from pyllm.model.backend import AttentionMetadata, Backend
 from pyllm.model.checkpoint.loader import load_checkpoint
 from pyllm.model.config import DeepConfig
 from pyllm.model.layer import DeepLayer
-from pyllm.model.network import DeepForCausalLM, LayerState
+from pyllm.model.network import LayerState
 from pyllm.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,9 @@ def forward(model: DeepForCausalLM, tokens: int) -> dict[str, float]:
 def shares(text: str) -> dict[str, list[float]]:
     """Share of each expert among the ids and among the tokens of a text, in the demo model, all layers together."""
     folder = ROOT / "model" / "demo"
-    model, _ = load_checkpoint(folder, dtype=torch.float32, device=torch.device("cpu"), progress=False)
+    model, _ = load_checkpoint(
+        folder, network=DeepForCausalLM, dtype=torch.float32, device=torch.device("cpu"), progress=False
+    )
     ids = Tokenizer.from_folder(folder).encode(text)[: model.config.max_position_embeddings]
     chosen: list[Tensor] = []
 
@@ -145,7 +148,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_shape(Path(name), args.shape)
         model, _ = load_checkpoint(
-            Path(name), dtype=torch.bfloat16, device=torch.device("cpu"), load_format="dummy", progress=False
+            Path(name),
+            network=DeepForCausalLM,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            load_format="dummy",
+            progress=False,
         )
     results = {
         str(tokens): products(config, tokens)

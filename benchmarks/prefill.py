@@ -18,8 +18,8 @@ from in_process import LLM, greedy, matmul_rate, median_seconds, open_llm
 from measure import VOCAB_SIZE, report
 
 from pyllm.engine.messages import EngineRequest
+from pyllm.model import DeepForCausalLM
 from pyllm.model.config import DeepConfig
-from pyllm.model.network import DeepForCausalLM
 
 
 def prompt_flops(config: DeepConfig, tokens: int) -> float:

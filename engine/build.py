@@ -14,8 +14,7 @@ from ..model.config import CheckpointError, DeepConfig
 from ..model.cpu.backend import NativeBackend
 from ..model.cpu.backend import available as native_available
 from ..model.fp8 import FP8, centre, has_fp8
-from ..model.layer import DeepLayer
-from ..model.network import DeepForCausalLM
+from ..model.network import DeepNetwork
 from ..model.tokenizer import Tokenizer
 from .config import EngineConfig
 from .errors import EngineStartError
@@ -73,6 +72,7 @@ def _build(config: EngineConfig) -> EngineCore:
     check_settings(config, device, native)
     model, report = load_checkpoint(
         Path(config.model),
+        network=DeepNetwork,
         dtype=_dtype(config, device),
         device=device,
         load_format=config.load_format,
@@ -135,7 +135,7 @@ def _build(config: EngineConfig) -> EngineCore:
     )
 
 
-def _choose_kernels(config: EngineConfig, model: DeepForCausalLM, device: torch.device, native: bool) -> Kernels:
+def _choose_kernels(config: EngineConfig, model: DeepNetwork, device: torch.device, native: bool) -> Kernels:
     """Give the model its operations, and say whose they are."""
     if native:
         model.ops = NativeBackend(model, int8=config.quantization == "int8")
@@ -151,7 +151,7 @@ def _choose_kernels(config: EngineConfig, model: DeepForCausalLM, device: torch.
     return "torch"
 
 
-def cuda_ops(model: DeepForCausalLM, *, deterministic: bool = False) -> Backend:
+def cuda_ops(model: DeepNetwork, *, deterministic: bool = False) -> Backend:
     """The Triton kernels, or plain torch with a warning where they cannot run."""
     from ..model.cuda import backend as cuda  # Triton takes its time, which nobody without a GPU should spend
 
@@ -189,14 +189,14 @@ class Limits(NamedTuple):
     kv_cache_dtype: torch.dtype | None = None
 
 
-def _runner(model: DeepForCausalLM, num_blocks: int, limits: Limits) -> ModelRunner:
+def _runner(model: DeepNetwork, num_blocks: int, limits: Limits) -> ModelRunner:
     return ModelRunner(
         model, num_blocks=num_blocks, block_size=limits.block_size, max_num_seqs=limits.max_num_seqs,
         kv_cache_dtype=limits.kv_cache_dtype,
     )  # fmt: skip
 
 
-def step_bytes(model: DeepForCausalLM, limits: Limits) -> int:
+def step_bytes(model: DeepNetwork, limits: Limits) -> int:
     """Memory of a GPU that the largest steps take, graphs included, beside weights and KV cache; by trying them."""
     device = model.device
     runner = _runner(model, 1, limits)
@@ -259,12 +259,11 @@ def check_settings(config: EngineConfig, device: torch.device, native: bool) -> 
         raise EngineStartError("--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less.")
 
 
-def kv_cache_dtype(config: EngineConfig, model: DeepForCausalLM) -> torch.dtype:
+def kv_cache_dtype(config: EngineConfig, model: DeepNetwork) -> torch.dtype:
     """The number format of keys and values in the cache; FP8 brings the model's weights to where it has room."""
     if config.kv_cache_dtype == "auto":
         return model.dtype
     for layer in model.layers:
-        assert isinstance(layer, DeepLayer)  # nn.ModuleList forgets its type
         centre(layer)
     return FP8
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from ..model.draw_params import DrawParams
 from .config import KVCacheDType, Quantization, SchedulingPolicy, SpeculativeConfig
 from .errors import RequestError
 
@@ -28,21 +29,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     """Base of everything that crosses the process border."""
 
 
-class SamplingParams(Message, frozen=True, kw_only=True):
-    """How one sequence is sampled and when it ends.
+class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
+    """How one sequence is sampled (the fields of `DrawParams` too) and when it ends.
 
     Raises `RequestError` naming the field when a value is out of its range.
 
     Attributes:
         max_tokens: most tokens to generate; None means the rest of the context; 0 only reads the prompt.
-        temperature: 0 is greedy; else logits are divided by it.
-        top_k: keep the k most likely tokens (0 or -1: all).
-        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this.
-        min_p: drop tokens less likely than this share of the most likely one.
-        presence_penalty: subtracted once from the logit of every token already generated.
-        frequency_penalty: subtracted once per occurrence among the generated tokens.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
-        seed: makes the draws repeatable, whatever else is in the batch; None draws a fresh one.
         stop: strings that end the text (held back, removed unless `include_stop_str_in_output`).
         stop_token_ids: token ids that end the sequence, beside the model's own end-of-sequence ids.
         ignore_eos: go on past the model's end-of-sequence ids.
@@ -60,14 +53,6 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     """
 
     max_tokens: int | None = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False

@@ -1,7 +1,6 @@
-"""What computes: configuration, the network, checkpoint loading and the tokenizer.
+"""The model floor: configuration, network, checkpoints and tokenizer, usable without the engine.
 
-Usable alone: `from pyllm.model import DeepConfig, DeepForCausalLM`. The names are imported when first
-used: the API process takes the tokenizer from here and must not load torch for it.
+Names are imported on first use: the API process takes the tokenizer from here and must not load torch for it.
 """
 
 from __future__ import annotations
@@ -12,20 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import AttentionMetadata
     from .config import Architecture, CheckpointError, DeepConfig
-    from .network import DeepForCausalLM
+    from .pretrained import DeepForCausalLM
 
 __all__ = ["Architecture", "AttentionMetadata", "CheckpointError", "DeepConfig", "DeepForCausalLM"]
 
-_HOMES = {
-    "Architecture": ".config",
-    "AttentionMetadata": ".backend",
-    "CheckpointError": ".config",
-    "DeepConfig": ".config",
-    "DeepForCausalLM": ".network",
-}
+_MODULES = {"AttentionMetadata": ".backend", "DeepForCausalLM": ".pretrained"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES.get(name, ".config"), __name__), name)

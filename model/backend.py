@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import sampling
 from .fp8 import FP8, narrow
-from .layer import DeepLayer
+from .layer import DeepLayer, DynamicsLayer
 
 QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
 MAX_BETA = 2.0
@@ -143,19 +143,12 @@ class Backend:
         return self.linear(out.flatten(1), layer.o_proj)
 
     def dynamics(
-        self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None
+        self, layer: DynamicsLayer, x: Tensor, h: Tensor, velocity: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """INL dynamics on the attention output h [T, H]; velocity [T, H] comes from the layer below, None is zero.
 
         Returns the residual stream x [T, H] with h and the dynamics added, the velocity and mu, FP32 [T, H] each.
         """
-        # For the type checker: an era has all of these or none.
-        assert layer.mu is not None
-        assert layer.dynamics_in is not None
-        assert layer.controller_v is not None
-        assert layer.controller_bias is not None
-        assert layer.controller_out is not None
-        assert layer.controller_out_bias is not None
         hidden = h.shape[-1]
         products = self.linear(h, layer.dynamics_in)
         mu = layer.mu + products[:, :hidden] if layer.contextual_mu else layer.mu.expand_as(h)

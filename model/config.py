@@ -1,4 +1,4 @@
-"""The configuration of a Complexity-Deep network, and what its checkpoint's keys add to it."""
+"""The configuration of a Complexity-Deep network, and what a checkpoint's tensor names add to it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "num_experts", "dynamics_controller_hidden",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one plain sentence with the path and the mend."""
+    """A checkpoint that cannot be used; the message names the path and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepConfig:
-    """`config.json` of a Complexity-Deep checkpoint.
+    """`config.json` of a Complexity-Deep checkpoint, with the published names and defaults.
 
-    Field names and defaults are those of the published files; keys that do not matter at inference
-    (initial values of the dynamics, dropout, model_type …) are neither needed nor kept.
+    Keys that do not matter for inference (initial values of the dynamics, dropout, model_type …) are dropped.
     """
 
     vocab_size: int = 32000
@@ -46,59 +49,57 @@ class DeepConfig:
     dynamics_controller_hidden: int = 64
 
     def __post_init__(self) -> None:
-        """Raise `CheckpointError` where the sizes cannot make a network."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "max_position_embeddings", "num_experts",
-                     "dynamics_controller_hidden"):  # fmt: skip
+        """Raise `CheckpointError` if the sizes make no network."""
+
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise CheckpointError(message)
+
+        for name in SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"{name} must be a positive whole number, got {value!r}.")
+            require(type(value) is int and value >= 1, f"{name} must be a positive whole number, got {value!r}.")
         for name in ("rms_norm_eps", "rope_theta", "dynamics_dt"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise CheckpointError(f"{name} must be a positive number, got {value!r}.")
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise CheckpointError(
-                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even size."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise CheckpointError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}."
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise CheckpointError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}.")
+            number = type(value) in (int, float) and 0 < value < math.inf
+            require(number, f"{name} must be a positive number, got {value!r}.")
         for name in ("tie_word_embeddings", "use_token_routed_mlp", "use_qk_norm"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise CheckpointError(f"{name} must be true or false, got {value!r}.")
-        window = self.sliding_window
-        if window is not None and (type(window) is not int or window < 1):
-            raise CheckpointError(f"sliding_window must be null or a whole number of at least 1, got {window!r}.")
-        if not all(type(id_) is int and 0 <= id_ < self.vocab_size for id_ in self.eos_token_ids):
-            raise CheckpointError(f"eos_token_id must be ids below {self.vocab_size}, got {self.eos_token_id!r}.")
-        if self.expert_size < 1:
-            raise CheckpointError(
-                f"intermediate_size {self.intermediate_size} is too small for {self.num_experts} experts."
-            )
+            value = getattr(self, name)
+            require(type(value) is bool, f"{name} must be true or false, got {value!r}.")
+        size, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        even = size % heads == 0 and size // heads % 2 == 0
+        require(even, f"hidden_size {size} does not split into {heads} heads of even size.")
+        multiple = heads % kv_heads == 0
+        require(multiple, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
+        act, window = self.hidden_act, self.sliding_window
+        require(act in ACTIVATIONS, f"hidden_act {act!r} is not one of {', '.join(ACTIVATIONS)}.")
+        require(
+            window is None or (type(window) is int and window >= 1),
+            f"sliding_window must be null or a whole number of at least 1, got {window!r}.",
+        )
+        require(
+            all(type(id_) is int and 0 <= id_ < self.vocab_size for id_ in self.eos_token_ids),
+            f"eos_token_id must be ids below {self.vocab_size}, got {self.eos_token_id!r}.",
+        )
+        too_small = f"intermediate_size {self.intermediate_size} is too small for {self.num_experts} experts."
+        require(self.expert_size >= 1, too_small)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DeepConfig:
-        """Take the known keys of a parsed `config.json`; raise `CheckpointError` for another family's file."""
+        """Read the known keys of a parsed `config.json`; raise `CheckpointError` for another family's file."""
         mlp_type = values.get("mlp_type")
         if mlp_type not in (None, "token_routed", "dense"):
             raise CheckpointError(f"mlp_type {mlp_type!r} belongs to another line of the family: not supported.")
-        known = {f.name for f in dataclasses.fields(cls)}
-        taken = {key: value for key, value in values.items() if key in known}
+        known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if taken.get(name) == -1:  # some files say so for "none"
-                taken[name] = None
-        if isinstance(taken.get("eos_token_id"), list):
-            taken["eos_token_id"] = tuple(taken["eos_token_id"])
-        return cls(**taken)
+            if known.get(name) == -1:  # some files write -1 for none
+                known[name] = None
+        if isinstance(known.get("eos_token_id"), list):
+            known["eos_token_id"] = tuple(known["eos_token_id"])
+        return cls(**known)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> DeepConfig:
-        """Read `config.json` in `folder`; raise `CheckpointError` if it is missing or unusable."""
+        """Read `config.json` in `folder`; raise `CheckpointError` if it is missing or invalid."""
         path = Path(folder) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +119,7 @@ class DeepConfig:
             raise CheckpointError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it is written to `config.json`."""
+        """Return the keys and values of `config.json`."""
         return dataclasses.asdict(self)
 
     @property
@@ -133,7 +134,7 @@ class DeepConfig:
 
     @property
     def expert_size(self) -> int:
-        """Width of one expert: `intermediate_size // experts`, which need not divide evenly."""
+        """Width of one expert; the division may have a remainder."""
         return self.intermediate_size // self.experts
 
     @property
@@ -146,39 +147,19 @@ class DeepConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What a checkpoint's keys say of its network; eras differ in these and in nothing else.
+    """How the network of one era differs from the others, as a checkpoint's tensor names show."""
 
-    Attributes:
-        era: name of the era, for people.
-        dynamics: the INL dynamics (controller, velocity) are present.
-        contextual_mu: `mu_proj` makes mu depend on the attention output.
-        mu_attention: mu of the layer below feeds keys and queries.
-        mu_highway: mu of all layers below feeds them (`mu_to_v` is the sign), and feeds values too.
-        mu_router: mu may override the expert of a token's id.
-        mu_guidance: the 2026-03 rewrite: no dynamics, mu computed after the MLP.
-        shared_expert_size: width of the expert that every token passes; 0 for none.
-        tied: the LM head is the embedding.
-    """
-
-    era: str
-    dynamics: bool
-    contextual_mu: bool
-    mu_attention: bool
-    mu_highway: bool
-    mu_router: bool
-    mu_guidance: bool = False
-    shared_expert_size: int = 0
-    tied: bool = True
+    era: str  # for people
+    contextual_mu: bool  # `mu_proj` makes mu depend on the attention output
+    mu_attention: bool  # mu of the layer below feeds keys and queries
+    mu_highway: bool  # mu of all layers below feeds them, and values too; files then have `mu_to_v`
+    mu_router: bool  # mu may override the expert of a token's id
+    mu_guidance: bool = False  # the 2026-03 rewrite: mu is computed after the MLP, without dynamics or velocity
+    shared_expert_size: int = 0  # width of the expert that every token passes; 0 for none
+    tied: bool = True  # the LM head is the embedding
 
     @classmethod
     def latest(cls, config: DeepConfig) -> Architecture:
-        """The network of versions 0.12 to 0.14, the headline family."""
-        return cls(
-            era="0.12-0.14",
-            dynamics=True,
-            contextual_mu=True,
-            mu_attention=True,
-            mu_highway=True,
-            mu_router=config.use_token_routed_mlp,
-            tied=config.tie_word_embeddings,
-        )
+        """Return the network of versions 0.12 to 0.14, the headline family."""
+        routed, tied = config.use_token_routed_mlp, config.tie_word_embeddings
+        return cls(era="0.12-0.14", contextual_mu=True, mu_attention=True, mu_highway=True, mu_router=routed, tied=tied)

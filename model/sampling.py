@@ -1,8 +1,8 @@
-"""Drawing the next token of every sequence at once, without ever sorting the vocabulary.
+"""Draw the next token of every sequence at once, without sorting the vocabulary.
 
-A draw depends on its own row, seed and position alone: the random number is a hash of (seed,
-position), and it is looked up in the cumulative distribution in the order of token ids. So a seeded
-sequence gives the same tokens whatever else is in the batch.
+A draw depends on its own row, seed and position alone: the random number is a hash of (seed, position), and it is
+looked up in the cumulative distribution in the order of token ids. So a seeded sequence gives the same tokens in any
+batch.
 """
 
 from __future__ import annotations
@@ -13,143 +13,146 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .draw_params import DrawParams
 from .transfer import upload
 
 FIRST_CANDIDATES = 128
 _MASK_53 = (1 << 53) - 1
 
 
+def sampling_rows(params: Sequence[DrawParams], positions: Sequence[int]) -> dict[str, Sequence[float]]:
+    """List what decides each row's draw, by the fields of `SamplingBatch`; `positions` are those of the new tokens."""
+    return {
+        # Of several tokens that tie for the most likely, top-k 1 takes the greedy one.
+        "temperature": [0.0 if p.top_k == 1 else p.temperature for p in params],
+        "top_k": [max(p.top_k, 0) for p in params],
+        "top_p": [p.top_p for p in params],
+        "min_p": [p.min_p for p in params],
+        "seed": [p.seed or 0 for p in params],
+        "position": positions,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """The penalties of the R rows that have one."""
+
+    rows: Tensor  # int64 [R]
+    repetition: Tensor  # FP32 [R], as the next two
+    presence: Tensor
+    frequency: Tensor
+    token_ids: list[tuple[Sequence[int], int]]  # the row's tokens so far, and how many of them are the prompt
+
+    @classmethod
+    def build(
+        cls, params: Sequence[DrawParams], token_ids: Sequence[tuple[Sequence[int], int]], device: torch.device
+    ) -> Penalties | None:
+        """Find the rows that have a penalty; None if no row has."""
+        rows = [
+            row for row, p in enumerate(params)
+            if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
+        ]  # fmt: skip
+        if not rows:
+            return None
+        return cls(
+            rows=_ints(rows, device),
+            repetition=_floats([params[row].repetition_penalty for row in rows], device),
+            presence=_floats([params[row].presence_penalty for row in rows], device),
+            frequency=_floats([params[row].frequency_penalty for row in rows], device),
+            token_ids=[token_ids[row] for row in rows],
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingBatch:
-    """What `sample` needs of N rows. Every tensor is [N] unless stated; None means that no row uses it.
+    """The input of `sample` for N rows; None where no row uses it."""
 
-    Attributes:
-        temperature: FP32; 0 is greedy.
-        top_k: int64; 0 keeps all.
-        top_p: FP32 in (0, 1].
-        min_p: FP32 in [0, 1].
-        seed: int64.
-        position: int64, tokens before the one to draw; with `seed` the key of the random number.
-        repetition_penalty: FP32 [R].
-        presence_penalty: FP32 [R].
-        frequency_penalty: FP32 [R].
-        penalty_rows: int64 [R], the rows that have a penalty.
-        token_ids: (tokens so far, how many of them are the prompt) of each such row.
-        bias: (rows int64 [B], token ids int64 [B], FP32 [B]), added to single scores.
-        masks: (row, FP32 [vocab]) pairs, 0 or -inf: scores to be ruled out whatever is left.
-        banned: (rows int64 [K], token ids int64 [K]), scores to be ruled out where that leaves the row anything.
-        all_greedy: no row needs a draw.
-    """
-
-    temperature: Tensor
-    top_k: Tensor | None
-    top_p: Tensor | None
-    min_p: Tensor | None
-    seed: Tensor
-    position: Tensor
-    repetition_penalty: Tensor | None
-    presence_penalty: Tensor | None
-    frequency_penalty: Tensor | None
-    penalty_rows: Tensor | None
-    token_ids: list[tuple[Sequence[int], int]]
-    bias: tuple[Tensor, Tensor, Tensor] | None
-    masks: Sequence[tuple[int, Tensor]]
-    banned: tuple[Tensor, Tensor] | None
-    all_greedy: bool
+    temperature: Tensor  # FP32 [N]; 0 is greedy
+    top_k: Tensor | None  # int64 [N]; 0 keeps all
+    top_p: Tensor | None  # FP32 [N]
+    min_p: Tensor | None  # FP32 [N]
+    seed: Tensor  # int64 [N]
+    position: Tensor  # int64 [N], tokens before the one to draw; with `seed` the key of the random number
+    all_greedy: bool = False
+    penalties: Penalties | None = None
+    bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows int64 [B], token ids int64 [B], FP32 [B] to add
+    masks: Sequence[tuple[int, Tensor]] = ()  # (row, FP32 [vocab] of 0 or -inf), applied whatever is left
+    banned: tuple[Tensor, Tensor] | None = None  # rows and token ids, int64 [K]; ruled out if that leaves a token
 
     @classmethod
     def build(
         cls,
-        *,
-        temperature: Sequence[float],
-        top_k: Sequence[int],
-        top_p: Sequence[float],
-        seed: Sequence[int],
-        position: Sequence[int],
+        params: Sequence[DrawParams],
+        positions: Sequence[int],
         device: torch.device,
-        min_p: Sequence[float] | None = None,
-        repetition_penalty: Sequence[float] | None = None,
-        presence_penalty: Sequence[float] | None = None,
-        frequency_penalty: Sequence[float] | None = None,
+        *,
         token_ids: Sequence[tuple[Sequence[int], int]] = (),
         bias: Sequence[tuple[int, Tensor, Tensor]] = (),
         masks: Sequence[tuple[int, Tensor]] = (),
         banned: Sequence[tuple[int, Tensor]] = (),
         full: bool = False,
     ) -> SamplingBatch:
-        """Make the tensors of plain lists, one entry per row; what no row uses is left out.
+        """Make the tensors.
 
-        The last three name the rows that use them, with tensors on `device`: `bias` with different token ids and what
-        is added to each, `masks` with an FP32 [vocab], `banned` with token ids (a row may come several times). `full`
-        leaves neither top-k nor top-p nor min-p out, for kernels that are compiled anew for every choice of them.
+        Args:
+            params: of N rows.
+            positions: of each row's new token in its sequence.
+            device: of all tensors.
+            token_ids: each row's tokens so far, and how many of them are the prompt; read for penalties only.
+            bias: (row, different token ids, what is added to each).
+            masks: (row, FP32 [vocab]).
+            banned: (row, token ids); a row may occur several times.
+            full: keep top-k, top-p and min-p even if no row uses them, for kernels that are compiled for each choice.
         """
-        rows = len(temperature)
-        # Of several tokens that tie for the most likely, top-k 1 takes the greedy one.
-        temperatures = [0.0 if k == 1 else t for t, k in zip(temperature, top_k, strict=True)]
-        repetition = repetition_penalty or [1.0] * rows
-        presence = presence_penalty or [0.0] * rows
-        frequency = frequency_penalty or [0.0] * rows
-        penalised = [i for i in range(rows) if repetition[i] != 1.0 or presence[i] != 0.0 or frequency[i] != 0.0]
-
-        def floats(values: Sequence[float]) -> Tensor:
-            return upload(torch.tensor(values, dtype=torch.float32), device)
-
-        def ints(values: Sequence[int]) -> Tensor:
-            return upload(torch.tensor(values, dtype=torch.int64), device)
-
+        rows = sampling_rows(params, positions)
         return cls(
-            temperature=floats(temperatures),
-            top_k=ints([max(k, 0) for k in top_k]) if full or any(k > 0 for k in top_k) else None,
-            top_p=floats(top_p) if full or any(p < 1.0 for p in top_p) else None,
-            min_p=floats(min_p) if min_p and (full or any(min_p)) else None,
-            seed=ints(seed),
-            position=ints(position),
-            repetition_penalty=floats([repetition[i] for i in penalised]) if penalised else None,
-            presence_penalty=floats([presence[i] for i in penalised]) if penalised else None,
-            frequency_penalty=floats([frequency[i] for i in penalised]) if penalised else None,
-            penalty_rows=ints(penalised) if penalised else None,
-            token_ids=[token_ids[i] for i in penalised],
+            temperature=_floats(rows["temperature"], device),
+            top_k=_ints(rows["top_k"], device) if full or any(rows["top_k"]) else None,
+            top_p=_floats(rows["top_p"], device) if full or any(p < 1.0 for p in rows["top_p"]) else None,
+            min_p=_floats(rows["min_p"], device) if full or any(rows["min_p"]) else None,
+            seed=_ints(rows["seed"], device),
+            position=_ints(positions, device),
+            all_greedy=not any(rows["temperature"]),
+            penalties=Penalties.build(params, token_ids, device),
             bias=(*_flat([(row, ids) for row, ids, _ in bias]), torch.cat([add for *_, add in bias])) if bias else None,
             masks=masks,
             banned=_flat(banned) if banned else None,
-            all_greedy=not any(temperatures),
         )
 
 
+def _floats(values: Sequence[float], device: torch.device) -> Tensor:
+    return upload(torch.tensor(values, dtype=torch.float32), device)
+
+
+def _ints(values: Sequence[float], device: torch.device) -> Tensor:
+    return upload(torch.tensor(values, dtype=torch.int64), device)
+
+
 def _flat(pieces: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(row, token ids) pairs as one list of rows and one of ids."""
+    """Flatten (row, token ids) pairs into one tensor of rows and one of ids."""
     ids = torch.cat([ids for _, ids in pieces])
     rows = torch.tensor([[row, len(ids)] for row, ids in pieces]).to(ids.device)
     return rows[:, 0].repeat_interleave(rows[:, 1], output_size=len(ids)), ids
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Draw one token per row.
-
-    Penalties, bias and bans come first, then temperature, top-k, top-p and min-p, then the draw.
-
-    Args:
-        logits: FP32 [N, vocab]; changed in place by penalties, bias and bans only.
-        batch: how each row is drawn.
-
-    Returns:
-        int64 [N].
-    """
+    """Draw one token per row of raw scores FP32 [N, vocab], which `apply_rules` changes in place -> int64 [N]."""
     apply_rules(logits, batch)
     return draw(logits, batch)
 
 
 def apply_rules(logits: Tensor, batch: SamplingBatch) -> None:
-    """Put penalties, bias and bans into the scores, FP32 [N, vocab]."""
-    if batch.penalty_rows is not None:
-        logits[batch.penalty_rows] = _penalised(logits[batch.penalty_rows], batch)
+    """Apply penalties, bias, masks and bans to the scores FP32 [N, vocab], in place."""
+    if batch.penalties is not None:
+        rows = batch.penalties.rows
+        logits[rows] = _penalise(logits[rows], batch.penalties)
     if batch.bias is not None:
         rows, ids, add = batch.bias
         logits[rows, ids] += add
     for row, mask in batch.masks:  # one at a time costs less than a copy of all
         logits[row].add_(mask)
     if batch.banned is not None:
-        # After all that never yields, so that what is left is known.
+        # Last, since a ban gives way if it leaves the row no token, unlike the other rules.
         scores = logits[batch.banned]
         logits[batch.banned] = -torch.inf
         nothing_left = logits.amax(dim=-1) == -torch.inf
@@ -157,13 +160,13 @@ def apply_rules(logits: Tensor, batch: SamplingBatch) -> None:
 
 
 def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """One token for each row of final scores, FP32 [N, vocab] -> int64 [N]."""
+    """Draw one token for each row of final scores, FP32 [N, vocab] -> int64 [N]."""
     greedy = _argmax(logits)
     if batch.all_greedy:
         return greedy
     random_rows = batch.temperature > 0
     temperature = torch.where(random_rows, batch.temperature, 1.0)
-    # The row's maximum is taken out first, so that a tiny temperature overflows to -inf and not to NaN.
+    # The row's maximum is subtracted first, so that a tiny temperature overflows to -inf and not to NaN.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
     probs = scaled.softmax(dim=-1)
     probs = torch.where(probs >= _threshold(probs, batch)[:, None], probs, 0.0)
@@ -174,23 +177,23 @@ def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    # NumPy's is vectorised on the CPU and six times as fast as torch's.
+    # On the CPU, NumPy's argmax is vectorised and six times as fast as torch's.
     if logits.device.type == "cpu" and not logits.requires_grad:
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
 
 def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities and ranks of raw scores.
+    """Find log-probabilities and ranks by raw scores, from before penalties and temperature.
 
     Args:
-        logits: FP32 [N, vocab], before penalties and temperature.
-        chosen: int64 [N].
+        logits: FP32 [N, vocab].
+        chosen: int64 [N], the drawn tokens.
         top: how many of the most likely tokens to report.
 
     Returns:
-        FP32 [N] of the chosen tokens; int64 [N], 1 for each chosen one that none is likelier than; FP32 [N, top] and
-        int64 [N, top] of the most likely, best first.
+        Log-probabilities FP32 [N] and ranks int64 [N] of the chosen tokens (1 if no token is likelier), then
+        log-probabilities FP32 [N, top] and ids int64 [N, top] of the most likely tokens, best first.
     """
     scores = logits.log_softmax(dim=-1)
     best, ids = scores.topk(min(top, scores.shape[-1]), dim=-1)
@@ -200,13 +203,13 @@ def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, 
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """FP64 numbers in [0, 1), a hash of int64 (seed, position): SplitMix64 (Steele, Lea, Flood 2014), twice."""
+    """Hash int64 (seed, position) to FP64 numbers in [0, 1): SplitMix64 (Steele, Lea, Flood 2014), twice."""
     mixed = _splitmix(_splitmix(seed) + position)
     return (mixed >> 11 & _MASK_53).double() * 2.0**-53
 
 
 def _splitmix(x: Tensor) -> Tensor:
-    # int64 products wrap around as the unsigned ones do; a masked arithmetic shift is a logical one.
+    # int64 products wrap around like unsigned ones; a masked arithmetic shift is a logical one.
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
@@ -217,21 +220,18 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _penalised(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Scores [R, vocab] with repetition, presence and frequency penalties (OpenAI's and CTRL's formulas)."""
-    assert batch.repetition_penalty is not None  # for the type checker
-    assert batch.presence_penalty is not None
-    assert batch.frequency_penalty is not None
-    counts = _token_counts([tokens[prompt:] for tokens, prompt in batch.token_ids], logits)
-    seen = _token_counts([tokens for tokens, _ in batch.token_ids], logits) > 0
-    repetition = batch.repetition_penalty[:, None]
+def _penalise(logits: Tensor, penalties: Penalties) -> Tensor:
+    """Apply repetition, presence and frequency penalties to scores [R, vocab] (CTRL's and OpenAI's formulas)."""
+    counts = _token_counts([tokens[prompt:] for tokens, prompt in penalties.token_ids], logits)
+    seen = _token_counts([tokens for tokens, _ in penalties.token_ids], logits) > 0
+    repetition = penalties.repetition[:, None]
     logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    logits = logits - batch.frequency_penalty[:, None] * counts
-    return logits - batch.presence_penalty[:, None] * (counts > 0)
+    logits = logits - penalties.frequency[:, None] * counts
+    return logits - penalties.presence[:, None] * (counts > 0)
 
 
 def _token_counts(ids: list[Sequence[int]], like: Tensor) -> Tensor:
-    """How often each token occurs in each row's ids: FP32 [R, vocab]."""
+    """Count each token in each row's ids: FP32 [R, vocab]."""
     flat = torch.tensor([token for row in ids for token in row], dtype=torch.int64, device=like.device)
     rows = torch.tensor([i for i, row in enumerate(ids) for _ in row], dtype=torch.int64, device=like.device)
     counts = torch.zeros_like(like)
@@ -239,10 +239,10 @@ def _token_counts(ids: list[Sequence[int]], like: Tensor) -> Tensor:
 
 
 def _threshold(probs: Tensor, batch: SamplingBatch) -> Tensor:
-    """The smallest probability that each row keeps [N], by top-k, then top-p of what that leaves, then min-p.
+    """Find the smallest probability that each row keeps [N]: by top-k, then top-p of what that leaves, then min-p.
 
-    Only the most likely tokens are looked at: as many as the largest top-k asks for, or few at first and
-    eight times as many while some row's top-p is not yet reached.
+    This reads only the most likely tokens: as many as the largest top-k needs, or few at first and eight times as many
+    until every row's top-p is reached.
     """
     rows, vocab = probs.shape
     threshold = torch.zeros(rows, device=probs.device)

@@ -1,1 +1,1 @@
-"""The tensors of one step: inputs, the forward pass, sampling."""
+"""Compute a step: inputs, forward pass, sampling."""

@@ -1,7 +1,8 @@
-"""A scheduled step as flat arrays: what every token and every sequence is, in the order of the step."""
+"""A scheduled step as flat arrays, with its tokens and sequences in the order of the step."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,53 +18,42 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class FlatStep:
-    """T tokens of S sequences.
+    """T tokens of S sequences."""
 
-    Attributes:
-        ids: int64 [T]; 0 where the token is awaited.
-        awaited: places of tokens that the last step draws, and their rows in its draws.
-        positions: int64 [T], of each token in its own sequence.
-        slots: int64 [T], where in the pages its key and value go.
-        tables: int32 [S, B], the blocks of each sequence, padded with one of its own.
-        counts: int64 [S], tokens of each sequence.
-        lengths: int64 [S], tokens of each sequence behind this step.
-    """
-
-    ids: Longs
-    awaited: list[tuple[int, int]]
-    positions: Longs
-    slots: Longs
-    tables: Ints
-    counts: Longs
-    lengths: Longs
-
-    @property
-    def starts(self) -> Ints:
-        """Where each sequence begins, and the end of the last: int32 [S + 1]."""
-        starts: Ints = np.concatenate(([0], self.counts.cumsum())).astype(np.int32)
-        return starts
+    ids: Longs  # [T]; 0 for a pending token
+    pending: Longs  # [2, P], the indices of pending tokens and their rows in the last step's draws
+    positions: Longs  # [T], of each token in its own sequence
+    slots: Longs  # [T], where in the pages its key and value go
+    tables: Ints  # [S, B], the blocks of each sequence, padded with one of its own
+    starts: Ints  # [S + 1], the first token of each sequence, and T
+    lengths: Longs  # [S], tokens of each sequence after this step
 
 
 def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep:
     """Lay a step out."""
-    begins = np.array([sequence.request.num_computed_tokens for sequence in sequences])
+    requests = [sequence.request for sequence in sequences]
+    begins = np.array([request.num_computed_tokens for request in requests])
     counts = np.array([sequence.num_tokens for sequence in sequences])
-    tokens: list[int] = []
-    awaited: list[tuple[int, int]] = []
-    blocks = [sequence.request.block_ids for sequence in sequences]
-    tables = np.empty((len(sequences), max(map(len, blocks))), np.int32)
-    for row, sequence in enumerate(sequences):
-        request = sequence.request
-        start = request.num_computed_tokens
-        tokens += request.token_ids[start : start + sequence.num_tokens]
-        if tokens[-1] == PENDING_TOKEN:
-            awaited.append((len(tokens) - 1, request.draw_row))
-            tokens[-1] = 0
-        tokens += sequence.draft
-        tables[row, : len(blocks[row])] = blocks[row]
-        # Padded with a page of its own, so that whatever another sequence may hold can't reach this one.
-        tables[row, len(blocks[row]) :] = blocks[row][-1]
-    owner = np.repeat(np.arange(len(sequences)), counts)  # [T], the sequence of each token
-    positions = np.arange(len(tokens)) + (begins - (counts.cumsum() - counts))[owner]
-    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    return FlatStep(np.array(tokens), awaited, positions, slots, tables, counts, begins + counts)
+    ends = counts.cumsum()
+    owners = np.repeat(np.arange(len(sequences)), counts)  # [T], the sequence of each token
+    if ends[-1] == len(requests):  # decodes alone, the most frequent step
+        ids = np.array([request.token_ids[at] for request, at in zip(requests, begins.tolist(), strict=True)])
+    else:
+        tokens: list[int] = []
+        for request, count, _, draft in sequences:
+            start = request.num_computed_tokens
+            tokens += request.token_ids[start : start + count]
+            tokens += draft
+        ids = np.array(tokens)
+    pending = np.flatnonzero(ids == PENDING_TOKEN)
+    rows = np.array([request.draw_row for request in requests])[owners[pending]]
+    ids[pending] = 0
+    held = np.array([len(request.block_ids) for request in requests])
+    blocks = np.fromiter(itertools.chain.from_iterable(r.block_ids for r in requests), np.int32, held.sum())
+    # The padding is a block of the sequence's own, so that it can read nothing of another.
+    tables = np.repeat(blocks[held.cumsum() - 1][:, None], held.max(), axis=1)
+    tables[np.arange(held.max()) < held[:, None]] = blocks
+    positions = np.arange(len(ids)) + (begins - (ends - counts))[owners]
+    slots = tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    starts = np.concatenate(([0], ends)).astype(np.int32)
+    return FlatStep(ids, np.stack((pending, rows)), positions, slots, tables, starts, begins + counts)

@@ -1,41 +1,27 @@
-"""What a request asks of single tokens' scores: made into tensors once, and looked up in every step."""
+"""Rules for single tokens' scores, made into tensors once per request and applied in every step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..step.request import Request
+from ..step.request import Request
 
 
 class LogitRules:
-    """The rules of one request.
-
-    Args:
-        request: one that `has_logit_rules`.
-        vocab_size: of the model.
-        device: where the tensors live.
-
-    Attributes:
-        bias: int64 ids and what is added to each, FP32; None where there is none.
-        mask: FP32 [vocab], 0 for what `allowed_token_ids` has and -inf for the rest; None where all are allowed.
-    """
-
-    __slots__ = ("_bad", "_device", "_endings", "_stops", "bias", "mask")
+    """The rules of one request: `logit_bias`, `allowed_token_ids`, `bad_words` and `min_tokens`."""
 
     def __init__(self, request: Request, vocab_size: int, device: torch.device) -> None:
         params = request.params
         self._device = device
-        self.bias: tuple[Tensor, Tensor] | None = None
+        self.bias: tuple[Tensor, Tensor] | None = None  # int64 ids, and FP32 what is added to each
         if params.logit_bias:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
             self.bias = self._ids(params.logit_bias), values
-        self.mask: Tensor | None = None
+        self.mask: Tensor | None = None  # FP32 [vocab], 0 for the allowed tokens and -inf for the others
         if params.allowed_token_ids is not None:
             self.mask = torch.full((vocab_size,), -torch.inf, device=device)
             self.mask[self._ids(params.allowed_token_ids)] = 0.0
@@ -47,13 +33,13 @@ class LogitRules:
         for *before, last in params.bad_words:
             if before:
                 longer.setdefault(tuple(before), []).append(last)
-        # By the token before the last, so that a step looks at few of them.
+        # Keyed by the token before the last, so that a step compares few of them.
         self._endings: dict[int, list[tuple[list[int], Tensor]]] = {}
         for beginning, lasts in longer.items():
             self._endings.setdefault(beginning[-1], []).append((list(beginning), self._ids(lasts)))
 
     def banned(self, request: Request) -> list[Tensor]:
-        """Token ids, int64, that may not come next if anything else can."""
+        """Return token ids, int64, that may come next only if no other token can."""
         found = [] if self._bad is None else [self._bad]
         if self._stops is not None and request.num_output_tokens < request.params.min_tokens:
             found.append(self._stops)
@@ -65,4 +51,5 @@ class LogitRules:
         return found
 
     def _ids(self, tokens: Iterable[int]) -> Tensor:
-        return torch.from_numpy(np.fromiter(tokens, np.int64)).to(self._device)  # several times as fast as a list
+        # Several times as fast as a tensor of a list.
+        return torch.from_numpy(np.fromiter(tokens, np.int64)).to(self._device)

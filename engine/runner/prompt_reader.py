@@ -1,4 +1,4 @@
-"""What is read of a prompt's own hidden states: log-probabilities of its tokens, or one vector for all of it."""
+"""Read a prompt's own hidden states: log-probabilities of its tokens, or one vector for the whole prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...model.network import DeepForCausalLM
+from ...model.network import DeepNetwork
 from ..step.request import Request
 from ..step.scheduler import ScheduledSequence
 from .sampler import token_logprobs
@@ -16,13 +16,10 @@ ROWS = 256
 """Most rows of scores at a time, each as wide as the vocabulary."""
 
 
-def read_prompts(model: DeepForCausalLM, sequences: Sequence[ScheduledSequence], hidden: Tensor) -> None:
-    """Add what a step computed to those of its requests that read their prompt.
+def read_prompts(model: DeepNetwork, sequences: Sequence[ScheduledSequence], hidden: Tensor) -> None:
+    """Store what the requests that read their prompt ask of a step's hidden states FP32 [T, H].
 
-    Args:
-        model: makes scores of hidden states.
-        sequences: the step's, before their progress is counted.
-        hidden: FP32 [T, H], of the step's tokens.
+    Call it before the step's progress is added to `num_computed_tokens`.
     """
     end = 0
     for request, count, *_ in sequences:
@@ -37,15 +34,15 @@ def _pool(request: Request, hidden: Tensor) -> None:
     if request.pooling == "last":
         request.pooled = hidden[-1].double()
         return
-    # What a preemption or a failed step lets come once more is in the sum already.
+    # States that are computed again after a preemption or a failed step are already in the sum.
     known = max(request.num_pooled_tokens - request.num_computed_tokens, 0)
     total = hidden[known:].sum(dim=0, dtype=torch.float64)
     request.pooled = total if request.pooled is None else request.pooled + total
     request.num_pooled_tokens = max(request.num_pooled_tokens, request.num_computed_tokens + len(hidden))
 
 
-def _score(model: DeepForCausalLM, request: Request, hidden: Tensor) -> None:
-    """The position before a token gives its log-probability; those known from before a preemption are left out."""
+def _score(model: DeepNetwork, request: Request, hidden: Tensor) -> None:
+    """Score each token at the position before it, but for those scored before a preemption."""
     first = request.num_computed_tokens
     end = min(first + len(hidden), request.num_prompt_tokens - 1)
     for start in range(max(first, len(request.prompt_logprobs)), end, ROWS):

@@ -1,6 +1,6 @@
-"""Every published format of checkpoint: how its tensor names tell it, and where each tensor lies in the network.
+"""Every published checkpoint format: how `detect` recognises it, and where each tensor goes in the network.
 
-Reading and writing both follow `ERAS`, so a new era is one entry (and, where its network differs, a line in `detect`).
+Reading and writing both follow `ERAS`, so a new era is one entry (and a line in `detect` if its network differs).
 """
 
 from __future__ import annotations
@@ -8,28 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
-from ..config import Architecture, DeepConfig
-from ..network import DeepForCausalLM
+from ..config import Architecture, CheckpointError, DeepConfig
+from ..network import DeepNetwork
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where (a part of the columns of) a file's tensor lies in the network.
+    """Where a file's tensor, or a part of its columns, goes in the network."""
 
-    Attributes:
-        parameter: its name in the network, without `layers.N.`.
-        block: names of the blocks it fills along the first dimensions, see `_blocks`; the rest is taken whole.
-        transposed: the file has [in, out] where the network has [out, in].
-        leading: dimensions of size 1 that the file has in front.
-    """
-
-    parameter: str
-    block: tuple[str, ...] = ()
-    transposed: bool = False
-    leading: int = 0
+    parameter: str  # its name in the network, without `layers.N.`
+    block: tuple[str, ...] = ()  # the block it fills along each of the first dimensions, see `_blocks`
+    transposed: bool = False  # the file has [in, out], the network [out, in]
+    leading: int = 0  # dimensions of size 1 that the file has in front
 
 
 Places = tuple[Place, ...]  # side by side along the columns of the file's tensor
@@ -37,14 +31,13 @@ Places = tuple[Place, ...]  # side by side along the columns of the file's tenso
 
 @dataclass(frozen=True, slots=True)
 class Era:
-    """A line of checkpoints: the name that only its files have, and where each tensor goes."""
+    """A checkpoint format."""
 
     name: str
-    marker_key: str
+    marker: str  # a tensor name that no earlier era has
     layer: Mapping[str, Places]
     experts: Mapping[str, Places]
-    routes_by_modulo: bool = True
-    """What a file without `token_to_expert` means: id mod experts; if False the file must have the table."""
+    routes_by_modulo: bool = True  # a file without `token_to_expert` means id mod experts; if False, it is refused
 
 
 TOP: dict[str, Places] = {
@@ -93,7 +86,7 @@ MU_GUIDANCE = BLOCK | {
 
 
 def _experts(kind: str, block: str, suffix: str = "", *, transposed: bool = False) -> dict[str, Places]:
-    """The three matrices of a SwiGLU MLP under their names in the file."""
+    """Return the three matrices of a SwiGLU MLP under their names in the file."""
     return {
         f"mlp.{kind}gate_proj{suffix}": (Place("gate_up", (block, "gate"), transposed),),
         f"mlp.{kind}up_proj{suffix}": (Place("gate_up", (block, "up"), transposed),),
@@ -102,6 +95,7 @@ def _experts(kind: str, block: str, suffix: str = "", *, transposed: bool = Fals
 
 
 DENSE = _experts("", "first", ".weight")  # of every era, with use_token_routed_mlp: false
+ONE_BY_ONE = _experts("experts.{e}.", "expert", ".weight")
 SEPARATE = _experts("", "experts", transposed=True)
 FUSED: dict[str, Places] = {
     "mlp.gate_up_proj": (Place("gate_up", transposed=True),),
@@ -109,31 +103,25 @@ FUSED: dict[str, Places] = {
 }
 LATEST = Era("0.12-0.14", "dynamics.controller_in.weight", CONTROLLER_IN_OUT, FUSED)
 REWRITE = Era("2026-03", "mu_guidance.mu", MU_GUIDANCE, _experts("", "experts", "_w", transposed=True))
-# The first whose marker key is among a file's names counts, so later eras come first.
+# Later eras come first, since `detect` takes the first whose marker the file has.
 ERAS = (
     REWRITE,
     LATEST,
     Era("0.10-0.11", "self_attn.mu_to_v.weight", CONTROLLER_0_2, SEPARATE),
     Era("0.9", "self_attn.mu_to_k.weight", CONTROLLER_0_2, SEPARATE),
     Era("0.8", "dynamics.mu_proj.weight", CONTROLLER_0_2, SEPARATE),
-    Era(
-        "0.4.0",
-        "mlp.experts.{e}.gate_proj.weight",
-        CONTROLLER_0_2,
-        _experts("experts.{e}.", "expert", ".weight"),
-        routes_by_modulo=False,
-    ),
+    Era("0.4.0", "mlp.experts.{e}.gate_proj.weight", CONTROLLER_0_2, ONE_BY_ONE, routes_by_modulo=False),
     Era("0.4.3-0.7", "dynamics.controller.0.weight", CONTROLLER_0_2, SEPARATE),
 )
-# Tensors that a file may lack: their term is zero, and the table of experts is then id mod experts.
+# Tensors that a file may lack: the term is then zero, and the table of experts id mod experts.
 OPTIONAL = re.compile(r"mu_init|.*\.(mu_to_[qkv]\.weight|mu_proj\.weight|mu_router\.weight|token_to_expert)")
-# Tensors that are computed afresh: BF16 files hold rounded ones.
+# Tensors that are computed instead of read: BF16 files hold rounded ones.
 BUFFER = re.compile(r"(.*\.)?(inv_freq|cos_cached|sin_cached|dynamics\.safety_clamp\..+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A view of the network's tensor, resolved for one layer."""
+    """A view of one layer's tensor in the network."""
 
     target: Tensor
     width: int
@@ -142,35 +130,50 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the network expects under one name: the file's shape and its parts, from left to right."""
+    """A tensor that the network expects in a file: its shape there and its parts, from left to right."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
 
-def detect(shapes: Mapping[str, tuple[int, ...]], config: DeepConfig) -> tuple[Era, Architecture] | None:
-    """The era that a file's tensor names (without `model.`) show and the parts its network has; None if unknown."""
+def detect(shapes: Mapping[str, tuple[int, ...]], config: DeepConfig, path: Path) -> tuple[Era, Architecture]:
+    """Tell the era of a checkpoint, and which parts its network has, by its tensor names (without `model.`).
+
+    Raises:
+        CheckpointError: no era of this family has these names.
+    """
     names = {re.sub(r"experts\.\d+", "experts.{e}", re.sub(r"^layers\.\d+\.", "", key)) for key in shapes}
-    era = next((era for era in ERAS if era.marker_key in names), None)
+    if any("topk_token_to_expert" in name for name in names):
+        raise CheckpointError(
+            f"{path} routes a token to several experts (topk_token_to_expert), as another line of the family does: "
+            "pass a checkpoint of the Complexity-Deep line."
+        )
+    era = next((era for era in ERAS if era.marker in names), None)
     if era is None:
-        return None
-    guided = era is REWRITE
+        raise CheckpointError(
+            f"{path} belongs to no known era of Complexity-Deep, with tensors such as "
+            f"{shortened(sorted(shapes)) or 'none'}: pass a checkpoint of this family."
+        )
     shared = next((sum(shape[:1]) for key, shape in shapes.items() if key.endswith("shared_gate.weight")), 0)
     return era, Architecture(
         era=era.name,
-        dynamics=not guided,
         contextual_mu="dynamics.mu_proj.weight" in names,
         mu_attention=any("self_attn.mu_to_" in name for name in names),
         mu_highway="self_attn.mu_to_v.weight" in names,
         mu_router=config.use_token_routed_mlp and "mlp.mu_router.weight" in names,
-        mu_guidance=guided,
+        mu_guidance=era is REWRITE,
         shared_expert_size=shared,
         tied=config.tie_word_embeddings,
     )
 
 
+def shortened(names: list[str]) -> str:
+    """Join the first three names, and count the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _blocks(config: DeepConfig, arch: Architecture) -> dict[str, slice]:
-    """The named blocks of rows, columns and experts in the stacked parameters."""
+    """Name the blocks of rows, columns and experts in the stacked parameters."""
     hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     q, wide, shared = config.num_attention_heads * config.head_dim, config.expert_size, arch.shared_expert_size
     mu_rows = hidden if arch.contextual_mu else 0
@@ -183,8 +186,8 @@ def _blocks(config: DeepConfig, arch: Architecture) -> dict[str, slice]:
     }  # fmt: skip
 
 
-def plan(era: Era, model: DeepForCausalLM) -> dict[str, Entry]:
-    """Every tensor name (without `model.`) that the era has for this network, and where it goes."""
+def plan(era: Era, model: DeepNetwork) -> dict[str, Entry]:
+    """List every tensor name (without `model.`) that the era has for this network, and where the tensor goes."""
     config, arch = model.config, model.architecture
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     blocks = _blocks(config, arch)
@@ -196,9 +199,9 @@ def plan(era: Era, model: DeepForCausalLM) -> dict[str, Entry]:
             tensor = tensors.get(prefix + place.parameter)
             named = [blocks[name] for name in place.block if name in blocks]
             if tensor is None or any(block.start == block.stop for block in named):
-                return None  # this network does without
+                return None  # not in this network
             view = tensor.detach()[tuple(blocks.get(name, expert) for name in place.block)]
-            # Sizes come from the blocks: of the first layer's share of mu the parameter has no columns.
+            # Sizes come from the blocks, since the first layer's parameter has no columns for mu.
             size = [block.stop - block.start for block in named] + list(tensor.shape[len(place.block) :])
             if place.transposed:
                 size[-2:] = size[:-3:-1]

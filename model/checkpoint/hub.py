@@ -25,10 +25,10 @@ FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """The folder (or weights file) of a checkpoint, fetched from the hub where it is not a path.
+    """Return the folder (or weights file) of a checkpoint, fetched from the hub if there is no such path.
 
-    A download continues where an earlier one stopped, shows its progress and is kept in the hub's cache;
-    what is in the cache is used when the hub cannot be reached.
+    A download continues where an earlier one stopped, shows its progress and is kept in the hub's cache. A cached copy
+    is used if the hub cannot be reached.
 
     Args:
         name_or_path: a path that exists, or a hub id `organisation/name`.
@@ -48,13 +48,13 @@ def resolve_model(name_or_path: str) -> Path:
 
 
 def _fetch(hub_id: str) -> Path:
-    # Slow to import, and not needed for a folder.
+    # Slow to import, and only needed here.
     from huggingface_hub import HfApi, constants, snapshot_download
 
     # The patterns' `*` also matches folders, which hold training states and other formats.
     wanted: dict[str, Any] = {"allow_patterns": list(FILES), "ignore_patterns": ["*/*"]}
     try:
-        # A download asks the same first, but would wait for the answer without end.
+        # A download sends the same request first, but without a timeout.
         HfApi().model_info(hub_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # the errors of several libraries, and of several versions of them
         try:
@@ -68,25 +68,19 @@ def _fetch(hub_id: str) -> Path:
 
 
 def _refusal(hub_id: str, error: Exception) -> CheckpointError:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         reason = "is not in the hub's cache, and HF_HUB_OFFLINE is set: unset it"
-    elif isinstance(error, GatedRepoError):
+    elif isinstance(error, errors.GatedRepoError):
         reason = "is gated: ask for access on its page and log in with `hf auth login`"
-    elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+    elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         reason = "is not on the hub, or is private: check the name, log in with `hf auth login`"
-    elif isinstance(error, HfHubHTTPError):
-        reason = f"was not given by the hub ({detail}): try again"
+    elif isinstance(error, errors.HfHubHTTPError):
+        reason = f"could not be fetched from the hub ({detail}): try again"
     elif getattr(error, "errno", None) is not None:
-        reason = f"cannot be kept on this machine ({detail}): make room, set HF_HOME to another folder"
+        reason = f"cannot be stored on this machine ({detail}): free disk space, set HF_HOME to another folder"
     else:
         reason = f"is not in the hub's cache, and the hub cannot be reached ({detail}): check the connection"
     return CheckpointError(f"{hub_id} {reason}, or pass a folder: pyllm serve /path/to/folder.")

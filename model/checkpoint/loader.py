@@ -1,7 +1,7 @@
-"""Checkpoint files, whatever their era, read straight into the network's stacked parameters, and written back.
+"""Read checkpoint files of any era straight into the network's stacked parameters, and write them back.
 
-Files are memory-mapped piece by piece and each piece is released when it is copied, so that loading needs
-little more than the model itself. Nothing is returned unless everything fitted.
+Files are memory-mapped piece by piece and each piece is released once it is copied, so that loading needs little more
+memory than the model itself. A network is returned only if every tensor fitted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import Architecture, CheckpointError, DeepConfig
-from ..network import DeepForCausalLM
-from .eras import BUFFER, LATEST, OPTIONAL, REWRITE, Entry, Era, detect, plan
+from ..network import DeepNetwork
+from .eras import BUFFER, LATEST, OPTIONAL, REWRITE, Entry, Era, detect, plan, shortened
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -33,23 +33,17 @@ PIECE_ELEMENTS = 1 << 20  # mapped and copied at once: 4 MiB of FP32
 PROGRESS_DELAY = 1.5  # seconds before a bar is worth its line
 DUMMY_STD = 0.02
 
+Network = TypeVar("Network", bound=DeepNetwork)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What was loaded.
+    """What was loaded."""
 
-    Attributes:
-        era: of the checkpoint, by its tensor names; "dummy" in front for random weights.
-        file_dtypes: of the weights in the files, such as ("BF16", "F32"); empty for random weights.
-        parameters: weights of the network in memory, shared ones counted once.
-        bytes: size of the files' tensors that were read.
-        seconds: that loading took.
-    """
-
-    era: str
-    file_dtypes: tuple[str, ...]
-    parameters: int
-    bytes: int
+    era: str  # "dummy" and the newest era for random weights
+    file_dtypes: tuple[str, ...]  # of the weights in the files, such as ("BF16", "F32"); empty for random weights
+    parameters: int  # weights in memory, shared ones counted once
+    bytes: int  # of the tensors that were read
     seconds: float
 
 
@@ -68,49 +62,52 @@ class StoredTensor:
 def load_checkpoint(
     folder: Path,
     *,
+    network: type[Network],
     dtype: torch.dtype,
     device: torch.device,
     load_format: Literal["auto", "dummy"] = "auto",
     seed: int = 0,
     progress: bool = True,
-) -> tuple[DeepForCausalLM, LoadReport]:
-    """Make the network of a checkpoint and fill it; needs the model's memory and no more than one layer above.
+) -> tuple[Network, LoadReport]:
+    """Make the network of a checkpoint and fill it, in the model's memory and at most one layer more.
 
     Args:
-        folder: holds `config.json` and the weights; or a `.safetensors` file with `config.json` beside it.
+        folder: holds `config.json` and the weights; or a `.safetensors` file next to its `config.json`.
+        network: the class to make.
         dtype: of the large matrices; values are rounded to nearest.
-        device: where the network shall live.
-        load_format: "dummy" reads `config.json` only and fills the newest network of its sizes at random.
+        device: of the network.
+        load_format: "dummy" reads only `config.json` and fills the newest network of its sizes at random.
         seed: of the random weights.
-        progress: show a bar on stderr when loading takes long and stderr is a terminal.
+        progress: show a bar on stderr if loading takes long and stderr is a terminal.
 
     Raises:
-        CheckpointError: anything does not fit; one plain sentence with the path and the mend.
+        CheckpointError: a file is missing, damaged or does not fit; the message names the path and the remedy.
     """
     started = time.monotonic()
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist: pass the folder that holds config.json and model.safetensors.")
     config = DeepConfig.from_folder(folder if folder.is_dir() else folder.parent)
+    read: list[StoredTensor] = []
     if load_format == "dummy":
         arch = Architecture.latest(config)
-        model = DeepForCausalLM(config, arch, dtype=dtype, device=device)
+        model = network(config, arch, dtype=dtype, device=device)
         _fill_at_random(model, seed)
-        era, dtypes, size = f"dummy {arch.era}", set[str](), 0
+        name = f"dummy {arch.era}"
     else:
         stored = _read_headers(folder)
-        found, arch = _detect(stored, config, folder)
-        model = DeepForCausalLM(config, arch, dtype=dtype, device=device)
-        expected = plan(found, model)
-        _check(stored, expected, model, found, folder)
-        wanted = _fill(model, expected, stored, progress)
-        era, size = found.name, sum(tensor.nbytes for tensor in wanted)
-        dtypes = {tensor.dtype for tensor in wanted if tensor.dtype in FLOATS}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return model, LoadReport(era, tuple(sorted(dtypes)), parameters, size, time.monotonic() - started)
+        era, arch = detect({key: tensor.shape for key, tensor in stored.items()}, config, folder)
+        model = network(config, arch, dtype=dtype, device=device)
+        expected = plan(era, model)
+        _check(stored, expected, model, era, folder)
+        read = _fill(model, expected, stored, progress)
+        name = era.name
+    dtypes = tuple(sorted({tensor.dtype for tensor in read if tensor.dtype in FLOATS}))
+    parameters, size = sum(p.numel() for p in model.parameters()), sum(tensor.nbytes for tensor in read)
+    return model, LoadReport(name, dtypes, parameters, size, time.monotonic() - started)
 
 
 def _find_files(path: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint at `path`, a folder or a file."""
+    """Find the safetensors files of the checkpoint at `path`, a folder or a file."""
     if path.is_file():
         if path.suffix == ".safetensors":
             return [path]
@@ -127,7 +124,8 @@ def _find_files(path: Path) -> list[Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is not an index with a weight_map: fetch it again.") from None
         if absent := [shard.name for shard in shards if not shard.exists()]:
-            raise CheckpointError(f"{path} lacks {_list(absent)}, which {index.name} names: fetch the folder again.")
+            listed = shortened(absent)
+            raise CheckpointError(f"{path} lacks {listed}, which {index.name} names: fetch the folder again.")
         return shards
     files = sorted(path.glob("*.safetensors"))
     steps = {int(m[1]): file for file in files if (m := re.fullmatch(r"step_(\d+)\.safetensors", file.name))}
@@ -136,7 +134,8 @@ def _find_files(path: Path) -> list[Path]:
     if len(files) == 1:
         return files
     if files:
-        raise CheckpointError(f"{path} holds {_list([f.name for f in files])}: pass the path of the one that is meant.")
+        listed = shortened([file.name for file in files])
+        raise CheckpointError(f"{path} holds {listed}: pass the path of one of them.")
     for file in sorted(path.iterdir()):
         if file.suffix in PICKLES:
             raise _pickle_error(file)
@@ -151,17 +150,13 @@ def _pickle_error(file: Path) -> CheckpointError:
     )
 
 
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of all files by name without a leading `model.`; no weights are read yet."""
+    """Read where all files' tensors are, by name without a leading `model.`."""
     stored: dict[str, StoredTensor] = {}
     for path in _find_files(folder):
         try:
             with safe_open(path, framework="np"):
-                pass  # opening checks the length of the file and every offset
+                pass  # opening it checks the length of the file and every offset
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
@@ -180,36 +175,21 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _detect(stored: Mapping[str, StoredTensor], config: DeepConfig, path: Path) -> tuple[Era, Architecture]:
-    if any("topk_token_to_expert" in key for key in stored):
-        raise CheckpointError(
-            f"{path} routes a token to several experts (topk_token_to_expert), as another line of the family does: "
-            "pass a checkpoint of the Complexity-Deep line."
-        )
-    found = detect({key: tensor.shape for key, tensor in stored.items()}, config)
-    if found is None:
-        raise CheckpointError(
-            f"{path} is of no known era of Complexity-Deep, with tensors such as {_list(sorted(stored)) or 'none'}: "
-            "pass a checkpoint of this family."
-        )
-    return found
-
-
 def _check(
-    stored: Mapping[str, StoredTensor], expected: Mapping[str, Entry], model: DeepForCausalLM, era: Era, path: Path
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, Entry], model: DeepNetwork, era: Era, path: Path
 ) -> None:
-    """Refuse names, shapes and dtypes that do not fit, before any weight is read."""
+    """Raise for names, shapes and dtypes that do not fit, before any weight is read."""
     if unknown := [t.name for key, t in stored.items() if key not in expected and not BUFFER.fullmatch(key)]:
         raise CheckpointError(
             f"{path} has tensors that a network of era {model.architecture.era} with its config.json does not have "
-            f"({_list(unknown)}): use the config.json that was saved with it, or a checkpoint of a known era."
+            f"({shortened(unknown)}): use the config.json that was saved with it, or a checkpoint of a known era."
         )
     needed = [key for key in expected if not OPTIONAL.fullmatch(key)]
     if not era.routes_by_modulo:
         needed += [key for key in expected if key.endswith("token_to_expert")]
     absent = [key for key in needed if key not in stored]
     if missing := [key for key in absent if key != "lm_head.weight"]:
-        raise CheckpointError(f"{path} lacks {_list(missing)}: fetch it again together with its config.json.")
+        raise CheckpointError(f"{path} lacks {shortened(missing)}: fetch it again together with its config.json.")
     if absent and not model.architecture.tied:
         raise CheckpointError(
             f"{path} lacks lm_head.weight: fetch it again, or set tie_word_embeddings to true in config.json."
@@ -230,13 +210,13 @@ def _check(
 
 
 def _fill(
-    model: DeepForCausalLM, expected: Mapping[str, Entry], stored: Mapping[str, StoredTensor], progress: bool
+    model: DeepNetwork, expected: Mapping[str, Entry], stored: Mapping[str, StoredTensor], progress: bool
 ) -> list[StoredTensor]:
-    """Copy all tensors into their places and settle what the file leaves out; returns what was read."""
+    """Copy all tensors to their parameters and fill those that the file lacks; return the tensors read."""
     wanted: dict[str, StoredTensor] = {}
     for key, entry in expected.items():
         if key == "embed_tokens.weight" and model.architecture.tied and "lm_head.weight" in stored:
-            continue  # the head is the embedding; where they differ in a tied file, the head's values count
+            continue  # they share a parameter; if they differ in the file, the head's values count
         if key == "lm_head.weight" and key not in stored:
             continue
         if key in stored:
@@ -261,11 +241,11 @@ def _fill(
 
 
 def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> None:
-    """Copy one tensor of a file into its parts, piece by piece, refusing values that are not finite."""
+    """Copy one tensor of a file to its parts, piece by piece; raise for values that are not finite."""
     kind = (FLOATS | INTEGERS)[tensor.dtype]
     shape = tensor.shape[-max(part.target.dim() for part in entry.parts) :]
     for index, first, size in _pieces(shape, any(part.transposed for part in entry.parts)):
-        # A private mapping of this piece only: its pages go when the piece goes.
+        # A private mapping of this piece only, so that its pages are freed with it.
         begin = tensor.offset + first * kind.itemsize
         start = begin - begin % mmap.ALLOCATIONGRANULARITY
         count = math.prod(size)
@@ -282,20 +262,20 @@ def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> N
         if not -limit <= low <= high <= limit:  # false for NaN too
             raise CheckpointError(
                 f"{tensor.path}: tensor {tensor.name} holds NaN, infinite or too large values: "
-                "fetch it again, or take a checkpoint from before the training went wrong."
+                "fetch it again, or use a checkpoint from before the training diverged."
             )
         column = 0
         for part in entry.parts:
             source = piece.narrow(-1, column, part.width)
             column += part.width
-            if part.target.numel():  # the first layer's share of mu has no place
+            if part.target.numel():  # the first layer reads no mu
                 target = part.target[index]
-                # Transposing within one dtype is the quick way.
+                # Transposing within one dtype is faster.
                 target.copy_(source.to(target.dtype).mT if part.transposed else source)
 
 
 def _pieces(shape: tuple[int, ...], whole: bool) -> Iterator[tuple[tuple[int | slice, ...], int, tuple[int, ...]]]:
-    """Cut a tensor into matrices, and those into runs of rows unless `whole`: index, first element, shape of each."""
+    """Cut a tensor into matrices, and these into runs of rows unless `whole`: index, first element, shape of each."""
     if len(shape) == 3:
         for outer in range(shape[0]):
             for index, first, size in _pieces(shape[1:], whole):
@@ -310,15 +290,15 @@ def _pieces(shape: tuple[int, ...], whole: bool) -> Iterator[tuple[tuple[int | s
 
 
 @torch.no_grad()
-def _fill_at_random(model: DeepForCausalLM, seed: int) -> None:
-    """Random weights whose activations stay finite at any depth: each layer adds little to the residual stream."""
+def _fill_at_random(model: DeepNetwork, seed: int) -> None:
+    """Fill with weights whose activations stay finite at any depth, since each layer adds little to the residual."""
     generator = torch.Generator(model.device).manual_seed(seed)
     hidden, residual = model.config.hidden_size, DUMMY_STD / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         if name.endswith("norm"):
             parameter.fill_(1.0)
         elif name.endswith("controller_out_bias"):
-            # alpha 0.9, beta 0.1, gate 0.5 before the controller speaks, as training starts.
+            # alpha 0.9, beta 0.1, gate 0.5 for a controller output of 0, as training starts.
             parameter[:hidden] = math.log(0.9 / 0.1)
             parameter[hidden : 2 * hidden] = math.log(math.expm1(0.1))
             parameter[2 * hidden :] = 0.0
@@ -332,13 +312,13 @@ def _fill_at_random(model: DeepForCausalLM, seed: int) -> None:
             torch.arange(len(table), out=table).remainder_(model.config.num_experts)
 
 
-def save_checkpoint(model: DeepForCausalLM, folder: Path, *, dtype: torch.dtype) -> None:
+def save_checkpoint(model: DeepNetwork, folder: Path, *, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` in the format of versions 0.12 to 0.14 (or of the 2026-03 rewrite).
 
     Args:
-        model: of any era; what its era lacks is left out of the file.
-        folder: made if it is not there; files in it are overwritten.
-        dtype: of the large matrices; what the network keeps in FP32 (norms, biases, router) is written so,
+        model: of any era; the file lacks what its era lacks.
+        folder: created if missing; files in it are overwritten.
+        dtype: of the large matrices. Norms, biases and the router are written in FP32, as the network keeps them,
             so that loading in `dtype` gives exactly what was saved.
     """
     arch = model.architecture
@@ -349,7 +329,7 @@ def save_checkpoint(model: DeepForCausalLM, folder: Path, *, dtype: torch.dtype)
             continue
         views = [part.target.mT if part.transposed else part.target for part in entry.parts]
         whole = torch.cat(views, dim=-1).cpu()
-        if not whole.numel():  # the first layer's share of mu, which no one reads
+        if not whole.numel():  # the first layer reads no mu, but files have its weights
             whole = torch.zeros(entry.shape)
         if whole.is_floating_point():
             whole = whole.to(torch.float32 if whole.dim() == 1 or "mu_router" in key else dtype)
@@ -360,4 +340,4 @@ def save_checkpoint(model: DeepForCausalLM, folder: Path, *, dtype: torch.dtype)
     config, weights = folder / "config.json", folder / "model.safetensors"
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(config.stat().st_mode)  # the library makes it readable by its owner only
+    weights.chmod(config.stat().st_mode)  # the library makes the file readable by its owner only

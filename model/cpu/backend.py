@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..backend import HIGHWAY_SHARE, AttentionMetadata, Backend, Rope
 from ..config import DeepConfig
-from ..layer import DeepLayer
-from ..network import DeepForCausalLM
+from ..layer import DeepLayer, DynamicsLayer
+from ..network import DeepNetwork
 from .packing import Attention, Dynamics, Matrix, Mlp, Packer, Step, pointer
 
 CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"})
@@ -73,7 +73,7 @@ class NativeBackend(Backend):
 
     prefill_multiple = 1
 
-    def __init__(self, model: DeepForCausalLM, *, int8: bool = False) -> None:
+    def __init__(self, model: DeepNetwork, *, int8: bool = False) -> None:
         library = _library()
         if library is None:
             raise RuntimeError("The CPU kernels were not built, or this CPU cannot run them.")
@@ -159,7 +159,7 @@ class NativeBackend(Backend):
         self._step_key, self._step_tensors = key, tensors  # alive as long as the kernels may read them
 
     def dynamics(
-        self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None
+        self, layer: DynamicsLayer, x: Tensor, h: Tensor, velocity: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Backend.dynamics`; changes `x` and `velocity` in place."""
         speed, mu = torch.empty_like(x) if velocity is None else velocity, torch.empty_like(x)

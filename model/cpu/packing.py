@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import BASE_EXPERT_SCORE, MAX_BETA, MAX_VELOCITY, QK_NORM_EPS, lazy_zeros
-from ..layer import DeepLayer
-from ..network import DeepForCausalLM
+from ..layer import DeepLayer, DynamicsLayer, GuidedLayer
+from ..network import DeepNetwork
 
 LANES = 16
 PANELS = 4
@@ -94,7 +94,7 @@ class Packer:
     The model keeps tensors without memory in their place; `matrices` has the packed matrix by the id of such a tensor.
     """
 
-    def __init__(self, model: DeepForCausalLM, *, int8: bool) -> None:
+    def __init__(self, model: DeepNetwork, *, int8: bool) -> None:
         self._int8 = int8
         self._alive: list[PackedMatrix] = []
         self.matrices: dict[int, PackedMatrix] = {}
@@ -106,9 +106,8 @@ class Packer:
             self.pack(model, "lm_head")
         self.layers: list[PackedLayer] = []
         for layer in model.layers:
-            assert isinstance(layer, DeepLayer)  # nn.ModuleList forgets its type
             self.layers.append(PackedLayer(layer, KINDS[model.dtype], self))
-            if layer.mu_guidance_proj is not None:
+            if isinstance(layer, GuidedLayer):
                 self.pack(layer, "mu_guidance_proj")
 
     def pack(
@@ -158,7 +157,7 @@ class PackedLayer:
             mlp.shared_gate_up = matrix("shared_gate_up", arrange=halves)
             mlp.shared_down = matrix("shared_down")
         dynamics = None
-        if layer.dynamics_in is not None:
+        if isinstance(layer, DynamicsLayer):
             dynamics = Dynamics(
                 base=pointer(layer.mu), in_bias=pointer(layer.controller_bias),
                 out_bias=pointer(layer.controller_out_bias), into=matrix("dynamics_in"),

@@ -25,8 +25,8 @@ from ..backend import (
     Backend,
 )
 from ..config import DeepConfig
-from ..layer import DeepLayer
-from ..network import DeepForCausalLM
+from ..layer import DeepLayer, DynamicsLayer
+from ..network import DeepNetwork
 from ..sampling import SamplingBatch
 from .blocks import BUSY, ONE_BLOCK, WIDE, Blocks, FixedBlocks, power_of_two
 
@@ -106,7 +106,7 @@ class TritonBackend(Backend):
     prefill_multiple = 1
     capturable = True
 
-    def __init__(self, model: DeepForCausalLM, generation: int | None = None, *, deterministic: bool = False) -> None:
+    def __init__(self, model: DeepNetwork, generation: int | None = None, *, deterministic: bool = False) -> None:
         # Else cuBLAS may add up the parts of a long sum in BF16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._highway = model.architecture.mu_highway
@@ -287,14 +287,9 @@ class TritonBackend(Backend):
         return out
 
     def dynamics(
-        self, layer: DeepLayer, x: Tensor, h: Tensor, velocity: Tensor | None
+        self, layer: DynamicsLayer, x: Tensor, h: Tensor, velocity: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Backend.dynamics`; changes `x` and `velocity` in place, and makes what `highway` will be asked for."""
-        # For the type checker: an era has all of these or none.
-        assert layer.mu is not None
-        assert layer.dynamics_in is not None
-        assert layer.controller_v is not None
-        assert layer.controller_out is not None
         tokens, size = x.shape
         inner, few = len(layer.controller_v), self._few(tokens)
         if few:

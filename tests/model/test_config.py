@@ -68,7 +68,7 @@ def test_relu_is_for_dense_networks_and_without_meaning_in_the_rewrite():
     with pytest.raises(CheckpointError, match="relu"):
         DeepForCausalLM(config)
     rewrite = Architecture(
-        era="2026-03", dynamics=False, contextual_mu=False, mu_attention=True, mu_highway=False, mu_router=False,
+        era="2026-03", contextual_mu=False, mu_attention=True, mu_highway=False, mu_router=False,
         mu_guidance=True,
     )  # fmt: skip
     assert DeepForCausalLM(config, rewrite).architecture is rewrite

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from support.reruns import Reruns
 
 from pyllm import LLM, SamplingParams
 from pyllm.engine.llm import Completion
 from pyllm.engine.messages import EngineRequest
 from pyllm.engine.runner import step_graphs
-from pyllm.engine.runner.step_graphs import Reruns, batch_sizes
+from pyllm.engine.runner.step_graphs import batch_sizes
 
 PROMPTS = ["What is recorded?", "b", "A longer prompt, that takes more than one page of the cache", "dd", "e?"]
 FIELDS = [
@@ -22,28 +21,6 @@ FIELDS = [
     {"temperature": 1.0, "top_k": 1},
 ]
 PLAIN = [SamplingParams(max_tokens=14 + n, ignore_eos=True, **fields) for n, fields in enumerate(FIELDS)]
-
-
-class CountedReruns(Reruns):
-    """Counts how often recorded work is done again, and says how much memory it takes, if told to."""
-
-    def __init__(self, bytes_each: int = 0) -> None:
-        self.count = 0
-        self.captured = 0
-        self._bytes_each = bytes_each
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        again = super().capture(work)
-        self.captured += 1
-
-        def replay() -> None:
-            self.count += 1
-            again()
-
-        return replay
-
-    def used_bytes(self) -> int:
-        return self.captured * self._bytes_each
 
 
 def open_llm(folder, **settings: object) -> LLM:
@@ -57,11 +34,11 @@ def plain(tiny_checkpoint) -> LLM:
 
 
 @pytest.fixture(params=[False, True], ids=["in turn", "overlapped"])
-def recorded(request, tiny_checkpoint, monkeypatch) -> tuple[LLM, CountedReruns]:
+def recorded(request, tiny_checkpoint, monkeypatch) -> tuple[LLM, Reruns]:
     # The compiled kernels need the lengths on the host, where no recorded step can find them.
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     llm = open_llm(tiny_checkpoint, overlap_scheduling=request.param)
-    maker = CountedReruns()
+    maker = Reruns()
     llm.core.runner.capture(maker, llm.core.info.max_model_len, [1, 2, 4, 6])
     return llm, maker
 
@@ -151,7 +128,7 @@ def test_capturing_ends_when_it_takes_too_much_and_small_batches_are_padded(plai
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     monkeypatch.setattr(step_graphs, limit, 0)
     llm = open_llm(tiny_checkpoint)
-    graphs = llm.core.runner.capture(CountedReruns(bytes_each=1), llm.core.info.max_model_len)
+    graphs = llm.core.runner.capture(Reruns(bytes_each=1), llm.core.info.max_model_len)
     assert graphs.sizes == [6], "the largest is first"
     assert answers(llm.generate(PROMPTS[:1], PLAIN[:1])) == answers(plain.generate(PROMPTS[:1], PLAIN[:1]))
 

@@ -44,7 +44,7 @@ ERAS = {
     ),
     "no router": replace(LATEST, mu_router=False),
     "mu after the MLP, a shared expert": replace(
-        LATEST, dynamics=False, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=48
+        LATEST, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=48
     ),
 }
 Step = list[tuple[int, int]]

@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[DeepConfig, Architecture | None]] = {
     "sliding window, untied": (replace(CONFIG, sliding_window=5, tie_word_embeddings=False), None),
     "mu after the MLP, a shared expert": (
         CONFIG,
-        replace(LATEST, dynamics=False, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=24),
+        replace(LATEST, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=24),
     ),
 }
 PAGE, MOST = 4, 6

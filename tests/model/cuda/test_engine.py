@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
+from support.reruns import Reruns
 
 from pyllm import LLM, SamplingParams
 from pyllm.engine.config import SpeculativeConfig
 from pyllm.engine.messages import EngineRequest
 from pyllm.engine.runner.model_runner import ModelRunner
-from pyllm.engine.runner.step_graphs import Reruns, token_counts
+from pyllm.engine.runner.step_graphs import token_counts
 from pyllm.engine.step.core import EngineCore
 from pyllm.model.cuda.backend import TritonBackend
 from pyllm.model.fp8 import FP8
@@ -38,26 +39,11 @@ def wanted(tiny_checkpoint) -> list[list[int]]:
     return answers(open_llm(tiny_checkpoint), PARAMS)
 
 
-class CountedReruns(Reruns):
-    """Counts how often recorded work is done again."""
-
-    count = 0
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        again = super().capture(work)
-
-        def replay() -> None:
-            self.count += 1
-            again()
-
-        return replay
-
-
 def on_triton(
     llm: LLM, *, token_counts: Sequence[int] = (), deterministic: bool = False, kept: torch.dtype | None = None
-) -> CountedReruns:
+) -> Reruns:
     """Let the library's engine compute with Triton kernels and recorded steps."""
-    info, maker = llm.core.info, CountedReruns()
+    info, maker = llm.core.info, Reruns()
     model = llm.core.runner.model
     model.ops = TritonBackend(model, deterministic=deterministic)
     runner = ModelRunner(

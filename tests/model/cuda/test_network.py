@@ -24,7 +24,7 @@ ERAS = {
         LATEST, contextual_mu=False, mu_attention=False, mu_highway=False, mu_router=False
     ),
     "mu after the MLP, a shared expert": replace(
-        LATEST, dynamics=False, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=48
+        LATEST, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=48
     ),
 }
 VARIANTS: dict[str, DeepConfig] = {

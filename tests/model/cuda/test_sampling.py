@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyllm.model.cuda import sampling as ours
+from pyllm.model.draw_params import DrawParams
 from pyllm.model.sampling import SamplingBatch, logprobs, sample
 
 VOCAB = 3000
@@ -16,12 +17,11 @@ def scores(rows: int) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(rows)) * 3
 
 
-def batch(rows: int, **how: object) -> SamplingBatch:
-    plain = {
-        "temperature": [0.9] * rows, "top_k": [0] * rows, "top_p": [1.0] * rows, "seed": list(range(rows)),
-        "position": [7 * n for n in range(rows)], "device": torch.device("cpu"),
-    }  # fmt: skip
-    return SamplingBatch.build(**(plain | how))
+def batch(rows: int, **how: list[float]) -> SamplingBatch:
+    lists = {"temperature": [0.9] * rows, "seed": list(range(rows)), **how}
+    token_ids = lists.pop("token_ids", ())
+    params = [DrawParams(**{name: values[row] for name, values in lists.items()}) for row in range(rows)]
+    return SamplingBatch.build(params, [7 * n for n in range(rows)], torch.device("cpu"), token_ids=token_ids)
 
 
 @pytest.mark.parametrize("how", [

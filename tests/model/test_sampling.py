@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pyllm.model.draw_params import DrawParams
 from pyllm.model.sampling import SamplingBatch, logprobs, sample, uniform
 
 CPU = torch.device("cpu")
@@ -18,16 +19,16 @@ CPU = torch.device("cpu")
 
 def batch(rows: int, **given_values) -> SamplingBatch:
     """A batch whose rows are all alike where a single value is given."""
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
-    lists = {"position": list(range(rows))}
-    for name, value in (defaults | given_values).items():
-        lists[name] = value if isinstance(value, list) else [value] * rows
+    lists = {name: value if isinstance(value, list) else [value] * rows for name, value in given_values.items()}
+    positions = lists.pop("position", list(range(rows)))
     prompts = lists.pop("prompt_ids", [[]] * rows)
     outputs = lists.pop("output_ids", [[]] * rows)
+    rules = {name: lists.pop(name) for name in ("bias", "masks") if name in lists}
     if "banned" in lists:
-        lists["banned"] = [(row, torch.tensor([token])) for row, token in lists["banned"]]
-    lists["token_ids"] = [(prompt + output, len(prompt)) for prompt, output in zip(prompts, outputs, strict=True)]
-    return SamplingBatch.build(**lists, device=CPU)
+        rules["banned"] = [(row, torch.tensor([token])) for row, token in lists.pop("banned")]
+    token_ids = [(prompt + output, len(prompt)) for prompt, output in zip(prompts, outputs, strict=True)]
+    params = [DrawParams(**{name: values[row] for name, values in lists.items()}) for row in range(rows)]
+    return SamplingBatch.build(params, positions, CPU, token_ids=token_ids, **rules)
 
 
 def draws(logits: Tensor, count: int, **params) -> Tensor:
