@@ -67,7 +67,7 @@ def used(**more: Any) -> list[dict[str, Any]]:
 
 
 def allowed(mode: str = "required", name: str = "f") -> dict[str, Any]:
-    """Two tools, of which one may be called."""
+    """Two tools; one of them may be called."""
     function = {"type": "function", "function": {"name": name}}
     choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [function]}}
     return {"tools": [tool(), tool(name="g")], "max_tokens": 90, "tool_choice": choice}
@@ -78,7 +78,7 @@ def schema_format(**more: Any) -> dict[str, Any]:
 
 
 Probe = tuple[dict[str, Any], dict[str, Any]]
-# What two requests have in common, and what the second has beside it: their answers must differ.
+# Fields that two requests share, and fields that only the second has: the answers must differ.
 PROBES: dict[str, Probe] = {
     "model": ({"model": "tiny"}, {"model": "team/alias"}),
     "messages": ({}, {"messages": [user("Ho")]}),

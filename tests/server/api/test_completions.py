@@ -14,7 +14,7 @@ CONTEXT = 200
 REPLY = "Hello, wörld!"
 
 
-def test_whole_answer_has_openai_shape_and_sixteen_tokens_by_default(harness):
+def test_whole_answer_has_openai_shape_and_16_tokens_by_default(harness):
     harness.engine.reply = "x" * 40
     answer = Completion.model_validate_json(harness.complete().content)
     assert answer.choices[0].text == "x" * 16
@@ -68,7 +68,7 @@ def test_choice_index_is_prompt_index_times_n_plus_j(harness, events_of):
     assert streamed == dict(enumerate(prompts))
 
 
-def test_stream_gives_the_same_text_and_logprobs_as_the_whole_answer(harness, events_of):
+def test_stream_has_the_text_and_logprobs_of_the_whole_answer(harness, events_of):
     asked = {"logprobs": 2, "max_tokens": 30}
     whole = Completion.model_validate_json(harness.complete(**asked).content).choices[0]
     events = events_of(harness.complete(stream=True, stream_options={"include_usage": True}, **asked))
@@ -140,7 +140,7 @@ def test_more_candidates_than_memory_holds_are_refused(harness, fields):
     assert harness.engine.requests == []
 
 
-def test_lists_that_each_of_many_sequences_takes_along_have_a_bound(harness):
+def test_the_lists_of_all_sequences_together_have_a_bound(harness):
     words = ["é" * 200 + str(n) for n in range(128)]
     response = harness.post("/v1/completions", {"prompt": [[5]] * 8, "n": 128, "bad_words": words})
     assert response.status_code == 400
@@ -148,7 +148,7 @@ def test_lists_that_each_of_many_sequences_takes_along_have_a_bound(harness):
     assert harness.engine.requests == []
 
 
-def test_what_the_network_did_for_too_many_tokens_is_refused(harness, monkeypatch):
+def test_dynamics_of_too_many_tokens_are_refused(harness, monkeypatch):
     monkeypatch.setattr(generation, "MAX_SHOWN", 99)
     body = {"prompt": "Hi", "return_dynamics": True, "ignore_eos": True}
     assert harness.post("/v1/completions", body | {"max_tokens": 99}).status_code == 200
@@ -179,7 +179,7 @@ def joined(events):
             for name in ("token_ids", "dynamics"):
                 if name in piece:
                     whole[name] = whole.get(name, []) + piece.pop(name)
-            assert not {"prompt_logprobs", "prompt_token_ids"} & piece.keys() & whole.keys(), "told twice"
+            assert not {"prompt_logprobs", "prompt_token_ids"} & piece.keys() & whole.keys(), "each is reported once"
             whole.update(piece)
     return [choices[index] for index in sorted(choices)]
 
@@ -191,7 +191,7 @@ def test_echo_puts_the_prompt_before_the_text(harness):
     assert texts == ["né" + REPLY, harness.tokenizer.token_text(70) + REPLY]
 
 
-def test_echo_shows_the_model_s_first_token_only_with_special_tokens(harness):
+def test_echo_shows_the_first_token_only_with_special_tokens(harness):
     asked = {"echo": True, "add_special_tokens": True, "logprobs": 0}
     hidden, shown = (harness.complete(skip_special_tokens=skip, **asked).json()["choices"][0] for skip in (True, False))
     assert (hidden["text"], shown["text"]) == ("Hi" + REPLY, "<s>Hi" + REPLY)
@@ -206,17 +206,17 @@ def test_echo_with_logprobs_begins_with_those_of_the_prompt(harness):
     assert logprobs["top_logprobs"][:2] == [None, {"<s>": -0.25, "b": -2}]
     assert logprobs["text_offset"] == [0, 1, 2, 2, 3, 4]
     assert harness.complete(echo=True).json()["choices"][0]["logprobs"] is None
-    assert harness.engine.requests[-1][2].prompt_logprobs is None, "nothing is computed that nobody asked for"
+    assert harness.engine.requests[-1][2].prompt_logprobs is None, "nothing is computed that was not requested"
 
 
-def test_a_prompt_that_ends_inside_a_character_does_not_shift_the_offsets(harness):
+def test_a_prompt_that_ends_inside_a_character_shifts_no_offsets(harness):
     choice = harness.complete(prompt=[harness.tokenizer.encode("aé")[:-1]], echo=True, logprobs=0).json()["choices"][0]
     assert choice["text"] == "a\ufffd" + REPLY
     assert choice["logprobs"]["text_offset"][:4] == [0, 1, 2, 3]
 
 
 def test_of_candidates_that_look_alike_the_likeliest_is_shown(harness):
-    """A scorer compares the chosen token with the best of them to see whether it was greedy."""
+    """A scorer compares the chosen token with the best candidate to see whether it was greedy."""
     ids = harness.tokenizer.encode("é")
     position = TokenLogprobs(token_id=ids[0], logprob=-2.0, top=[(ids[1], -0.5), (ids[0], -2.0)])
     shown = LegacyLogprobs(harness.tokenizer, True).write([position])
@@ -244,7 +244,7 @@ def test_a_scored_prompt_may_fill_the_context(harness):
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
 
-def test_the_default_of_max_tokens_is_no_more_than_each_prompt_leaves(harness):
+def test_the_default_of_max_tokens_is_what_each_prompt_leaves(harness):
     harness.engine.reply = "x" * 40
     prompts = [[70] * (CONTEXT - 5), [70]]
     answer = harness.complete(prompt=prompts).json()
@@ -306,7 +306,7 @@ def test_a_stream_has_all_that_the_whole_answer_has(harness, events_of, fields):
         assert got == expected
 
 
-def test_dynamics_are_told_for_each_token(harness):
+def test_dynamics_are_reported_for_each_token(harness):
     choice = harness.complete(max_tokens=2, return_dynamics=True).json()["choices"][0]
     assert [entry["token"] for entry in choice["dynamics"]] == ["H", "e"]
     assert choice["dynamics"][1]["experts"] == [2, 0]

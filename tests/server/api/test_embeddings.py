@@ -52,13 +52,13 @@ def test_pooling_is_the_mean_or_the_last(harness):
     assert embed(harness, pooling=None).data == embed(harness, pooling="mean").data == embed(harness).data
 
 
-def test_the_log_tells_the_tokens_of_all_inputs_and_not_of_the_last_ones_only(harness, caplog):
+def test_the_log_counts_the_tokens_of_all_inputs(harness, caplog):
     caplog.set_level(logging.INFO, logger="pyllm.server")
     embed(harness, input=[[3, 4]] * 100)
     assert "prompt_tokens=200 " in caplog.records[-1].getMessage()
 
 
-def test_the_log_tells_them_also_when_the_engine_fails_in_the_midst(harness, caplog, monkeypatch):
+def test_the_log_counts_all_inputs_until_the_engine_fails(harness, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="pyllm.server")
     speak, spoken = harness.engine._speak, []
 

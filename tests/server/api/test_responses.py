@@ -28,7 +28,7 @@ def create(harness):
 
 @pytest.fixture
 def long_context(harness):
-    """Room for descriptions of tools, of which each byte is a token here."""
+    """Allow long descriptions of tools: each byte is a token here."""
     harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=1500)
 
 
@@ -50,7 +50,7 @@ def test_whole_answer_has_openai_shape_text_and_counts(create, harness):
     assert answer.items() >= echo.items()
 
 
-def test_stream_has_all_events_in_order_and_ends_with_the_whole_answer(create):
+def test_stream_has_all_events_and_ends_with_the_whole_answer(create):
     events = create(stream=True)
     assert types_of(events) == [
         "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta", "output_text.done",
@@ -68,7 +68,7 @@ def test_stream_has_all_events_in_order_and_ends_with_the_whole_answer(create):
 
 
 @pytest.mark.parametrize("top", [{"top_logprobs": 2}, {"include": ["message.output_text.logprobs"]}])
-def test_logprobs_are_of_the_texts_tokens_the_same_whole_and_streamed(create, top):
+def test_logprobs_belong_to_the_text_whole_and_streamed(create, top):
     whole = create(**top)["output"][0]["content"][0]["logprobs"]
     assert bytes(byte for entry in whole for byte in entry["bytes"]).decode() == REPLY
     assert {len(entry["top_logprobs"]) for entry in whole} == {top.get("top_logprobs", 0)}
@@ -79,7 +79,7 @@ def test_logprobs_are_of_the_texts_tokens_the_same_whole_and_streamed(create, to
     assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == whole
 
 
-def test_logprobs_show_the_tokens_of_a_character_that_the_end_leaves_unfinished_as_a_chat_does(create, harness):
+def test_logprobs_show_the_tokens_of_an_unfinished_character(create, harness):
     for length in (9, 1):  # the first byte of ö; and of an answer that is nothing else
         harness.engine.reply = harness.engine.reply if length == 9 else "ö"
         chat = harness.chat(max_tokens=length, logprobs=True, top_logprobs=1).json()["choices"][0]["logprobs"][
@@ -253,7 +253,7 @@ def test_a_tool_choice_is_repeated_as_it_was_asked(create, harness, long_context
 
 
 @pytest.mark.parametrize("choice", ["none", "auto"])
-def test_a_tool_choice_without_tools_is_harmless_unless_it_needs_one(create, choice):
+def test_a_tool_choice_without_tools_must_not_require_one(create, choice):
     assert create(tool_choice=choice)["tool_choice"] == choice
     assert create(400, tool_choice="required")["param"] == "tool_choice"
     unknown = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "x"}]}

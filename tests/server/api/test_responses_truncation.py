@@ -21,7 +21,7 @@ def long_items(harness):
     return [{"role": "user", "content": f"{number:02}" + "." * (room // 8)} for number in range(12)]
 
 
-def test_too_long_an_input_is_refused_unless_truncation_drops_its_oldest_items(create, harness):
+def test_a_long_input_is_refused_or_loses_its_oldest_items(create, harness):
     error = create(400, input=long_items(harness))
     assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
     answer = create(input=long_items(harness), truncation="auto", instructions="Obey.", max_output_tokens=20)
@@ -51,7 +51,7 @@ def test_truncation_drops_the_result_of_a_call_that_is_gone(create, harness):
 
 
 @pytest.mark.parametrize("size", [100, 1])
-def test_truncation_reads_the_items_once_and_renders_little_more_than_what_fits(create, harness, monkeypatch, size):
+def test_truncation_reads_once_and_renders_little_too_much(create, harness, monkeypatch, size):
     read, rendered = [], []
     read_conversation, render = responses.read_conversation, ChatTemplate.render
     monkeypatch.setattr(

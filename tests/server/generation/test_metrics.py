@@ -1,4 +1,4 @@
-"""What /metrics counts, and under which names."""
+"""What /metrics exposes, and under which names."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_metrics_count_the_time_and_the_tokens_of_a_step(harness):
     assert 'pyllm:iteration_tokens_total_bucket{le="128.0",model_name="org/tiny"} 1.0' in text
 
 
-def test_metrics_count_the_tokens_of_each_expert_and_keep_what_was_told_last():
+def test_metrics_keep_the_last_counts_of_each_expert():
     metrics = Metrics("m", EngineStats)
     assert not [key for key in samples(metrics) if "expert" in key[0]]
-    told = EngineStats(step_tokens=1, expert_tokens=[[5, 7], [4, 8]], expert_reroutes=[0, 3])
-    for stats in (told, EngineStats(step_tokens=1)):
+    counted = EngineStats(step_tokens=1, expert_tokens=[[5, 7], [4, 8]], expert_reroutes=[0, 3])
+    for stats in (counted, EngineStats(step_tokens=1)):
         metrics.on_step(StepOutputs(outputs=[], stats=stats))
     found = samples(metrics)
     assert found["pyllm:expert_tokens_total", ("expert", "1"), ("layer", "0")] == 7
@@ -70,7 +70,7 @@ def test_every_reason_to_end_is_there_before_anything_has_ended():
 
 
 @pytest.mark.parametrize("also", [False, True])
-def test_vllms_names_stand_beside_ours_where_they_are_asked_for(also):
+def test_vllms_names_are_exposed_too_if_requested(also):
     metrics = Metrics("pyllm:m", EngineStats, vllm_names=also)
     metrics.num_generation_tokens = 3
     metrics.on_finish("stop", 1.0, RequestTimes(0.0), 10, 3)

@@ -1,4 +1,4 @@
-"""Traces: what a span says of a request, where it belongs, and how it gets to a collector."""
+"""Traces: the attributes of a span, its parent, and its way to a collector."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def spans(harness):
     return sent
 
 
-def test_a_span_has_the_conventions_names_the_counts_and_the_times(harness, spans):
+def test_a_span_has_the_conventions_names_counts_and_times(harness, spans):
     body = {"model": "alias", "prompt": "Hi there", "n": 2, "stream": True} | SAMPLING
     harness.post("/v1/completions", body, headers={"x-request-id": "mine"})
     (span,) = spans()
@@ -82,7 +82,7 @@ def test_a_span_has_the_conventions_names_the_counts_and_the_times(harness, span
         ("/v1/embeddings", {"input": "secret"}, "embeddings"),
     ],
 )  # fmt: skip
-def test_every_endpoint_that_generates_has_a_span_without_what_was_said(harness, spans, path, fields, operation):
+def test_every_generating_endpoint_has_a_span_without_its_texts(harness, spans, path, fields, operation):
     harness.service.model = dataclasses.replace(harness.model, names=("x",))
     assert harness.post(path, fields).status_code == 200
     for other in ("/v1/models", "/health", "/metrics", path):
@@ -95,7 +95,7 @@ def test_every_endpoint_that_generates_has_a_span_without_what_was_said(harness,
     assert harness.engine.reply not in span.to_json()
 
 
-def test_a_span_belongs_to_the_clients_trace_and_is_sent_only_if_that_is(harness, spans):
+def test_a_span_follows_the_clients_trace_and_its_sampling(harness, spans):
     for flags in ("01", "00"):
         harness.post("/v1/completions", {"prompt": "a"}, headers={"traceparent": f"00-{TRACE}-{PARENT}-{flags}"})
     harness.post("/v1/completions", {"prompt": "a"}, headers={"traceparent": "nonsense"})
@@ -157,7 +157,7 @@ def test_spans_reach_a_collector_over_http(harness, monkeypatch):
     assert batch.scope_spans[0].spans[0].trace_id.hex() == TRACE
 
 
-def test_an_endpoint_that_does_not_answer_delays_no_request_and_little_of_the_end(harness, monkeypatch, caplog):
+def test_a_silent_collector_delays_no_request_and_no_shutdown(harness, monkeypatch, caplog):
     monkeypatch.setattr("pyllm.server.generation.tracing.LAST_SECONDS", 0.5)
     harness.service.tracing = tracing = Tracing("http://127.0.0.1:9/v1/traces")
     assert harness.complete().elapsed.total_seconds() < 5
@@ -168,12 +168,12 @@ def test_an_endpoint_that_does_not_answer_delays_no_request_and_little_of_the_en
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4318", "ftp://x/y", "http://", "grpc"])
-def test_what_is_no_url_is_refused_in_one_sentence(endpoint):
+def test_an_endpoint_that_is_no_url_is_refused_in_one_sentence(endpoint):
     with pytest.raises(ConfigError, match=r"^--otlp-traces-endpoint must be a URL such as \S+\.$"):
         Tracing(endpoint)
 
 
-def test_without_the_extra_the_flag_says_what_to_install(monkeypatch):
+def test_without_the_extra_the_flag_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(
         ConfigError, match=r"^--otlp-traces-endpoint needs OpenTelemetry: pip install 'pyllm-deep\[otel\]'\.$"

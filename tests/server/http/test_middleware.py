@@ -13,7 +13,6 @@ import pytest
 
 from pyllm.engine.errors import EngineDeadError
 from pyllm.server.api.fields import ErrorAnswer
-from pyllm.server.api.models import ModelCard, ModelList
 from pyllm.server.chat.template import ChatTemplateError
 from pyllm.server.http.errors import ApiError, to_api_error
 
@@ -48,16 +47,6 @@ def test_unknown_routes_and_methods_have_the_same_shape(harness):
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     assert error_of(response).code == "method_not_allowed"
-
-
-def test_models_are_listed_and_found_by_names_with_slashes(harness):
-    models = ModelList.model_validate_json(harness.get("/v1/models").content)
-    assert [model.id for model in models.data] == ["org/tiny", "alias"]
-    card = ModelCard.model_validate_json(harness.get("/v1/models/org/tiny").content)
-    assert card.max_model_len == harness.engine.info.max_model_len
-    for response in (harness.get("/v1/models/org/other"), harness.chat(model="other"), harness.complete(model="x")):
-        assert response.status_code == 404
-        assert error_of(response).code == "model_not_found"
 
 
 def test_request_id_is_taken_over_or_made(harness):

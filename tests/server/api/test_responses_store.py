@@ -1,4 +1,4 @@
-"""What is kept of `/v1/responses`: how a conversation goes on, the lists of its items, and the store."""
+"""Stored responses: conversations that continue from them, the lists of their items, and the store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def create(harness):
 
 @pytest.fixture
 def long_context(harness):
-    """Room for descriptions of tools, of which each byte is a token here."""
+    """Allow long descriptions of tools: each byte is a token here."""
     harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=1500)
 
 
@@ -47,7 +47,7 @@ def test_items_of_every_kind_reach_the_prompt_in_order(create, harness, long_con
         place = prompt.index(text, place)
 
 
-def test_a_response_goes_on_after_an_earlier_one_without_its_instructions(create, harness):
+def test_a_response_continues_another_without_its_instructions(create, harness):
     first = create(instructions="Obey.", input="One")
     second = create(input="Two", previous_response_id=first["id"])
     create(input=[], previous_response_id=second["id"])
@@ -61,15 +61,15 @@ def test_a_response_goes_on_after_an_earlier_one_without_its_instructions(create
     assert second["previous_response_id"] == first["id"]
 
 
-def test_a_stream_is_kept_like_a_whole_answer(create, harness):
+def test_a_stream_is_stored_like_a_whole_answer(create, harness):
     events = create(input="One", stream=True)
-    kept = harness.get(f"/v1/responses/{events[-1]['response']['id']}").json()
-    assert kept == events[-1]["response"]
-    create(input="Two", previous_response_id=kept["id"])
+    stored = harness.get(f"/v1/responses/{events[-1]['response']['id']}").json()
+    assert stored == events[-1]["response"]
+    create(input="Two", previous_response_id=stored["id"])
     assert prompts(harness)[1].index("One") < prompts(harness)[1].index(REPLY)
 
 
-def test_a_conversation_goes_on_though_its_first_response_is_deleted(create, harness):
+def test_a_conversation_continues_after_a_response_is_deleted(create, harness):
     first = create(input="One")
     second = create(input="Two", previous_response_id=first["id"])
     deleted = harness.run(lambda client: client.delete(f"/v1/responses/{first['id']}"))
@@ -79,7 +79,7 @@ def test_a_conversation_goes_on_though_its_first_response_is_deleted(create, har
     assert harness.get(f"/v1/responses/{first['id']}").status_code == 404
 
 
-def test_items_may_be_named_by_their_id(create, harness):
+def test_items_may_be_referenced_by_their_id(create, harness):
     message = create()["output"][0]
     create(input=[{"role": "user", "content": "Ah"}, {"type": "item_reference", "id": message["id"]}])
     assert REPLY in prompts(harness)[1]
@@ -89,7 +89,7 @@ def test_items_may_be_named_by_their_id(create, harness):
     assert create(400, input=twice)["param"] == "input[1].id"
 
 
-def test_items_of_one_response_are_read_once_and_without_their_logprobs(create, harness, long_context, monkeypatch):
+def test_items_of_a_response_are_read_once_and_without_logprobs(create, harness, long_context, monkeypatch):
     reads = []
     read = StoredResponse.read
     monkeypatch.setattr(StoredResponse, "read", lambda stored: reads.append(stored.item_ids) or read(stored))
@@ -156,7 +156,7 @@ def test_a_wrong_query_is_refused_by_name(create, harness, query):
     assert answer.json()["error"]["param"] == query.split("=")[0]
 
 
-def test_what_is_not_kept_is_not_found(create, harness):
+def test_a_response_that_is_not_stored_is_not_found(create, harness):
     answer = create(store=False)
     assert answer["store"] is False
     for path in (answer["id"], f"{answer['id']}/input_items", "resp_0"):
@@ -167,14 +167,14 @@ def test_what_is_not_kept_is_not_found(create, harness):
     assert harness.run(lambda client: client.delete("/v1/responses/resp_0")).status_code == 404
 
 
-def test_a_stream_of_a_kept_response_and_its_cancellation_are_refused(create, harness):
+def test_streaming_and_cancelling_a_stored_response_are_refused(create, harness):
     path = f"/v1/responses/{create()['id']}"
     assert harness.get(f"{path}?stream=true").json()["error"]["param"] == "stream"
     assert harness.get(f"{path}?stream=false&include[]=message.output_text.logprobs").status_code == 200
     assert harness.post(f"{path}/cancel").status_code == 400
 
 
-def test_the_store_forgets_what_is_longest_unused_and_stays_within_its_bytes():
+def test_the_store_evicts_the_least_recently_used_response():
     def response(number, size=100):
         text = "".join(random.Random(number).choices(string.ascii_letters + string.digits, k=size))
         return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": text}]}
@@ -196,7 +196,7 @@ def test_the_store_forgets_what_is_longest_unused_and_stays_within_its_bytes():
     assert (len(store), store.size) == (0, 0)
 
 
-def test_a_kept_response_takes_much_less_memory_than_its_json(create):
+def test_a_stored_response_takes_less_memory_than_its_json(create):
     body = create(input="How are you?")
     size = len(json.dumps(body))
     assert size > 1000
