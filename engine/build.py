@@ -223,7 +223,9 @@ def _rehearse(runner: ModelRunner, limits: Limits, lengths: list[int], count: in
     requests = []
     for index in range(max(count, len(lengths))):
         length = lengths[min(index, len(lengths) - 1)]
-        request = Request(EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params), ())
+        request = Request.from_message(
+            EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params)
+        )
         # Prompts wrap around in one block: what they compute is of no use to anybody.
         request.block_ids = [index % runner.num_blocks] * (length // limits.block_size + 1)
         requests.append(request)

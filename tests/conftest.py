@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 # Before they are imported:
-pytest.register_assert_rewrite(
-    "support.hostile", "support.serving", "support.soak", "support.paged_runner", "support.responses_client"
-)
+SUPPORT = ("crowds", "grammars", "hostile", "paged_runner", "responses_client", "scheduler_bench", "serving", "soak")
+pytest.register_assert_rewrite(*(f"support.{name}" for name in SUPPORT))
 
 import torch  # noqa: E402
 from support.checkpoints import write_checkpoint  # noqa: E402

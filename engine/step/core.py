@@ -1,10 +1,11 @@
-"""The engine: one step at a time, with no process, no thread and no text."""
+"""The engine core: one step at a time, with no process, no thread and no text."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from ..checks import check_request
@@ -13,10 +14,9 @@ from ..grammar.compiler import GrammarCompiler
 from ..memory import is_out_of_memory
 from ..messages import CheckGrammar, EngineInfo, EngineRequest, EngineStats, GrammarVerdict, StepOutputs, TokenOutput
 from .drafting import Drafter
-from .kv_cache import KVCacheManager
-from .outputs import failure_of, output_of, verdict_of
+from .outputs import failure_of, output_of, prompt_output_of, verdict_of
 from .request import PENDING_TOKEN, Request, RequestStatus
-from .retry import run_apart
+from .retry import retry_by_halves
 from .runner import ExpertCounts, LaunchedStep, Runner, SampledToken
 from .scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 
@@ -24,25 +24,24 @@ OUT_OF_MEMORY = RuntimeError(
     "There was not enough memory to compute even this request alone: lower --gpu-memory-utilization, "
     "--kv-cache-memory-bytes or --max-num-batched-tokens."
 )
-TELL_SECONDS = 1.0
-"""How often the counts of the experts are told while the engine works; also whenever it comes to rest."""
+EXPERT_SECONDS = 1.0
+"""How often the expert counts are reported while the engine works; they also are when it becomes idle."""
 
 
-class _Flight(NamedTuple):
-    """A step under way; its tokens count as computed, and those it draws are awaited."""
+class InFlightStep(NamedTuple):
+    """A step that is being computed; its tokens count as computed, and those it draws are pending."""
 
     sequences: list[ScheduledSequence]
-    ends: list[int]
-    """Tokens of each sequence that are computed after it, so also the place of the drawn one."""
+    ends: list[int]  # how many tokens of each sequence are computed after it: the index of the token it draws
     launched: LaunchedStep
 
 
 class EngineCore:
-    """Takes requests in and gives tokens out, a step at a time.
+    """Takes requests and returns tokens, one step at a time.
 
-    With `info.overlap_scheduling`, `step` begins a step and then returns what the one before it gave, so that a device
-    computes while the host plans and tells. A sequence then ends one step late at most, and what is computed for it in
-    that step is nobody's. Where a sequence `needs_tokens`, the step is finished before the next one is planned.
+    With `info.overlap_scheduling`, `step` launches a step and then returns the outputs of the previous one, so that the
+    device computes while the host plans. A sequence then ends at most one step late, and what that step computes for
+    it is discarded. A step with a sequence that `needs_tokens` is finished before the next one is planned.
 
     Args:
         info: sizes and limits.
@@ -61,24 +60,16 @@ class EngineCore:
         self.info = info
         self.runner = runner
         self.expert_stats = expert_stats
-        self._told_experts = 0.0
-        self._speculative = info.speculative_config
-        self._num_drafts = self._num_draft_tokens = 0
-        self._num_accepted = [0] * (self._speculative.num_speculative_tokens if self._speculative is not None else 0)
         self.grammars = grammars or GrammarCompiler()
-        self._verdicts: list[GrammarVerdict] = []
-        self.scheduler = Scheduler(
-            KVCacheManager(info.num_blocks, info.block_size, enable_prefix_caching=info.enable_prefix_caching),
-            max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=info.max_num_batched_tokens,
-            max_num_prefill_tokens=info.max_num_prefill_tokens,
-            policy=info.scheduling_policy,
-            chunk_multiple=info.chunk_multiple,
-        )
+        self.scheduler = Scheduler(info)
         self._requests: dict[str, Request] = {}
-        self._overlap = info.overlap_scheduling
-        self._flight: _Flight | None = None  # as long as any of its requests goes on
-        self._num_failures = 0  # steps in a row that there was no memory for
+        self._verdicts: list[GrammarVerdict] = []
+        self._in_flight: InFlightStep | None = None  # until it is collected, or all of its requests have finished
+        self._num_failures = 0  # consecutive steps that ran out of memory
+        self._experts_reported = 0.0
+        self._num_drafts = self._num_draft_tokens = 0
+        speculative = info.speculative_config
+        self._num_accepted = [0] * (speculative.num_speculative_tokens if speculative is not None else 0)
 
     @property
     def has_work(self) -> bool:
@@ -91,7 +82,7 @@ class EngineCore:
         return bool(self._requests)
 
     def wait_for_work(self) -> None:
-        """Block until a step has something to do; there must be a request."""
+        """Block until a step has something to do; there must be a request or a check."""
         if not self.has_work:
             self.grammars.wait()
 
@@ -99,10 +90,10 @@ class EngineCore:
         """Queue a request; raise `RequestError` for one that can never run."""
         check_request(message, self.info)
         if message.request_id in self._requests:
-            raise RequestError(f"A request with the id {message.request_id!r} is running already.")
-        request = Request(message, self.info.eos_token_ids)
-        if self._speculative is not None and request.may_be_guessed:
-            request.drafter = Drafter(self._speculative)
+            raise RequestError(f"A request with the id {message.request_id!r} is already running.")
+        request = Request.from_message(message, self.info.eos_token_ids)
+        if self.info.speculative_config is not None and request.allows_drafts:
+            request.drafter = Drafter(self.info.speculative_config)
             request.needs_tokens = True
         if message.params.grammar is None or not request.generates:
             self.scheduler.add(request)
@@ -116,16 +107,16 @@ class EngineCore:
         self.grammars.submit(check, check.grammar)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Forget requests, in whatever state they are; unknown ids are fine."""
+        """Drop requests, whatever their status; unknown ids are ignored."""
         for request_id in request_ids:
             request = self._requests.get(request_id)
             if request is not None:
                 self._finish(request)
-        self._forget_ended()
+        self._drop_finished_step()
         self._check_released()
 
     def step(self) -> StepOutputs:
-        """Schedule, compute and sample once; return what that, or the step before, added to each request."""
+        """Schedule, compute and sample once; return what this step, or the previous one, added to each request."""
         started = time.perf_counter()
         outputs = self._admit_compiled()
         planned = self._plan(outputs)
@@ -134,22 +125,24 @@ class EngineCore:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            outputs += self._land() + self._make_room(planned)
-        self._forget_ended()
+            outputs += self._collect() + self._shrink(planned)
+        self._drop_finished_step()
         if not self.scheduler.has_work:
-            self.scheduler.recover()
+            self.scheduler.restore_limits()
         self._check_released()
         stats = self.stats(seconds=time.perf_counter() - started, tokens=planned.num_tokens)
         verdicts, self._verdicts = self._verdicts, []
         return StepOutputs(outputs=outputs, stats=stats, verdicts=verdicts)
 
     def stats(self, *, seconds: float = 0.0, tokens: int = 0) -> EngineStats:
-        """The engine's state now; the arguments say what the last step did."""
-        stats, now = self.expert_stats, time.monotonic()
-        due = stats is not None and not (self.has_work and now < self._told_experts + TELL_SECONDS)
-        expert_tokens, expert_reroutes = stats.count() if stats is not None and due else ([], [])
-        if due:
-            self._told_experts = now
+        """Return the engine's state; the arguments describe the last step."""
+        experts: list[list[int]] = []
+        reroutes: list[int] = []
+        if self.expert_stats is not None:
+            now = time.monotonic()
+            if not self.has_work or now >= self._experts_reported + EXPERT_SECONDS:
+                self._experts_reported = now
+                experts, reroutes = self.expert_stats.count()
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self._requests) - len(self.scheduler.running),
@@ -162,15 +155,14 @@ class EngineCore:
             num_drafts=self._num_drafts,
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_tokens=self._num_accepted,
-            expert_tokens=expert_tokens or None,
-            expert_reroutes=expert_reroutes or None,
+            expert_tokens=experts or None,
+            expert_reroutes=reroutes or None,
         )
 
     def check_idle(self) -> None:
-        """Raise `RuntimeError` if an idle engine's books are wrong: a fault of ours.
+        """Raise `RuntimeError` if an idle engine still holds a request or a block, or its block hashes are wrong.
 
-        Every request and every KV block must be given back, and every cached block be the one that its name says.
-        This reads all the books, so it is for an engine that really has nothing to do.
+        This reads all bookkeeping, so it is for an engine that has nothing else to do.
         """
         self._check_released()
         self.scheduler.kv_cache.pool.check_idle()
@@ -186,7 +178,7 @@ class EngineCore:
             )
 
     def _admit_compiled(self) -> list[TokenOutput]:
-        """Queue the requests whose grammars are compiled; return the answers of those whose grammars are not."""
+        """Queue the requests whose grammars are compiled; return the failures of the others."""
         outputs = []
         for ticket, result in self.grammars.drain():
             if isinstance(ticket, CheckGrammar):
@@ -200,33 +192,34 @@ class EngineCore:
         return outputs
 
     def _plan(self, outputs: list[TokenOutput]) -> SchedulerOutput:
-        """The next step; the one under way is read first, and told to `outputs`, if that is in the way of it."""
-        if self._flight is not None:
+        """Plan the next step; if that requires the in-flight step's tokens, collect them into `outputs` first."""
+        if self._in_flight is not None:
             planned = self.scheduler.schedule_ahead()
             if planned is not None:
                 return planned
-            outputs += self._land()
+            outputs += self._collect()
         return self.scheduler.schedule()
 
     def _compute(self, sequences: list[ScheduledSequence]) -> list[TokenOutput]:
-        """Begin a step, read the one before it, and finish the new one too unless it may stay under way."""
+        """Launch a step and collect the previous one; finish the new one too unless it may stay in flight."""
         if not sequences:
-            return self._land()
-        if not self._overlap or any(sequence.request.needs_tokens for sequence in sequences):
-            try:
-                sampled = self.runner.execute(sequences)
-            except Exception as error:
-                return self._compute_apart(sequences, error)
-            self._num_failures = 0
-            return self._land() + self._update(sequences, sampled)
+            return self._collect()
+        overlaps = self.info.overlap_scheduling and not any(sequence.request.needs_tokens for sequence in sequences)
         try:
-            launched = self.runner.launch(sequences)
+            if overlaps:
+                launched = self.runner.launch(sequences)
+            else:
+                sampled = self.runner.execute(sequences)
         except Exception as error:
-            return self._compute_apart(sequences, error)
+            return self._isolate_failure(sequences, error)
         self._num_failures = 0
-        outputs = self._land()
-        # Whoever has just ended is in the new step in vain: its pages may be given to others, who write to them later.
-        self._flight = _Flight(sequences, [s.request.num_computed_tokens + s.num_tokens for s in sequences], launched)
+        outputs = self._collect()
+        if not overlaps:
+            return outputs + self._update(sequences, sampled)
+        # What the new step computes for requests that have just finished is discarded. Their blocks may already belong
+        # to others, which write to them in a later step.
+        ends = [sequence.request.num_computed_tokens + sequence.num_tokens for sequence in sequences]
+        self._in_flight = InFlightStep(sequences, ends, launched)
         for request, count, samples, _ in sequences:
             if request.status is not RequestStatus.FINISHED:
                 request.num_computed_tokens += count
@@ -234,94 +227,74 @@ class EngineCore:
                     request.token_ids.append(PENDING_TOKEN)
         return outputs
 
-    def _compute_apart(self, sequences: list[ScheduledSequence], error: Exception) -> list[TokenOutput]:
-        """What a step that failed gives to those of its requests that are not to blame; the others end."""
+    def _isolate_failure(self, sequences: list[ScheduledSequence], error: Exception) -> list[TokenOutput]:
+        """Retry a failed step by halves: requests that fail alone end, and the others are not affected."""
         if is_out_of_memory(error):
             raise error
-        outputs = self._land()
+        outputs = self._collect()
         left = [sequence for sequence in sequences if sequence.request.status is not RequestStatus.FINISHED]
-        apart = run_apart(self.runner.execute, left, error)
-        outputs += [self._fail(request, fault) for request, fault in apart.failed]
-        return outputs + self._update(apart.sequences, apart.sampled)
+        result = retry_by_halves(self.runner.execute, left, error)
+        outputs += [self._fail(request, fault) for request, fault in result.failed]
+        return outputs + self._update(result.sequences, result.sampled)
 
-    def _land(self) -> list[TokenOutput]:
-        """Read the step under way, if there is one."""
-        flight, self._flight = self._flight, None
+    def _collect(self) -> list[TokenOutput]:
+        """Read the in-flight step, if there is one."""
+        step, self._in_flight = self._in_flight, None
         outputs: list[TokenOutput] = []
-        if flight is None:
+        if step is None:
             return outputs
-        draws = iter(flight.launched.read())
-        for sequence, end in zip(flight.sequences, flight.ends, strict=True):
-            request = sequence.request
+        draws = iter(step.launched.read())
+        for sequence, end in zip(step.sequences, step.ends, strict=True):
             draw = next(draws) if sequence.samples else None
-            if request.status is RequestStatus.FINISHED:  # it ended, or was aborted, when this had begun
-                continue
-            try:
-                self.scheduler.kv_cache.publish(request, end)
-                if draw is not None:
-                    request.resolve(end, draw.token_id)
-                    outputs.append(output_of(request, [draw]))
-            except Exception as error:
-                outputs.append(self._fail(request, error))
-            else:
-                if request.finish_reason is not None:
-                    self._finish(request)
+            outputs += self._apply(sequence.request, partial(self._resolve, sequence.request, end, draw))
         return outputs
 
-    def _forget_ended(self) -> None:
-        """Do not wait for a step whose every request has ended."""
-        if self._flight is not None and all(s.request.status is RequestStatus.FINISHED for s in self._flight.sequences):
-            self._flight = None
-
-    def _make_room(self, planned: SchedulerOutput) -> list[TokenOutput]:
-        """After a step that found no memory, of which nothing is under way: make the next ones smaller."""
-        self.runner.release_cached_memory()
-        self._num_failures += 1
-        if self._num_failures == 1:  # what was kept in reserve may have been enough
-            return []
-        left = [s for s in planned.sequences if s.request.status is not RequestStatus.FINISHED]
-        if not left or self.scheduler.shrink(left):
-            return []
-        request = left[0].request
-        self._finish(request)
-        self._num_failures = 0
-        self.scheduler.recover()
-        return [failure_of(request, OUT_OF_MEMORY)]
-
     def _update(self, sequences: list[ScheduledSequence], sampled: list[SampledToken]) -> list[TokenOutput]:
+        """Add a finished step's tokens to its requests."""
         draws = iter(sampled)
         outputs: list[TokenOutput] = []
         for sequence in sequences:
-            request = sequence.request
             own = list(itertools.islice(draws, 1 + len(sequence.draft))) if sequence.samples else []
-            if request.status is RequestStatus.FINISHED:  # by the step before this one
-                continue
-            try:
-                if sequence.samples:
-                    outputs.append(self._append(sequence, own))
-                else:
-                    self.scheduler.kv_cache.advance(request, sequence.num_tokens)
-                    if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
-                        outputs.append(self._read(request))
-            except Exception as error:
-                outputs.append(self._fail(request, error))
-            else:
-                if request.finish_reason is not None:
-                    self._finish(request)
+            outputs += self._apply(sequence.request, partial(self._advance, sequence, own))
         return outputs
 
-    def _append(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput:
-        """Give a request its new tokens: the first one drawn, and each one drawn behind a guess that was right."""
-        request = sequence.request
+    def _apply(self, request: Request, work: Callable[[], TokenOutput | None]) -> list[TokenOutput]:
+        """Do a step's work on a request; an error ends only that request."""
+        if request.status is RequestStatus.FINISHED:  # it finished or was aborted while the step was computed
+            return []
+        try:
+            output = work()
+        except Exception as error:
+            return [self._fail(request, error)]
+        if request.finish_reason is not None:
+            self._finish(request)
+        return [] if output is None else [output]
+
+    def _resolve(self, request: Request, end: int, draw: SampledToken | None) -> TokenOutput | None:
+        """Replace the pending token at `end`, if the step drew one."""
+        self.scheduler.kv_cache.cache_blocks(request, end)
+        if draw is None:
+            return None
+        request.resolve(end, draw.token_id)
+        return output_of(request, [draw])
+
+    def _advance(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput | None:
+        """Count a sequence's tokens as computed and append those drawn: the first, and one for each accepted draft."""
+        request, draft = sequence.request, sequence.draft
+        if not draws:
+            self.scheduler.kv_cache.advance(request, sequence.num_tokens)
+            if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
+                return prompt_output_of(request)
+            return None
         request.append(draws[0].token_id)
         kept = 1
-        while kept < len(draws) and draws[kept - 1].token_id == sequence.draft[kept - 1] and not request.finish_reason:
+        while kept < len(draws) and draws[kept - 1].token_id == draft[kept - 1] and not request.finish_reason:
             request.append(draws[kept].token_id)
             kept += 1
         self.scheduler.kv_cache.advance(request, sequence.num_tokens - len(draws) + kept)
-        if sequence.draft:
-            self._note_draft(request, len(sequence.draft), kept - 1)
-        if request.finish_reason == "error":  # a token drawn without a mask is nobody's
+        if draft:
+            self._record_draft(request, len(draft), kept - 1)
+        if request.finish_reason == "error":  # drawn without a mask, so the token is discarded
             assert request.grammar is not None
             return failure_of(request, RequestError(request.grammar.error))
         output = output_of(request, draws[:kept])
@@ -329,32 +302,35 @@ class EngineCore:
             request.reads_prompt, request.prompt_logprobs = False, []
         return output
 
-    def _note_draft(self, request: Request, size: int, num_right: int) -> None:
+    def _record_draft(self, request: Request, size: int, num_accepted: int) -> None:
         assert request.drafter is not None  # for the type checker
-        request.drafter.learn(num_right)
+        request.drafter.record(num_accepted)
         self._num_drafts += 1
         self._num_draft_tokens += size
-        for position in range(num_right):
+        for position in range(num_accepted):
             self._num_accepted[position] += 1
 
-    def _read(self, request: Request) -> TokenOutput:
-        """The one answer of a request that generates nothing, which ends here."""
-        pooled = request.pooled
-        request.finish_reason = "length" if request.pooling is None else "stop"
-        if pooled is not None and request.pooling == "mean":
-            pooled = pooled / request.num_prompt_tokens
-        return TokenOutput(
-            request_id=request.request_id,
-            token_ids=[],
-            finish_reason=request.finish_reason,
-            num_cached_tokens=request.num_cached_tokens,
-            scheduled_time=request.scheduled_time,
-            prompt_logprobs=request.prompt_logprobs,
-            embedding=None if pooled is None else pooled.tolist(),
-        )
+    def _drop_finished_step(self) -> None:
+        """Do not wait for an in-flight step whose requests have all finished."""
+        step = self._in_flight
+        if step is not None and all(s.request.status is RequestStatus.FINISHED for s in step.sequences):
+            self._in_flight = None
+
+    def _shrink(self, planned: SchedulerOutput) -> list[TokenOutput]:
+        """Make the next steps smaller after one ran out of memory; end a request that fails alone."""
+        self.runner.release_cached_memory()
+        self._num_failures += 1
+        if self._num_failures == 1:  # releasing the cached memory may have been enough
+            return []
+        left = [s for s in planned.sequences if s.request.status is not RequestStatus.FINISHED]
+        if not left or self.scheduler.shrink(left):
+            return []
+        self._num_failures = 0
+        self.scheduler.restore_limits()
+        return [self._fail(left[0].request, OUT_OF_MEMORY)]
 
     def _fail(self, request: Request, error: Exception) -> TokenOutput:
-        """End a request by a fault of ours."""
+        """End a request because of an internal error."""
         self._finish(request)
         return failure_of(request, error)
 

@@ -1,10 +1,10 @@
-"""The paged KV cache's bookkeeping: who holds which block, and which computed blocks can be found again.
+"""The paged KV cache's bookkeeping: which requests hold which block, and which computed blocks can be found again.
 
-Prefix caching in four sentences. A block that is full of computed tokens gets a name: a hash of its tokens and of the
-name of the block before it, so that one name stands for all tokens up to the block's end. Any sequence that begins
-with the same tokens (and has the same salt) finds the block by that name and holds it too, instead of computing it.
-When nobody holds a named block any more it is free, but keeps its name and its content until the space is needed.
-Space is taken from blocks without a name first, then from the named one that has been free for longest.
+Prefix caching in four sentences. A block that is full of computed tokens gets a hash of its tokens and of the previous
+block's hash, so that one hash identifies all tokens up to the block's end. Any sequence that begins with the same
+tokens (and has the same salt) finds the block by that hash and shares it, instead of computing it. A cached block that
+no sequence holds is free, but keeps its hash and its content until the space is needed. Allocation uses free blocks
+without a hash first, then evicts the cached block that has been free for longest.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from hashlib import blake2b
 
 from .request import Request
 
-NAME_BYTES = 16
-"""A name of 128 bits of a cryptographic hash: two different prefixes never share one in practice."""
+HASH_BYTES = 16
+"""128 bits of a cryptographic hash: two different prefixes never share one in practice."""
 ID_BYTES = array("i").itemsize
 
 
@@ -26,14 +26,14 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._holders = [0] * num_blocks  # how many sequences hold each block
-        self._blank = list(range(num_blocks))[::-1]  # free and without a name, the next one last
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # free and named, the longest free first
-        self._name_of: list[bytes | None] = [None] * num_blocks
+        self._blank = list(range(num_blocks))[::-1]  # free, without a hash; the next one is last
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # free and cached, the longest free first
+        self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, named ones included."""
+        """Blocks that no sequence holds, cached ones included."""
         return len(self._blank) + len(self._evictable)
 
     @property
@@ -42,7 +42,7 @@ class BlockPool:
         return 1.0 - self.num_free / self.num_blocks
 
     def allocate(self, count: int) -> list[int] | None:
-        """Take `count` blocks for one holder, or none at all (None) when fewer are free; names are lost as needed."""
+        """Give `count` blocks to one holder, evicting cached ones as needed; None if fewer are free."""
         if count > self.num_free:
             return None
         blocks = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
@@ -51,108 +51,101 @@ class BlockPool:
         return blocks
 
     def share(self, block: int) -> None:
-        """Hold a block that was found by its name, beside those who hold it already."""
+        """Add a holder to a cached block."""
         if not self._holders[block]:
             del self._evictable[block]
         self._holders[block] += 1
 
     def free(self, blocks: list[int]) -> None:
-        """Let go of blocks, the one to be evicted first in front; raise `ValueError` for one that nobody holds."""
+        """Release blocks, the first to be evicted in front; raise `ValueError` if one is not held."""
         for block in blocks:
             if not self._holders[block]:
                 raise ValueError(f"KV block {block} is freed twice")
             self._holders[block] -= 1
             if not self._holders[block]:
-                if self._name_of[block] is None:
+                if self._hash_of[block] is None:
                     self._blank.append(block)
                 else:
                     self._evictable[block] = None
 
-    def find(self, name: bytes) -> int | None:
-        """The block of that name."""
-        return self._block_of.get(name)
+    def find(self, block_hash: bytes) -> int | None:
+        """Return the cached block with that hash."""
+        return self._block_of.get(block_hash)
 
     def is_held(self, block: int) -> bool:
         """Whether any sequence holds the block."""
         return self._holders[block] > 0
 
-    def publish(self, block: int, name: bytes) -> None:
-        """Let a held block be found by `name`, unless another one of the same content is already."""
-        if name not in self._block_of:
-            self._block_of[name] = block
-            self._name_of[block] = name
+    def cache_block(self, block: int, block_hash: bytes) -> None:
+        """Let a held block be found, unless another one with the same content already is."""
+        if block_hash not in self._block_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
 
     def check_idle(self) -> None:
-        """Raise `RuntimeError` unless every block is free, once, and every name leads to a block of that name."""
+        """Raise `RuntimeError` unless each block is free exactly once, and the two hash tables agree."""
         held = self.num_blocks - self._holders.count(0)
         if held or self.num_free != self.num_blocks:
             raise RuntimeError(f"the idle engine holds {max(held, self.num_blocks - self.num_free)} KV blocks")
-        named = [block for block, name in enumerate(self._name_of) if name is not None]
+        cached = [block for block, block_hash in enumerate(self._hash_of) if block_hash is not None]
         if (
             len(self._evictable.keys() | self._blank) != self.num_blocks
-            or self._evictable.keys() != set(named)
-            or self._block_of != {self._name_of[block]: block for block in named}
+            or self._evictable.keys() != set(cached)
+            or self._block_of != {self._hash_of[block]: block for block in cached}
         ):
-            raise RuntimeError("the names of the cached KV blocks do not agree with the blocks")
+            raise RuntimeError("the hashes of the cached KV blocks do not match the blocks")
 
     def _evict(self) -> int:
         block, _ = self._evictable.popitem(last=False)
-        name = self._name_of[block]
-        if name is not None:
-            del self._block_of[name]
-            self._name_of[block] = None
+        block_hash = self._hash_of[block]
+        if block_hash is not None:
+            del self._block_of[block_hash]
+            self._hash_of[block] = None
         return block
 
 
 class KVCacheManager:
-    """Gives requests the blocks that their tokens need, and takes them back.
-
-    Args:
-        num_blocks: KV blocks of the engine.
-        block_size: tokens per block.
-        enable_prefix_caching: whether computed blocks can be found again.
-    """
+    """Allocates the blocks that requests need for their tokens, and frees them."""
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         self.pool = BlockPool(num_blocks)
-        self.block_size = block_size
+        self.block_size = block_size  # tokens per block
         self.enable_prefix_caching = enable_prefix_caching
 
     def find_prefix(self, request: Request) -> list[int]:
-        """The blocks that hold the longest known prefix of a waiting request, without taking them.
+        """Return the cached blocks of the longest known prefix of a waiting request, without holding them.
 
-        They never hold its last token: that one is always computed, since its result is what is sampled from. A
-        request that reads its prompt's hidden states finds nothing, since blocks hold none.
+        They never contain its last token, whose result is sampled from. A request that reads its prompt's hidden
+        states finds nothing, because blocks do not contain them.
         """
         blocks: list[int] = []
         if self.enable_prefix_caching and not request.reads_prompt:
-            for name in self._names(request, (request.num_tokens - 1) // self.block_size):
-                block = self.pool.find(name)
+            for block_hash in self._hashes(request, (request.num_tokens - 1) // self.block_size):
+                block = self.pool.find(block_hash)
                 if block is None:
                     break
                 blocks.append(block)
         return blocks
 
     def num_needed(self, request: Request, prefix: list[int]) -> int:
-        """How many free blocks it takes to admit `request`, whose known prefix is in the blocks `prefix`."""
+        """Count the free blocks that it takes to admit `request`, whose cached blocks are `prefix`."""
         return -(-request.num_tokens // self.block_size) - sum(map(self.pool.is_held, prefix))
 
     def admit(self, request: Request, prefix: list[int]) -> bool:
-        """Give a request without blocks its known prefix and room for the rest; False if there is none."""
+        """Give a request its cached blocks and new ones for the rest; False if too few are free."""
         if self.num_needed(request, prefix) > self.pool.num_free:
             return False
         for block in prefix:
             self.pool.share(block)
         request.block_ids.extend(prefix)
-        request.num_published_blocks = len(prefix)
+        request.num_cached_blocks = len(prefix)
         request.num_computed_tokens = len(prefix) * self.block_size
         return self.allocate(request)
 
     def allocate(self, request: Request, num_more: int = 0) -> bool:
-        """Make room for all tokens that `request` has, and more; False, and nothing changed, when there is none."""
-        num_tokens = request.num_tokens + num_more
-        if num_tokens > len(request.block_ids) * self.block_size:
-            needed = -(-num_tokens // self.block_size) - len(request.block_ids)
+        """Allocate blocks for all tokens of `request` and `num_more`; change nothing and return False if too few."""
+        needed = -(-(request.num_tokens + num_more) // self.block_size) - len(request.block_ids)
+        if needed > 0:
             blocks = self.pool.allocate(needed)
             if blocks is None:
                 return False
@@ -160,34 +153,35 @@ class KVCacheManager:
         return True
 
     def advance(self, request: Request, num_tokens: int) -> None:
-        """The next `num_tokens` of `request` are computed now: publish the blocks that this has filled."""
+        """Count the next `num_tokens` of `request` as computed, and cache the blocks that they fill."""
         request.num_computed_tokens += num_tokens
-        self.publish(request, request.num_computed_tokens)
+        self.cache_blocks(request, request.num_computed_tokens)
 
-    def publish(self, request: Request, num_tokens: int) -> None:
-        """Let the full blocks among the first `num_tokens` be found, which are computed and known."""
+    def cache_blocks(self, request: Request, num_tokens: int) -> None:
+        """Let the full blocks of the first `num_tokens`, which must be computed and known, be found."""
         full = num_tokens // self.block_size
-        if full > request.num_published_blocks and self.enable_prefix_caching:
-            names = self._names(request, full)
-            for index in range(request.num_published_blocks, full):
-                self.pool.publish(request.block_ids[index], names[index])
-            request.num_published_blocks = full
+        if full > request.num_cached_blocks and self.enable_prefix_caching:
+            hashes = self._hashes(request, full)
+            for index in range(request.num_cached_blocks, full):
+                self.pool.cache_block(request.block_ids[index], hashes[index])
+            request.num_cached_blocks = full
 
     def free(self, request: Request) -> None:
-        """Take back all blocks of `request`; it has nothing computed any more."""
-        # The last block first, so that a sequence's head is evicted last: without it the rest could not be found.
+        """Free all blocks of `request`, so that none of its tokens is computed any more."""
+        # The last block first: a sequence's head is evicted last, because the rest cannot be found without it.
         self.pool.free(request.block_ids[::-1])
         request.block_ids.clear()
         request.num_computed_tokens = 0
 
-    def _names(self, request: Request, count: int) -> list[bytes]:
-        """The names of the request's first `count` blocks; each is made once."""
-        names = request.block_names
-        if len(names) < count:
-            start, size = len(names) * self.block_size, self.block_size * ID_BYTES
+    def _hashes(self, request: Request, count: int) -> list[bytes]:
+        """Return the hashes of the request's first `count` blocks; each is computed once."""
+        hashes = request.block_hashes
+        if len(hashes) < count:
+            start, size = len(hashes) * self.block_size, self.block_size * ID_BYTES
             packed = array("i", request.token_ids[start : count * self.block_size]).tobytes()
-            name = names[-1] if names else blake2b((request.cache_salt or "").encode(), digest_size=NAME_BYTES).digest()
+            salt = (request.cache_salt or "").encode()
+            last = hashes[-1] if hashes else blake2b(salt, digest_size=HASH_BYTES).digest()
             for at in range(0, len(packed), size):
-                name = blake2b(name + packed[at : at + size], digest_size=NAME_BYTES).digest()
-                names.append(name)
-        return names[:count]
+                last = blake2b(last + packed[at : at + size], digest_size=HASH_BYTES).digest()
+                hashes.append(last)
+        return hashes[:count]

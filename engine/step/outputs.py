@@ -25,6 +25,23 @@ def output_of(request: Request, draws: list[SampledToken]) -> TokenOutput:
     )
 
 
+def prompt_output_of(request: Request) -> TokenOutput:
+    """Finish a request that generates nothing, and report what was read of its prompt."""
+    pooled = request.pooled
+    request.finish_reason = "length" if request.pooling is None else "stop"
+    if pooled is not None and request.pooling == "mean":
+        pooled = pooled / request.num_prompt_tokens
+    return TokenOutput(
+        request_id=request.request_id,
+        token_ids=[],
+        finish_reason=request.finish_reason,
+        num_cached_tokens=request.num_cached_tokens,
+        scheduled_time=request.scheduled_time,
+        prompt_logprobs=request.prompt_logprobs,
+        embedding=None if pooled is None else pooled.tolist(),
+    )
+
+
 def failure_of(request: Request | EngineRequest, error: Exception) -> TokenOutput:
     """End a request; the client sees the message of a `RequestError`, and only the log any other error."""
     refused = isinstance(error, RequestError)

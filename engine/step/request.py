@@ -3,122 +3,77 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from ..grammar.state import GrammarState
 from ..messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenLogprobs
-
-if TYPE_CHECKING:  # most need torch, which a client of the engine does without
-    from torch import Tensor
-
-    from ..grammar.state import GrammarState
-    from .drafting import Drafter
+from .drafting import Drafter
 
 PENDING_TOKEN = -1
-"""Stands at the end of a sequence for a token that is being drawn: the step that computes it is not read yet."""
+"""Ends a sequence while its next token is being drawn by a step that is not read yet."""
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands."""
+    """Where a request is."""
 
-    COMPILING = enum.auto()  # its grammar is, and the scheduler does not know of it yet
+    COMPILING = enum.auto()  # its grammar is being compiled; the scheduler does not know it yet
     WAITING = enum.auto()
     RUNNING = enum.auto()
-    PREEMPTED = enum.auto()  # waiting again, its blocks given up: what was computed is computed anew
+    PREEMPTED = enum.auto()  # waiting again without its blocks, to be computed from scratch
     FINISHED = enum.auto()
 
 
+@dataclass(eq=False, slots=True)
 class Request:
-    """A sequence, its tokens and how far they are computed.
+    """A sequence, its tokens and how far they are computed."""
 
-    Attributes:
-        request_id: the name that both processes know it by.
-        params: how it is sampled.
-        token_ids: prompt and output so far.
-        num_prompt_tokens: how many of them are the prompt.
-        num_computed_tokens: how many of them have their keys and values in the cache.
-        num_cached_tokens: prompt tokens that were in the prefix cache when it first ran.
-        block_ids: the pages of all its tokens, in order. These are changed by the KV cache manager alone, as are
-        block_names: what its full blocks can be found by, as far as anyone has asked, and
-        num_published_blocks: how many of its blocks can be found.
-        cache_salt: only requests of one salt share blocks.
-        priority: lower goes first, if the scheduler's policy says so.
-        rank: its place in the order of service, the lowest first; set by the scheduler.
-        stop_token_ids: the ids that end it.
-        has_logit_rules: whether it asks for anything that is kept in
-        logit_rules: made by the sampler when it first needs them.
-        grammar: how far it has come in its grammar; None for a request without, or before it is compiled.
-        reads_prompt: whether the final hidden states of its prompt are still to be read, all of them: it takes none
-            from the prefix cache. What is read of them is kept in these, by the model runner:
-        prompt_logprobs: of the prompt's tokens from the second on, as far as they have been computed at any time, and
-        pooled: for a request with `pooling`, FP64 [H], the sum of the hidden states, or the last one alone.
-        num_pooled_tokens: how many states are in that sum.
-        pooling: what is made of them in the place of an output; None for one without.
-        generates: whether tokens are drawn for it, rather than only its prompt read.
-        drafter: guesses its next tokens; None where nobody does.
-        needs_tokens: whether a step with it must be read before the one after it is planned: its draws hang on earlier
-            tokens in ways that only the host knows, or the host reads more than a token.
-        draw_row: while its last token is awaited, which of the last step's draws that is; set by the model runner.
-        scheduled_time: `time.monotonic()` when it first ran; 0 before.
-    """
+    request_id: str
+    params: SamplingParams
+    token_ids: list[int]  # prompt and output so far
+    stop_token_ids: frozenset[int]
+    priority: int  # lower goes first under the policy `priority`
+    cache_salt: str | None  # only requests with the same salt share blocks
+    pooling: Pooling | None  # what is returned of the hidden states, instead of tokens
 
-    __slots__ = (
-        "block_ids",
-        "block_names",
-        "cache_salt",
-        "drafter",
-        "draw_row",
-        "finish_reason",
-        "generates",
-        "grammar",
-        "has_logit_rules",
-        "logit_rules",
-        "needs_tokens",
-        "num_cached_tokens",
-        "num_computed_tokens",
-        "num_pooled_tokens",
-        "num_prompt_tokens",
-        "num_published_blocks",
-        "params",
-        "pooled",
-        "pooling",
-        "priority",
-        "prompt_logprobs",
-        "rank",
-        "reads_prompt",
-        "request_id",
-        "scheduled_time",
-        "status",
-        "stop_token_ids",
-        "token_ids",
-    )
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    rank: tuple[int, int] = (0, 0)  # order of service, lowest first; set by the scheduler
+    scheduled_time: float = 0.0  # `time.monotonic()` when it first ran
+    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
+    num_cached_tokens: int = 0  # prompt tokens that were in the prefix cache when it first ran
 
-    def __init__(self, message: EngineRequest, eos_token_ids: tuple[int, ...]) -> None:
-        params = message.params
-        self.request_id = message.request_id
-        self.params: SamplingParams = params
-        self.token_ids = list(message.prompt_token_ids)
+    # Changed only by the KV cache manager:
+    block_ids: list[int] = field(default_factory=list)  # the blocks of all its tokens, in order
+    block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were needed
+    num_cached_blocks: int = 0  # its first blocks that other requests can find
+
+    grammar: GrammarState | None = None  # also None until it is compiled
+    drafter: Drafter | None = None  # proposes its next tokens
+    logit_rules: object | None = None  # made by the sampler when it first needs them
+    draw_row: int = 0  # row of its pending token in the last step's draws; set by the runner
+
+    # What the runner reads of the prompt's hidden states:
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the prompt's second token on
+    pooled: Tensor | None = None  # FP64 [H]: the sum of the hidden states, or the last one
+    num_pooled_tokens: int = 0
+
+    num_prompt_tokens: int = field(init=False)
+    generates: bool = field(init=False)  # draws tokens, rather than only reading its prompt
+    reads_prompt: bool = field(init=False)  # needs all of the prompt's hidden states, which the prefix cache lacks
+    has_logit_rules: bool = field(init=False)
+    needs_tokens: bool = field(init=False)  # its step must be read before the next one can be planned
+
+    def __post_init__(self) -> None:
+        params = self.params
         self.num_prompt_tokens = len(self.token_ids)
-        self.num_computed_tokens = 0
-        self.num_cached_tokens = 0
-        self.block_ids: list[int] = []
-        self.block_names: list[bytes] = []
-        self.num_published_blocks = 0
-        self.cache_salt = message.cache_salt
-        self.priority = message.priority
-        self.rank = (0, 0)
-        self.stop_token_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self.generates = self.pooling is None and params.max_tokens != 0
+        self.reads_prompt = self.pooling is not None or params.prompt_logprobs is not None
         self.has_logit_rules = bool(
             params.logit_bias or params.bad_words or params.allowed_token_ids is not None or params.min_tokens
         )
-        self.logit_rules: object | None = None
-        self.grammar: GrammarState | None = None
-        self.pooling: Pooling | None = message.pooling
-        self.generates = message.pooling is None and params.max_tokens != 0
-        self.reads_prompt = message.pooling is not None or params.prompt_logprobs is not None
-        self.prompt_logprobs: list[TokenLogprobs] = []
-        self.pooled: Tensor | None = None
-        self.num_pooled_tokens = 0
-        self.drafter: Drafter | None = None
+        # Its draws depend on earlier tokens in ways that only the host knows, or the host reads more than a token.
         self.needs_tokens = bool(
             not self.generates
             or self.reads_prompt
@@ -130,47 +85,57 @@ class Request:
             or params.presence_penalty
             or params.frequency_penalty
         )
-        self.draw_row = 0
-        self.status = RequestStatus.WAITING
-        self.finish_reason: FinishReason | None = None
-        self.scheduled_time = 0.0
+
+    @classmethod
+    def from_message(cls, message: EngineRequest, eos_token_ids: tuple[int, ...] = ()) -> Request:
+        """Start a request; `eos_token_ids` are the model's."""
+        params = message.params
+        return cls(
+            request_id=message.request_id,
+            params=params,
+            token_ids=list(message.prompt_token_ids),
+            stop_token_ids=frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_token_ids)),
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+            pooling=message.pooling,
+        )
 
     @property
-    def may_be_guessed(self) -> bool:
-        """Whether several next tokens can be checked in one step: nothing but the tokens decides what is drawn."""
+    def allows_drafts(self) -> bool:
+        """Whether several next tokens can be verified in one step: each draw depends on nothing but the tokens."""
         params = self.params
         return self.generates and not (self.has_logit_rules or params.grammar or params.return_dynamics)
 
     @property
-    def is_spent(self) -> bool:
-        """Whether its last token is drawn or being drawn: `max_tokens` of them."""
-        most = self.params.max_tokens
-        return most is not None and self.generates and self.num_output_tokens >= most
+    def is_complete(self) -> bool:
+        """Whether it has `max_tokens` tokens, the pending one included."""
+        limit = self.params.max_tokens
+        return limit is not None and self.generates and self.num_output_tokens >= limit
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and output, with one that is awaited."""
+        """Tokens of prompt and output, the pending one included."""
         return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, the pending one included."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     def append(self, token_id: int) -> None:
-        """Take a sampled token, and finish if it is the last: by a stop id, its grammar or the number of tokens."""
+        """Add a sampled token, and set the finish reason if it is the last one."""
         self.token_ids.append(token_id)
-        self._judge(token_id, self.num_output_tokens)
+        self._check_end(token_id, self.num_output_tokens)
 
     def resolve(self, index: int, token_id: int) -> None:
-        """Take the token that was awaited at `index`; what is awaited behind an end is given up."""
+        """Replace the pending token at `index`; discard what is pending after an end."""
         self.token_ids[index] = token_id
-        self._judge(token_id, index + 1 - self.num_prompt_tokens)
+        self._check_end(token_id, index + 1 - self.num_prompt_tokens)
         if self.finish_reason is not None:
             del self.token_ids[index + 1 :]
 
-    def _judge(self, token_id: int, count: int) -> None:
-        """Finish if the token, the output's last of `count`, ends it."""
+    def _check_end(self, token_id: int, count: int) -> None:
+        """Set the finish reason if the token, the output's number `count`, is the last one."""
         params = self.params
         if token_id in self.stop_token_ids and count >= params.min_tokens:
             self.finish_reason = "stop"

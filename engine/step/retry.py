@@ -1,8 +1,8 @@
-"""A step that failed, once more in parts: who of its sequences is to blame, and what the others get.
+"""Retry a failed step by bisection to isolate the failing requests.
 
-To compute a step again changes nothing: pages are written with what they hold already, a draw hangs on its seed and
-position alone, and what is read of a prompt is read once. So the step's sequences are halved until those that fail
-stand alone. Each such trial ends at least one request or finds the engine itself at fault, so failures come to an end.
+Computing a step again changes nothing: blocks are written with what they already hold, a draw depends on its seed and
+position alone, and what is read of a prompt is read once. So the step's sequences are halved until those that fail are
+alone. Each retry ends at least one request or finds that the engine itself has failed, so retries come to an end.
 """
 
 from __future__ import annotations
@@ -18,54 +18,54 @@ from .scheduler import ScheduledSequence
 Execute = Callable[[Sequence[ScheduledSequence]], list[SampledToken]]
 
 
-class Apart(NamedTuple):
-    """A step in parts: the sequences that were computed, what they drew, in order, and the others."""
+class RetryResult(NamedTuple):
+    """The sequences that were computed, what they drew, in order, and the requests that failed."""
 
     sequences: list[ScheduledSequence]
     sampled: list[SampledToken]
     failed: list[tuple[Request, Exception]]
 
 
-def run_apart(execute: Execute, sequences: list[ScheduledSequence], error: Exception) -> Apart:
-    """Compute a step that failed with `error` in parts; raise `error` if the engine can compute nothing any more."""
-    apart = Apart([], [], [])
-    if len(sequences) == 1:  # it may have been bad luck
-        _try(execute, sequences, apart)
+def retry_by_halves(execute: Execute, sequences: list[ScheduledSequence], error: Exception) -> RetryResult:
+    """Compute a step that failed with `error` in parts; raise `error` if the engine cannot compute anything."""
+    result = RetryResult([], [], [])
+    if len(sequences) == 1:  # the failure may have been temporary
+        _try(execute, sequences, result)
     else:
-        _try_halves(execute, sequences, error, apart)
-    if apart.failed and not apart.sequences:
+        _try_halves(execute, sequences, error, result)
+    if result.failed and not result.sequences:
         try:
             execute([_harmless(sequences[-1])])
         except Exception:
             raise error from None
-    return apart
+    return result
 
 
-def _try_halves(execute: Execute, sequences: list[ScheduledSequence], error: Exception, apart: Apart) -> None:
+def _try_halves(execute: Execute, sequences: list[ScheduledSequence], error: Exception, result: RetryResult) -> None:
     """Compute the halves of sequences that failed together."""
     if len(sequences) == 1:
-        apart.failed.append((sequences[0].request, error))
+        result.failed.append((sequences[0].request, error))
         return
     middle = len(sequences) // 2
     for half in (sequences[:middle], sequences[middle:]):
         if half:
-            _try(execute, half, apart)
+            _try(execute, half, result)
 
 
-def _try(execute: Execute, sequences: list[ScheduledSequence], apart: Apart) -> None:
-    """Compute sequences together, or those apart that it can be done for."""
+def _try(execute: Execute, sequences: list[ScheduledSequence], result: RetryResult) -> None:
+    """Compute sequences together, or by halves if that fails."""
     try:
         sampled = execute(sequences)
     except Exception as error:
-        _try_halves(execute, sequences, error, apart)
+        _try_halves(execute, sequences, error, result)
     else:
-        apart.sequences.extend(sequences)
-        apart.sampled.extend(sampled)
+        result.sequences.extend(sequences)
+        result.sampled.extend(sampled)
 
 
 def _harmless(sequence: ScheduledSequence) -> ScheduledSequence:
-    """A sequence that asks for nothing, in the last page of one that has failed, which nobody else holds."""
+    """Make a minimal sequence in the last block of a failed one, which no other request shares."""
     params = SamplingParams(temperature=0.0, seed=0)
-    request = Request(EngineRequest(request_id="harmless", prompt_token_ids=[0], params=params), ())
+    request = Request.from_message(EngineRequest(request_id="harmless", prompt_token_ids=[0], params=params))
     request.block_ids = sequence.request.block_ids[-1:]
     return ScheduledSequence(request, 1, True)

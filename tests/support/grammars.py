@@ -19,7 +19,7 @@ def accepts(grammar: str, text: str) -> bool:
 
 
 async def check_grammar(grammar: str, param: str | None = None) -> None:
-    """Stands in for `AsyncEngine.check_grammar`, without an engine."""
+    """Replace `AsyncEngine.check_grammar`, without an engine."""
 
     def check() -> str:
         with _lock:

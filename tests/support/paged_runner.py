@@ -42,7 +42,7 @@ class PagedRunner:
         self.block_size = info.block_size
         self.pages: list[tuple[str | None, list[int]] | None] = [None] * (info.num_blocks * info.block_size)
         self.num_computed = 0
-        self.prefill_beside_decode = False
+        self.mixed_prefill_and_decode = False
         self.fail = False
         self.drawn: list[int] = []  # by the last step, where only the next one sees them
         self.num_launched = 0
@@ -79,7 +79,7 @@ class PagedRunner:
                 entry = (request.cache_salt, ids[: position + 1])
                 self.pages[self.slot(sequence, position)] = entry
         kinds = {s.request.num_computed_tokens < s.request.num_prompt_tokens for s in sequences}
-        self.prefill_beside_decode |= len(kinds) == 2
+        self.mixed_prefill_and_decode |= len(kinds) == 2
         draws, rows = [], []
         for sequence in sequences:
             if not sequence.samples:
@@ -103,7 +103,7 @@ class PagedRunner:
 
 
 class LaunchedStep:
-    """A step whose tokens nobody knows before it is read."""
+    """A step whose tokens are unknown before it is read."""
 
     def __init__(self, draws: list[SampledToken]) -> None:
         self._draws = draws
@@ -115,13 +115,22 @@ class LaunchedStep:
         return self._draws
 
 
-def make_core(**sizes: object) -> EngineCore:
+def make_info(**sizes: object) -> EngineInfo:
     values = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 4, "num_blocks": 64}
-    info = EngineInfo(
+    return EngineInfo(
         era="mock", dtype="float32", device="cpu", parameters=0, load_seconds=0.0, vocab_size=VOCAB,
         eos_token_ids=(EOS,), **(values | sizes),
     )  # fmt: skip
+
+
+def make_core(**sizes: object) -> EngineCore:
+    info = make_info(**sizes)
     return EngineCore(info, PagedRunner(info))
+
+
+def runner_of(core: EngineCore) -> PagedRunner:
+    assert isinstance(core.runner, PagedRunner)
+    return core.runner
 
 
 def message(

@@ -50,7 +50,7 @@ async def test_verdicts_are_kept_within_bounds_the_last_ones_longest(monkeypatch
     assert len(engine.sent) == 5, "the first is forgotten"
 
 
-async def test_more_new_grammars_than_can_be_checked_are_refused_for_now(monkeypatch):
+async def test_too_many_new_grammars_are_refused_for_now(monkeypatch):
     monkeypatch.setattr(grammar_checks, "MAX_PENDING", 3)
     engine = Engine()
     engine.holds = True

@@ -97,7 +97,7 @@ def test_the_end_mark_comes_only_where_the_text_may_end(llm):
     outputs = llm.generate([PROMPT] * 30, [params(DIGITS, seed=i, logit_bias={EOS: 100.0}) for i in range(30)])
     assert {len(output.text) for output in outputs} == {3}
     assert {output.token_ids[-1] for output in outputs} == {EOS}
-    # ignore_eos goes on for as long as the grammar lets it.
+    # ignore_eos continues for as long as the grammar lets it.
     outputs = llm.generate([PROMPT] * 9, [params(DIGITS, seed=i, ignore_eos=True) for i in range(9)])
     assert {(len(output.text), output.finish_reason) for output in outputs} == {(8, "stop")}
 
@@ -165,7 +165,7 @@ def test_neighbours_get_the_very_same_tokens(llm):
         assert [output.text for output in found] == [output.text for output in expected]
 
 
-def test_a_preempted_request_goes_on_where_it_was(tiny_checkpoint, llm):
+def test_a_preempted_request_continues_where_it_was(tiny_checkpoint, llm):
     own = [params("start: /([0-9][a-z]){30}/", seed=i, max_tokens=60) for i in range(6)]
     small = make_llm(tiny_checkpoint, num_kv_blocks=12, max_model_len=128)
     outputs = small.generate([PROMPT] * 6, own)
@@ -235,7 +235,7 @@ def test_a_request_whose_grammar_compiles_can_be_aborted(llm):
     core.abort(["same", "slow"])
     assert not core.has_requests
     core.check_idle()
-    # Nobody waits for the verdict, and the name is free again.
+    # No request waits for the verdict, and the name is free again.
     core.add_request(request("slow", params("start: /[0-9]{3}/", max_tokens=9)))
     core.wait_for_work()
     while core.has_requests:
@@ -244,9 +244,9 @@ def test_a_request_whose_grammar_compiles_can_be_aborted(llm):
     core.check_idle()
 
 
-def test_a_check_has_its_verdict_in_a_step_and_holds_up_no_request(llm):
+def test_a_check_gets_its_verdict_and_delays_no_request(llm):
     core = llm.core
-    core.add_request(request("beside", params(None, max_tokens=40, ignore_eos=True)))
+    core.add_request(request("neighbour", params(None, max_tokens=40, ignore_eos=True)))
     checks = {b"good": DIGITS, b"wrong": "start: (", b"slow": BOMBS["a large prime"] + "  "}
     for key, grammar in checks.items():
         core.check_grammar(CheckGrammar(key=key, grammar=grammar))

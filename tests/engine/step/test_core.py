@@ -5,80 +5,21 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.paged_runner import EOS, VOCAB, expected, finish, make_core, message, tokens_of
+from support.crowds import ABORTS, check_crowd, crowds, sizes
+from support.paged_runner import EOS, VOCAB, expected, finish, make_core, message, runner_of, tokens_of
 
 from pyllm.engine.errors import RequestError
 from pyllm.engine.messages import SamplingParams
 
-REQUESTS = st.lists(
-    st.tuples(
-        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30) | st.integers(1, 30).map(lambda n: [1] * n),
-        st.integers(1, 30),  # max_tokens
-        st.integers(0, 10),  # min_tokens
-        st.lists(st.integers(0, VOCAB - 1), max_size=3),  # stop ids
-        st.booleans(),  # ignore_eos
-        st.integers(0, 4),  # steps until the next arrives
-        st.integers(0, 1),  # priority
-        st.sampled_from([None, None, "salt"]),
-    ),
-    min_size=1,
-    max_size=9,
-)
-
 
 @settings(max_examples=250, deadline=None)
 @given(
-    requests=REQUESTS,
-    seqs=st.integers(1, 8),
-    budget=st.integers(1, 40),
-    block_size=st.integers(1, 9),
-    spare=st.integers(0, 20),
-    prefill=st.none() | st.integers(1, 20),
-    caching=st.booleans(),
-    policy=st.sampled_from(["fcfs", "priority"]),
-    aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), max_size=3),
+    crowd=crowds(min_tokens=st.integers(0, 10)),
+    size=sizes(max_num_prefill_tokens=st.none() | st.integers(1, 20)),
+    aborts=ABORTS,
 )
-def test_outputs_are_those_of_one_request_at_a_time(
-    requests, seqs, budget, block_size, spare, prefill, caching, policy, aborts
-):
-    core = make_core(
-        max_num_seqs=seqs,
-        max_num_batched_tokens=budget,
-        max_num_prefill_tokens=prefill,
-        block_size=block_size,
-        num_blocks=-(-64 // block_size) + spare,
-        enable_prefix_caching=caching,
-        scheduling_policy=policy,
-    )
-    wanted, got = {}, {}
-    pending = list(enumerate(requests))
-    wait = step = 0
-    aborted = set()
-    while pending or core.has_work:
-        while pending and (wait <= 0 or not core.has_work):
-            i, (prompt, most, least, stops, ignore, wait, priority, salt) = pending.pop(0)
-            limits = {"max_tokens": most, "min_tokens": min(least, most)}
-            limits |= {"stop_token_ids": tuple(stops), "ignore_eos": ignore}
-            request = message(str(i), prompt, priority=priority, cache_salt=salt, **limits)
-            core.add_request(request)
-            wanted[str(i)] = expected(prompt, request.params)
-        wait -= 1
-        for output in core.step().outputs:
-            tokens, reason = got.get(output.request_id, ([], None))
-            assert reason is None, "nothing comes after the end"
-            assert output.request_id not in aborted
-            got[output.request_id] = (tokens + output.token_ids, output.finish_reason)
-        for at, index in aborts:
-            if at == step:
-                core.abort([str(index)])
-                aborted |= {str(index)} & set(wanted)
-        step += 1
-    core.check_idle()
-    for name, (tokens, reason) in wanted.items():
-        if name not in aborted:
-            assert got[name] == (tokens, reason)
-        elif name in got:
-            assert got[name][0] == tokens[: len(got[name][0])]
+def test_outputs_are_those_of_one_request_at_a_time(crowd, size, aborts):
+    check_crowd(make_core(**size), crowd, aborts)
 
 
 def test_prefill_and_decode_share_a_step_and_a_late_request_overtakes_none():
@@ -93,7 +34,7 @@ def test_prefill_and_decode_share_a_step_and_a_late_request_overtakes_none():
         for output in step.outputs:
             outputs[output.request_id] += output.token_ids
     assert len(outputs["early"]) == 3, "it got a token in each of the late one's three chunks"
-    assert core.runner.prefill_beside_decode
+    assert runner_of(core).mixed_prefill_and_decode
     finish(core)
 
 
@@ -180,7 +121,7 @@ def test_a_priority_beyond_32_bits_is_refused(priority):
 def test_a_second_request_of_the_same_id_is_refused_while_the_first_runs():
     core = make_core()
     core.add_request(message("r", [1], max_tokens=3, ignore_eos=True))
-    with pytest.raises(RequestError, match="running already"):
+    with pytest.raises(RequestError, match="already running"):
         core.add_request(message("r", [2], max_tokens=3))
     assert tokens_of(finish(core)["r"]) == expected([1], SamplingParams(max_tokens=3, ignore_eos=True))[0]
     core.add_request(message("r", [2], max_tokens=3))

@@ -26,7 +26,7 @@ def test_the_longer_and_then_the_later_occurrence_counts():
     assert Drafter(SpeculativeConfig(prompt_lookup_min=1)).propose([1, 7, 1, 8, 1], 1) == [8]
 
 
-def test_a_loop_is_guessed_to_go_on():
+def test_a_loop_is_guessed_to_continue():
     drafter = Drafter(SpeculativeConfig(prompt_lookup_min=2, prompt_lookup_max=2, num_speculative_tokens=4))
     assert drafter.propose([3, 3, 3], 4) == [3, 3, 3, 3]
     assert drafter.propose([3, 3, 3, 8, 9, 8, 9], 3) == [8, 9, 8]
@@ -37,13 +37,13 @@ def test_wrong_guesses_make_it_pause_for_longer_and_longer():
     tokens, pauses = [1, 2, 1], []
     for _ in range(4):
         assert drafter.propose(tokens, 4)
-        drafter.learn(0)
+        drafter.record(0)
         pause = 0
         while not drafter.propose(tokens, 4):
             pause += 1
         pauses.append(pause)
     assert pauses == [1, 2, 4, 8]
-    drafter.learn(1)
+    drafter.record(1)
     assert drafter.propose(tokens, 4)
 
 

@@ -1,4 +1,4 @@
-"""Every KV block is free or held by those who read it, and what is found by its name is what was computed."""
+"""Every KV block is free or held by the requests that read it, and what its hash finds is what was computed."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ ANY = st.integers(0, 1000)
 def make_request(tokens: list[int], salt: str | None = None) -> Request:
     params = SamplingParams(max_tokens=1000)
     message = EngineRequest(request_id="r", prompt_token_ids=tokens, params=params, cache_salt=salt)
-    return Request(message, eos_token_ids=())
+    return Request.from_message(message)
 
 
 class Reference:
-    """What the block pool must do, in the plainest way: whole prefixes for names, lists for everything else."""
+    """What the block pool must do, in the plainest way: whole prefixes for hashes, lists for everything else."""
 
     def __init__(self, num_blocks: int) -> None:
         self.holders: dict[int, int] = {}  # of the blocks that are held
         self.content: dict[Prefix, int] = {}  # the block in which each prefix that can be found ends
-        self.free_named: list[int] = []  # by the time they were let go
+        self.free_cached: list[int] = []  # by the time they were let go
         self.blank = num_blocks
 
     @property
     def num_free(self) -> int:
-        return self.blank + len(self.free_named)
+        return self.blank + len(self.free_cached)
 
     def take(self, found: list[int], fresh: list[int]) -> None:
         """`found` are shared, `fresh` are new to their holder."""
         for block in found:
-            if block in self.free_named:
-                self.free_named.remove(block)
+            if block in self.free_cached:
+                self.free_cached.remove(block)
             self.holders[block] = self.holders.get(block, 0) + 1
         for block in fresh:
-            assert block not in self.holders, "a block that somebody holds was given away"
+            assert block not in self.holders, "a block that is held was given to another request"
             self.holders[block] = 1
         evictions = max(0, len(fresh) - self.blank)
-        evicted, self.free_named = self.free_named[:evictions], self.free_named[evictions:]
+        evicted, self.free_cached = self.free_cached[:evictions], self.free_cached[evictions:]
         assert set(evicted) <= set(fresh), "the one that was free for longest goes first"
         self.content = {prefix: block for prefix, block in self.content.items() if block not in evicted}
         self.blank -= len(fresh) - evictions
@@ -55,7 +55,7 @@ class Reference:
             if not self.holders[block]:
                 del self.holders[block]
                 if block in self.content.values():
-                    self.free_named.append(block)
+                    self.free_cached.append(block)
                 else:
                     self.blank += 1
 
@@ -70,7 +70,7 @@ class Blocks(RuleBasedStateMachine):
         self.reference = Reference(num_blocks)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.names: dict[Prefix, bytes] = {}  # all that were ever given
+        self.hashes: dict[Prefix, bytes] = {}  # all that were ever given
 
     @rule(kind=st.integers(1, 3), length=st.integers(1, 24), salted=st.sampled_from([None, None, None, "salt"]))
     def arrive(self, kind: int, length: int, salted: str | None) -> None:
@@ -119,7 +119,7 @@ class Blocks(RuleBasedStateMachine):
         for index in range(before // self.size, request.num_computed_tokens // self.size):
             prefix = (request.cache_salt, tuple(request.token_ids[: (index + 1) * self.size]))
             self.reference.content.setdefault(prefix, blocks[index])
-            self.names[prefix] = request.block_names[index]
+            self.hashes[prefix] = request.block_hashes[index]
 
     @precondition(lambda self: self.running)
     @rule(which=ANY, tokens=st.lists(st.integers(1, 2), min_size=1, max_size=5))
@@ -181,8 +181,8 @@ class Blocks(RuleBasedStateMachine):
 
     @invariant()
     def a_prefix_is_found_where_it_was_computed_and_no_more_once_evicted(self) -> None:
-        for prefix, name in getattr(self, "names", {}).items():
-            assert self.cache.pool.find(name) == self.reference.content.get(prefix)
+        for prefix, block_hash in getattr(self, "hashes", {}).items():
+            assert self.cache.pool.find(block_hash) == self.reference.content.get(prefix)
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
@@ -191,7 +191,9 @@ class Blocks(RuleBasedStateMachine):
             pool = self.cache.pool
             pool.check_idle()
             assert sorted(pool.allocate(pool.num_blocks) or []) == list(range(pool.num_blocks))
-            assert not any(pool.find(name) for name in self.names.values()), "all were given away, none can be found"
+            assert not any(pool.find(block_hash) for block_hash in self.hashes.values()), (
+                "all were given away, none can be found"
+            )
 
 
 TestBlocks = Blocks.TestCase
@@ -236,7 +238,7 @@ def computed(cache: KVCacheManager, tokens: list[int], salt: str | None = None) 
     return request
 
 
-def test_blank_blocks_are_taken_before_named_ones_and_a_tail_is_evicted_before_its_head():
+def test_blank_blocks_go_first_and_tails_before_heads():
     cache = KVCacheManager(6, 2)
     old = computed(cache, [1, 2, 3, 4, 5, 6])
     young = computed(cache, [7, 8])
@@ -266,7 +268,7 @@ def test_without_prefix_caching_nothing_is_found():
     assert cache.find_prefix(make_request([1, 2, 3, 4])) == []
     cache.free(request)
     assert cache.find_prefix(make_request([1, 2, 3, 4])) == []
-    assert request.block_names == []
+    assert request.block_hashes == []
 
 
 def test_blocks_of_the_same_tokens_after_different_ones_are_different():
@@ -277,12 +279,12 @@ def test_blocks_of_the_same_tokens_after_different_ones_are_different():
     assert cache.find_prefix(make_request([3, 4, 5])) == []
 
 
-def test_an_idle_pool_whose_names_are_wrong_is_noticed():
+def test_an_idle_pool_whose_hashes_are_wrong_is_noticed():
     cache = KVCacheManager(4, 2)
     cache.free(computed(cache, [1, 2, 3, 4]))
     cache.pool.check_idle()
-    names = make_request([1, 2, 3, 4, 5])
-    cache.find_prefix(names)
-    cache.pool._block_of[names.block_names[0]] = 3
-    with pytest.raises(RuntimeError, match="names"):
+    probe = make_request([1, 2, 3, 4, 5])
+    cache.find_prefix(probe)
+    cache.pool._block_of[probe.block_hashes[0]] = 3
+    with pytest.raises(RuntimeError, match="hashes"):
         cache.pool.check_idle()

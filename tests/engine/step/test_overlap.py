@@ -1,104 +1,37 @@
-"""The engine with a step under way while the next one is planned: the same answers as one step at a time."""
+"""The engine with a step in flight while the next one is planned: the same answers as one step at a time."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.paged_runner import EOS, VOCAB, PagedRunner, expected, finish, make_core, message, tokens_of
+from support.crowds import ABORTS, check_crowd, crowds, sizes
+from support.paged_runner import EOS, VOCAB, expected, finish, make_core, message, runner_of, tokens_of
 
 from pyllm import LLM
 from pyllm.engine.messages import SamplingParams, TokenOutput
 from pyllm.engine.step.core import EngineCore
-
-REQUESTS = st.lists(
-    st.tuples(
-        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30) | st.integers(1, 30).map(lambda n: [1] * n),
-        st.integers(1, 30),  # max_tokens
-        st.lists(st.integers(0, VOCAB - 1), max_size=3),  # stop ids
-        st.booleans(),  # ignore_eos
-        st.integers(0, 4),  # steps until the next arrives
-        st.integers(0, 1),  # priority
-        st.sampled_from([None, None, "salt"]),
-        st.sampled_from([None, None, None, 0]),  # logprobs: the host reads more than the token
-        st.none() | st.none() | st.integers(1, 6),  # output tokens after which the client finds a stop string
-    ),
-    min_size=1,
-    max_size=9,
-)
 
 
 def overlapped(**sizes: object) -> EngineCore:
     return make_core(overlap_scheduling=True, **sizes)
 
 
-def runner_of(core: EngineCore) -> PagedRunner:
-    assert isinstance(core.runner, PagedRunner)
-    return core.runner
-
-
 @settings(max_examples=250, deadline=None)
 @given(
-    requests=REQUESTS,
-    seqs=st.integers(1, 8),
-    budget=st.integers(1, 40),
-    block_size=st.integers(1, 9),
-    spare=st.integers(0, 20),
-    caching=st.booleans(),
-    policy=st.sampled_from(["fcfs", "priority"]),
-    aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), max_size=3),
+    crowd=crowds(
+        stop_after=st.none() | st.none() | st.integers(1, 6),
+        logprobs=st.sampled_from([None, None, None, 0]),  # the host reads more than the token
+    ),
+    size=sizes(),
+    aborts=ABORTS,
     failures=st.lists(st.booleans(), max_size=12),
 )
-def test_outputs_are_those_of_one_request_at_a_time(
-    requests, seqs, budget, block_size, spare, caching, policy, aborts, failures
-):
-    core = overlapped(
-        max_num_seqs=seqs,
-        max_num_batched_tokens=budget,
-        block_size=block_size,
-        num_blocks=-(-64 // block_size) + spare,
-        enable_prefix_caching=caching,
-        scheduling_policy=policy,
-    )
+def test_outputs_are_those_of_one_request_at_a_time(crowd, size, aborts, failures):
+    core = overlapped(**size)
     # Never so many failures in a row that a step of one sequence is given up.
     runner_of(core).failures = [failed and n % 3 == 0 for n, failed in enumerate(failures)]
-    wanted: dict[str, tuple[list[int], str]] = {}
-    got: dict[str, tuple[list[int], str | None]] = {}
-    found: dict[str, int | None] = {}
-    pending = list(enumerate(requests))
-    wait = step = 0
-    gone: set[str] = set()
-    while pending or core.has_work:
-        while pending and (wait <= 0 or not core.has_work):
-            i, (prompt, most, stops, ignore, wait, priority, salt, logprobs, found[str(i)]) = pending.pop(0)
-            limits = {"max_tokens": most, "stop_token_ids": tuple(stops), "ignore_eos": ignore, "logprobs": logprobs}
-            request = message(str(i), prompt, priority=priority, cache_salt=salt, **limits)
-            core.add_request(request)
-            wanted[str(i)] = expected(prompt, request.params)
-        wait -= 1
-        before = set(gone)
-        for output in core.step().outputs:
-            name = output.request_id
-            assert name not in before, "nothing comes after an abort"
-            if name in gone:  # one step may bring two tokens
-                continue
-            tokens, reason = got.get(name, ([], None))
-            assert reason is None, "nothing comes after the end"
-            got[name] = (tokens + output.token_ids, output.finish_reason)
-            if found[name] is not None and len(got[name][0]) >= found[name]:
-                core.abort([name])  # as a client does that finds a stop string
-                gone.add(name)
-        for at, index in aborts:
-            if at == step:
-                core.abort([str(index)])
-                gone |= {str(index)} & set(wanted)
-        step += 1
-    core.check_idle()
-    for name, (tokens, reason) in wanted.items():
-        if name not in gone:
-            assert got[name] == (tokens, reason)
-        elif name in got:
-            assert got[name][0] == tokens[: len(got[name][0])]
+    check_crowd(core, crowd, aborts)
 
 
 def free_running(prompt: list[int], count: int = 20) -> list[int]:
@@ -134,7 +67,7 @@ def test_a_stop_id_costs_one_token_of_one_step_and_gives_none_away():
     assert tokens_of(outputs) == free[:kept]
     assert outputs[-1].finish_reason == "stop"
     assert outputs[-1].stop_token_id == free[4]
-    assert runner_of(core).num_computed == len(prompt) + kept  # the last of them in vain
+    assert runner_of(core).num_computed == len(prompt) + kept  # the last of them is discarded
 
 
 def test_an_idle_engine_waits_for_nothing_after_an_abort():
@@ -177,7 +110,7 @@ def test_steps_with_a_sequence_whose_tokens_the_host_needs_are_read_at_once(fiel
         assert runner_of(core).num_launched == launched
         steps += 1
     assert steps == 3
-    assert len(tokens_of(outputs["plain"])) == 1 + 3, "the one under way and three more"
+    assert len(tokens_of(outputs["plain"])) == 1 + 3, "the one in flight and three more"
     core.step()
     assert runner_of(core).num_launched == launched + 1, "and then the steps overlap again"
     finish(core)
@@ -191,7 +124,7 @@ def test_a_prompt_in_chunks_overlaps_with_its_own_first_tokens():
     finish(core)
 
 
-def test_who_is_preempted_goes_on_with_the_token_that_was_under_way():
+def test_a_preempted_request_continues_with_its_in_flight_token():
     core = overlapped(num_blocks=8, block_size=2, max_model_len=16)
     prompts = {str(n): [n + 1, n + 2] for n in range(4)}
     for name, prompt in prompts.items():
@@ -217,7 +150,7 @@ def test_a_step_without_memory_is_made_smaller_and_tried_again(overlap):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_request_that_has_no_room_even_alone_is_told_what_to_set(overlap):
+def test_out_of_memory_for_one_request_says_what_to_set(overlap):
     core = make_core(overlap_scheduling=overlap)
     core.add_request(message("r", [1] * 20, max_tokens=6, ignore_eos=True))
     runner_of(core).failures = [True] * 4

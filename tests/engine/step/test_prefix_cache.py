@@ -1,4 +1,4 @@
-"""Prefixes that were computed once are not computed again, and nobody can tell but by the time it takes."""
+"""Prefixes that were computed once are not computed again, and only the time shows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.paged_runner import VOCAB, PagedRunner, expected, finish, make_core, message, tokens_of
+from support.paged_runner import VOCAB, expected, finish, make_core, message, runner_of, tokens_of
 
 from pyllm.engine.build import build_engine
 from pyllm.engine.config import EngineConfig
@@ -22,16 +22,15 @@ PROMPT = [RANDOM.randrange(1, VOCAB) for _ in range(30)]
 
 def ask(core: EngineCore, prompt: list[int], count: int = 6, **params: object) -> tuple[list[int], TokenOutput, int]:
     """The answer to one request on its own, its first output, and how many tokens it made the engine compute."""
-    assert isinstance(core.runner, PagedRunner)
-    before = core.runner.num_computed
+    before = runner_of(core).num_computed
     core.add_request(message("r", prompt, max_tokens=count, ignore_eos=True, **params))
     outputs = finish(core)["r"]
-    return tokens_of(outputs), outputs[0], core.runner.num_computed - before
+    return tokens_of(outputs), outputs[0], runner_of(core).num_computed - before
 
 
 def probe(prompt: list[int]) -> Request:
     """A request that only looks what there is."""
-    return Request(message("probe", prompt), eos_token_ids=())
+    return Request.from_message(message("probe", prompt))
 
 
 def test_a_prompt_seen_before_is_computed_from_the_end_of_its_last_full_block():
@@ -126,7 +125,7 @@ def test_what_was_not_used_for_longest_is_forgotten_first():
     others = [[5] * 17, [6] * 17, [7] * 17]
     for prompt in [*others, others[0]]:
         ask(core, prompt, 1)
-    ask(core, [8] * 20, 1)  # takes what is blank, and one block that nobody has used for longest
+    ask(core, [8] * 20, 1)  # takes what is blank, and the one that has been free for longest
     found = [len(core.scheduler.kv_cache.find_prefix(request)) for request in map(probe, others)]
     assert found[0] == found[2] == 4
     assert found[1] < 4

@@ -66,7 +66,7 @@ def test_a_fault_that_strikes_later_ends_its_request_there():
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_step_that_fails_for_a_moment_ends_nobody(times):
+def test_a_step_that_fails_temporarily_ends_no_request(times):
     core = start()
     tried = fail_when(core, lambda names: len(tried) <= times and len(names) > 1)
     check_others(finish(core), set())
@@ -153,9 +153,9 @@ def test_a_mask_that_cannot_be_made_ends_its_request_alone_at_once(llm, monkeypa
 
     monkeypatch.setattr(llm.core, "step", step_and_spoil)
     with caplog.at_level(logging.ERROR, logger="pyllm.engine"):
-        beside = llm.generate(prompts, each)
-    assert beside[:2] == alone[:2]
-    assert beside[2].finish_reason == "error"
+        mixed = llm.generate(prompts, each)
+    assert mixed[:2] == alone[:2]
+    assert mixed[2].finish_reason == "error"
     assert "no mask" in caplog.text
 
 
@@ -189,6 +189,6 @@ def test_a_guess_that_cannot_be_made_costs_its_request_nothing(tiny_checkpoint, 
 @pytest.mark.parametrize(
     "text", ["hang", "hang@", "burn@marked", "hang@bad", "hang@0", "hang@#", "hang@0#1", "slow@marked,exit@c0ffee"]
 )
-def test_a_fault_that_would_strike_nobody_or_anybody_is_refused(text):
+def test_a_fault_that_would_hit_no_request_or_any_is_refused(text):
     with pytest.raises(ValueError, match="a fault is kind@marker"):
         FaultyRunner(make_core().runner, text)
