@@ -22,6 +22,7 @@ from pyllm.model.checkpoint.loader import load_checkpoint
 from pyllm.model.cpu.backend import NativeBackend
 from pyllm.model.fp8 import FP8, centre
 from pyllm.model.tokenizer import Tokenizer
+from pyllm.server.chat.conversation import Message
 from pyllm.server.chat.template import ChatTemplate
 from pyllm.server.flags import DEMO_FOLDER
 
@@ -53,7 +54,7 @@ def prompts(folder: Path, vocab_size: int) -> list[list[int]]:
     if tokenizer.chat_template is None:
         return [tokenizer.encode(text, add_bos=True) for text in PROMPTS]
     template = ChatTemplate(tokenizer, tokenizer.chat_template)
-    return [template.render([{"role": "user", "content": text}]) for text in PROMPTS]
+    return [template.render([Message("user", text)]) for text in PROMPTS]
 
 
 @torch.inference_mode()

@@ -236,10 +236,7 @@ def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, 
     message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
     if read.calls:
         message["content"] = read.content or None
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in read.calls
-        ]
+        message["tool_calls"] = [call.to_openai() for call in read.calls]
     reason = read.finish_reason if choice.finish_reason == "stop" else choice.finish_reason
     entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
     if body.logprobs:

@@ -15,10 +15,6 @@ BETWEEN_PARTS = "\n"
 """Separates the texts of a message that has several."""
 
 
-def _present(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call of a tool by the model."""
@@ -26,6 +22,10 @@ class ToolCall:
     id: str
     name: str
     arguments: str  # JSON text
+
+    def to_openai(self) -> dict[str, Any]:
+        """Return the call in OpenAI's shape."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,6 @@ class Message:
     call_id_field: str = ""
     name: str | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """Return the message in OpenAI's shape, which chat templates expect."""
-        calls = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in self.calls
-        ]
-        shown = {"role": self.role, "content": self.text, "name": self.name, "tool_call_id": self.call_id}
-        return _present(shown | {"tool_calls": calls or None})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
@@ -56,17 +47,14 @@ class Tool:
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None  # JSON Schema of the arguments; None: it takes none
-    strict: bool | None = None  # calls that are not forced must satisfy `parameters` too
-    name_field: str
-    parameters_field: str
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the tool in OpenAI's shape, which chat templates expect."""
-        return {"type": "function", "function": self.describe() | _present({"strict": self.strict})}
+    strict: bool | None = None  # unforced calls must satisfy `parameters` too
+    name_field: str = ""
+    parameters_field: str = ""
 
     def describe(self) -> dict[str, Any]:
         """Return what the model needs to know to call the function."""
-        return _present({"name": self.name, "description": self.description, "parameters": self.parameters})
+        shown = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {key: value for key, value in shown.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from ..generation.defaults import read_defaults
 from ..generation.metrics import Metrics
 from ..http.errors import ApiError, encode_json, shorten
 from ..http.offload import is_large, off_loop
-from .conversation import Sampling
+from .conversation import Message, Sampling
 from .template import ChatTemplate
 from .tool_calls import FORMATS, ToolCallFormat, detect_format
 
@@ -85,7 +85,7 @@ class ServedModel:
         return await off_loop(self.tokenizer.encode, text, add_bos=add_bos)
 
     async def render(
-        self, messages: list[dict[str, Any]], *, field: str = "messages", any_length: bool = False, **options: Any
+        self, messages: Sequence[Message], *, field: str = "messages", any_length: bool = False, **options: Any
     ) -> list[int]:
         """Render messages through the chat template and tokenise them; raises `ChatTemplateError` or `RequestError`.
 
@@ -94,7 +94,7 @@ class ServedModel:
         """
         render = partial(self.template.render, messages, **options)
         if not any_length:
-            self._is_small(sum(len(message.get("content") or "") for message in messages), field)
+            self._is_small(sum(len(message.text or "") for message in messages), field)
         if is_large.get() or len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT:
             return await off_loop(render)
         return render()

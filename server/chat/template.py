@@ -11,8 +11,7 @@ import minijinja
 
 from ...engine.errors import RequestError
 from ...model.tokenizer import Tokenizer
-
-Message = Mapping[str, Any]
+from .conversation import Message, Tool, ToolCall
 
 # The family's own plain-text format, for checkpoints without a template.
 FALLBACK = (
@@ -91,8 +90,8 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
@@ -101,9 +100,9 @@ class ChatTemplate:
         A special token is one only where the template writes it: spelled out in a message it is text.
 
         Args:
-            messages: in OpenAI's shape, with contents that are strings or None; `arguments` of calls may be JSON text.
-            tools: in OpenAI's shape, for templates that describe them.
-            add_generation_prompt: end with the opening of an assistant's turn.
+            messages: at least one.
+            tools: for templates that describe them.
+            add_generation_prompt: end with the opening of an assistant's turn; None is the opposite of the next one.
             continue_final_message: end inside the last message, so that the model continues it.
             variables: values for some of `self.variables`.
 
@@ -111,19 +110,23 @@ class ChatTemplate:
         a message out.
         """
         if add_generation_prompt and continue_final_message:
-            raise ChatTemplateError("add_generation_prompt and continue_final_message cannot both be true.")
+            message = "continue_final_message and add_generation_prompt cannot both be true."
+            raise RequestError(message, param="continue_final_message")
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         if not messages:
             raise ChatTemplateError("messages must not be empty.")
         chat = [self._prepare(message) for message in messages]
         variables = variables or {}
-        strings = list(_strings([chat, tools, variables]))
+        described = None if tools is None else [_describe(tool) for tool in tools]
+        strings = list(_strings([chat, described, variables]))
         free = (c for c in NONCHARACTERS if c not in self.source and not any(c in text for text in strings))
         guard, mark = next(free, ""), next(free, "")
         if not mark:
             raise ChatTemplateError("The messages have too many Unicode noncharacters.")
         if any(map(self._tokenizer.spells_added, strings)):
-            chat, tools, variables = self._shielded([chat, tools, variables], guard)
-        given = {"tools": tools, **variables}
+            chat, described, variables = self._shielded([chat, described, variables], guard)
+        given = {"tools": described, **variables}
         text = self._text(chat, given, mark, add_generation_prompt, continue_final_message)
         ids = self._tokenizer.encode_prompt(text, guard=guard)
         bos = self._tokenizer.bos_token_id
@@ -170,24 +173,24 @@ class ChatTemplate:
         return text
 
     def _prepare(self, message: Message) -> dict[str, Any]:
-        """Return a message in the shape that templates expect."""
-        ready = {key: value for key, value in message.items() if value is not None}
-        if "tool_calls" in ready:
-            ready["tool_calls"] = [_with_parsed_arguments(call) for call in ready["tool_calls"]]
+        """Return a message in OpenAI's shape, which templates expect."""
+        shown: dict[str, Any] = {"role": message.role, "name": message.name, "tool_call_id": message.call_id}
+        if message.role == "developer" and "developer" not in self.source:
+            shown["role"] = "system"  # the same role under OpenAI's newer name
+        if message.calls:
+            shown["tool_calls"] = [_with_parsed_arguments(call) for call in message.calls]
         # Templates test `content is none` only for calls; elsewhere they join it to other text.
-        ready.setdefault("content", None if "tool_calls" in ready else "")
-        if ready.get("role") == "developer" and "developer" not in self.source:
-            ready["role"] = "system"  # the same role under OpenAI's newer name
-        return ready
+        content = message.text if message.text is not None or message.calls else ""
+        return {key: value for key, value in shown.items() if value is not None} | {"content": content}
 
     def _require_all_written(self, chat: list[dict[str, Any]], given: dict[str, Any], mark: str) -> None:
         """Raise `ChatTemplateError` if the template silently drops a message, because of its role or its place."""
-        doubtful = {n for n, m in enumerate(chat) if m["content"] and m.get("role") not in ("user", "assistant")}
+        doubtful = {n for n, m in enumerate(chat) if m["content"] and m["role"] not in ("user", "assistant")}
         if not doubtful:
             return
         marked = [{**m, "content": m["content"] + mark} if n in doubtful else m for n, m in enumerate(chat)]
         if self._run(marked, given).count(mark) < len(doubtful):
-            roles = " or ".join(sorted({str(chat[n].get("role")) for n in doubtful}))
+            roles = " or ".join(sorted({chat[n]["role"] for n in doubtful}))
             raise ChatTemplateError(f"The model's chat template has no place for a {roles} message at that position.")
 
     def _shielded(self, value: Any, guard: str) -> Any:
@@ -213,18 +216,23 @@ class ChatTemplate:
         return () if not stop or self._tokenizer.spells_special(between) else (stop,)
 
 
-def _with_parsed_arguments(call: Message) -> dict[str, Any]:
-    """Return a tool call whose arguments are an object if they were the JSON text of one."""
-    function = dict(call.get("function") or {})
-    if isinstance(function.get("arguments"), str):
-        try:
-            parsed = json.loads(function["arguments"])
-            json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate is not text
-        except (ValueError, RecursionError):
-            parsed = None
-        if isinstance(parsed, dict) and not is_deeper(parsed, MAX_DEPTH):
-            function["arguments"] = parsed
-    return {**call, "function": function}
+def _describe(tool: Tool) -> dict[str, Any]:
+    """Return a tool in OpenAI's shape, which templates expect."""
+    strict = {} if tool.strict is None else {"strict": tool.strict}
+    return {"type": "function", "function": tool.describe() | strict}
+
+
+def _with_parsed_arguments(call: ToolCall) -> dict[str, Any]:
+    """Return a call in OpenAI's shape, with its arguments as an object if they are the JSON text of one."""
+    shown = call.to_openai()
+    try:
+        parsed = json.loads(call.arguments)
+        json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate is not text
+    except (ValueError, RecursionError):
+        parsed = None
+    if isinstance(parsed, dict) and not is_deeper(parsed, MAX_DEPTH):
+        shown["function"]["arguments"] = parsed
+    return shown
 
 
 def is_deeper(value: Any, levels: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...engine.errors import RequestError
 from ...engine.messages import SamplingParams
@@ -12,7 +11,7 @@ from ..http.errors import encode_json, shorten
 from ..http.offload import off_loop_if_large
 from .conversation import Conversation, Message, ToolCall
 from .served_model import ServedModel
-from .template import MAX_DEPTH, ChatTemplateError, is_deeper
+from .template import MAX_DEPTH, ChatTemplate, ChatTemplateError, is_deeper
 from .tool_calls import ToolCallFormat, TurnReader
 from .tool_choice import ToolOptions, read_tools
 from .truncation import render_newest, truncate_prompt
@@ -121,12 +120,19 @@ async def _grammar(conversation: Conversation, tools: ToolOptions | None, model:
 
 
 async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> list[int]:
-    """Return the prompt, without the messages that may be left out and do not fit."""
-    options = await off_loop_if_large(_template_options, conversation, model, tools)
+    """Return the prompt, without the messages that do not fit and may be dropped."""
+    await off_loop_if_large(_check_template_options, conversation, model.template)
 
     async def render(messages: Sequence[Message]) -> list[int]:
-        written = await off_loop_if_large(_for_template, messages, model, tools)
-        return await model.render(written, any_length=conversation.keep_tokens is not None, **options)
+        return await model.render(
+            await off_loop_if_large(_written, messages, model, tools),
+            field=conversation.messages_field,
+            any_length=conversation.keep_tokens is not None,
+            tools=tools.tools if tools else None,
+            add_generation_prompt=conversation.add_generation_prompt,
+            continue_final_message=conversation.continue_final_message,
+            variables=conversation.template_variables,
+        )
 
     try:
         if conversation.keep_messages is None:
@@ -138,46 +144,32 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
         raise
 
 
-def _template_options(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> dict[str, Any]:
-    """Return what the chat template is given besides the messages; raises `RequestError`."""
-    template, continues = model.template, conversation.continue_final_message
-    prompts = conversation.add_generation_prompt
-    prompts = not continues if prompts is None else prompts
-    if continues and prompts:
-        field = "continue_final_message"
-        raise RequestError(f"{field} and add_generation_prompt cannot both be true.", param=field)
-    last = conversation.messages[-1]
-    if continues and (last.role not in ("user", "assistant") or last.calls):
-        field = "continue_final_message"
+def _check_template_options(conversation: Conversation, template: ChatTemplate) -> None:
+    last, field = conversation.messages[-1], "continue_final_message"
+    if conversation.continue_final_message and (last.role not in ("user", "assistant") or last.calls):
         raise RequestError(f"{field} needs a last message by user or assistant without tool calls.", param=field)
     for name, value in conversation.template_variables.items():
         field = f"chat_template_kwargs.{shorten(name)}"
         if name not in template.variables:
             known = ", ".join(sorted(template.variables)) or "none"
-            raise RequestError(f"{field} is no variable of this model's chat template (it has {known}).", param=field)
+            message = f"{field} is not a variable of this model's chat template; its variables: {known}."
+            raise RequestError(message, param=field)
         if is_deeper(value, MAX_DEPTH) or len(encode_json(value)) > MAX_VARIABLE_BYTES:
-            limits = f"{MAX_VARIABLE_BYTES} bytes or nested deeper than {MAX_DEPTH} levels"
-            raise RequestError(f"{field} is larger than {limits}.", param=field)
-    return {
-        "tools": [tool.for_template() for tool in tools.tools] if tools else None,
-        "add_generation_prompt": prompts,
-        "continue_final_message": continues,
-        "variables": conversation.template_variables,
-        "field": conversation.messages_field,
-    }
+            limits = f"at most {MAX_VARIABLE_BYTES} bytes and {MAX_DEPTH} levels"
+            raise RequestError(f"{field} is too large or too deeply nested: {limits}.", param=field)
 
 
-def _for_template(messages: Sequence[Message], model: ServedModel, tools: ToolOptions | None) -> list[dict[str, Any]]:
-    """Return the messages for the chat template, with what it does not write by itself as text."""
+def _written(messages: Sequence[Message], model: ServedModel, tools: ToolOptions | None) -> Sequence[Message]:
+    """Return the messages with what the chat template does not write by itself as text."""
     if tools and not model.template.knows_tools:
         messages = _instructed(messages, tools.describe())
     if not model.template.knows_calls:
         messages = [_spoken(message, model.tool_format) for message in messages]
-    return [message.for_template() for message in messages]
+    return messages
 
 
 def _instructed(messages: Sequence[Message], text: str) -> Sequence[Message]:
-    """Return the messages with more of a system message."""
+    """Return the messages with `text` added to the system message."""
     first = messages[0]
     if first.role not in ("system", "developer"):
         return [Message("system", text), *messages]
@@ -185,7 +177,7 @@ def _instructed(messages: Sequence[Message], text: str) -> Sequence[Message]:
 
 
 def _spoken(message: Message, form: ToolCallFormat) -> Message:
-    """Return a message for a template that knows no tools: calls and their results as text of assistant and user."""
+    """Return a message for templates that know no tools: calls and results become text of assistant and user."""
     if message.role == "tool":
         return Message("user", f"<tool_response>\n{message.text}\n</tool_response>")
     if not message.calls:

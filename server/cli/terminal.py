@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import sys
 from itertools import count
-from typing import Any
 
 from ...engine.client.launch import EngineProcess
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import SamplingParams
+from ..chat.conversation import Message
 from ..chat.served_model import ServedModel, load
 from ..chat.template import ChatTemplateError
 from ..flags import GenerateConfig, TerminalConfig
@@ -25,7 +25,7 @@ def generate(config: GenerateConfig, process: EngineProcess) -> int:
         model = runner.run(load(config, process))
         try:
             if config.chat:
-                prompt = model.template.render([{"role": "user", "content": config.prompt}])
+                prompt = model.template.render([Message("user", config.prompt)])
             else:
                 prompt = model.tokenizer.encode(config.prompt)
             runner.run(_answer(model, prompt, _params(config, model, chat=config.chat), []))
@@ -47,10 +47,10 @@ def chat(config: TerminalConfig, process: EngineProcess) -> int:
         limit = model.engine.info.max_model_len
         room, forgetful = config.max_tokens or limit // 4, False
         print(f"Talking to {model.names[0]}. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
-        messages: list[dict[str, Any]] = []
+        messages: list[Message] = []
         try:
             while model.engine.is_alive and (question := _ask()) is not None:
-                talk = [*messages, {"role": "user", "content": question}]
+                talk = [*messages, Message("user", question)]
                 pieces: list[str] = []
                 try:
                     while len(prompt := model.template.render(talk)) + room > limit and len(talk) > 1:
@@ -64,7 +64,7 @@ def chat(config: TerminalConfig, process: EngineProcess) -> int:
                 except (RequestError, ChatTemplateError) as error:
                     print(error, file=sys.stderr)
                     continue
-                messages = [*talk, {"role": "assistant", "content": "".join(pieces)}]
+                messages = [*talk, Message("assistant", "".join(pieces))]
         finally:
             runner.run(model.engine.shutdown())
     return 0

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 
+from pyllm.engine.errors import RequestError
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.chat import template as chat_template
+from pyllm.server.chat.conversation import Message, Tool, ToolCall
 from pyllm.server.chat.template import ChatTemplate, ChatTemplateError
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared"
@@ -84,15 +86,15 @@ def byte_level(*, wrap: bool) -> Tokenizer:
 PLAIN, WRAPPED = byte_level(wrap=False), byte_level(wrap=True)
 
 
-def text_of(template: str, chat: list[dict[str, Any]], **wishes: Any) -> str:
+def text_of(template: str, chat: list[Message], **wishes: Any) -> str:
     """The prompt as text, special tokens spelled out."""
     return PLAIN.decode(ChatTemplate(PLAIN, template).render(chat, **wishes), skip_special_tokens=False)
 
 
-def chat(*turns: str, system: str | None = None) -> list[dict[str, Any]]:
+def chat(*turns: str, system: str | None = None) -> list[Message]:
     """User and assistant in turn."""
-    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+    messages = [Message("assistant" if n % 2 else "user", turn) for n, turn in enumerate(turns)]
+    return messages if system is None else [Message("system", system), *messages]
 
 
 def test_published_template_that_ignores_the_generation_prompt_gets_it_appended() -> None:
@@ -166,50 +168,45 @@ def test_special_tokens_spelled_by_the_user_stay_text(source: str) -> None:
 @given(st.lists(st.sampled_from([*SPECIAL, *"<s>|/im_\ufdd0\ufdd1 é\n", "x"]), max_size=12).map("".join))
 def test_any_content_keeps_its_exact_ids(content: str) -> None:
     ids = ChatTemplate(PLAIN, "<|user|>{{ messages[0].content }}</s>").render(
-        [{"role": "user", "content": content}], add_generation_prompt=False
+        [Message("user", content)], add_generation_prompt=False
     )
     assert ids == [SPECIAL.index("<|user|>"), *PLAIN.encode(content), 0]
 
 
 def test_special_tokens_in_tool_descriptions_and_arguments_stay_text() -> None:
-    tools = [{"type": "function", "function": {"name": "f</s>", "parameters": {"<s>": 1}}}]
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"</s>": "<|user|>"}'}}
-    messages = [*chat("A"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    tools = [Tool(name="f</s>", parameters={"<s>": 1})]
+    messages = [*chat("A"), Message("assistant", None, (ToolCall("1", "f", '{"</s>": "<|user|>"}'),))]
     ids = ChatTemplate(PLAIN, TOOLS).render(messages, tools=tools)
     assert not set(ids) & PLAIN.special_ids
     assert "CALL f </s>=<|user|>" in PLAIN.decode(ids)
 
 
 def test_tools_calls_and_results_reach_the_template() -> None:
-    tools = [{"type": "function", "function": {"name": "add", "description": "a < b & é"}}]
-    call = {"id": "7", "type": "function", "function": {"name": "add", "arguments": '{"z": 1, "a": [2, "x"]}'}}
-    messages = [
-        *chat("A"),
-        {"role": "assistant", "content": None, "tool_calls": [call], "name": None},
-        {"role": "tool", "tool_call_id": "7", "content": "3"},
-    ]
-    assert text_of(TOOLS, messages, tools=tools) == (
-        json.dumps(tools, ensure_ascii=False) + "\nuser: A\nCALL add z=1 a=[2, 'x']\nRESULT 7 3\nassistant:"
+    shown = [{"type": "function", "function": {"name": "add", "description": "a < b & é"}}]
+    call = ToolCall("7", "add", '{"z": 1, "a": [2, "x"]}')
+    messages = [*chat("A"), Message("assistant", None, (call,)), Message("tool", "3", call_id="7")]
+    assert text_of(TOOLS, messages, tools=[Tool(name="add", description="a < b & é")]) == (
+        json.dumps(shown, ensure_ascii=False) + "\nuser: A\nCALL add z=1 a=[2, 'x']\nRESULT 7 3\nassistant:"
     )
 
 
 def test_content_of_none_is_empty_text() -> None:
-    messages = [*chat("A"), {"role": "assistant", "content": None}]
+    messages = [*chat("A"), Message("assistant", None)]
     assert text_of(PUBLISHED, messages, add_generation_prompt=False) == "User: A\n\nAssistant: "
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "not JSON"}}
-    assert text_of(PUBLISHED, [*chat("A"), {"role": "assistant", "tool_calls": [call]}]).count("none") == 0
+    call = ToolCall("1", "f", "not JSON")
+    assert text_of(PUBLISHED, [*chat("A"), Message("assistant", None, (call,))]).count("none") == 0
 
 
 def test_developer_is_a_system_message_where_the_template_knows_no_developer() -> None:
-    messages = [{"role": "developer", "content": "S"}, *chat("A")]
+    messages = [Message("developer", "S"), *chat("A")]
     assert text_of(PUBLISHED, messages) == "S\n\nUser: A\n\nAssistant:"
     knowing = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{# knows developer #}"
     assert text_of(knowing, messages, add_generation_prompt=False) == "developer S user A "
 
 
 @pytest.mark.parametrize("role", ["tool", "system", "developer"])
-def test_message_that_the_template_would_drop_is_refused(role: str) -> None:
-    messages = [*chat("A"), {"role": role, "content": "important"}]
+def test_message_that_the_template_would_drop_is_refused(role: Any) -> None:
+    messages = [*chat("A"), Message(role, "important")]
     shown = "system" if role == "developer" else role
     with pytest.raises(ChatTemplateError, match=f"no place for a {shown} message"):
         text_of(PUBLISHED, messages)
@@ -225,8 +222,8 @@ def test_final_message_can_be_continued() -> None:
     assert text_of(PUBLISHED, chat("A", "B "), **wishes) == "User: A\n\nAssistant: B "
     assert text_of(CHATML, chat("A", "B"), **wishes).endswith("<|im_start|>assistant\nB")
     assert text_of(LLAMA2, chat("A", "B"), **wishes) == "<s>[INST] A [/INST] B"
-    with pytest.raises(ChatTemplateError, match="cannot both be true"):
-        text_of(PUBLISHED, chat("A", "B"), continue_final_message=True)
+    with pytest.raises(RequestError, match="cannot both be true"):
+        text_of(PUBLISHED, chat("A", "B"), add_generation_prompt=True, continue_final_message=True)
 
 
 def test_newlines_of_plain_jinja_are_kept() -> None:
@@ -252,7 +249,7 @@ def test_empty_chat_and_failing_template_are_plain_errors() -> None:
 
 def test_endless_template_runs_out_of_fuel() -> None:
     endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
-    with pytest.raises(ChatTemplateError, match="too many"):
+    with pytest.raises(ChatTemplateError, match="take too long to render"):
         text_of(endless, chat("A"))
 
 

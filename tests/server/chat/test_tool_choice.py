@@ -23,7 +23,7 @@ INTEGER = {
 
 
 def tool(name: str, **fields: Any) -> Tool:
-    return Tool(name=name, name_field="", parameters_field=name, **fields)
+    return Tool(name=name, parameters_field=name, **fields)
 
 
 TOOLS = [
