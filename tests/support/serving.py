@@ -82,9 +82,12 @@ class ServerProcess:
         exit_code: what it must end with.
         port: where it listens; 0 is a free one.
         faults: what goes wrong in its engine, in the language of `support/faults.py`; then the log may have tracebacks.
+        variables: of its environment, besides this process's own.
     """
 
-    def __init__(self, log: Path, *arguments: str, exit_code: int = 0, port: int = 0, faults: str = "") -> None:
+    def __init__(
+        self, log: Path, *arguments: str, exit_code: int = 0, port: int = 0, faults: str = "", **variables: str
+    ) -> None:
         self._log = log
         self._exit_code = exit_code
         self._signs_of_failure = () if faults else ("Traceback", "Warning:", "Exception")
@@ -93,7 +96,7 @@ class ServerProcess:
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=log.parent,
-                env=environment(),
+                env=environment() | variables,
             )  # fmt: skip
 
     def __enter__(self) -> ServerProcess:
