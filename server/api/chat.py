@@ -1,4 +1,4 @@
-"""Chat completions: the request, the answer, the chunks of its stream, and the route."""
+"""The chat completions endpoint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from starlette.responses import Response
 from ...engine.client.output_processor import RequestOutput
 from ...engine.errors import RequestError
 from ...engine.messages import MAX_LOGPROBS
-from ...model.tokenizer import Tokenizer
 from ..chat.conversation import Conversation, ToolChoice
 from ..chat.served_model import ServedModel
-from ..chat.tool_calls import Part, TurnReader
+from ..chat.tool_calls import Part
 from ..chat.turn import Turn, prepare_turn, read_turn
 from ..generation.generation import Choice, Generation
 from ..generation.streaming import EventStream
@@ -38,31 +37,32 @@ from .fields import (
     Usage,
     read_response_format,
     read_sampling,
+    start_generation,
 )
 
 
 class FunctionName(StrictModel):
-    """A function by its name."""
+    """The name of a function."""
 
     name: SchemaName
 
 
 class NamedToolChoice(StrictModel):
-    """This function must be called."""
+    """The model must call this function."""
 
     type: Literal["function"]
     function: FunctionName
 
 
 class AllowedTools(StrictModel):
-    """Some of the tools, and whether one of them must be called."""
+    """Some of the tools, and whether the model must call one of them."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedToolChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class AllowedToolsChoice(StrictModel):
-    """Of all tools, only these are offered now."""
+    """Only some of the tools may be called."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -75,16 +75,16 @@ class ChatCompletionRequest(GenerationRequest, TemplateOptions):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Messages
-    tool_choice: WireToolChoice | None = Field(None, description="auto where there are tools, else none.")
-    parallel_tool_calls: bool | None = Field(None, description="With false, one call at most.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Wins over max_tokens.")
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Without it, the rest of the context.")
+    tool_choice: WireToolChoice | None = Field(None, description="auto if there are tools, else none.")
+    parallel_tool_calls: bool | None = Field(None, description="If false, at most one call.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Takes precedence over max_tokens.")
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="The rest of the context by default.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")
 
 
 class ChatLogprobs(StrictModel):
-    """Log-probabilities of a chat answer, of the raw distribution."""
+    """Log-probabilities of an answer's tokens, before penalties and temperature."""
 
     content: list[TokenLogprob]
 
@@ -93,7 +93,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class AnswerMessage(StrictModel):
-    """The model's turn."""
+    """The model's answer."""
 
     role: Literal["assistant"]
     content: str | None
@@ -127,14 +127,14 @@ class ChatCompletion(StrictModel):
 
 
 class FunctionDelta(StrictModel):
-    """A piece of a call: the name comes once, the arguments in pieces."""
+    """A piece of a call's function: the name comes once, the arguments in pieces."""
 
     name: str | None = None
     arguments: str
 
 
 class ToolCallDelta(StrictModel):
-    """A piece of one tool call."""
+    """A piece of a tool call."""
 
     index: int
     id: str | None = None
@@ -143,7 +143,7 @@ class ToolCallDelta(StrictModel):
 
 
 class Delta(StrictModel):
-    """What a chunk adds."""
+    """New parts of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -163,7 +163,7 @@ class ChatChunkChoice(StrictModel):
 
 
 class ChatCompletionChunk(StrictModel):
-    """One event of a chat stream."""
+    """One event of a stream."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -176,17 +176,13 @@ class ChatCompletionChunk(StrictModel):
 
 
 async def create_chat_completion(context: RequestContext, body: ChatCompletionRequest, model: ServedModel) -> Response:
-    """Answer a chat, whole or as a stream; every refusal is raised before the answer begins."""
+    """Answer a chat, whole or as a stream; a request that is refused gets no stream."""
     turn = await prepare_turn(await off_loop_if_large(read_conversation, body, model), model)
-    generation = Generation(
-        model.engine, model.metrics, context, [turn.prompt], [turn.params],
-        field="messages", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
-        streams=bool(body.stream),
-    )  # fmt: skip
+    generation = start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
     head = {"id": f"chatcmpl-{context.request_id}", "created": int(time.time()), "model": body.model}
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        chunks = ChatChunks(head, generation, model.tokenizer, body, turn)
+        chunks = ChatChunks(head, generation, body, model, turn)
         return EventStream(generation, chunks, model.flags.sse_keep_alive_interval)
     await generation.collect()
 
@@ -200,7 +196,7 @@ async def create_chat_completion(context: RequestContext, body: ChatCompletionRe
             content["prompt_logprobs"] = show_prompt_logprobs(turn.prompt, positions, model.tokenizer)
         return JsonResponse(content)
 
-    # Candidates for each token of a long prompt are many.
+    # A long prompt has many candidates.
     return answer() if body.prompt_logprobs is None else await asyncio.to_thread(answer)
 
 
@@ -231,7 +227,7 @@ def _tool_choice(choice: WireToolChoice | None) -> ToolChoice:
 
 
 def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, model: ServedModel) -> dict[str, Any]:
-    """One choice of a whole answer."""
+    """Return one choice of a whole answer."""
     read = read_turn(turn.reader(), choice.text)
     message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
     if read.calls:
@@ -245,56 +241,44 @@ def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, 
 
 
 class ChatChunks(Chunks):
-    """Chunks whose choices have a delta."""
+    """Writes chunks whose choices have a delta."""
 
     content_field, empty = b"delta", b"{}"
 
     def __init__(
-        self,
-        head: dict[str, Any],
-        generation: Generation,
-        tokenizer: Tokenizer,
-        body: ChatCompletionRequest,
-        turn: Turn,
+        self, head: dict[str, Any], generation: Generation, body: ChatCompletionRequest, model: ServedModel, turn: Turn
     ) -> None:
-        super().__init__(head, generation, tokenizer, body)
+        super().__init__(head, generation, model.tokenizer, body)
         self._must_call = turn.must_call
-        # Without tools the text needs no reading.
-        self._readers = [] if turn.reader is TurnReader else [turn.reader() for _ in self.choices]
+        self._readers = [turn.reader() for _ in self.choices]
         self._prompt_due = body.prompt_logprobs is not None
 
     def opening(self) -> bytes:
-        """The assistant's role for every choice; the content is null where only calls can follow."""
+        """Return the assistant's role for every choice; the content is null if only calls can follow."""
         prompt = self.choices[0].prompt_token_ids
         ids = join_fields({"prompt_token_ids": prompt} if self.body.return_token_ids else {})
         role = b'{"role":"assistant","content":%s}' % (b"null" if self._must_call else b'""')
         return b"".join(self.chunk(index, role, chunk_fields=ids) for index in range(len(self.choices)))
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
-        """New text."""
+        """Return chunks for new text."""
+        deltas = _deltas(self._readers[index].feed(output.text)) or ([self.empty] if self.shows_tokens else [])
+        if not deltas:
+            return b""
         shown = encode_json(chat_logprobs(output.logprobs, self.tokenizer)) if self.with_logprobs else b"null"
-        deltas = [b'{"content":%s}' % encode_json(output.text)]
-        if self._readers:
-            deltas = _deltas(self._readers[index].feed(output.text)) or ([self.empty] if self.shows_tokens else [])
-            if not deltas:
-                return b""
-        first = self.chunk(
-            index, deltas[0], logprobs=shown, choice_fields=self.details(output), chunk_fields=self._about_prompt(index)
-        )
+        details, prompt = self.details(output), self._about_prompt(index)
+        first = self.chunk(index, deltas[0], logprobs=shown, choice_fields=details, chunk_fields=prompt)
         return first + b"".join(self.chunk(index, delta) for delta in deltas[1:])
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
-        """What the reader held back, and the finish reason."""
-        held, about = b"", self._about_prompt(index)
-        if self._readers:
-            reader = self._readers[index]
-            held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish()))
-            if output.finish_reason == "stop":
-                return held + self.last(index, reader.finish_reason, output.stop_reason, about)
-        return held + self.last(index, output.finish_reason, output.stop_reason, about)
+        """Return chunks for the text that the reader held back and for the finish reason."""
+        prompt, reader = self._about_prompt(index), self._readers[index]
+        held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish()))
+        reason = reader.finish_reason if output.finish_reason == "stop" else output.finish_reason
+        return held + self.last(index, reason, output.stop_reason, prompt)
 
     def _about_prompt(self, index: int) -> bytes:
-        """The prompt's log-probabilities, once; they are complete when the first choice has a token."""
+        """Return the prompt's log-probabilities, once: they are complete when the first choice has a token."""
         if not self._prompt_due or index:
             return b""
         self._prompt_due = False

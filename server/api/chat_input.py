@@ -12,7 +12,7 @@ from .fields import MAX_TOOLS, Description, GiveWay, JsonSchema, Name, SchemaNam
 
 
 class TextPart(StrictModel):
-    """One text of a message made of parts."""
+    """One text of a message that has several."""
 
     type: Literal["text"]
     text: Text
@@ -21,31 +21,23 @@ class TextPart(StrictModel):
 Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
-class InstructionMessage(StrictModel):
-    """What the application says to the model."""
+class TextMessage(StrictModel):
+    """Words of the application (system or developer) or of the user."""
 
-    role: Literal["system", "developer"]
-    content: Content
-    name: Name | None = None
-
-
-class UserMessage(StrictModel):
-    """What the user says."""
-
-    role: Literal["user"]
+    role: Literal["system", "developer", "user"]
     content: Content
     name: Name | None = None
 
 
 class CalledFunction(StrictModel):
-    """Which function, with what."""
+    """The function of a call and its arguments."""
 
     name: Name
     arguments: Text = Field(description="JSON text of an object.")
 
 
 class ToolCall(StrictModel):
-    """The model's wish to call a function."""
+    """A call of a function by the model."""
 
     id: Name
     type: Literal["function"]
@@ -53,7 +45,7 @@ class ToolCall(StrictModel):
 
 
 class AssistantMessage(StrictModel):
-    """What the model said before; the fields that hold nothing let a client send an answer back as it came."""
+    """An earlier answer of the model; fields that must be empty let a client send it back as it came."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -66,18 +58,15 @@ class AssistantMessage(StrictModel):
 
 
 class ToolMessage(StrictModel):
-    """What a called tool answered."""
+    """The result of a call."""
 
     role: Literal["tool"]
     content: Content
-    tool_call_id: Name = Field(description="The id of a call in a message before.")
+    tool_call_id: Name = Field(description="The id of a call in an earlier message.")
     name: Name | None = None
 
 
-Message = Annotated[
-    Annotated[InstructionMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")],
-    GiveWay,
-]
+Message = Annotated[Annotated[TextMessage | AssistantMessage | ToolMessage, Field(discriminator="role")], GiveWay]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
@@ -86,27 +75,28 @@ class Function(StrictModel):
 
     name: SchemaName
     description: Description | None = None
-    parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments; without it there are none.")
-    strict: bool | None = Field(None, description="With true, also a free choice must obey the parameters' schema.")
+    parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments, none by default.")
+    strict: bool | None = Field(None, description="If true, unforced calls must obey the parameters' schema too.")
 
 
 class Tool(StrictModel):
-    """A tool: functions are the only kind."""
+    """A tool, which must be a function."""
 
     type: Literal["function"]
     function: Function
 
 
 class TemplateOptions(StrictModel):
-    """What the chat template is given beside the messages."""
+    """What the chat template reads in addition to the messages."""
 
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = Field(
-        None, description="End the prompt with the opening of a turn: true unless continue_final_message is."
+        None,
+        description="End the prompt with the opening of a turn; by default not continue_final_message.",
     )
-    continue_final_message: bool | None = Field(None, description="Go on with the last message.")
+    continue_final_message: bool | None = Field(None, description="Continue the last message.")
     chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = Field(
-        None, description="Variables that the checkpoint's chat template knows."
+        None, description="Values for variables of the checkpoint's chat template."
     )
 
 

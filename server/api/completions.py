@@ -37,6 +37,7 @@ from .fields import (
     Usage,
     read_response_format,
     read_sampling,
+    start_generation,
 )
 
 DEFAULT_MAX_TOKENS = 16
@@ -98,11 +99,8 @@ async def create_completion(context: RequestContext, body: CompletionRequest, mo
         body.prompt, model, add_bos=bool(body.add_special_tokens),
         keep=body.truncate_prompt_tokens, max_tokens=params.max_tokens,
     )  # fmt: skip
-    generation = Generation(
-        model.engine, model.metrics, context, prompts, [_fitted(params, prompt, body, model) for prompt in prompts],
-        field="prompt", n=body.n or 1, priority=body.priority or 0, cache_salt=body.cache_salt,
-        streams=bool(body.stream),
-    )  # fmt: skip
+    fitted = [_fitted(params, prompt, body, model) for prompt in prompts]
+    generation = start_generation(context, body, model, prompts, fitted, "prompt")
     head: dict[str, Any] = {"id": f"cmpl-{context.request_id}", "object": "text_completion"}
     head |= {"created": int(time.time()), "model": body.model}
     skip_special_tokens = params.skip_special_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -19,7 +19,8 @@ from ..chat.structured import (
     lark_grammar,
     regex_grammar,
 )
-from ..generation.generation import MAX_SEQUENCES
+from ..generation.generation import MAX_SEQUENCES, Generation
+from ..http.context import RequestContext
 
 MAX_TEXT = 4 * 2**20
 MAX_IDS = 2**20
@@ -215,6 +216,21 @@ def read_sampling(body: SamplingRequest, model: ServedModel) -> Sampling:
     if "allowed_token_ids" in values:
         values["allowed_token_ids"] = sorted({*values["allowed_token_ids"]})
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def start_generation(
+    context: RequestContext,
+    body: SamplingRequest,
+    model: ServedModel,
+    prompts: list[list[int]],
+    params: Sequence[SamplingParams],
+    field: str,
+) -> Generation:
+    """Submit the prompts; an error calls them `field`. Raises as `Generation` does."""
+    return Generation(
+        model.engine, model.metrics, context, prompts, params, field=field, n=getattr(body, "n", None) or 1,
+        priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),
+    )  # fmt: skip
 
 
 def read_format(

@@ -1,4 +1,4 @@
-"""Tokenising and its inverse, in vLLM's shapes: the requests, the answers and the routes."""
+"""The endpoints that convert text to token ids and back, in vLLM's shapes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ from .chat_input import Messages, TemplateOptions, read_chat
 from .fields import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 
 LARGE_IDS = 4000
-"""Token ids from which texts are made off the event loop."""
+"""At least so many token ids are converted to text off the event loop."""
 
 
 class TokenizeRequest(TemplateOptions):
-    """Body of `POST /tokenize`: either a prompt, as completions read it, or messages, as chat completions do."""
+    """Body of `POST /tokenize`: a prompt as for completions, or messages as for chat completions."""
 
     model: Name | None = None
     prompt: Text | None = None
     messages: Messages | None = None
-    add_special_tokens: bool | None = Field(
-        None, description="Put the model's first token before the prompt; a chat's template does as it was trained."
-    )
-    return_token_strs: bool | None = Field(None, description="Also give each token's text.")
+    add_special_tokens: bool | None = Field(None, description="Put the begin-of-sequence token before the prompt.")
+    return_token_strs: bool | None = Field(None, description="Return the text of each token too.")
 
 
 class TokenizeAnswer(StrictModel):
@@ -57,7 +55,7 @@ class DetokenizeAnswer(StrictModel):
 
 
 async def tokenize(context: RequestContext, body: TokenizeRequest, model: ServedModel) -> Response:
-    """Tell the token ids of a prompt, or of messages put through the chat template."""
+    """Return the token ids of a prompt, or of messages rendered with the chat template."""
     ids = await _chat_ids(body, model) if body.prompt is None else await _prompt_ids(body, body.prompt, model)
 
     def answer() -> Response:
@@ -82,15 +80,15 @@ async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
         raise RequestError("Either prompt or messages is needed.", param="prompt", code="missing_required_parameter")
     if body.add_special_tokens:
         raise RequestError(
-            "add_special_tokens is only for a prompt: a chat has those of its template.", param="add_special_tokens"
+            "add_special_tokens is only for a prompt: messages have those of the template.", param="add_special_tokens"
         )
     conversation = await off_loop_if_large(read_chat, body.messages, body)
-    # What is longer than the context is counted too.
+    # keep_tokens allows more tokens than the context has.
     return (await prepare_turn(replace(conversation, keep_tokens=MAX_INT), model)).prompt
 
 
 async def detokenize(context: RequestContext, body: DetokenizeRequest, model: ServedModel) -> Response:
-    """Tell the text of token ids, that of special tokens too."""
+    """Return the text of token ids, including special tokens."""
     size = model.engine.info.vocab_size
     if body.tokens and max(body.tokens) >= size:
         raise RequestError(f"tokens has a token id outside 0 to {size - 1}.", param="tokens")

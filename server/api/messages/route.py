@@ -1,4 +1,4 @@
-"""Messages in Anthropic's shape: the route."""
+"""The route of Anthropic's Messages API."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ...generation.streaming import EventStream, EventWriter
 from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json
 from ...http.offload import off_loop, off_loop_if_large
-from ..fields import MAX_INT, read_sampling
+from ..fields import MAX_INT, read_sampling, start_generation
 from .wire import (
     AssistantTurn,
     CountTokensRequest,
@@ -42,17 +42,14 @@ MODES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 
 
 async def create_message(context: RequestContext, body: MessagesRequest, model: ServedModel) -> Response:
-    """Answer with a message, whole or as a stream; every refusal is raised before the answer begins."""
+    """Answer with a message, whole or as a stream; a request that is refused gets no stream."""
     conversation = replace(
         await _read(body),
         sampling={**read_sampling(body, model), "stop": tuple(body.stop_sequences or ())},
         max_tokens=body.max_tokens,
     )
     turn = await prepare_turn(conversation, model)
-    generation = Generation(
-        model.engine, model.metrics, context, [turn.prompt], [turn.params],
-        field="messages", priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),
-    )  # fmt: skip
+    generation = start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
     head = {"id": f"msg_{context.request_id}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
         events = MessageEvents(head, context.request_id, generation, turn, body)
@@ -60,15 +57,13 @@ async def create_message(context: RequestContext, body: MessagesRequest, model: 
     await generation.collect()
     (choice,) = generation.choices
     read = read_turn(turn.reader(), choice.text)
+    content, usage = [_block(part) for part in read.parts], token_counts(choice)
     end = ending(body, choice, read.finish_reason, bool(read.calls))
-    return JsonResponse(
-        head | {"content": [_block(part) for part in read.parts]} | end | {"usage": token_counts(choice)}
-    )
+    return JsonResponse(head | {"content": content} | end | {"usage": usage})
 
 
 async def count_tokens(_: RequestContext, body: CountTokensRequest, model: ServedModel) -> Response:
-    """Count the tokens of the prompt that such a message would have."""
-    # What is longer than the context is counted too.
+    """Count the tokens of a message's prompt, even if it is longer than the context."""
     turn = await prepare_turn(replace(await _read(body), keep_tokens=MAX_INT), model)
     return JsonResponse({"input_tokens": len(turn.prompt)})
 
@@ -78,16 +73,15 @@ async def _read(body: CountTokensRequest) -> Conversation:
 
 
 def read_conversation(body: CountTokensRequest) -> Conversation:
-    """Return the conversation of a request; raise `RequestError` where the turns do not fit each other."""
+    """Return the conversation that a request asks for; raises `RequestError`."""
     messages = list(_join_turns(_split_turns(body)))
     if messages[-1].calls:
-        raise RequestError("The last turn calls tools, but no tool_result follows.", param="messages")
-    choice = body.tool_choice
+        raise RequestError("The last message calls tools: add a tool_result for each call.", param="messages")
     return Conversation(
         messages=messages,
         tools=[_tool(tool, n) for n, tool in enumerate(body.tools or ())],
-        tool_choice=ToolChoice() if choice is None else _tool_choice(choice),
-        parallel_tool_calls=not getattr(choice, "disable_parallel_tool_use", None),
+        tool_choice=_tool_choice(body.tool_choice),
+        parallel_tool_calls=not getattr(body.tool_choice, "disable_parallel_tool_use", None),
         answer_format=_answer_format(body.output_config),
         continue_final_message=messages[-1].role == "assistant",
     )
@@ -119,7 +113,7 @@ def _split_turns(body: CountTokensRequest) -> Iterator[Message]:
 
 
 def _join_turns(messages: Iterable[Message]) -> Iterator[Message]:
-    """Yield the messages, of which neighbours by the user or by the assistant are one."""
+    """Yield the messages, with adjacent ones by the user or by the assistant joined."""
     for role, group in groupby(messages, key=lambda message: message.role):
         if role not in ("user", "assistant"):
             yield from group
@@ -141,7 +135,9 @@ def _tool(tool: CustomTool, position: int) -> Tool:
     )  # fmt: skip
 
 
-def _tool_choice(choice: MessagesToolChoice) -> ToolChoice:
+def _tool_choice(choice: MessagesToolChoice | None) -> ToolChoice:
+    if choice is None:
+        return ToolChoice()
     return ToolChoice(MODES[choice.type], (choice.name,) if isinstance(choice, ToolChoiceTool) else None)
 
 

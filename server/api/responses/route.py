@@ -15,14 +15,13 @@ from ....engine.errors import RequestError
 from ...chat.conversation import BETWEEN_PARTS, Conversation, Message, Tool, ToolCall, ToolChoice
 from ...chat.served_model import ServedModel
 from ...chat.turn import Turn, prepare_turn
-from ...generation.generation import Generation
 from ...generation.streaming import EventStream
 from ...http.body import LARGE_BODY_BYTES
 from ...http.budget import MAX_BODY_BYTES
 from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
 from ...http.offload import is_large, off_loop_if_large
-from ..fields import MAX_TOOLS, read_format, read_sampling
+from ..fields import MAX_TOOLS, read_format, read_sampling, start_generation
 from .events import Item, ResponseWriter, new_id
 from .store import ResponseStore, StoredResponse, decode_items
 from .wire import (
@@ -49,10 +48,7 @@ async def create_response(
     conversation, items = await off_loop_if_large(_read, body, sources, model)
     turn = await prepare_turn(conversation, model)
     response = await off_loop_if_large(_describe, body, turn)
-    generation = Generation(
-        model.engine, model.metrics, context, [turn.prompt], [turn.params],
-        field="input", priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),
-    )  # fmt: skip
+    generation = start_generation(context, body, model, [turn.prompt], [turn.params], "input")
     put = None if body.store is False else partial(store.put, input_items=items, owner=context.owner)
     writer = ResponseWriter(response, turn, generation, model.tokenizer, put)
     if body.stream:
