@@ -20,13 +20,13 @@ def named(defence: Defence) -> str:
 
 
 @pytest.mark.parametrize("defence", TABLE, ids=named)
-def test_a_defence_stands_where_the_table_says_and_its_test_is_there(defence: Defence) -> None:
+def test_defence_and_its_test_exist(defence: Defence) -> None:
     take_out(defence, (ROOT / defence.file).read_text(encoding="utf-8"))
     path, _, name = defence.test.partition("[")[0].partition("::")
     assert re.search(rf"^((async )?def )?{name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
-def test_every_row_of_the_page_has_a_defence_and_every_defence_a_row() -> None:
+def test_hazards_and_defences_match_the_page() -> None:
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     table = page.partition("| hazard | promise |\n")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)

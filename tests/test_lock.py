@@ -31,7 +31,7 @@ def locked(*files: str) -> dict[str, tuple[str, list[str]]]:
     return {canonicalize_name(name): (version, re.findall(r"--hash=(\S+)", rest)) for name, version, rest in found}
 
 
-def test_every_line_is_a_version_a_hash_or_a_remark_and_no_address_is_in_it() -> None:
+def test_lock_lines_are_versions_hashes_or_comments() -> None:
     for name in LOCKS:
         text = (ROOT / name).read_text(encoding="utf-8")
         for line in text.splitlines():
@@ -42,7 +42,7 @@ def test_every_line_is_a_version_a_hash_or_a_remark_and_no_address_is_in_it() ->
     assert all(hashes for _, hashes in locked(*LOCKS).values())
 
 
-def test_torch_and_its_libraries_are_apart_since_their_builds_differ() -> None:
+def test_torch_and_its_libraries_have_their_own_lock() -> None:
     torch = set(locked("requirements-torch.lock"))
     assert "torch" in torch
     assert all(name.startswith(("cuda-", "nvidia-")) for name in torch - {"torch", "triton"})

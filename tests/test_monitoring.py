@@ -202,7 +202,7 @@ def test_alerts_have_names_of_their_own_and_say_what_to_do() -> None:
     assert [name for name in names if f'alertname="{name}"' not in tested] == []
 
 
-def test_the_files_that_compose_mounts_are_there_and_images_are_pinned() -> None:
+def test_compose_mounts_exist_and_images_are_pinned() -> None:
     services = yaml.safe_load((MONITORING / "compose.yaml").read_text(encoding="utf-8"))["services"]
     for service in services.values():
         sources = [volume.split(":")[0] for volume in service.get("volumes", [])]
@@ -217,7 +217,7 @@ def test_the_files_that_compose_mounts_are_there_and_images_are_pinned() -> None
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, of the package prometheus, is not installed")
-def test_prometheus_takes_the_rules_and_each_alert_fires_when_it_should() -> None:
+def test_prometheus_accepts_the_rules_and_alerts_fire() -> None:
     for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
         done = subprocess.run(["promtool", *command], cwd=MONITORING, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -18,7 +18,7 @@ from support.serving import PATIENCE, ServerProcess, children
 JSON_OBJECT = {"type": "json_object"}
 
 
-def test_the_asserts_of_tests_and_of_what_they_share_always_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asserts_in_tests_and_support_always_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="assert 1 == 2"):
         assert int("1") == 2
     monkeypatch.setattr(serving, "PATIENCE", 0)
@@ -27,9 +27,10 @@ def test_the_asserts_of_tests_and_of_what_they_share_always_count(monkeypatch: p
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="environments are read from Linux's /proc")
-def test_a_server_without_asserts_has_an_engine_without_them_and_answers_the_same(
+def test_server_under_optimize_answers_the_same(
     demo: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The engine process inherits -O, and no answer depends on an assert."""
     monkeypatch.setenv("PYTHONOPTIMIZE", "1")
     with ServerProcess(tmp_path / "log") as server:
         for pid in (server.process.pid, server.engine_pid):

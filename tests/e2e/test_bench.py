@@ -43,7 +43,7 @@ def test_a_running_server_is_measured_and_every_token_counted(server: ServerProc
     assert after.generation_tokens_total - before.generation_tokens_total == 2 * (42 + warm_up)
 
 
-def test_a_server_of_its_own_is_started_with_the_flags_of_the_model(checkpoint: Path) -> None:
+def test_bench_starts_a_server_with_the_model_flags(checkpoint: Path) -> None:
     done = bench(str(checkpoint), "--dtype", "float32", "--concurrency", "2", *SMALL)
     assert done.returncode == 0, done.stderr
     head, row = done.stdout.splitlines()

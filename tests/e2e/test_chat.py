@@ -149,7 +149,7 @@ def test_a_seed_repeats_an_answer_and_no_seed_does_not(client: OpenAI) -> None:
     assert free[0] != free[1]
 
 
-def test_temperature_zero_and_only_the_likeliest_token_are_greedy(client: OpenAI) -> None:
+def test_temperature_zero_and_top_k_one_are_greedy(client: OpenAI) -> None:
     greedy = ask(client, temperature=0).choices[0].token_ids
     assert ask(client, temperature=1.7, extra={"top_k": 1}).choices[0].token_ids == greedy
     assert ask(client, temperature=1.7, extra={"min_p": 1.0}).choices[0].token_ids == greedy
@@ -159,7 +159,7 @@ def test_temperature_zero_and_only_the_likeliest_token_are_greedy(client: OpenAI
 
 @pytest.mark.parametrize("place", [3, 8, 15])
 @pytest.mark.parametrize("length", [1, 2, 4])
-def test_a_stop_string_across_token_borders_ends_the_text_before_it(client: OpenAI, place: int, length: int) -> None:
+def test_stop_string_across_tokens_ends_the_text_before_it(client: OpenAI, place: int, length: int) -> None:
     """Every token of this model is a single byte, so that a longer stop string always spans tokens."""
     options = SEEDED | {"max_tokens": 40}
     text = ask(client, **options).choices[0].message.content
@@ -174,7 +174,7 @@ def test_a_stop_string_across_token_borders_ends_the_text_before_it(client: Open
     assert shown.message.content == expected + stop
 
 
-def test_text_that_only_begins_a_stop_string_is_released_at_the_end(client: OpenAI) -> None:
+def test_partial_stop_string_is_released_at_the_end(client: OpenAI) -> None:
     text = ask(client, **SEEDED).choices[0].message.content
     stop = text[-2:] + "and more that never comes"
     one = gather(ask(client, **SEEDED, stop=[stop], stream=True))[0]
@@ -217,7 +217,7 @@ def test_the_end_of_sequence_token_ends_an_answer_unless_ignored(client: OpenAI,
             assert "</s>" not in choice.message.content
 
 
-def test_without_max_tokens_an_answer_may_take_the_rest_of_the_context(client: OpenAI, http: httpx.Client) -> None:
+def test_default_max_tokens_is_the_rest_of_the_context(client: OpenAI, http: httpx.Client) -> None:
     length = http.get("/v1/models/tiny").json()["max_model_len"]
     text = "x" * (length - 100)
     answer = ask(client, text, temperature=0, max_tokens=None)

@@ -88,7 +88,7 @@ def signed_in(visit: Visit) -> Visit:
     return visit
 
 
-def test_a_key_is_asked_for_a_wrong_one_is_told_and_the_right_one_opens(visit: Visit) -> None:
+def test_page_asks_for_the_key_and_reports_a_wrong_one(visit: Visit) -> None:
     page = visit.open().page
     expect(page.get_by_role("alert")).to_have_text("This server wants an API key.")
     visit.use_key("wrong")
@@ -123,7 +123,7 @@ def test_a_talk_of_two_turns_is_streamed_regenerated_and_cleared(signed_in: Visi
     expect(page.locator("article")).to_have_count(0)
 
 
-def test_settings_reach_the_server_and_its_refusals_are_shown_in_words(signed_in: Visit) -> None:
+def test_page_sends_settings_and_shows_refusals(signed_in: Visit) -> None:
     page = signed_in.page
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
@@ -199,7 +199,7 @@ def test_text_of_a_model_is_text_whatever_it_says(signed_in: Visit) -> None:
     assert body.locator("img, b").count() == 0
 
 
-def test_an_error_in_the_stream_and_a_server_that_is_gone_are_told(signed_in: Visit) -> None:
+def test_page_reports_stream_errors_and_a_stopped_server(signed_in: Visit) -> None:
     page = signed_in.page
     error = json.dumps({"error": {"message": "The engine has stopped."}})
     answers = iter([
@@ -248,7 +248,7 @@ def test_the_page_works_under_a_proxys_path(browser: sync_api.Browser, guarded: 
         assert not [url for url in visit.urls if not url.startswith((visit.home, "data:"))]
 
 
-def test_the_api_reference_shows_every_route_without_the_internet(visit: Visit) -> None:
+def test_api_reference_works_offline(visit: Visit) -> None:
     page = visit.open("/docs").page
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health"):
         expect(page.get_by_role("link", name=path, exact=True)).to_be_visible()

@@ -104,9 +104,7 @@ def broken_copy(checkpoint: Path, folder: Path, kind: str) -> Path:
     ("kind", "part"),
     [("truncated", "model.safetensors"), ("pickle", "safetensors"), ("no tokenizer", "tokenizer.json")],
 )
-def test_a_checkpoint_that_cannot_be_served_is_refused_in_one_sentence(
-    checkpoint: Path, tmp_path: Path, kind: str, part: str
-) -> None:
+def test_unusable_checkpoint_is_refused_in_one_sentence(checkpoint: Path, tmp_path: Path, kind: str, part: str) -> None:
     assert_refused(run("serve", str(broken_copy(checkpoint, tmp_path, kind)), "--port", "0"), part)
 
 

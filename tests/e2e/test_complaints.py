@@ -150,7 +150,7 @@ def test_5_a_streamed_tool_call_is_valid_json_and_nothing_else(http: httpx.Clien
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_6_a_function_without_parameters_is_called_with_an_empty_object(http: httpx.Client, streamed: bool) -> None:
+def test_6_function_without_parameters_gets_an_empty_object(http: httpx.Client, streamed: bool) -> None:
     fields = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "clock"}}, "max_tokens": 100}
     if streamed:
         pieces = [piece for delta in deltas(stream(http, **fields)) for piece in delta.get("tool_calls", [])]
@@ -243,7 +243,7 @@ def server_name(http: httpx.Client) -> str:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses", "/v1/messages"])
-def test_11_what_is_wrong_is_refused_in_one_shape_and_never_inside_a_stream(http: httpx.Client, path: str) -> None:
+def test_11_bad_requests_get_one_error_shape_before_a_stream(http: httpx.Client, path: str) -> None:
     prompts = {CHAT: {"messages": [USER]}, COMPLETIONS: {"prompt": "Hi"}, "/v1/responses": {"input": "Hi"},
                "/v1/messages": {"messages": [USER], "max_tokens": 5, "model": "tiny"}}  # fmt: skip
     for wrong in ({"temperature": -1}, {"unknown": 1}, {"tools": "x"}, {"top_p": "high"}):
@@ -253,7 +253,7 @@ def test_11_what_is_wrong_is_refused_in_one_shape_and_never_inside_a_stream(http
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
-def test_12_the_start_is_quick_and_the_first_request_as_fast_as_the_next(fresh: Any) -> None:
+def test_12_start_is_quick_and_first_request_is_not_slower(fresh: Any) -> None:
     _, ready, (first, *others) = fresh
     assert ready < 30
     assert first < 1 + 5 * max(others)

@@ -43,7 +43,7 @@ def test_max_tokens_is_16_unless_given(client: OpenAI) -> None:
     assert complete(client, "Hi", max_tokens=17).usage.completion_tokens == 17
 
 
-def test_the_first_token_of_the_model_comes_before_a_text_only_if_asked_for(client: OpenAI) -> None:
+def test_bos_is_added_only_on_request(client: OpenAI) -> None:
     answer = complete(client, "Hi", extra={"add_special_tokens": True})
     assert answer.choices[0].prompt_token_ids == [2, *ids("Hi")]
     assert complete(client, "<s>Hi</s>").usage.prompt_tokens == 9, "spelled special tokens are text"
@@ -153,9 +153,7 @@ def test_echoed_logprobs_are_those_of_a_full_forward_pass(client: OpenAI, model:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
-def test_a_continuation_is_scored_as_evaluation_programs_ask_for_it(
-    client: OpenAI, model: DeepForCausalLM, max_tokens: int
-) -> None:
+def test_continuation_scoring_for_evaluation_harnesses(client: OpenAI, model: DeepForCausalLM, max_tokens: int) -> None:
     """They send context and continuation as ids, and read the positions of the continuation."""
     context, endings = ids("The capital of France is"), [ids(" Paris"), ids(" a cat"), ids(" Rome")]
     prompts = [context + ending for ending in endings]
@@ -177,7 +175,7 @@ def test_a_scored_prompt_may_fill_the_context(client: OpenAI) -> None:
         complete(client, prompt, echo=True, logprobs=0, max_tokens=1)
 
 
-def test_the_default_of_max_tokens_is_no_more_than_the_context_leaves(client: OpenAI) -> None:
+def test_default_max_tokens_fits_the_context(client: OpenAI) -> None:
     answer = complete(client, [(ids("Again. ") * 1200)[: 8192 - 5], ids("Hi")])
     assert [len(choice.token_ids) for choice in answer.choices] == [5, 16]
 

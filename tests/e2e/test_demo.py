@@ -44,7 +44,7 @@ def test_the_demo_model_answers_sensibly_and_ends_its_turn(demo_client: OpenAI, 
 
 
 @pytest.mark.anyio
-async def test_the_demo_model_answers_the_same_alone_and_among_sixteen_others(demo: ServerProcess) -> None:
+async def test_demo_answers_the_same_alone_and_among_sixteen(demo: ServerProcess) -> None:
     """In BF16, with the default flags: what a user gets."""
     async with AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
         model = (await client.models.list()).data[0].id

@@ -40,24 +40,20 @@ def test_all_choices_of_a_closed_stream_end(server: ServerProcess, client: OpenA
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_client_that_hangs_up_while_tokens_are_made_ends_its_request(
-    server: ServerProcess, stream: bool, n: int
-) -> None:
+def test_disconnect_while_decoding_aborts_the_request(server: ServerProcess, stream: bool, n: int) -> None:
     with posted(server, stream=stream, n=n):
         wait_for_load(server, running=n)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_client_that_hangs_up_ends_its_request_also_where_another_has_followed(
-    server: ServerProcess, stream: bool
-) -> None:
+def test_disconnect_aborts_with_a_pipelined_request_behind(server: ServerProcess, stream: bool) -> None:
     with posted(server, stream=stream) as connection:
         wait_for_load(server, running=1)  # only then, for a request that has just begun reads on what comes
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         server.metrics()  # what came before is read by now
 
 
-def test_a_client_that_hangs_up_while_its_prompt_is_computed_ends_its_request(server: ServerProcess) -> None:
+def test_disconnect_while_prefilling_aborts_the_request(server: ServerProcess) -> None:
     before = server.wait_until_idle()
     with posted(server, prompt="x" * 6000, max_tokens=2000):
         wait_for_load(server, running=1)

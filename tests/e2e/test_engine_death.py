@@ -87,9 +87,7 @@ async def check_end(server: ServerProcess, strike: Callable[[], Any], *, patienc
 
 
 @pytest.mark.parametrize("kind", ["broken", "crash", "exit"])
-async def test_an_engine_that_fails_for_everybody_ends_and_everybody_hears_of_it(
-    checkpoint: Path, tmp_path: Path, kind: str
-) -> None:
+async def test_engine_failing_for_every_request_ends_with_errors(checkpoint: Path, tmp_path: Path, kind: str) -> None:
     with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=1, faults=f"{kind}@marked") as server:
         await check_end(server, lambda: ask_marked(server), patience=0)
 
@@ -100,7 +98,7 @@ async def test_an_engine_that_hangs_in_a_step_is_ended_with_the_server(checkpoin
         await check_end(server, lambda: ask_marked(server), patience=HANG)
 
 
-def test_an_idle_engine_that_answers_no_more_is_found_out_and_killed(checkpoint: Path, tmp_path: Path) -> None:
+def test_hung_idle_engine_is_detected_and_killed(checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--engine-hang-timeout", str(HANG))
     with ServerProcess(tmp_path / "log", str(checkpoint), *flags, exit_code=1) as server:
         engine = server.engine_pid
@@ -114,7 +112,8 @@ def test_an_idle_engine_that_answers_no_more_is_found_out_and_killed(checkpoint:
         assert "no progress for 2 s" in server.log
 
 
-def test_a_step_that_takes_longer_than_a_hang_is_none_while_its_layers_end(checkpoint: Path, tmp_path: Path) -> None:
+def test_slow_step_with_progress_is_not_a_hang(checkpoint: Path, tmp_path: Path) -> None:
+    """A step may take longer than the hang timeout as long as its layers finish."""
     flags = ("--engine-hang-timeout", str(HANG))
     with ServerProcess(tmp_path / "log", str(checkpoint), *flags, faults="slow@slow") as server:
         started = time.monotonic()
@@ -169,7 +168,7 @@ async def test_a_dead_engine_is_started_again_as_often_as_allowed(checkpoint: Pa
         assert not any(map(is_running, (first, second)))
 
 
-def test_a_server_that_waits_to_start_its_engine_again_can_be_stopped(checkpoint: Path, tmp_path: Path) -> None:
+def test_server_waiting_to_restart_its_engine_can_be_stopped(checkpoint: Path, tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", str(checkpoint), "--restart-engine", "5") as server:
         os.kill(server.engine_pid, signal.SIGKILL)
         wait_for(lambda: "engine_restarting" in httpx.get(f"{server.url}/ready").text, "the death to show")

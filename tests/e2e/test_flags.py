@@ -62,7 +62,7 @@ def test_https_json_logs_own_defaults_and_vllms_metric_names(
     assert 0 < line["seconds"] < PATIENCE
 
 
-def test_a_tls_handshake_that_does_not_come_on_is_ended_and_keeps_nobody_waiting(
+def test_stalled_tls_handshake_is_closed_and_delays_no_one(
     pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, certificate = pair

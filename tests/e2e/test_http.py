@@ -250,7 +250,7 @@ def test_health_and_metrics_need_no_key(locked: httpx.Client, path: str) -> None
     assert locked.get(path).status_code == 200
 
 
-def test_anthropics_clients_send_their_key_in_a_header_of_their_own(locked: httpx.Client) -> None:
+def test_x_api_key_header_is_accepted(locked: httpx.Client) -> None:
     path = "/v1/messages/count_tokens"
     assert locked.post(path, json=POSTS[path], headers={"x-api-key": "first"}).status_code == 200
     error_of(locked.post(path, json=POSTS[path], headers={"x-api-key": "wrong"}), 401)

@@ -55,9 +55,7 @@ def check_untouched(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_request_that_fails_ends_alone_and_tells_nothing_of_the_inside(
-    faulty: ServerProcess, kind: str
-) -> None:
+async def test_failing_request_fails_alone_without_internals(faulty: ServerProcess, kind: str) -> None:
     engine = faulty.engine_pid
     async with httpx.AsyncClient(base_url=faulty.url, timeout=PATIENCE) as http:
         expected = await ask_others(http)
@@ -79,7 +77,7 @@ async def test_a_request_that_fails_ends_alone_and_tells_nothing_of_the_inside(
     assert f"Request bad-{kind}-0" in faulty.log, "the log tells who failed"
 
 
-async def test_a_step_that_fails_once_is_computed_again_and_ends_nobody(faulty: ServerProcess) -> None:
+async def test_step_that_fails_once_is_retried(faulty: ServerProcess) -> None:
     async with httpx.AsyncClient(base_url=faulty.url, timeout=PATIENCE) as http:
         expected = await ask_others(http)
         beside, alike = await asyncio.gather(ask_others(http), ask_bad(http, "once", max_tokens=40, seed=3))

@@ -86,7 +86,7 @@ def test_a_second_signal_stops_at_once(checkpoint: Path, tmp_path: Path) -> None
     assert not is_running(engine)
 
 
-def test_the_death_of_the_engine_is_told_to_everyone_and_ends_the_server(checkpoint: Path, tmp_path: Path) -> None:
+def test_engine_death_fails_all_requests_and_ends_the_server(checkpoint: Path, tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=1) as server, connect(server) as client:
         with client.completions.with_streaming_response.create(
             model="tiny", prompt="Hi", max_tokens=FOREVER, stream=True, extra_body={"ignore_eos": True}
@@ -110,7 +110,7 @@ def test_the_death_of_the_engine_is_told_to_everyone_and_ends_the_server(checkpo
         assert "engine has died" in server.log
 
 
-def test_an_idle_server_ends_when_its_engine_dies_and_says_so_until_then(checkpoint: Path, tmp_path: Path) -> None:
+def test_idle_server_reports_engine_death_then_ends(checkpoint: Path, tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=1) as server:
         with httpx.Client(base_url=server.url) as http:
             os.kill(server.engine_pid, signal.SIGKILL)
@@ -140,9 +140,10 @@ def test_the_engine_ends_with_a_server_that_is_killed(checkpoint: Path, tmp_path
     not Path("/proc/self/environ").exists(), reason="a process's environment is read from Linux's /proc"
 )
 @pytest.mark.parametrize("policy", [None, "active"])
-def test_the_engine_s_threads_spin_shortly_unless_the_user_says_otherwise_and_share_one_heap(
+def test_engine_threads_spin_briefly_and_share_one_heap(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str | None
 ) -> None:
+    """Both are defaults: the user's own environment variables win."""
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
@@ -160,9 +161,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_a_server_killed_three_times_leaves_nobody_waiting_nothing_behind_and_its_port_free(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_sigkill_leaves_no_process_no_port_no_waiting_client(checkpoint: Path, tmp_path: Path) -> None:
     port = free_port()
     for n in range(3):
         started = time.monotonic()
@@ -189,7 +188,7 @@ def test_a_server_killed_three_times_leaves_nobody_waiting_nothing_behind_and_it
             assert time.monotonic() - killed < 10
 
 
-def test_requests_that_do_not_end_in_time_are_told_so_when_the_server_stops(checkpoint: Path, tmp_path: Path) -> None:
+def test_shutdown_timeout_reports_unfinished_requests(checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--shutdown-timeout", "0.5")
     with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server, connect(server) as client:
         engine = server.engine_pid
@@ -204,7 +203,7 @@ def test_requests_that_do_not_end_in_time_are_told_so_when_the_server_stops(chec
     assert not is_running(engine)
 
 
-def test_a_request_whose_body_does_not_come_is_told_so_when_the_server_stops(checkpoint: Path, tmp_path: Path) -> None:
+def test_shutdown_answers_a_request_with_an_unsent_body(checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--shutdown-timeout", "0.5", "--dtype", "float32")
     with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server:
         url = httpx.URL(server.url)

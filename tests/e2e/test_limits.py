@@ -33,7 +33,7 @@ async def flood(url: str, requests: int) -> list[httpx.Response]:
         return await asyncio.gather(*(ask(n) for n in range(requests)))
 
 
-def test_a_flood_is_answered_whole_or_refused_with_the_time_to_come_back(checkpoint: Path, tmp_path: Path) -> None:
+def test_flood_is_answered_or_refused_with_retry_after(checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--dtype", "float32", "--max-num-seqs", "4", "--max-num-queued-reqs", "8")
     with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server:
         answers = asyncio.run(flood(server.url, 120))
@@ -71,7 +71,7 @@ async def test_the_official_client_comes_back_by_itself_when_refused(checkpoint:
     assert " 429 " in server.log
 
 
-def test_a_repeated_prompt_is_not_computed_again_but_for_another_salt(server: ServerProcess, client: OpenAI) -> None:
+def test_prefix_cache_hits_unless_the_salt_differs(server: ServerProcess, client: OpenAI) -> None:
     before = server.wait_until_idle()
 
     def ask(salt: str | None, **options: Any) -> Any:
@@ -121,7 +121,7 @@ def peak_bytes(pid: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
-def test_the_whole_server_needs_little_more_than_weights_and_cache(tmp_path: Path) -> None:
+def test_server_memory_is_near_weights_plus_cache(tmp_path: Path) -> None:
     config = replace(TINY, hidden_size=384, intermediate_size=1536, num_hidden_layers=12, max_position_embeddings=1024)
     folder = tmp_path / "larger"
     folder.mkdir()

@@ -164,7 +164,7 @@ def test_count_tokens_says_what_the_usage_will(claude: Anthropic, ask: Any, name
         assert counted.input_tokens == prompt_tokens(ask(**fields))
 
 
-def test_a_prompt_that_was_computed_before_is_read_from_the_cache(ask: Any) -> None:
+def test_usage_reports_cached_prompt_tokens(ask: Any) -> None:
     question = [user("Please repeat: " + "one two three " * 20)]
     ask(question, max_tokens=1)
     again = ask(question, max_tokens=1)

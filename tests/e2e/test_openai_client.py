@@ -129,7 +129,7 @@ def test_parse_gives_an_object_of_the_asked_type(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_tool_that_must_be_called_is_called_with_arguments_that_parse(ask: Ask, choice: Any) -> None:
+def test_required_tool_call_has_arguments_that_parse(ask: Ask, choice: Any) -> None:
     options = {"model": "tiny", "messages": [USER], "max_tokens": 400, "tools": [WEATHER], "tool_choice": choice}
     options |= SEEDED | {"parallel_tool_calls": False}
     answer = ask(lambda client: client.chat.completions.parse(**options)).choices[0]

@@ -58,7 +58,7 @@ def test_thousands_of_small_requests_are_answered_one_by_one(server: ServerProce
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_whole_request_is_answered_before_what_comes_after_it_is_refused(server: ServerProcess, wrong: str) -> None:
+def test_request_is_answered_before_garbage_behind_it(server: ServerProcess, wrong: str) -> None:
     data, status = WRONG[wrong]
     whole, refused = answers(server, COMPLETION % (len(BODY), BODY) + data + HEALTH, 3)
     assert whole.status == 200
@@ -67,7 +67,7 @@ def test_a_whole_request_is_answered_before_what_comes_after_it_is_refused(serve
     assert json.loads(refused.body)["error"]["code"]
 
 
-def test_all_whole_requests_are_answered_before_the_connection_ends(server: ServerProcess) -> None:
+def test_pipelined_requests_are_answered_before_the_close(server: ServerProcess) -> None:
     replies = answers(server, HEALTH * 3 + COMPLETION % (len(BODY), BODY) + WRONG["no HTTP"][0], 6)
     assert [reply.status for reply in replies] == [200] * 4 + [400]
 
@@ -84,9 +84,7 @@ def test_a_stream_goes_on_to_its_end_whatever_is_sent_meanwhile(server: ServerPr
 
 
 @pytest.mark.parametrize("wrong", BROKEN_BODIES)
-def test_a_whole_request_is_answered_before_a_broken_body_after_it_is_refused(
-    server: ServerProcess, wrong: str
-) -> None:
+def test_request_is_answered_before_a_broken_body_behind_it(server: ServerProcess, wrong: str) -> None:
     whole, refused = answers(server, COMPLETION % (len(BODY), BODY) + CHUNKED + BROKEN_BODIES[wrong], 2)
     assert json.loads(whole.body)["usage"]["completion_tokens"] == 40
     assert refused.status == 400

@@ -84,7 +84,7 @@ def test_a_response_answers_and_is_complete(talk: OpenAI, model: str) -> None:
     assert chat.usage.prompt_tokens == answer.usage.input_tokens
 
 
-def test_a_stream_has_the_clients_events_in_order_and_the_same_answer(talk: OpenAI, model: str) -> None:
+def test_streamed_response_has_the_events_in_order(talk: OpenAI, model: str) -> None:
     options: dict[str, Any] = {"model": model, "input": SUM, "top_logprobs": 2, **GREEDY}
     whole = talk.responses.create(**options)
     events = list(talk.responses.create(**options, stream=True))
@@ -184,7 +184,7 @@ def test_a_structured_output_of_choices_is_one_of_them(talk: OpenAI, model: str)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}], ids=["required", "named"])
-def test_an_enforced_call_fits_its_schema_and_its_result_goes_back_in(talk: OpenAI, model: str, choice: Any) -> None:
+def test_required_call_fits_its_schema_and_takes_its_result(talk: OpenAI, model: str, choice: Any) -> None:
     options: dict[str, Any] = {"model": model, "tools": [TOOL], "max_output_tokens": 200}
     options["parallel_tool_calls"] = False
     question = {"role": "user", "content": "How is the weather in Paris?"}
@@ -202,7 +202,7 @@ def test_an_enforced_call_fits_its_schema_and_its_result_goes_back_in(talk: Open
     assert chained.usage.input_tokens > answer.usage.input_tokens
 
 
-def test_a_streamed_call_has_the_clients_events_and_the_same_arguments(talk: OpenAI, model: str) -> None:
+def test_streamed_call_has_the_events_and_the_same_arguments(talk: OpenAI, model: str) -> None:
     options: dict[str, Any] = {"model": model, "input": "Weather?", "tools": [TOOL], "tool_choice": "required"}
     options |= {"parallel_tool_calls": False, "max_output_tokens": 200, "extra_body": {"seed": 5}}
     whole = talk.responses.create(**options)

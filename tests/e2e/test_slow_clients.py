@@ -88,7 +88,7 @@ def canary(server: ServerProcess) -> float:
     return time.monotonic() - begun
 
 
-def test_a_hundred_half_open_connections_keep_nobody_waiting_and_are_closed(strict: ServerProcess) -> None:
+def test_half_open_connections_delay_no_one_and_are_closed(strict: ServerProcess) -> None:
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connect(strict)) for _ in range(34)]
         begun = [stack.enter_context(connect(strict, START)) for _ in range(33)]
@@ -116,7 +116,7 @@ def test_a_body_that_stops_coming_is_given_up(strict: ServerProcess) -> None:
     wait_for(lambda: "POST /v1/completions 499" in strict.log, "the request's line in the log")
 
 
-def test_a_body_that_drips_is_given_up_and_one_that_comes_on_is_read(strict: ServerProcess) -> None:
+def test_stalled_body_is_rejected_and_a_slow_one_is_read(strict: ServerProcess) -> None:
     body = json.dumps({"prompt": "Hi", "max_tokens": 2}).encode() + b" " * 80_000
     head = START + b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
     with connect(strict, head) as slow, connect(strict, head) as dripping:
@@ -159,7 +159,7 @@ def test_large_bodies_that_drip_leave_their_room_to_others(strict: ServerProcess
     ],
     ids=["stream", "whole", "far behind"],
 )
-def test_an_answer_that_nobody_reads_is_stopped_and_its_memory_given_back(
+def test_unread_answer_is_stopped_and_its_memory_freed(
     strict: ServerProcess, fields: dict[str, Any], reason: str
 ) -> None:
     before = strict.wait_until_idle()
@@ -203,7 +203,7 @@ def test_headers_that_are_too_large_are_refused(strict: ServerProcess) -> None:
         assert error_code(rest(connection)) == (431, "headers_too_large")
 
 
-def test_connections_beyond_the_bound_are_refused_until_others_end(strict: ServerProcess) -> None:
+def test_connections_over_the_limit_are_refused(strict: ServerProcess) -> None:
     endless = post(max_tokens=FOREVER, ignore_eos=True)
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(connect(strict, endless)) for _ in range(CONNECTIONS - 1)]
@@ -254,7 +254,7 @@ def test_who_rests_longest_makes_room_for_a_new_connection(strict: ServerProcess
     wait_for(lambda: re.search(pattern, strict.log), "the log to tell it")
 
 
-def test_who_reads_nothing_does_not_keep_those_at_rest_in_their_places(strict: ServerProcess) -> None:
+def test_stalled_readers_do_not_block_eviction_of_idle_ones(strict: ServerProcess) -> None:
     ask = HEALTH.replace(b"/health", b"/openapi.json")
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -286,7 +286,7 @@ def test_a_connection_that_rests_between_two_requests_stays_open(strict: ServerP
         assert rest(connection) == b""
 
 
-def test_the_rest_of_a_body_that_was_answered_already_is_not_waited_for(strict: ServerProcess) -> None:
+def test_rest_of_an_answered_body_is_not_awaited(strict: ServerProcess) -> None:
     with connect(strict, START + b"content-length: 999999999\r\n\r\n") as connection:
         assert b" 413 " in connection.recv(2000)
         since = time.monotonic()

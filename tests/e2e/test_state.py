@@ -81,7 +81,7 @@ def test_metrics_count_what_was_done(server: ServerProcess, client: OpenAI) -> N
     assert after["engine_step_seconds_sum", ""] > before["engine_step_seconds_sum", ""]
 
 
-def test_the_log_has_a_line_for_each_request_and_nothing_of_its_text(server: ServerProcess, client: OpenAI) -> None:
+def test_log_has_one_line_per_request_without_its_text(server: ServerProcess, client: OpenAI) -> None:
     client.completions.create(
         model="tiny", prompt="a secret thing", max_tokens=3, extra_headers={"x-request-id": "look-for-me"}
     )

@@ -170,7 +170,7 @@ def test_logprobs_of_a_call_cover_all_its_tokens(client: OpenAI) -> None:
     assert [entry.token for entry in streamed] == [entry.token for entry in answer.choices[0].logprobs.content]
 
 
-def test_a_strict_function_in_a_free_choice_is_called_validly_or_not_at_all(client: OpenAI) -> None:
+def test_strict_function_with_auto_choice_is_called_validly(client: OpenAI) -> None:
     class GetWeather(BaseModel):
         """Get the current weather in a city"""
 

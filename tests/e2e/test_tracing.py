@@ -32,7 +32,7 @@ class Collector(BaseHTTPRequestHandler):
         pass
 
 
-def test_spans_of_all_requests_are_with_the_collector_when_the_server_has_ended(
+def test_all_spans_are_exported_before_shutdown_ends(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")  # milliseconds: none is sent before the end

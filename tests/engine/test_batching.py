@@ -82,7 +82,7 @@ def test_the_answer_does_not_depend_on_chunks_pages_or_seats(tiny_checkpoint, si
     assert run(make_core(tiny_checkpoint, **sizes), requests) == alone
 
 
-def test_long_prompts_in_bf16_say_the_same_alone_and_when_a_crowd_cuts_them_into_chunks(tiny_checkpoint):
+def test_bf16_prompts_are_chunk_invariant_in_a_crowd(tiny_checkpoint):
     """BF16 rounds coarsely, so it shows at once when a token is computed in another way than alone."""
     rng = random.Random(9)
     requests = [random_request(rng, str(i), longest=900) for i in range(12)]
@@ -105,7 +105,7 @@ def test_the_answer_does_not_depend_on_preemption(tiny_checkpoint, trial):
     assert cramped.scheduler.num_preemptions > 3
 
 
-def test_a_late_request_gets_its_first_token_while_earlier_ones_still_run(tiny_checkpoint):
+def test_late_request_starts_while_earlier_ones_run(tiny_checkpoint):
     core = make_core(tiny_checkpoint, max_num_batched_tokens=24)
     for i in range(4):
         params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)

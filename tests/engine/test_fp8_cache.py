@@ -55,7 +55,7 @@ def wanted(tiny_checkpoint) -> list[list[int]]:
         return [answers(engine(tiny_checkpoint), [prompt])[0] for prompt in PROMPTS]
 
 
-def test_numbers_are_rounded_to_the_nearest_and_the_largest_is_kept():
+def test_fp8_rounds_to_nearest_and_saturates():
     given = torch.tensor([0.0, 1.06, -1.07, 0.0009, 447.0, 465.0, -1e9, float("inf")])
     assert narrow(given).float().tolist() == [0.0, 1.0, -1.125, 0.0, 448.0, 448.0, -448.0, 448.0]
 
@@ -76,7 +76,7 @@ def test_the_answer_depends_on_nothing_but_the_prompt(tiny_checkpoint, wanted, s
     assert answers(engine(tiny_checkpoint, **settings)) == wanted
 
 
-def test_preempted_sequences_and_prefix_hits_go_on_with_the_same_keys_and_values(tiny_checkpoint, wanted):
+def test_fp8_cache_survives_preemption_and_prefix_hits(tiny_checkpoint, wanted):
     llm = engine(tiny_checkpoint, num_kv_blocks=41)
     assert answers(llm) == wanted
     assert llm.core.stats().num_preemptions > 0
@@ -107,7 +107,7 @@ def test_as_many_bytes_hold_more_blocks(tiny_checkpoint, dtype, times):
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_centring_changes_no_result_by_a_bit_and_brings_keys_and_values_to_size_one(qk_norm):
+def test_centring_is_exact_and_normalises_keys_and_values(qk_norm):
     config = replace(TINY, use_qk_norm=qk_norm)
     ids = torch.arange(4, 44)
     for dtype in (torch.float32, torch.bfloat16):
@@ -144,7 +144,7 @@ def oversized(config: DeepConfig, dtype: torch.dtype = torch.float32) -> DeepFor
     return model
 
 
-def test_keys_and_values_beyond_the_formats_range_lose_no_more_than_others():
+def test_centring_keeps_precision_of_large_keys_and_values():
     ids = torch.arange(4, 44)
     errors = []
     for model in (random_model(TINY, seed=5), oversized(TINY)):
@@ -157,7 +157,7 @@ def test_keys_and_values_beyond_the_formats_range_lose_no_more_than_others():
     assert 0 < errors[0] < 0.1
 
 
-def test_a_checkpoint_whose_values_are_too_large_gives_the_answers_of_one_whose_are_not(tmp_path):
+def test_checkpoint_with_large_values_gives_equal_answers(tmp_path):
     given = []
     for name, model in (("usual", random_model(TINY, seed=5)), ("oversized", oversized(TINY))):
         write_checkpoint(tmp_path / name, seed=5)

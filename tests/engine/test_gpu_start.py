@@ -43,7 +43,7 @@ def test_kernels_that_cannot_run_are_replaced_with_a_warning(tiny_checkpoint, mo
 
 
 @pytest.mark.parametrize("usable", [True, False])
-def test_deterministic_on_a_gpu_makes_such_kernels_or_refuses_in_one_sentence(tiny_checkpoint, monkeypatch, usable):
+def test_deterministic_on_a_gpu_works_or_refuses(tiny_checkpoint, monkeypatch, usable):
     from pyllm.model.cuda import backend as cuda
 
     made: list[bool] = []
@@ -97,7 +97,7 @@ def test_memory_for_steps_is_found_by_trying_the_largest_ones(tiny_checkpoint, m
     assert seen == [(250, 3), (7, 7)]
 
 
-def test_too_little_memory_of_a_gpu_is_one_sentence_that_says_what_to_set(tiny_checkpoint, monkeypatch):
+def test_too_little_gpu_memory_names_the_flag(tiny_checkpoint, monkeypatch):
     def load(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
@@ -107,9 +107,7 @@ def test_too_little_memory_of_a_gpu_is_one_sentence_that_says_what_to_set(tiny_c
 
 
 @pytest.mark.parametrize(("native", "setting"), [(False, {"quantization": "int8"}), (True, {"kv_cache_dtype": "fp8"})])
-def test_what_a_device_can_never_do_is_refused_before_the_weights_are_read(
-    tiny_checkpoint, monkeypatch, native, setting
-):
+def test_impossible_settings_are_refused_before_loading(tiny_checkpoint, monkeypatch, native, setting):
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the weights are read")
 

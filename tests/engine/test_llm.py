@@ -106,7 +106,7 @@ def test_max_tokens_none_fills_the_context(llm):
     assert completion.finish_reason == "length"
 
 
-def test_one_prompt_that_can_never_run_refuses_all_and_leaves_nothing(llm):
+def test_one_impossible_prompt_refuses_the_whole_call(llm):
     with pytest.raises(RequestError, match="empty"):
         llm.generate(["fine", []], GREEDY)
     assert not llm.core.has_work
@@ -117,7 +117,7 @@ def test_no_prompts_no_completions(llm):
     assert llm.generate([], GREEDY) == []
 
 
-def test_an_interrupted_call_leaves_an_engine_that_can_be_used_again(llm, monkeypatch):
+def test_interrupted_call_leaves_a_usable_engine(llm, monkeypatch):
     with monkeypatch.context() as patch:
 
         def interrupt(sequences):
@@ -137,6 +137,6 @@ def test_a_setting_that_no_engine_has_is_refused(tiny_checkpoint, setting):
         LLM(str(tiny_checkpoint), **setting)
 
 
-def test_a_cache_larger_than_any_memory_is_refused_in_one_sentence(tiny_checkpoint):
+def test_oversized_cache_is_refused_in_one_sentence(tiny_checkpoint):
     with pytest.raises(EngineStartError, match="--kv-cache-memory-bytes"):
         LLM(str(tiny_checkpoint), num_kv_blocks=10**12, quiet=True)

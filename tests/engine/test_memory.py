@@ -38,7 +38,7 @@ def limit_v2(root: Path, group: str, most: str, used: int, cached: int = 0) -> N
     (folder / "memory.stat").write_text(f"anon 5\nactive_file {cached}\ninactive_file 0\n")
 
 
-def test_the_machines_free_memory_counts_where_nothing_else_limits(root: Path) -> None:
+def test_free_memory_is_the_limit_without_a_cgroup(root: Path) -> None:
     assert free_host_bytes(root) == 10 * GIB
     write(root, proc__self__cgroup="0::/\n")
     assert free_host_bytes(root) == 10 * GIB
@@ -56,7 +56,7 @@ def test_the_tightest_control_group_around_the_process_counts(root: Path) -> Non
     assert free_host_bytes(root) == 0
 
 
-def test_a_container_sees_its_group_at_the_top_under_another_name(root: Path) -> None:
+def test_cgroup_limit_is_found_at_the_mount_root(root: Path) -> None:
     write(root, proc__self__cgroup="0::/kubepods/pod7\n")
     limit_v2(root, "", str(2 * GIB), GIB)
     assert free_host_bytes(root) == GIB

@@ -71,7 +71,7 @@ def test_a_request_that_cannot_be_taken_in_ends_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "pulses"), [(0.0, 0), (0.1, 3)])
-def test_a_long_step_tells_of_its_layers_and_a_short_one_does_not(monkeypatch, seconds, pulses):
+def test_only_a_long_step_reports_layer_progress(monkeypatch, seconds, pulses):
     monkeypatch.setattr(module, "PULSE_SECONDS", 0.05)
     core = make_core()
 

@@ -108,7 +108,7 @@ def random_mix(rng: random.Random) -> list[Asked]:
     not available(MODEL), reason="plain torch rounds by the shape of the step, the compiled kernels never"
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_outputs_are_equal_in_200_random_mixes_of_requests_and_settings(checkpoint, dtype):
+def test_outputs_are_equal_in_200_random_mixes(checkpoint, dtype):
     def core(**settings: object) -> EngineCore:
         config = EngineConfig(model=checkpoint, dtype=dtype, max_model_len=MAX_LEN, quiet=True, **settings)
         return build_engine(config)

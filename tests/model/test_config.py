@@ -34,7 +34,7 @@ SIZES = TINY.to_dict()
     ],
     ids=str,
 )
-def test_a_value_that_makes_no_network_is_refused_in_one_sentence_with_the_path(tmp_path: Path, changed, word):
+def test_impossible_config_value_names_its_path(tmp_path: Path, changed, word):
     (tmp_path / "config.json").write_text(json.dumps(SIZES | changed))
     with pytest.raises(CheckpointError) as refused:
         DeepConfig.from_folder(tmp_path)
@@ -63,7 +63,7 @@ def test_several_end_tokens_and_unknown_keys_are_fine():
     assert config.eos_token_ids == (0, 3)
 
 
-def test_relu_is_for_dense_networks_and_without_meaning_in_the_rewrite():
+def test_relu_is_only_for_dense_networks():
     config = DeepConfig.from_dict(SIZES | {"hidden_act": "relu"})
     with pytest.raises(CheckpointError, match="relu"):
         DeepForCausalLM(config)

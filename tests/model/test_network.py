@@ -141,7 +141,7 @@ def test_several_sequences_without_cache_do_not_see_each_other():
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
-def test_every_parameter_gets_a_gradient_when_trained_without_cache():
+def test_every_parameter_gets_a_gradient():
     model = random_model(TINY, seed=3)
     ids = torch.arange(4, 28)
     model.logits(model(ids, torch.arange(24), AttentionMetadata.without_cache([24]))).logsumexp(-1).sum().backward()
@@ -158,7 +158,7 @@ def test_generate_refuses_what_is_not_one_prompt(shape):
         model.generate(torch.ones(shape, dtype=torch.int64))
 
 
-def test_generate_is_repeatable_by_seed_and_stops_at_the_end_token():
+def test_generate_repeats_by_seed_and_stops_at_eos():
     model = random_model(TINY, seed=3)
     prompt = torch.tensor([10, 20, 30])
     first, second = (model.generate(prompt, max_new_tokens=12, top_k=20, top_p=0.9, seed=5) for _ in range(2))

@@ -208,7 +208,7 @@ def test_random_numbers_are_flat_and_independent():
         assert abs(chi_square(pairs, torch.full((100,), 0.01, dtype=torch.float64))) < 4
 
 
-def test_seeds_and_positions_that_are_alike_give_different_numbers():
+def test_neighbouring_seeds_and_positions_differ():
     seeds = torch.tensor([0, 1, -1, 2**62, -(2**63), 2**63 - 1, 2**32, 2**32 + 1])
     numbers = torch.stack([uniform(seeds, torch.full_like(seeds, position)) for position in range(50)])
     assert len(numbers.unique()) == numbers.numel()
@@ -287,7 +287,7 @@ def test_penalties_follow_their_formulas(data, vocab, rows):
         assert expected[token[i]] == pytest.approx(max(expected), abs=1e-5)
 
 
-def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
+def test_repetition_penalty_lowers_logits_of_either_sign():
     logits = torch.tensor([[4.0, -4.0, 4.0, -4.0]])
     penalties = {"repetition_penalty": 2.0, "prompt_ids": [[0]], "output_ids": [[1]]}
     sample(logits, batch(1, temperature=0.0, **penalties))

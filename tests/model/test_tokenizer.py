@@ -75,7 +75,7 @@ def test_special_tokens_spelled_in_plain_text_stay_text() -> None:
     assert WRAPPED.decode(ids) == "a </s> b <s>"
 
 
-def test_special_tokens_in_a_prompt_are_recognised_as_the_library_does() -> None:
+def test_special_tokens_in_a_prompt_parse_as_in_the_library() -> None:
     library = byte_level(SPECIAL, wrap=True)
     for text in ("<s>hello</s><s> world", "<s><s>", "<", "", "café</s>", "</s", "x<pad>y"):
         assert WRAPPED.encode_prompt(text) == library.encode(text, add_special_tokens=False).ids
@@ -91,14 +91,14 @@ def test_special_tokens_that_swallow_spaces_do_so_in_prompts() -> None:
 
 
 @given(st.lists(st.sampled_from([*"<s>/pad|é🎉 \n", "</s>", "<s>", "hello"])))
-def test_shielded_text_holds_no_special_token_and_comes_back_whole(parts: list[str]) -> None:
+def test_shielded_text_round_trips_without_special_tokens(parts: list[str]) -> None:
     text = "".join(parts)
     shielded = WRAPPED.shield(text, "\ufdd0")
     assert not WRAPPED.spells_special(shielded)
     assert WRAPPED.encode_prompt(shielded, guard="\ufdd0") == WRAPPED.encode(text)
 
 
-def test_overlapping_and_one_character_special_tokens_are_shielded_too() -> None:
+def test_overlapping_and_short_special_tokens_are_shielded() -> None:
     tokenizer = Tokenizer(byte_level(["aXa", "🎈"]))
     text = "aXaXa aXaXaXa 🎈🎈 b"
     ids = tokenizer.encode_prompt(tokenizer.shield(text, "\ufdd0") + "🎈", guard="\ufdd0")
@@ -191,7 +191,7 @@ def test_folder_names_decide_special_tokens(save: SaveFolder) -> None:
     assert tokenizer.special_ids == {0, 1, 2, 3}
 
 
-def test_older_tokenizer_without_names_takes_the_ids_of_the_model(save: SaveFolder) -> None:
+def test_tokenizer_without_names_uses_the_config_ids(save: SaveFolder) -> None:
     folder = save(byte_level(OLD_SPECIAL))
     tokenizer = Tokenizer.from_folder(folder, DeepConfig())
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (0, 1, 2)
@@ -228,7 +228,7 @@ def test_chat_template_is_looked_up_in_order(save: SaveFolder) -> None:
     assert Tokenizer.from_folder(folder).chat_template == "own file"
 
 
-def test_missing_broken_or_foreign_tokenizer_is_refused_in_one_sentence(tmp_path: Path, save: SaveFolder) -> None:
+def test_unusable_tokenizer_is_refused_in_one_sentence(tmp_path: Path, save: SaveFolder) -> None:
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -246,7 +246,7 @@ def test_missing_broken_or_foreign_tokenizer_is_refused_in_one_sentence(tmp_path
         Tokenizer.from_folder(folder)
 
 
-def test_settings_with_ids_and_entries_that_mean_nothing_are_read_past(save: SaveFolder) -> None:
+def test_meaningless_tokenizer_settings_are_ignored(save: SaveFolder) -> None:
     folder = save(byte_level(SPECIAL))
     (folder / "config.json").write_text(json.dumps({"pad_token_id": -1, "bos_token_id": 2**70, "eos_token_id": 0}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"0": "</s>"}}))
@@ -280,7 +280,7 @@ def test_a_long_text_has_the_ids_of_its_parts():
     assert WRAPPED.encode(text, add_bos=True) == [WRAPPED.bos_token_id, *WRAPPED.encode(text)]
 
 
-def test_shielded_text_spells_no_mark_of_the_format_special_or_not():
+def test_shielded_text_spells_no_format_mark():
     library = byte_level(SPECIAL)
     library.add_tokens([tokenizers.AddedToken("<call>", normalized=False, special=False)])
     tokenizer = Tokenizer(library)

@@ -30,7 +30,7 @@ def test_arguments_win_over_environment_over_file_over_defaults(tmp_path):
     assert load(ServerConfig, PYLLM_CONFIG=str(file)).port == 1
 
 
-def test_model_is_positional_or_a_flag_but_not_two_different_ones():
+def test_model_given_twice_must_agree():
     assert load(ServerConfig, "here").model == load(ServerConfig, "--model", "here").model == "here"
     assert load(TerminalConfig, "here").model == "here"
     assert load(GenerateConfig, "words", "--model", "here").model == "here"
@@ -53,7 +53,7 @@ def test_switches_that_are_on_can_be_turned_off(tmp_path):
     assert not load(ServerConfig, PYLLM_ENABLE_PREFIX_CACHING="false").enable_prefix_caching
 
 
-def test_repeatable_flags_collect_and_the_environment_separates_by_commas():
+def test_repeatable_flags_collect_and_env_splits_on_commas():
     assert load(ServerConfig, "--api-key", "a", "--api-key", "b").api_key == ("a", "b")
     assert load(ServerConfig, PYLLM_API_KEY="a, b").api_key == ("a", "b")
 
@@ -144,7 +144,7 @@ def test_switches_are_read_from_everywhere(tmp_path):
         load(GenerateConfig, "hi", PYLLM_CHAT="maybe")
 
 
-def test_terminal_flags_keep_an_unset_temperature_apart_from_zero():
+def test_unset_temperature_differs_from_zero():
     assert load(TerminalConfig).temperature is load(TerminalConfig).max_tokens is None
     assert load(TerminalConfig, "--temperature", "0").temperature == 0
 
@@ -176,7 +176,7 @@ def test_engine_gets_its_flags():
     assert (engine.load_format, engine.num_kv_blocks, engine.block_size) == ("dummy", 7, 16)
 
 
-def test_a_local_model_is_named_after_its_folder_and_not_its_path(tmp_path, monkeypatch):
+def test_local_model_is_named_after_its_folder(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
     assert model_name(str(tmp_path / "mine")) == model_name(".") == "mine"

@@ -90,7 +90,7 @@ def test_restarts_are_forgotten_after_a_time_of_health(harness, no_pauses, monke
 
 
 @pytest.mark.parametrize(("state", "health"), [("waiting", 503), ("loading", 200)])
-def test_a_new_engine_on_its_way_shows_in_the_probes_and_the_answers(harness, state, health):
+def test_restarting_engine_shows_in_probes_and_answers(harness, state, health):
     harness.engine.error = "It was killed."
     harness.service.restarting = state
     assert harness.get("/health").status_code == health

@@ -62,7 +62,7 @@ def listener(monkeypatch, harness, caplog):
 
 @pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), OSError(22, "out of luck"), None])
-def test_a_server_whose_http_side_ends_says_so_and_ends_with_code_1(listener, caplog, loaded, error):
+def test_failed_http_server_is_reported_with_exit_code_1(listener, caplog, loaded, error):
     listener.loaded, listener.error = loaded, error
     assert listener.run() == 1
     assert "The HTTP server has ended" in caplog.text
@@ -75,7 +75,7 @@ def addresses(monkeypatch, *hosts):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
 
 
-def test_an_address_that_this_machine_lacks_is_left_out_where_another_is_had(listener, monkeypatch):
+def test_unavailable_address_is_skipped_if_another_binds(listener, monkeypatch):
     addresses(monkeypatch, "203.0.113.7", "127.0.0.1")
     listener.run(host="localhost")
     ((host, port),) = listener.addresses

@@ -233,7 +233,7 @@ async def test_requests_beyond_the_queue_are_refused_until_others_end(tiny_check
         await engine.shutdown()
 
 
-async def test_nobody_is_refused_a_place_that_the_end_of_others_has_left(tiny_checkpoint):
+async def test_queue_place_is_free_as_soon_as_a_request_ends(tiny_checkpoint):
     """All that run end in one step, while others wait: at that moment nothing runs."""
     small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
     engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
@@ -259,7 +259,7 @@ async def test_nobody_is_refused_a_place_that_the_end_of_others_has_left(tiny_ch
         await engine.shutdown()
 
 
-async def test_when_to_come_back_follows_from_the_pace_of_those_that_end(tiny_checkpoint, monkeypatch):
+async def test_retry_after_follows_the_completion_rate(tiny_checkpoint, monkeypatch):
     small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=1, max_num_queued_reqs=9)
     engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
     try:
@@ -367,7 +367,7 @@ async def test_shutdown_ends_running_requests_and_leaves_no_child(tiny_checkpoin
         engine.submit("late", [5], SamplingParams())
 
 
-async def test_an_engine_that_cannot_start_says_why_and_leaves_no_child(tiny_checkpoint, tmp_path):
+async def test_failed_engine_start_gives_a_reason_and_no_child(tiny_checkpoint, tmp_path):
     before = children()
     tokenizer = Tokenizer.from_folder(tiny_checkpoint)
     with pytest.raises(EngineStartError, match=r"config\.json") as failure:
@@ -415,7 +415,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "safetenso
 """
 
 
-def test_a_client_program_needs_no_torch_and_ends_without_a_warning(tiny_checkpoint):
+def test_client_needs_no_torch_and_ends_cleanly(tiny_checkpoint):
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", PROGRAM, str(tiny_checkpoint)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)

@@ -77,7 +77,7 @@ stop_lists = st.lists(st.text(alphabet="abcé🎉 ", min_size=1, max_size=5), ma
 
 
 @given(texts, stop_lists, st.booleans(), st.data())
-def test_released_text_is_the_cut_of_the_whole_whatever_the_token_borders(
+def test_released_text_is_independent_of_token_borders(
     text: str, stops: list[str], include: bool, data: st.DataObject
 ) -> None:
     ids = data.draw(st.sampled_from([TOKENIZER.encode(text), bytewise(text)]))
@@ -119,7 +119,7 @@ def test_text_that_only_looked_like_a_stop_string_is_released() -> None:
     assert released == "a\n\nUsual"
 
 
-def test_held_back_text_is_released_when_the_engine_ends_the_request() -> None:
+def test_held_back_text_is_released_at_the_end() -> None:
     ended = TokenOutput(request_id="r", token_ids=[EOS], finish_reason="stop", stop_token_id=EOS)
     released, outputs = run([bytewise("a\n\nUser")], SamplingParams(stop=("\n\nUser:",)), finish=ended)
     assert outputs[0].text == "a"
@@ -153,7 +153,7 @@ def test_stop_strings_are_text_before_min_tokens() -> None:
     assert run([[id_] for id_ in bytewise("bbabab")], params)[0] == "bba"
 
 
-def test_stop_string_ignored_before_min_tokens_does_not_match_later() -> None:
+def test_stop_string_before_min_tokens_does_not_match_later() -> None:
     params = SamplingParams(stop=("b", "abcc"), min_tokens=3, max_tokens=10)
     assert run([[id_] for id_ in bytewise("abca")], params)[0] == "abca"
 
@@ -164,7 +164,7 @@ def test_stop_string_begun_before_min_tokens_still_ends_after_it() -> None:
     assert (released, outputs[-1].stop_reason) == ("", "abc")
 
 
-def test_own_end_token_is_counted_but_shows_no_text_and_no_reason() -> None:
+def test_eos_token_is_counted_but_has_no_text() -> None:
     params = SamplingParams(skip_special_tokens=False, include_stop_str_in_output=True)
     ended = TokenOutput(request_id="r", token_ids=[EOS], finish_reason="stop", stop_token_id=EOS)
     released, outputs = run([bytewise("ab")], params, finish=ended)
@@ -173,7 +173,7 @@ def test_own_end_token_is_counted_but_shows_no_text_and_no_reason() -> None:
     assert (last.token_ids, last.finish_reason, last.stop_reason, last.num_output_tokens) == ([EOS], "stop", None, 3)
 
 
-def test_asked_for_stop_id_is_the_reason_and_its_text_shows_only_on_request() -> None:
+def test_stop_id_is_the_reason_and_hidden_by_default() -> None:
     stop_id = bytewise("!")[0]
     ended = TokenOutput(request_id="r", token_ids=[stop_id], finish_reason="stop", stop_token_id=stop_id)
     for include, text in ((False, "ab"), (True, "ab!")):
@@ -182,7 +182,7 @@ def test_asked_for_stop_id_is_the_reason_and_its_text_shows_only_on_request() ->
         assert (released, outputs[-1].stop_reason) == (text, stop_id)
 
 
-def test_stop_string_wins_over_the_length_limit_at_the_same_token() -> None:
+def test_stop_string_wins_over_length_at_the_same_token() -> None:
     limit = TokenOutput(request_id="r", token_ids=bytewise("b"), finish_reason="length")
     released, outputs = run([bytewise("a")], SamplingParams(stop=("b",)), finish=limit)
     assert (released, outputs[-1].finish_reason, outputs[-1].stop_reason) == ("a", "stop", "b")
@@ -199,7 +199,7 @@ def test_special_tokens_show_only_on_request() -> None:
     assert run([[USER, *bytewise("a")]], SamplingParams(skip_special_tokens=False))[0] == "<|user|>a"
 
 
-def test_outputs_of_an_ended_request_are_ignored_and_its_id_is_free_again() -> None:
+def test_late_outputs_are_ignored_and_the_id_is_free() -> None:
     processor = OutputProcessor(TOKENIZER)
     processor.add("r", 1, SamplingParams(stop=("a",)))
     late = TokenOutput(request_id="r", token_ids=bytewise("a"))

@@ -86,7 +86,7 @@ def test_every_kind_of_grammar_shapes_the_text(llm):
     assert {output.text for output in outputs[3::4]} == {"yes", "no"}
 
 
-def test_a_text_that_nothing_can_follow_ends_with_its_last_token_and_no_end_mark(llm):
+def test_complete_text_ends_without_an_eos_token(llm):
     output = llm.generate([PROMPT], params("start: /[0-9]{4}/", skip_special_tokens=False))[0]
     assert output.finish_reason == "stop"
     assert output.stop_reason is None
@@ -195,7 +195,7 @@ def test_a_model_with_several_ends_and_padded_logits(tmp_path):
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_hostile_grammar_fails_alone_and_in_time_while_a_neighbour_streams(llm, name):
+def test_hostile_grammar_fails_alone_and_in_time(llm, name):
     own = params(None, max_tokens=200, ignore_eos=True, temperature=0.0)
     expected = llm.generate([PROMPT], own)[0].token_ids
     core = llm.core

@@ -35,7 +35,7 @@ def seen_in_one_pass(folder, ids: list[int]) -> list[LayerState]:
     return seen
 
 
-def test_dynamics_of_each_token_are_those_of_the_pass_that_gave_it(llm, tiny_checkpoint):
+def test_dynamics_belong_to_the_pass_that_made_the_token(llm, tiny_checkpoint):
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=5, ignore_eos=True, return_dynamics=True)
     answer = llm.generate([PROMPT], params)[0]
     ids = answer.prompt_token_ids + answer.token_ids

@@ -91,7 +91,7 @@ def test_a_bad_word_of_one_token_never_comes(llm):
     assert not set(free) & set(found)
 
 
-def test_the_last_token_of_a_bad_word_is_ruled_out_only_after_the_others(llm):
+def test_bad_word_bans_its_last_token_only_after_the_rest(llm):
     free = tokens(llm, params())
     word = tuple(free[4:7])
     found = tokens(llm, params(bad_words=(word, (word[0], 270, 271))))
@@ -110,7 +110,7 @@ def test_a_bad_word_does_not_begin_in_the_prompt(llm):
     assert tokens(llm, params(max_tokens=1, bad_words=((first,),)), prompt) != [first]
 
 
-def test_bans_give_way_where_they_would_leave_nothing_and_allowed_ids_stay(llm):
+def test_bans_yield_when_no_token_is_left(llm):
     for temperature in (0.0, 1.0):
         only = params(temperature=temperature, allowed_token_ids=(7, 8), bad_words=((7,), (8,), (7, 7), (8, 8)))
         assert set(tokens(llm, only)) <= {7, 8}
@@ -148,7 +148,7 @@ def test_a_request_with_rules_changes_nothing_for_its_neighbours(llm, rule):
         ("bad_words", ((4,), (5, 272))), ("bad_words", ((-1, 4),)), ("stop_token_ids", (272,)),
     ],
 )  # fmt: skip
-def test_a_token_id_outside_the_vocabulary_is_refused_by_the_field_s_name(llm, param, value):
+def test_token_id_out_of_range_is_refused_by_field_name(llm, param, value):
     with pytest.raises(RequestError, match="outside 0 to 271") as error:
         llm.generate(["one"], params(**{param: value}))
     assert error.value.param == param

@@ -105,7 +105,7 @@ def test_more_scores_than_are_held_at_once_are_read_in_pieces(make, forward, pro
     assert max(rows) == 11
 
 
-def test_all_prompt_logprobs_come_with_the_first_token_and_none_later(make, prompts):
+def test_prompt_logprobs_come_with_the_first_token(make, prompts):
     core = make(max_num_batched_tokens=16).core
     core.add_request(EngineRequest(request_id="r", prompt_token_ids=prompts[3], params=ASKING))
     outputs = finish(core)["r"]
@@ -121,7 +121,7 @@ def test_a_prompt_may_be_read_and_nothing_generated(make, forward, prompts):
     check_prompt_logprobs(completion.prompt_logprobs, whole, forward(whole)[1], 3)
 
 
-def test_a_request_that_reads_its_prompt_takes_no_cached_prefix_but_leaves_one(make, prompts):
+def test_prompt_reader_skips_the_prefix_cache_but_fills_it(make, prompts):
     core = make().core
     for params, pooling, cached in [(ASKING, None, 0), (GREEDY, None, 112), (ASKING, None, 0), (GREEDY, "mean", 0)]:
         core.add_request(EngineRequest(request_id="r", prompt_token_ids=prompts[4], params=params, pooling=pooling))
@@ -130,7 +130,7 @@ def test_a_request_that_reads_its_prompt_takes_no_cached_prefix_but_leaves_one(m
 
 
 @pytest.mark.parametrize("pooling", [None, "mean", "last"])
-def test_a_preemption_while_the_prompt_is_read_loses_and_repeats_nothing(make, forward, prompts, pooling):
+def test_preempted_prompt_reader_loses_and_repeats_nothing(make, forward, prompts, pooling):
     core = make(
         max_num_batched_tokens=16, max_num_prefill_tokens=16, num_kv_blocks=9, scheduling_policy="priority"
     ).core  # the chunks of 16 tokens are whole blocks
@@ -163,9 +163,7 @@ def test_a_preemption_while_the_prompt_is_read_loses_and_repeats_nothing(make, f
     ],
     ids=str,
 )
-def test_a_pooled_prompt_is_the_mean_or_the_last_of_its_final_hidden_states(
-    make, forward, prompts, backend, pooling, settings
-):
+def test_pooling_is_mean_or_last_final_hidden_state(make, forward, prompts, backend, pooling, settings):
     llm = make(backend, **settings)
     whole = [*prompts, prompts[0] * MAX_LEN]
     for _ in range(2):
@@ -177,7 +175,7 @@ def test_a_pooled_prompt_is_the_mean_or_the_last_of_its_final_hidden_states(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_requests_that_read_their_prompts_and_others_run_beside_each_other(make, forward, prompts, backend):
+def test_prompt_readers_run_together_with_other_requests(make, forward, prompts, backend):
     plain = make(backend).generate(prompts, GREEDY)
     core = make(backend, max_num_batched_tokens=33, block_size=4, num_kv_blocks=80).core
     outputs: dict[str, list[TokenOutput]] = {}

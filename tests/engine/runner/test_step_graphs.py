@@ -113,7 +113,7 @@ def test_padding_touches_no_page_that_is_anybodys(recorded):
     llm.core.check_idle()
 
 
-def test_preempted_and_aborted_sequences_leave_the_others_as_they_are(plain, tiny_checkpoint, monkeypatch):
+def test_preemption_and_abort_leave_other_sequences_unchanged(plain, tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     llm = open_llm(tiny_checkpoint, overlap_scheduling=True, num_kv_blocks=20, max_model_len=80)
     llm.core.runner.capture(Reruns(), 80)
@@ -124,7 +124,7 @@ def test_preempted_and_aborted_sequences_leave_the_others_as_they_are(plain, tin
 
 
 @pytest.mark.parametrize("limit", ["CAPTURE_SECONDS", "CAPTURE_BYTES"])
-def test_capturing_ends_when_it_takes_too_much_and_small_batches_are_padded(plain, tiny_checkpoint, monkeypatch, limit):
+def test_capture_stops_at_its_budget_and_batches_are_padded(plain, tiny_checkpoint, monkeypatch, limit):
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     monkeypatch.setattr(step_graphs, limit, 0)
     llm = open_llm(tiny_checkpoint)

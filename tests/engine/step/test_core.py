@@ -22,7 +22,7 @@ def test_outputs_are_those_of_one_request_at_a_time(crowd, size, aborts):
     check_crowd(make_core(**size), crowd, aborts)
 
 
-def test_prefill_and_decode_share_a_step_and_a_late_request_overtakes_none():
+def test_prefill_and_decode_share_a_step_in_arrival_order():
     core = make_core(max_num_batched_tokens=8)
     core.add_request(message("early", [1, 2, 3], max_tokens=30, ignore_eos=True))
     core.step()
@@ -73,7 +73,7 @@ def test_an_end_of_sequence_id_counts_unless_ignored():
     assert tokens_of(outputs["ignores"]) == free
 
 
-def test_a_prompt_may_fill_the_context_but_for_the_tokens_asked_for():
+def test_prompt_may_fill_the_context_up_to_max_tokens():
     core = make_core(max_model_len=16, num_blocks=4)
     core.add_request(message("r", [1] * 10, max_tokens=6, ignore_eos=True))
     assert len(tokens_of(finish(core)["r"])) == 6
@@ -92,7 +92,7 @@ def test_a_prompt_may_fill_the_context_but_for_the_tokens_asked_for():
         ([1] * 65, {"max_tokens": None}, "context_length_exceeded"),
     ],
 )
-def test_a_request_that_can_never_run_is_refused_and_leaves_nothing(prompt, params, code):
+def test_impossible_request_is_refused_and_leaves_no_state(prompt, params, code):
     core = make_core()
     with pytest.raises(RequestError) as refusal:
         core.add_request(message("r", prompt, **params))
@@ -101,7 +101,7 @@ def test_a_request_that_can_never_run_is_refused_and_leaves_nothing(prompt, para
     core.check_idle()
 
 
-def test_a_request_larger_than_the_pool_is_refused_and_one_that_just_fits_runs():
+def test_request_over_the_pool_is_refused_at_the_exact_limit():
     core = make_core(num_blocks=5, block_size=4)
     with pytest.raises(RequestError, match="KV cache holds 20 tokens, but the prompt has 15 tokens and up to 7 more"):
         core.add_request(message("r", [1] * 15, max_tokens=7))
@@ -118,7 +118,7 @@ def test_a_priority_beyond_32_bits_is_refused(priority):
     assert refusal.value.param == "priority"
 
 
-def test_a_second_request_of_the_same_id_is_refused_while_the_first_runs():
+def test_duplicate_request_id_is_refused_while_running():
     core = make_core()
     core.add_request(message("r", [1], max_tokens=3, ignore_eos=True))
     with pytest.raises(RequestError, match="already running"):

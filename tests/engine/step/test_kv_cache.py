@@ -271,7 +271,7 @@ def test_without_prefix_caching_nothing_is_found():
     assert request.block_hashes == []
 
 
-def test_blocks_of_the_same_tokens_after_different_ones_are_different():
+def test_block_hash_depends_on_the_blocks_before():
     cache = KVCacheManager(8, 2)
     computed(cache, [1, 2, 3, 4])
     assert len(cache.find_prefix(make_request([1, 2, 3, 4, 5]))) == 2

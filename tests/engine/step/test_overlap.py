@@ -57,7 +57,7 @@ def test_no_step_is_wasted_on_a_sequence_whose_length_is_known():
     assert runner_of(core).num_launched == 4
 
 
-def test_a_stop_id_costs_one_token_of_one_step_and_gives_none_away():
+def test_stop_id_wastes_one_token_and_reports_none_past_it():
     prompt = [1, 2, 3]
     free = free_running(prompt)
     core = overlapped()
@@ -82,7 +82,8 @@ def test_an_idle_engine_waits_for_nothing_after_an_abort():
     assert tokens_of(finish(core)["next"]) == free_running([1, 2, 3], 6)
 
 
-def test_pages_of_an_ended_sequence_are_given_on_though_a_step_still_writes_to_them():
+def test_blocks_of_an_ended_sequence_are_reused_in_flight():
+    """The step in flight still writes to the blocks that the next sequence gets."""
     core = overlapped(num_blocks=4, block_size=4, max_model_len=16, enable_prefix_caching=False)
     prompts = {str(n): [n + 1] * 5 for n in range(6)}
     for name, prompt in prompts.items():
@@ -95,7 +96,7 @@ def test_pages_of_an_ended_sequence_are_given_on_though_a_step_still_writes_to_t
 
 
 @pytest.mark.parametrize("field", [{"logprobs": 1}, {"presence_penalty": 0.5}, {"min_tokens": 2}])
-def test_steps_with_a_sequence_whose_tokens_the_host_needs_are_read_at_once(field):
+def test_steps_that_need_the_host_are_not_overlapped(field):
     core = overlapped()
     core.add_request(message("plain", [1, 2, 3], max_tokens=20, ignore_eos=True))
     core.step()
@@ -161,7 +162,7 @@ def test_out_of_memory_for_one_request_says_what_to_set(overlap):
     assert tokens_of(finish(core)["after"]) == free_running([2, 3], 6)
 
 
-def test_an_end_of_sequence_id_that_comes_while_its_successor_is_computed_ends_the_answer():
+def test_eos_with_the_next_step_in_flight_ends_the_answer():
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     prompt = next([first, 9] for first in range(1, VOCAB) if EOS in expected([first, 9], params)[0])
     core = overlapped()
@@ -170,7 +171,7 @@ def test_an_end_of_sequence_id_that_comes_while_its_successor_is_computed_ends_t
     assert (tokens_of(outputs), outputs[-1].finish_reason) == expected(prompt, SamplingParams(max_tokens=20))
 
 
-def test_the_network_gives_the_same_answers_whether_steps_overlap_or_not(tiny_checkpoint):
+def test_overlap_does_not_change_answers(tiny_checkpoint):
     prompts = ["The same beginning, and then this", "The same beginning, and then that", "c", "d" * 90, "e", "f"]
     params = [
         SamplingParams(max_tokens=30, temperature=0.0),

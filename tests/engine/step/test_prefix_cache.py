@@ -33,7 +33,7 @@ def probe(prompt: list[int]) -> Request:
     return Request.from_message(message("probe", prompt))
 
 
-def test_a_prompt_seen_before_is_computed_from_the_end_of_its_last_full_block():
+def test_prefix_hit_starts_after_the_last_full_block():
     core = make_core()
     first, cold, computed = ask(core, PROMPT)
     assert (cold.num_cached_tokens, computed) == (0, 30 + 5)
@@ -52,7 +52,7 @@ def test_the_last_prompt_token_is_always_computed():
     assert answer == expected(PROMPT[:28], SamplingParams(max_tokens=1, ignore_eos=True))[0]
 
 
-def test_the_next_turn_of_a_chat_finds_the_answer_that_was_generated():
+def test_next_turn_hits_the_generated_answer():
     core = make_core()
     answer, _, _ = ask(core, PROMPT[:10], 15)
     _, output, computed = ask(core, PROMPT[:10] + answer + [7, 8, 9], 1)
@@ -79,7 +79,7 @@ def test_switched_off_it_finds_nothing_and_counts_nothing():
     assert core.stats().prefix_cache_queries == 0
 
 
-def test_running_sequences_share_blocks_once_they_are_computed_and_not_before():
+def test_running_sequences_share_only_computed_blocks():
     core = make_core(max_num_batched_tokens=10)
     core.add_request(message("first", PROMPT, max_tokens=20, ignore_eos=True))
     core.add_request(message("second", PROMPT, max_tokens=20, ignore_eos=True))
@@ -137,7 +137,7 @@ def test_what_was_not_used_for_longest_is_forgotten_first():
     block_size=st.integers(1, 9),
     num_blocks=st.integers(1, 20),
 )
-def test_whatever_is_found_again_the_answers_are_those_of_an_engine_that_finds_nothing(turns, block_size, num_blocks):
+def test_prefix_hits_do_not_change_answers(turns, block_size, num_blocks):
     """Each request continues a piece of what has been said before."""
     sizes = {"block_size": block_size, "num_blocks": num_blocks + -(-64 // block_size)}
     core = make_core(**sizes)
@@ -162,7 +162,7 @@ def uncached(tiny_checkpoint) -> EngineCore:
     return model_core(tiny_checkpoint, enable_prefix_caching=False, num_kv_blocks=2000)
 
 
-def test_the_second_turn_of_a_chat_reuses_the_first_and_says_what_a_fresh_engine_says(tiny_checkpoint, uncached):
+def test_second_turn_reuses_the_first_with_equal_answers(tiny_checkpoint, uncached):
     core = model_core(tiny_checkpoint)
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 

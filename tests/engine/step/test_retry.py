@@ -80,7 +80,7 @@ def test_a_request_alone_is_tried_twice():
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_an_engine_that_can_compute_nothing_fails_itself_and_tries_no_more(count):
+def test_engine_that_fails_every_step_gives_up(count):
     core = make_core()
     for name, prompt in list(PROMPTS.items())[:count]:
         core.add_request(message(name, prompt, max_tokens=9))
@@ -130,7 +130,7 @@ def llm(tiny_checkpoint) -> LLM:
     return LLM(str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=200)
 
 
-def test_a_mask_that_cannot_be_made_ends_its_request_alone_at_once(llm, monkeypatch, caplog):
+def test_failed_grammar_mask_ends_its_request_alone(llm, monkeypatch, caplog):
     fill = GrammarState.fill
 
     def faulty(self, bits):
@@ -159,7 +159,7 @@ def test_a_mask_that_cannot_be_made_ends_its_request_alone_at_once(llm, monkeypa
     assert "no mask" in caplog.text
 
 
-def test_what_is_read_of_a_prompt_is_read_once_though_its_step_is_computed_twice(llm, monkeypatch):
+def test_retried_step_reads_its_prompt_once(llm, monkeypatch):
     prompts = [[7 + n] * 60 for n in range(3)]
     expected_states = llm.embed(prompts)
     failing = iter([True])

@@ -24,7 +24,7 @@ REQUESTS = st.tuples(st.integers(1, 40), st.integers(1, 25), st.integers(0, 2), 
     spare=st.integers(0, 30),
     policy=st.sampled_from(["fcfs", "priority"]),
 )
-def test_every_request_ends_within_bounds_and_gives_its_blocks_back(
+def test_every_request_ends_in_bounds_and_frees_its_blocks(
     requests, gaps, seqs, budget, prefill, block_size, spare, policy
 ):
     largest = max(prompt + output for prompt, output, _, _ in requests)
@@ -94,7 +94,7 @@ def test_one_step_carries_prefill_and_decode_tokens_together():
     assert bench.steps[-1] == [("first", 4, 1), ("second", 0, 15)]
 
 
-def test_a_long_prompt_is_computed_in_contiguous_chunks_while_others_decode():
+def test_long_prompt_is_chunked_while_others_decode():
     bench = Bench.make(budget=8)
     bench.add("old", 3, 20)
     bench.step()
@@ -174,7 +174,7 @@ def test_chunks_that_do_not_end_a_prompt_end_at_a_multiple(prompts, multiple, sp
     assert len(bench.finished) == len(prompts)
 
 
-def test_a_budget_too_small_for_whole_chunks_still_computes_long_prompts():
+def test_tiny_token_budget_still_computes_long_prompts():
     bench = Bench.make(budget=5, chunk_multiple=256)
     bench.add("long", 23, 1)
     while bench.scheduler.has_work:
@@ -182,7 +182,7 @@ def test_a_budget_too_small_for_whole_chunks_still_computes_long_prompts():
     assert [count for step in bench.steps for _, _, count in step] == [5, 5, 5, 5, 3]
 
 
-def test_prompts_get_a_limited_share_of_a_step_in_which_others_decode():
+def test_prefill_share_of_a_decode_step_is_limited():
     bench = Bench.make(budget=64, prefill=6, blocks=100)
     bench.add("early", 20, 10)
     bench.step()

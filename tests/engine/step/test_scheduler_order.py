@@ -18,7 +18,7 @@ def test_a_request_that_does_not_fit_holds_back_those_behind_it():
     assert [request.request_id for request in bench.scheduler.waiting] == ["large", "small"]
 
 
-def test_when_blocks_run_out_the_youngest_gives_up_its_own_and_is_done_later():
+def test_youngest_request_is_preempted_when_blocks_run_out():
     bench = Bench.make(blocks=6, block_size=4)
     old, young = bench.add("old", 8, 14), bench.add("young", 8, 14)
     while bench.scheduler.num_preemptions == 0:
@@ -30,7 +30,7 @@ def test_when_blocks_run_out_the_youngest_gives_up_its_own_and_is_done_later():
     assert [request.request_id for request in bench.finished] == ["old", "young"]
 
 
-def test_a_newcomer_waits_for_one_spare_block_per_running_sequence():
+def test_newcomer_waits_for_a_spare_block_per_running_sequence():
     """Admitted earlier it would be preempted at once, and its tokens computed twice."""
     bench = Bench.make(blocks=10, block_size=4, seqs=8, budget=64)
     bench.add("first", 16, 12)
@@ -43,7 +43,7 @@ def test_a_newcomer_waits_for_one_spare_block_per_running_sequence():
     assert bench.scheduler.num_preemptions == 0
 
 
-def test_a_decode_is_in_the_step_even_if_an_older_prompt_could_fill_it():
+def test_decode_is_scheduled_even_when_a_prompt_fills_the_step():
     bench = Bench.make(blocks=40, block_size=4, seqs=4, budget=8, policy="priority")
     young = bench.add("young", 4, 20)
     bench.step()
@@ -54,7 +54,7 @@ def test_a_decode_is_in_the_step_even_if_an_older_prompt_could_fill_it():
         assert bench.steps[-1][-1][2] == 7, "the urgent one has all the rest"
 
 
-def test_with_the_priority_policy_the_lowest_number_goes_first_and_ties_go_by_arrival():
+def test_priority_orders_by_number_then_arrival():
     bench = Bench.make(seqs=1, policy="priority")
     for name, priority in (("a", 0), ("b", 5), ("c", 1), ("d", 5), ("e", -3), ("f", 1)):
         bench.add(name, 3, 2, priority=priority)
@@ -70,7 +70,7 @@ def test_without_the_priority_policy_priorities_mean_nothing():
     assert [request.request_id for request in bench.finished] == ["a", "b", "c"]
 
 
-def test_an_urgent_request_takes_the_seat_of_the_least_urgent_youngest_one():
+def test_urgent_request_preempts_the_least_urgent_youngest():
     bench = Bench.make(seqs=3, policy="priority")
     requests = {name: bench.add(name, 4, 8, priority=priority) for name, priority in (("a", 1), ("b", 2), ("c", 2))}
     bench.step()
@@ -104,7 +104,7 @@ def test_a_request_of_equal_priority_preempts_no_other():
     assert bench.scheduler.num_preemptions == 0
 
 
-def test_a_large_request_is_not_overtaken_for_ever_by_small_ones_that_would_fit():
+def test_small_requests_do_not_starve_a_large_one():
     bench = Bench.make(blocks=16, block_size=4, budget=64)
     for i in range(4):
         bench.add(f"early-{i}", 8, 8)
@@ -118,7 +118,7 @@ def test_a_large_request_is_not_overtaken_for_ever_by_small_ones_that_would_fit(
     bench.run(1000)
 
 
-def test_a_prompt_whose_head_is_in_the_cache_needs_only_the_rest_of_its_blocks():
+def test_cached_prefix_lowers_the_blocks_for_admission():
     bench = Bench.make(blocks=8, block_size=4, budget=64)
     bench.add("first", 17, 8, kind=1)
     bench.step()
@@ -128,7 +128,7 @@ def test_a_prompt_whose_head_is_in_the_cache_needs_only_the_rest_of_its_blocks()
     assert bench.steps[-1] == [("first", 17, 1), ("second", 16, 5)]
 
 
-def test_no_request_is_preempted_for_one_that_would_not_fit_even_then():
+def test_no_preemption_for_a_request_that_would_still_not_fit():
     scheduler = Bench.make(blocks=20, budget=200, policy="priority").scheduler
     first = make_request("first", list(range(1, 49)), 8, priority=0)  # 12 of the 20 blocks
     later = make_request("later", list(range(100, 108)), 8, priority=2)

@@ -115,7 +115,7 @@ def test_a_missing_table_of_experts_is_the_id_modulo_experts(tmp_path: Path) -> 
     assert_same(model, stacked(file))
 
 
-def test_the_first_era_routed_by_range_so_its_files_must_have_the_table(tmp_path: Path) -> None:
+def test_range_routed_era_needs_its_table(tmp_path: Path) -> None:
     lacking, rename = ERAS["0.4.0"]
     write(tmp_path, without(rename(without(canonical(), *lacking)), "token_to_expert"))
     assert "token_to_expert" in refusal(tmp_path)
@@ -163,7 +163,7 @@ def test_reference_checkpoints_load_and_round_trip(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-def test_values_are_rounded_to_nearest_and_small_tensors_stay_fp32(
+def test_weights_round_to_nearest_and_small_ones_stay_fp32(
     stored: torch.dtype, target: torch.dtype, tmp_path: Path
 ) -> None:
     file = {k: v.to(stored) if v.is_floating_point() else v for k, v in canonical().items()}
@@ -192,7 +192,7 @@ def test_a_duplicate_head_is_one_parameter_and_counted_once(tmp_path: Path) -> N
     assert_same(model, contents(alone))
 
 
-def test_a_differing_head_in_a_tied_file_is_both_as_in_the_reference(tmp_path: Path) -> None:
+def test_tied_file_with_another_head_loads_as_the_reference(tmp_path: Path) -> None:
     file, head = canonical(), torch.randn(V, H)
     model, _ = load(write(tmp_path, file | {"lm_head.weight": head}))
     assert model.lm_head is model.embed_tokens

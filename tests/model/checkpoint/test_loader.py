@@ -173,7 +173,7 @@ def test_other_number_formats_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("expert", [-1, E])
-def test_a_table_that_names_experts_that_are_not_there_is_refused(expert: int, tmp_path: Path) -> None:
+def test_routing_table_with_unknown_experts_is_refused(expert: int, tmp_path: Path) -> None:
     file = canonical()
     file["layers.1.mlp.token_to_expert"][7] = expert
     write(tmp_path, file)

@@ -163,7 +163,7 @@ def test_bf16_stays_as_near_to_fp32_as_plain_torch_does(variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("variant", ["wide", "odd-sizes", "sliding-window"])
-def test_a_token_has_the_same_bits_in_any_company_chunk_and_page_size(variant, dtype, int8):
+def test_token_bits_do_not_depend_on_batch_chunk_or_page(variant, dtype, int8):
     model = native(VARIANTS[variant], dtype, int8=int8)
     lengths = [150, 64, 37, 9, 1]
     sequences = prompts(VARIANTS[variant], lengths)
@@ -173,7 +173,7 @@ def test_a_token_has_the_same_bits_in_any_company_chunk_and_page_size(variant, d
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_whole_sequences_without_a_cache_give_the_same_bits_as_pages():
+def test_cacheless_forward_equals_paged_bits():
     model = native(TINY, torch.bfloat16)
     lengths = [40, 7, 23]
     sequences = prompts(TINY, lengths)
@@ -239,6 +239,6 @@ def test_the_environment_turns_them_off(monkeypatch):
     assert not available(TINY)
 
 
-def test_networks_that_the_kernels_cannot_hold_are_left_to_plain_torch():
+def test_unsupported_shapes_fall_back_to_plain_torch():
     assert not available(replace(TINY, hidden_size=1024, num_attention_heads=2, num_key_value_heads=1))
     assert not available(replace(TINY, hidden_size=1024, num_attention_heads=32, num_key_value_heads=1))

@@ -183,12 +183,12 @@ def test_pages_in_fp8_equal_plain_torch_with_the_same_rounding(name):
 
 @pytest.mark.usefixtures("by_cublas")
 @pytest.mark.parametrize("cuts", [[(5, 1), (20, 1)], [(5, 1), (20, 9)]], ids=["decodes", "mixed"])
-def test_keys_and_values_too_large_for_fp8_become_its_largest_number(cuts):
+def test_fp8_pages_saturate_large_keys_and_values(cuts):
     compare(shape(4, 2, 16), cuts, kept=FP8, gain=300.0)
 
 
 @pytest.mark.parametrize("cuts", [[(70, 1), (9, 1)], [(9, 1), (40, 30)]], ids=["decodes", "mixed"])
-def test_fp8_pages_of_bf16_weights_equal_plain_torch_within_rounding(cuts):
+def test_fp8_pages_equal_plain_torch_within_rounding(cuts):
     compare(shape(4, 2, 32), cuts, page=16, splits=2, dtype=torch.bfloat16, kept=FP8)
 
 

@@ -33,14 +33,14 @@ def test_every_kernel_compiles_and_fits(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["80", "90"])
-def test_deterministic_steps_of_all_sizes_are_the_same_compiled_kernels(target, tmp_path):
+def test_deterministic_steps_share_compiled_kernels(target, tmp_path):
     kernels = kernels_of(
         tmp_path, "--targets", target, "--deterministic", "--steps", "decode 1", "decode 48", "mixed 2048"
     )
     assert not kernels & {"decode", "combine"}, "decodes are computed as prompts of one token"
 
 
-def test_attention_over_fp8_pages_compiles_and_fits_where_there_is_fp8(tmp_path):
+def test_fp8_attention_compiles_where_fp8_exists(tmp_path):
     attention = {"rotate", "decode", "combine", "prefill"}
     options = ["--targets", "89", "90", "100", "120", "--kv-cache-dtype", "fp8", "--kernels", *attention]
     assert kernels_of(tmp_path, *options) == attention

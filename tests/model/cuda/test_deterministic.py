@@ -129,7 +129,7 @@ def test_a_token_has_the_same_bits_alone_and_in_any_company(dtype, companies):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_text_has_the_same_bits_as_one_prompt_in_chunks_in_drafts_and_token_by_token(name):
+def test_bits_are_equal_for_prompt_chunks_drafts_and_decodes(name):
     model, text = make(name), texts(1, 21)[0]
     whole = in_pieces(model, text, [21])
     assert torch.equal(in_pieces(model, text, [5, 9, 1, 6]), whole), "odd chunks"

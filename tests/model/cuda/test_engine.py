@@ -65,7 +65,7 @@ def expect_counts(llm: LLM, tokens: list[list[int]]) -> None:
     ("overlap", "deterministic", "kept"),
     [(False, False, "auto"), (True, False, "auto"), (True, True, "auto"), (True, False, "fp8"), (True, True, "fp8")],
 )
-def test_the_engine_gives_the_same_tokens_on_triton_kernels_and_graphs(
+def test_engine_tokens_are_equal_on_triton_and_graphs(
     tiny_checkpoint, wanted, monkeypatch, overlap, deterministic, kept, token_counts
 ):
     monkeypatch.setenv("PYLLM_NATIVE", "0")
@@ -102,7 +102,7 @@ def test_what_the_host_has_a_hand_in_is_the_same_in_mixed_graphs(tiny_checkpoint
 GUESSING = SpeculativeConfig(prompt_lookup_min=1, disable_by_batch_size=4)
 
 
-def test_prefix_hits_drafts_and_preempted_sequences_are_the_same_in_mixed_graphs(tiny_checkpoint, monkeypatch):
+def test_mixed_graphs_keep_hits_drafts_and_preemption_exact(tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     settings = {"overlap_scheduling": True, "num_kv_blocks": 8, "speculative_config": GUESSING}
     prompts = ["one two one two one two", "one two one two one three", "x", "one two one two one two"]
@@ -143,7 +143,7 @@ def test_padding_of_a_mixed_graph_touches_no_page(tiny_checkpoint, monkeypatch):
     llm.core.check_idle()
 
 
-def test_steps_with_more_tokens_than_any_graph_are_computed_without_one(tiny_checkpoint, wanted, monkeypatch):
+def test_steps_over_the_largest_graph_run_eagerly(tiny_checkpoint, wanted, monkeypatch):
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     llm = open_llm(tiny_checkpoint, overlap_scheduling=True)
     on_triton(llm, token_counts=(4,))
@@ -151,7 +151,7 @@ def test_steps_with_more_tokens_than_any_graph_are_computed_without_one(tiny_che
     expect_counts(llm, wanted)
 
 
-def test_token_counts_reach_up_to_the_largest_step_that_is_worth_recording():
+def test_graph_sizes_reach_the_largest_recorded_step():
     assert token_counts(8) == [8]
     assert token_counts(2048)[-2:] == [1536, 2048]
     assert token_counts(10**5)[-1] == 4096

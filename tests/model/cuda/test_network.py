@@ -96,7 +96,7 @@ def same(config: DeepConfig, architecture: Architecture | None = None) -> None:
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_equal_plain_torch_through_prompts_chunks_and_decodes(name):
+def test_logits_equal_plain_torch_in_every_phase(name):
     same(VARIANTS[name])
 
 
@@ -187,7 +187,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     return seen
 
 
-def test_a_decode_step_launches_the_same_whatever_the_data_and_asks_the_device_nothing(launches):
+def test_decode_launches_do_not_depend_on_data(launches):
     model = on_triton(random_model(SMALL, seed=2))
     cache = model.new_kv_cache(32, PAGE)
     seen = []

@@ -22,7 +22,7 @@ def test_whole_answer_has_openai_shape_text_and_counts(harness):
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
 
 
-def test_stream_has_role_then_content_then_reason_then_usage_under_one_id(harness, events_of):
+def test_stream_order_is_role_content_reason_usage(harness, events_of):
     response = harness.chat(stream=True, stream_options={"include_usage": True}, model="alias")
     events = events_of(response)
     chunks = [ChatCompletionChunk.model_validate(event) for event in events]
@@ -69,7 +69,7 @@ def test_logprobs_and_token_ids_are_the_same_whole_and_streamed(harness, events_
     assert events[0]["prompt_token_ids"] == whole.prompt_token_ids
 
 
-def test_logprobs_without_top_logprobs_report_the_chosen_token_alone(harness):
+def test_logprobs_alone_report_the_chosen_token(harness):
     answer = ChatCompletion.model_validate_json(harness.chat(logprobs=True).content)
     assert all(entry.top_logprobs == [] for entry in answer.choices[0].logprobs.content)
     assert harness.chat().json()["choices"][0]["logprobs"] is None
@@ -97,7 +97,8 @@ def test_turn_end_of_a_plain_text_format_stops_unless_ignore_eos(harness):
     assert text == "Fine.\n\nUser:"
 
 
-def test_max_completion_tokens_wins_and_the_default_is_the_rest_of_the_context(harness):
+def test_max_completion_tokens_wins_over_max_tokens(harness):
+    """Without either, an answer may use the rest of the context."""
     harness.chat(max_tokens=50, max_completion_tokens=4)
     harness.chat(max_tokens=5)
     harness.chat()
@@ -114,7 +115,7 @@ def test_null_fields_mean_their_defaults(harness):
     assert first == second
 
 
-def test_defaults_of_the_checkpoint_fill_what_the_request_leaves_out(harness):
+def test_checkpoint_defaults_fill_missing_fields(harness):
     harness.model.defaults.update(temperature=0.5, top_k=7, max_tokens=3)
     harness.chat()
     harness.chat(temperature=1.5, top_k=0, max_tokens=6)
@@ -122,7 +123,7 @@ def test_defaults_of_the_checkpoint_fill_what_the_request_leaves_out(harness):
     assert found == [(0.5, 7, 3), (1.5, 0, 6)]
 
 
-def test_a_default_of_the_checkpoint_gives_way_to_the_context_and_an_asked_value_does_not(harness):
+def test_default_max_tokens_is_clamped_but_a_given_one_is_not(harness):
     harness.model.defaults.update(max_tokens=1000)
     assert harness.chat().status_code == 200
     ((_, prompt, params),) = harness.engine.requests

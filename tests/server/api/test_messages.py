@@ -183,7 +183,7 @@ def test_a_stream_adds_up_to_the_whole_answer(
     assert bool(whole["content"]) == bool(said)
 
 
-def test_a_turns_end_in_plain_text_is_no_stop_sequence_unless_asked_for(harness: Harness) -> None:
+def test_plain_text_turn_end_is_not_a_stop_sequence(harness: Harness) -> None:
     harness.engine.reply = "Yes.\n\nUser: more"
     body = valid(send(harness))
     assert body["content"] == [{"type": "text", "text": "Yes."}]

@@ -134,7 +134,7 @@ def test_other_content_types_are_415(harness):
         assert harness.post(CHAT, content=good, headers=headers).status_code == 200
 
 
-def test_body_over_the_limit_is_413_with_or_without_a_declared_length(harness, monkeypatch):
+def test_oversized_body_is_413_with_or_without_its_length(harness, monkeypatch):
     monkeypatch.setattr(body, "MAX_BODY_BYTES", 1000)
 
     async def chunks():

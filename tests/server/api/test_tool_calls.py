@@ -176,7 +176,7 @@ def test_a_choice_that_must_hold_is_a_grammar(chat, harness, fields, constrained
     assert (harness.engine.requests[-1][2].grammar is not None) == constrained
 
 
-def test_a_required_call_ends_with_tool_calls_and_a_named_one_with_stop(chat, harness, events_of):
+def test_required_call_ends_with_tool_calls_a_named_with_stop(chat, harness, events_of):
     harness.engine.reply = '<tool_call>{"name": "ping", "arguments": {}}</tool_call>'
     for choice, reason in (("required", "tool_calls"), (NAMED, "stop")):
         answer = chat(tool_choice=choice).json()["choices"][0]
@@ -293,7 +293,7 @@ def test_strange_arguments_in_the_history_are_text(chat, harness, arguments):
         {"structured_outputs": {"grammar": 'start: "a"+'}},
     ],
 )
-def test_a_format_is_a_grammar_for_the_engine_with_and_without_tools(chat, harness, fields):
+def test_response_format_becomes_a_grammar(chat, harness, fields):
     for tools in (None, [WEATHER]):
         assert chat(**fields, tools=tools).status_code == 200
         assert harness.engine.requests[-1][2].grammar is not None

@@ -101,7 +101,7 @@ def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
     }
 
 
-def test_a_thousand_random_schemas_at_temperature_one_give_valid_json(llm):
+def test_random_schemas_give_valid_json_at_temperature_one(llm):
     draw = random.Random(4)
     schemas = [random_schema(draw) for _ in range(1000)]
     outputs = generate(llm, [json_schema_grammar(schema) for schema in schemas])
@@ -174,7 +174,7 @@ def test_what_cannot_be_enforced_is_refused_and_named(schema, word):
     assert caught.value.param == "response_format"
 
 
-def test_words_that_only_describe_are_left_aside_but_not_properties_of_that_name(llm):
+def test_annotation_keywords_are_ignored_but_not_as_properties(llm):
     schema = {"title": "T", "type": "object", "description": "d",
               "$schema": "https://json-schema.org/draft/2020-12/schema",
               "properties": {"title": {"type": "boolean", "default": True, "x-order": 1},
@@ -213,7 +213,7 @@ def test_strict_demands_what_openai_demands():
         lambda: lark_grammar("x" * 70_000),
     ],
 )
-def test_what_is_too_large_or_no_text_is_refused_before_any_parser_sees_it(build):
+def test_oversized_grammar_is_refused_before_parsing(build):
     with pytest.raises(RequestError) as caught:
         build()
     assert len(str(caught.value)) < 300
@@ -261,7 +261,7 @@ async def engine(tiny_checkpoint, anyio_backend) -> AsyncIterator[AsyncEngine]:
         (lark_grammar("start: " + "(" * 30_000 + '"a"' + ")" * 30_000), "nested"),
     ],
 )
-async def test_a_wrong_or_hostile_grammar_is_refused_in_time_while_the_loop_goes_on(engine, grammar, word):
+async def test_hostile_grammar_is_refused_without_blocking_the_loop(engine, grammar, word):
     await engine.check_grammar(regex_grammar("a"))  # the process has started
     started, ticks = time.monotonic(), 0
     task = asyncio.create_task(engine.check_grammar(grammar, "structured_outputs"))

@@ -97,7 +97,7 @@ def chat(*turns: str, system: str | None = None) -> list[Message]:
     return messages if system is None else [Message("system", system), *messages]
 
 
-def test_published_template_that_ignores_the_generation_prompt_gets_it_appended() -> None:
+def test_generation_prompt_is_appended_if_a_template_lacks_it() -> None:
     assert text_of(PUBLISHED, chat("Hello")) == "User: Hello\n\nAssistant:"
     assert (
         text_of(PUBLISHED, chat("A", "B", "C", system="S")) == "S\n\nUser: A\n\nAssistant: B\n\nUser: C\n\nAssistant:"
@@ -131,17 +131,17 @@ def test_other_formats_in_use_are_rendered() -> None:
     assert text_of(ROLE_TOKENS, chat("A", "B", "C")) == "<|user|>A<|assistant|>B</s><|user|>C<|assistant|>"
 
 
-def test_stop_strings_are_known_where_turns_end_in_plain_text_only() -> None:
+def test_turn_end_strings_exist_only_for_plain_text_ends() -> None:
     stops = [ChatTemplate(PLAIN, source).stop_strings for source in ALL]
     assert stops == [("\n\nUser:",), (), (), ("\nUser:",), ("\n\n### Instruction:",), (), ("\n\nUser:",)]
 
 
-def test_turn_end_mark_that_is_no_token_of_this_tokenizer_is_the_stop_string() -> None:
+def test_turn_end_mark_outside_the_vocabulary_is_a_stop_string() -> None:
     source = CHATML.replace("<|im_end|>", "<|end-of-turn|>").replace("<|im_start|>", "<|turn|>")
     assert ChatTemplate(PLAIN, source).stop_strings == ("<|end-of-turn|>",)
 
 
-def test_bos_leads_exactly_once_and_only_where_the_model_was_tuned_with_it() -> None:
+def test_bos_leads_once_and_only_if_the_model_was_tuned_so() -> None:
     for source in ALL:
         plain, wrapped = (ChatTemplate(tokenizer, source).render(chat("A")) for tokenizer in (PLAIN, WRAPPED))
         assert plain.count(2) == (source is LLAMA2)
@@ -173,7 +173,7 @@ def test_any_content_keeps_its_exact_ids(content: str) -> None:
     assert ids == [SPECIAL.index("<|user|>"), *PLAIN.encode(content), 0]
 
 
-def test_special_tokens_in_tool_descriptions_and_arguments_stay_text() -> None:
+def test_special_tokens_in_tools_stay_text() -> None:
     tools = [Tool(name="f</s>", parameters={"<s>": 1})]
     messages = [*chat("A"), Message("assistant", None, (ToolCall("1", "f", '{"</s>": "<|user|>"}'),))]
     ids = ChatTemplate(PLAIN, TOOLS).render(messages, tools=tools)
@@ -197,7 +197,7 @@ def test_content_of_none_is_empty_text() -> None:
     assert text_of(PUBLISHED, [*chat("A"), Message("assistant", None, (call,))]).count("none") == 0
 
 
-def test_developer_is_a_system_message_where_the_template_knows_no_developer() -> None:
+def test_developer_role_falls_back_to_system() -> None:
     messages = [Message("developer", "S"), *chat("A")]
     assert text_of(PUBLISHED, messages) == "S\n\nUser: A\n\nAssistant:"
     knowing = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{# knows developer #}"
@@ -259,7 +259,7 @@ def test_huge_rendering_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         text_of(PUBLISHED, chat("A" * 100))
 
 
-def test_text_full_of_noncharacters_is_refused_or_kept_but_never_altered() -> None:
+def test_noncharacters_are_refused_or_kept_unaltered() -> None:
     most = "".join(chat_template.NONCHARACTERS[:-2])
     assert most in text_of(PUBLISHED, chat(most + "</s>"))
     with pytest.raises(ChatTemplateError, match="noncharacters"):

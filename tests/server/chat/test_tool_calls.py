@@ -100,9 +100,7 @@ CASES: list[tuple[ToolCallFormat, str, Any]] = [
 
 
 @pytest.mark.parametrize(("format_", "text", "expected"), CASES)
-def test_a_turn_is_read_the_same_whole_and_character_by_character(
-    format_: ToolCallFormat, text: str, expected: Read
-) -> None:
+def test_turn_parses_the_same_whole_and_by_character(format_: ToolCallFormat, text: str, expected: Read) -> None:
     assert read([text], format_) == expected
     assert read(list(text), format_) == expected
 
@@ -139,7 +137,7 @@ json_values = st.recursive(
     name=st.sampled_from(sorted(FORMATS)),
     indent=st.sampled_from([None, 1]),
 )
-def test_whatever_arguments_are_written_come_back_as_the_same_text(calls: list[Any], name: str, indent: int) -> None:
+def test_arguments_round_trip_as_text(calls: list[Any], name: str, indent: int) -> None:
     texts = [json.dumps(arguments, ensure_ascii=False, indent=indent) for arguments in calls]
     format_ = FORMATS[name]
     turn = format_.separator.join(format_.write("f", text) for text in texts)

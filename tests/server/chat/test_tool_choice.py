@@ -110,7 +110,7 @@ def test_an_answer_of_a_format_may_be_calls_instead() -> None:
         assert not accepts(AUTO, "other", "hermes", answer)
 
 
-def test_arguments_have_no_members_that_the_function_does_not_know() -> None:
+def test_arguments_have_only_declared_members() -> None:
     def of(parameters: dict[str, Any] | None) -> dict[str, Any]:
         return arguments_schema(tool("f", parameters=parameters))
 

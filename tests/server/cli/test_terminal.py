@@ -32,7 +32,7 @@ def prompts(engine):
     return [engine.tokenizer.decode(ids) for _, ids, _ in engine.requests]
 
 
-def test_an_answer_may_take_the_rest_of_the_context_unless_told_otherwise(engine, monkeypatch, capsys):
+def test_answer_may_use_the_rest_of_the_context(engine, monkeypatch, capsys):
     assert terminal.generate(GenerateConfig(prompt="Hi"), PROCESS) == 0
     engine.error = None
     assert terminal.generate(GenerateConfig(prompt="Hi", chat=True, max_tokens=3), PROCESS) == 0
@@ -43,7 +43,7 @@ def test_an_answer_may_take_the_rest_of_the_context_unless_told_otherwise(engine
 
 
 @pytest.mark.parametrize("flags", [{}, {"max_tokens": 40}])
-def test_a_talk_that_grows_too_long_loses_its_oldest_turns_and_says_so_once(engine, monkeypatch, capsys, flags):
+def test_long_chat_drops_its_oldest_turns_with_one_note(engine, monkeypatch, capsys, flags):
     questions = [f"Question {n}" + "?" * 30 for n in range(8)]
     assert talk(monkeypatch, *questions, **flags) == 0
     captured = capsys.readouterr()
@@ -54,7 +54,7 @@ def test_a_talk_that_grows_too_long_loses_its_oldest_turns_and_says_so_once(engi
     assert prompts(engine)[-1].endswith(questions[7] + "\n\nAssistant:")
 
 
-def test_a_question_that_cannot_fit_is_refused_and_the_talk_goes_on(engine, monkeypatch, capsys):
+def test_question_that_cannot_fit_is_refused_and_chat_continues(engine, monkeypatch, capsys):
     assert talk(monkeypatch, "one", "x" * 300, "three") == 0
     assert "context is 200 tokens" in capsys.readouterr().err
     assert prompts(engine)[1].startswith("User: one\n\nAssistant: Hello, wörld!\n\nUser: three")

@@ -73,7 +73,7 @@ def test_all_work_on_a_large_body_is_done_off_the_event_loop(harness, monkeypatc
     assert [name for name, seen in found.items() if not seen or threading.main_thread() in seen] == []
 
 
-def test_a_long_conversation_is_read_off_the_event_loop_however_short_the_request(harness, monkeypatch, threads):
+def test_long_conversation_is_parsed_off_the_event_loop(harness, monkeypatch, threads):
     first = harness.post("/v1/responses", {"input": "One"}).json()
     found = threads([(responses, "read_items"), (turn, "_written"), (response_store, "_page")])
     monkeypatch.setattr(responses, "LARGE_BODY_BYTES", 100)

@@ -125,7 +125,7 @@ def test_engine_that_dies_on_the_way_ends_answers_with_an_error(harness, events_
     assert 'finished_reason="abort",model_name="org/tiny"} 0.0' in harness.get("/metrics").text
 
 
-def test_a_failed_sequence_is_a_500_or_an_error_event_and_the_others_are_stopped(harness, events_of):
+def test_failed_sequence_is_a_500_or_an_error_event(harness, events_of):
     harness.engine.fail_after = 2
     response = harness.chat(n=3)
     assert response.status_code == 500
@@ -154,7 +154,7 @@ def test_each_kind_of_failure_has_its_status():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_finds_the_queue_full_is_a_429_that_says_when_to_come_back(harness, stream):
+def test_full_queue_is_a_429_with_retry_after(harness, stream):
     harness.engine.most = 3
     response = harness.chat(n=4, stream=stream)
     assert response.status_code == 429
@@ -172,7 +172,7 @@ def test_priority_and_salt_reach_the_engine(harness):
     assert harness.engine.extras == [(-3, "tenant"), (5, None), (5, None), (0, None)]
 
 
-def test_what_came_together_is_sent_together_and_a_failure_loses_nothing_before_it(harness):
+def test_outputs_are_batched_and_kept_before_a_failure(harness):
     """The client is slow: while it takes the head, five pieces come, and then a failure."""
     harness.engine.fail_after = 6
     sent = []
@@ -249,7 +249,7 @@ def test_idle_streams_carry_comments(make_harness):
     assert b"".join(message.get("body", b"") for message in sent).count(b": keep-alive\n\n") >= 3
 
 
-def test_log_line_has_status_and_tokens_and_nothing_of_the_prompt(harness, caplog):
+def test_log_line_has_status_and_tokens_but_no_text(harness, caplog):
     caplog.set_level(logging.DEBUG, logger="pyllm.server")
     harness.chat(messages=[{"role": "user", "content": "my secret"}], max_tokens=4, stream=True)
     line = caplog.records[-1].getMessage()
@@ -260,7 +260,7 @@ def test_log_line_has_status_and_tokens_and_nothing_of_the_prompt(harness, caplo
     assert "\n" not in caplog.records[-1].getMessage()
 
 
-def test_metrics_count_only_the_phases_that_a_sequence_went_through(harness):
+def test_metrics_count_only_phases_that_happened(harness):
     harness.complete(max_tokens=1)
     harness.engine.hold_after = 0
     asyncio.run(disconnect(harness, "/v1/completions", {"prompt": "a"}))
@@ -285,7 +285,7 @@ def test_openapi_has_the_real_models_and_their_bounds(harness):
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/llm/v1/models"])
-def test_a_root_path_is_for_proxies_that_take_it_off_and_for_those_that_do_not(make_harness, path):
+def test_root_path_works_stripped_and_unstripped(make_harness, path):
     harness = make_harness(root_path="/llm", api_key=("k",))
     assert harness.get(path, authorization="Bearer k").status_code == 200
     assert harness.get(path).status_code == 401
