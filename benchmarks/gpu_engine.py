@@ -12,7 +12,7 @@ import torch
 from gpu_measure import Machine
 
 from pyllm.engine.build import PREFILL_TOKENS
-from pyllm.engine.config import SpeculativeConfig
+from pyllm.engine.config import ResolvedConfig, SpeculativeConfig
 from pyllm.engine.messages import EngineInfo, EngineRequest, SamplingParams
 from pyllm.engine.runner.model_runner import ModelRunner
 from pyllm.engine.runner.step_graphs import CudaGraphs, token_counts
@@ -60,16 +60,19 @@ def make_core(
         machine.clear()
         blocks = min(blocks, int(0.8 * torch.cuda.mem_get_info(machine.device)[0]) // page)
     info = EngineInfo(
-        era="", dtype=str(machine.dtype)[6:], device=str(machine.device), parameters=0, load_seconds=0.0,
-        vocab_size=config.vocab_size, max_model_len=longest, max_num_seqs=most,
-        max_num_batched_tokens=16 if machine.dry else 8192, block_size=PAGE, num_blocks=blocks, eos_token_ids=(),
-        chunk_multiple=model.ops.prefill_multiple, max_num_prefill_tokens=PREFILL_TOKENS["cuda"],
-        overlap_scheduling=overlap, speculative_config=speculative,
+        config=ResolvedConfig(
+            model="", dtype=str(machine.dtype)[6:], device=machine.device.type, max_model_len=longest,
+            max_num_seqs=most, max_num_batched_tokens=16 if machine.dry else 8192, block_size=PAGE,
+            num_kv_blocks=blocks, max_num_prefill_tokens=PREFILL_TOKENS["cuda"], overlap_scheduling=overlap,
+            speculative_config=speculative,
+        ),
+        era="", parameters=0, load_seconds=0.0, vocab_size=config.vocab_size, eos_token_ids=(),
+        chunk_multiple=model.ops.prefill_multiple,
     )  # fmt: skip
     runner = ModelRunner(model, num_blocks=blocks, block_size=PAGE, max_num_seqs=most)
     if machine.dry or model.ops.capturable:
         maker = Reruns() if machine.dry else CudaGraphs(machine.device)
-        counts = [8, 16] if machine.dry else token_counts(info.max_num_batched_tokens)
+        counts = [8, 16] if machine.dry else token_counts(info.config.max_num_batched_tokens)
         runner.capture(maker, longest, [most] if machine.dry else graphs, counts if mixed else ())
     return EngineCore(info, runner, runner.expert_stats)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -16,13 +16,13 @@ from ..model.cpu.backend import available as native_available
 from ..model.fp8 import FP8, centre, has_fp8
 from ..model.network import DeepNetwork
 from ..model.tokenizer import Tokenizer
-from .config import EngineConfig
+from .config import EngineConfig, ResolvedConfig, settings_of
 from .errors import EngineStartError
 from .grammar.compiler import GrammarCompiler
 from .memory import is_out_of_memory, num_kv_blocks
-from .messages import EngineInfo, EngineRequest, Kernels, SamplingParams
+from .messages import EngineInfo, EngineRequest, GraphInfo, Kernels, SamplingParams
 from .runner.model_runner import ModelRunner
-from .runner.step_graphs import CudaGraphs, GraphMaker, StepGraphs, token_counts
+from .runner.step_graphs import CudaGraphs, GraphMaker, token_counts
 from .step.core import EngineCore
 from .step.request import Request
 from .step.scheduler import ScheduledSequence
@@ -71,68 +71,52 @@ def _build(config: EngineConfig) -> EngineCore:
     native = device.type == "cpu" and native_available(DeepConfig.from_folder(Path(config.model)))
     check_settings(config, device, native)
     model, report = load_checkpoint(
-        Path(config.model),
-        network=DeepNetwork,
-        dtype=_dtype(config, device),
-        device=device,
-        load_format=config.load_format,
-        seed=config.seed or 0,
-        progress=not config.quiet,
-    )
+        Path(config.model), network=DeepNetwork, dtype=_dtype(config, device), device=device,
+        load_format=config.load_format, seed=config.seed or 0, progress=not config.quiet,
+    )  # fmt: skip
     model.eval().requires_grad_(False)
     kv_dtype = kv_cache_dtype(config, model)
     kernels = _choose_kernels(config, model, device, native)
-    max_model_len = config.max_model_len or model.config.max_position_embeddings
+    resolved = resolve(config, model)
     size = block_bytes(model.config, config.block_size, kv_dtype.itemsize)
-    limits = Limits(
-        config.block_size, max_model_len, config.most_seqs(device.type), config.max_num_batched_tokens, kv_dtype
-    )
-    reserve = step_bytes(model, limits) + size if device.type == "cuda" else 0
-    num_blocks = num_kv_blocks(config, device, size, max_model_len, reserve)
-    runner = _runner(model, num_blocks, limits)
+    reserve = step_bytes(model, resolved, kv_dtype) + size if device.type == "cuda" else 0
+    num_blocks = num_kv_blocks(config, device, size, resolved.max_model_len, reserve)
+    resolved = replace(resolved, num_kv_blocks=num_blocks)
+    runner = _runner(model, resolved, kv_dtype)
     for length, count in WARM_UP_STEPS[kernels]:
-        _rehearse(runner, limits, [length], min(count, num_blocks), SamplingParams(temperature=1.0, seed=0))
+        _rehearse(runner, resolved, [length], min(count, num_blocks), SamplingParams(temperature=1.0, seed=0))
     graphs = None
     if device.type == "cuda" and model.ops.capturable and not config.enforce_eager:
-        graphs = _capture(runner, CudaGraphs(device), limits)
+        graphs = _capture(runner, CudaGraphs(device), resolved)
     runner.expert_stats.reset()
     info = EngineInfo(
-        era=report.era,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(device),
-        parameters=report.parameters,
-        file_dtypes=report.file_dtypes,
-        load_seconds=report.seconds,
-        vocab_size=model.config.vocab_size,
-        max_model_len=max_model_len,
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
-        num_blocks=num_blocks,
-        eos_token_ids=model.config.eos_token_ids,
-        kernels=kernels,
-        graph_sizes=tuple(graphs.sizes) if graphs is not None else (),
-        mixed_graph_sizes=tuple(graphs.mixed_sizes) if graphs is not None else (),
-        graph_seconds=graphs.seconds if graphs is not None else 0.0,
-        graph_bytes=graphs.bytes if graphs is not None else 0,
-        quantization=config.quantization,
-        kv_cache_dtype=config.kv_cache_dtype,
-        chunk_multiple=model.ops.prefill_multiple,
-        max_num_prefill_tokens=config.max_num_prefill_tokens or PREFILL_TOKENS[device.type],
-        scheduling_policy=config.scheduling_policy,
-        enable_prefix_caching=config.enable_prefix_caching,
-        speculative_config=config.speculative_config,
-        overlap_scheduling=device.type == "cuda" if config.overlap_scheduling is None else config.overlap_scheduling,
-        hidden_size=model.config.hidden_size,
-        num_layers=model.config.num_hidden_layers,
+        config=resolved, era=report.era, parameters=report.parameters, file_dtypes=report.file_dtypes,
+        load_seconds=report.seconds, vocab_size=model.config.vocab_size, eos_token_ids=model.config.eos_token_ids,
+        hidden_size=model.config.hidden_size, num_layers=model.config.num_hidden_layers,
         num_experts=model.config.num_experts if model.config.use_token_routed_mlp else 0,
-    )
+        kernels=kernels, graphs=graphs, chunk_multiple=model.ops.prefill_multiple,
+    )  # fmt: skip
     return EngineCore(
         info,
         runner,
         runner.expert_stats,
         GrammarCompiler(lambda: Tokenizer.from_folder(config.model), info.vocab_size, info.eos_token_ids),
     )
+
+
+def resolve(config: EngineConfig, model: DeepNetwork) -> ResolvedConfig:
+    """Decide what `config` leaves open, except the number of KV blocks: that depends on memory, so it is 1 here."""
+    device = model.device.type
+    decided = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device,
+        "max_model_len": config.max_model_len or model.config.max_position_embeddings,
+        "max_num_seqs": config.most_seqs(device),
+        "max_num_prefill_tokens": config.max_num_prefill_tokens or PREFILL_TOKENS[device],
+        "num_kv_blocks": 1,
+        "overlap_scheduling": device == "cuda" if config.overlap_scheduling is None else config.overlap_scheduling,
+    }
+    return ResolvedConfig(**{name: getattr(config, name) for name in settings_of(EngineConfig)} | decided)
 
 
 def _choose_kernels(config: EngineConfig, model: DeepNetwork, device: torch.device, native: bool) -> Kernels:
@@ -168,66 +152,63 @@ def cuda_ops(model: DeepNetwork, *, deterministic: bool = False) -> Backend:
     return model.ops
 
 
-def _capture(runner: ModelRunner, maker: GraphMaker, limits: Limits) -> StepGraphs | None:
-    """The graphs of steps; None, with a warning, where they cannot be recorded: everything works without."""
+def _capture(runner: ModelRunner, maker: GraphMaker, config: ResolvedConfig) -> GraphInfo | None:
+    """Record steps as graphs; if that fails, log a warning and return None, because everything works without them."""
     try:
-        return runner.capture(maker, limits.max_model_len, token_counts=token_counts(limits.max_num_batched_tokens))
+        graphs = runner.capture(maker, config.max_model_len, token_counts=token_counts(config.max_num_batched_tokens))
     except RuntimeError as error:
         runner.graphs = None
-        reason = " ".join(str(error).split())[:200]
-        logger.warning("No CUDA graphs could be recorded, and all but very large steps are slower: %s", reason)
+        logger.warning(
+            "CUDA graphs cannot be recorded, so all but very large steps are slower: %s",
+            " ".join(str(error).split())[:200],
+        )
         return None
+    return GraphInfo(
+        sizes=tuple(graphs.sizes), mixed_sizes=tuple(graphs.mixed_sizes), seconds=graphs.seconds, bytes=graphs.bytes
+    )
 
 
-class Limits(NamedTuple):
-    """What bounds a step, and what its pages are kept in; None is the model's dtype."""
-
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    kv_cache_dtype: torch.dtype | None = None
-
-
-def _runner(model: DeepNetwork, num_blocks: int, limits: Limits) -> ModelRunner:
+def _runner(model: DeepNetwork, config: ResolvedConfig, kv_dtype: torch.dtype) -> ModelRunner:
     return ModelRunner(
-        model, num_blocks=num_blocks, block_size=limits.block_size, max_num_seqs=limits.max_num_seqs,
-        kv_cache_dtype=limits.kv_cache_dtype,
+        model, num_blocks=config.num_kv_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
+        kv_cache_dtype=kv_dtype,
     )  # fmt: skip
 
 
-def step_bytes(model: DeepNetwork, limits: Limits) -> int:
-    """Memory of a GPU that the largest steps take, graphs included, beside weights and KV cache; by trying them."""
+def step_bytes(model: DeepNetwork, config: ResolvedConfig, kv_dtype: torch.dtype) -> int:
+    """Measure what the largest steps take of a GPU's memory, next to weights and KV cache, by trying them."""
     device = model.device
-    runner = _runner(model, 1, limits)
-    longest = limits.max_model_len - 1
-    whole, rest = divmod(limits.max_num_batched_tokens, longest)
+    runner = _runner(model, replace(config, num_kv_blocks=1), kv_dtype)
+    longest = config.max_model_len - 1
+    whole, rest = divmod(config.max_num_batched_tokens, longest)
     lengths = [longest] * whole + [rest] * (rest > 0)
     params = SamplingParams(temperature=1.0, seed=0, top_p=0.9, frequency_penalty=0.1, logprobs=1)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    _rehearse(runner, limits, lengths[: limits.max_num_seqs], limits.max_num_seqs, params)
+    _rehearse(runner, config, lengths[: config.max_num_seqs], config.max_num_seqs, params)
     peak = torch.cuda.max_memory_allocated(device) - before
     del runner
     torch.cuda.empty_cache()
     return int(2 * peak * STEP_MARGIN) + GRAPH_BYTES  # graphs work in memory of their own
 
 
-def _rehearse(runner: ModelRunner, limits: Limits, lengths: list[int], count: int, params: SamplingParams) -> None:
-    """Compute prompts, and decodes after them, of no request, so that the first one finds everything in place.
+def _rehearse(
+    runner: ModelRunner, config: ResolvedConfig, lengths: list[int], count: int, params: SamplingParams
+) -> None:
+    """Compute prompts of no request, and `count` decodes after them, so that the first real step is not slow.
 
-    What they write to the KV cache is written over, like all that a finished sequence leaves there.
+    What they write to the KV cache is overwritten later, like all that a finished sequence leaves there.
     """
-    count = min(count, limits.max_num_seqs)
-    lengths = [min(length, limits.max_num_batched_tokens, limits.max_model_len - 1) for length in lengths]
+    count = min(count, config.max_num_seqs)
+    lengths = [min(length, config.max_num_batched_tokens, config.max_model_len - 1) for length in lengths]
     requests = []
     for index in range(max(count, len(lengths))):
         length = lengths[min(index, len(lengths) - 1)]
         request = Request.from_message(
             EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params)
         )
-        # Prompts wrap around in one block: what they compute is of no use to anybody.
-        request.block_ids = [index % runner.num_blocks] * (length // limits.block_size + 1)
+        # A prompt wraps around in one block: nothing reads what it computes.
+        request.block_ids = [index % runner.num_blocks] * (length // config.block_size + 1)
         requests.append(request)
     runner.execute([ScheduledSequence(*pair, True) for pair in zip(requests, lengths, strict=False)])
     for request in requests:

@@ -33,13 +33,13 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
             raise RequestError(f"{param} has a token id outside 0 to {info.vocab_size - 1}.", param=param)
     asked = 0 if message.pooling else 1 if params.max_tokens is None else params.max_tokens
     has = f"the prompt has {prompt} tokens" + (f" and up to {asked} more were asked for" if asked else "")
-    if prompt + asked > info.max_model_len:
+    if prompt + asked > info.config.max_model_len:
         raise RequestError(
-            f"This model's context is {info.max_model_len} tokens, but {has}.", code="context_length_exceeded"
+            f"This model's context is {info.config.max_model_len} tokens, but {has}.", code="context_length_exceeded"
         )
-    if prompt + max(asked - 1, 0) > info.kv_capacity_tokens:  # the last token is never computed
+    if prompt + max(asked - 1, 0) > info.config.kv_capacity_tokens:  # the last token is never computed
         raise RequestError(
-            f"The KV cache holds {info.kv_capacity_tokens} tokens, but {has}.", code="context_length_exceeded"
+            f"The KV cache holds {info.config.kv_capacity_tokens} tokens, but {has}.", code="context_length_exceeded"
         )
     if message.pooling not in (None, "mean", "last"):
         raise RequestError(f"pooling must be 'mean' or 'last', got {message.pooling!r}.", param="pooling")
@@ -50,7 +50,7 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
 def resolve_request(message: EngineRequest, info: EngineInfo, seeds: random.Random) -> EngineRequest:
     """Fill in `max_tokens` and `seed` where they are open, and check the result; raises `RequestError`."""
     params = message.params
-    room = max(info.max_model_len - len(message.prompt_token_ids), 1)
+    room = max(info.config.max_model_len - len(message.prompt_token_ids), 1)
     params = msgspec.structs.replace(
         params,
         max_tokens=max(room, params.min_tokens) if params.max_tokens is None else params.max_tokens,

@@ -1,103 +1,251 @@
-"""What an engine is told at its start."""
+"""The settings of an engine, and how a setting is declared: name, type, default, bounds and help in one place.
+
+`server/flags.py` makes a flag of each field of `EngineSettings`. Only the standard library is imported, so that a
+command can read its flags before it starts the engine process.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import msgspec
-
-DType = Literal["auto", "bfloat16", "float32"]
-Device = Literal["auto", "cpu", "cuda"]
-LoadFormat = Literal["auto", "dummy"]
-Quantization = Literal["none", "int8"]
-KVCacheDType = Literal["auto", "fp8"]
-SchedulingPolicy = Literal["fcfs", "priority"]
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
-Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
-
+MAX_LOGPROBS = 20
 MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+NUMBERS = {"int": "a whole number", "float": "a number", "size": "a number of bytes, or one such as 2GiB,"}
+SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+Settings = TypeVar("Settings")
 
 
-class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the next tokens of a sequence are guessed, to be checked several at a time.
+def setting(
+    default: Any,
+    text: str,
+    kind: str = "",
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    positional: bool = False,
+    secret: bool = False,
+) -> Any:
+    """Declare a field of a settings class with its help and its inclusive bounds; `secret` hides it from the repr.
 
-    Attributes:
-        method: `ngram` looks for the last tokens in the sequence itself.
-        num_speculative_tokens: most tokens of one guess.
-        prompt_lookup_min, prompt_lookup_max: how many tokens must have occurred before; longer runs are tried first.
-        disable_by_batch_size: nothing is guessed in steps with more sequences that decode than this, where a guess
-            costs as much as it saves.
+    `kind` follows from the annotation, except for `size` (bytes, or a number with a unit such as 512MB or 2GiB) and
+    `json` (the text of a JSON object; in a YAML file it may also be a mapping).
     """
+    metadata = {"text": text, "kind": kind, "low": low, "high": high, "positional": positional}
+    return field(default=default, metadata=metadata, repr=not secret)
 
-    method: Literal["ngram"] = "ngram"
-    num_speculative_tokens: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
-    prompt_lookup_min: Annotated[int, msgspec.Meta(ge=1, le=16)] = 3
-    prompt_lookup_max: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
-    disable_by_batch_size: Count = 4
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A field that `setting` has declared."""
+
+    name: str
+    type: Any
+    default: Any
+    secret: bool
+    text: str
+    kind: str  # text, list, switch, int, float, size or json
+    low: float
+    high: float
+    positional: bool
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The texts that are allowed; empty where any is."""
+        return get_args(self.type) if self.kind == "text" else ()
+
+    def convert(self, raw: Any, source: str) -> Any:
+        """Convert text or a value from YAML, JSON or Python; raise a `ValueError` that names `source`."""
+        if (raw is None and self.default is None) or (self.kind == "json" and isinstance(raw, SpeculativeConfig)):
+            return raw
+        if self.kind == "list":
+            items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
+            if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
+                raise ValueError(f"{source} must be one or more strings, none of them empty.")
+            return tuple(items)
+        if self.kind == "switch":
+            if (word := str(raw).lower()) not in SWITCH_WORDS:
+                raise ValueError(f"{source} must be true or false, got {raw!r:.200}.")
+            return SWITCH_WORDS[word]
+        if self.kind == "json":
+            return self._parse_object(raw, source)
+        if self.kind in NUMBERS:
+            try:
+                number = _parse_bytes(str(raw)) if self.kind == "size" else self.type(str(raw))
+            except ValueError:
+                number = math.nan
+            return self.check(number, source, raw)
+        value = str(raw) if isinstance(raw, (str, int, float)) else ""
+        if self.choices and value not in self.choices:
+            words = ", ".join(self.choices)
+            raise ValueError(f"{source} must be one of {words}, got {value!r:.200}{nearest(value, self.choices)}")
+        if not value and self.default:
+            raise ValueError(f"{source} must not be empty.")
+        return value
+
+    def check(self, value: Any, source: str, given: Any) -> Any:
+        """Return a number that is within the bounds."""
+        if self.kind in NUMBERS and value is not None and not self.low <= value <= self.high:
+            bounds = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+            raise ValueError(f"{source} must be {NUMBERS[self.kind]} {bounds}, got {given!r:.200}.")
+        return value
+
+    def _parse_object(self, raw: Any, source: str) -> Any:
+        try:
+            values = json.loads(raw) if isinstance(raw, str) else raw
+            if not isinstance(values, dict):
+                raise TypeError
+            text = json.dumps(values)
+        except (ValueError, TypeError, RecursionError):
+            example = self.text[self.text.find("{") : self.text.find("}") + 1]
+            raise ValueError(f"{source} must be a JSON object such as {example}, got {raw!r:.200}.") from None
+        return text if self.type is str else from_values(self.type, values, source)
+
+
+def settings_of(cls: Any) -> dict[str, Setting]:
+    """The declared fields of a dataclass by name."""
+    found, hints = {}, get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        own = hints[f.name]
+        if NoneType in get_args(own):  # X | None
+            own = get_args(own)[0]
+        kind = {bool: "switch", int: "int", float: "float", SpeculativeConfig: "json"}.get(own, "text")
+        kind = f.metadata["kind"] or ("list" if get_origin(own) is tuple else kind)
+        found[f.name] = Setting(f.name, own, f.default, not f.repr, **{**f.metadata, "kind": kind})
+    return found
+
+
+def from_values(cls: type[Settings], values: Mapping[str, Any], source: str = "") -> Settings:
+    """Make an object of a settings class; raise `ValueError` for an unknown name or an unusable value."""
+    known, where = settings_of(cls), f" in {source}" if source else ""
+    for name in values:
+        if name not in known:
+            raise ValueError(f"Unknown setting {name!r:.200}{where}{nearest(name, known)}")
+    return cls(**{name: known[name].convert(value, name + where) for name, value in values.items()})
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def _parse_bytes(text: str) -> int:
+    """Read a size in bytes; raise `ValueError` for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(text)
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")) if found[2] else int(found[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """How the next tokens of a sequence are guessed, to be verified several at a time."""
+
+    method: Literal["ngram"] = setting("ngram", "ngram looks for the last tokens earlier in the sequence")
+    num_speculative_tokens: int = setting(4, "most tokens of one guess", low=1, high=16)
+    prompt_lookup_min: int = setting(3, "fewest tokens that must have occurred before", low=1, high=16)
+    prompt_lookup_max: int = setting(4, "most tokens that must have; longer runs are tried first", low=1, high=16)
+    disable_by_batch_size: int = setting(
+        4, "most decoding sequences in a step that guesses: with more, a guess costs as much as it saves", low=1
+    )
 
     def __post_init__(self) -> None:
         if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ValueError("prompt_lookup_min must be no larger than prompt_lookup_max")
+            raise ValueError("prompt_lookup_min must be no larger than prompt_lookup_max.")
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of one engine.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """The settings of an engine that are flags of every command, by the same names."""
 
-    Attributes:
-        model: folder of the checkpoint.
-        dtype: of the weights and products; `auto` is bfloat16.
-        device: `auto` is cuda where there is one, else cpu.
-        load_format: `dummy` gives random weights of the config's shapes.
-        quantization: `int8` packs the weights of the large products to 8 bits at load.
-        kv_cache_dtype: of keys and values in the cache; `auto` is that of the weights, `fp8` (e4m3) needs a GPU.
-        seed: of dummy weights, and of the seeds drawn for requests that bring none; None draws those at random.
-        max_model_len: most tokens of prompt and output together; None is the model's context.
-        max_num_seqs: most sequences in one step; None chooses by device.
-        max_num_batched_tokens: token budget of one step; a longer prompt is computed in chunks.
-        max_num_prefill_tokens: most prompt tokens in a step in which up to eight other sequences decode, so that
-            arriving prompts slow running streams down only so far; None chooses by device.
-        max_num_queued_reqs: most requests that wait for their turn; more are refused.
-        scheduling_policy: `fcfs` is first come, first served; with `priority`, a lower `priority` goes first.
-        enable_prefix_caching: keep the KV blocks of finished sequences for others that begin with the same tokens.
-        block_size: tokens per KV block.
-        kv_cache_memory_bytes: size of the KV cache; None chooses one.
-        gpu_memory_utilization: share of a GPU's memory that the engine may fill, where no size is given.
-        num_kv_blocks: number of KV blocks, instead of a size in bytes (for tests and experiments).
-        speculative_config: guess tokens and check several at a time; None computes one by one.
-        overlap_scheduling: begin a step before the one before it is read; None is on a GPU only.
-        enforce_eager: record no steps as CUDA graphs.
-        engine_hang_timeout: seconds without any progress, not even of a layer, after which the engine counts as hung.
-        deterministic: compute so that an answer's last bits do not depend on who else is being served, which takes a
-            GPU longer, and refuse to start where that cannot be.
-        quiet: no progress bar while loading.
-    """
+    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "number format of the weights")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    load_format: Literal["auto", "dummy"] = setting("auto", "dummy makes random weights of the configured shapes")
+    quantization: Literal["none", "int8"] = setting("none", "int8 packs the large weights to 8 bits while loading")
+    kv_cache_dtype: Literal["auto", "fp8"] = setting("auto", "fp8 fits twice as many tokens in the KV cache, on a GPU")
+    seed: int | None = setting(None, "seed for requests that bring none, and for dummy weights", low=0, high=2**63 - 1)
+    max_model_len: int | None = setting(
+        None, "most tokens of prompt and output together (default: the model's context)", low=2
+    )
+    max_num_seqs: int | None = setting(
+        None,
+        "most sequences in one step (default: {cpu} on the CPU, {cuda} on a GPU)".format(**MAX_NUM_SEQS),
+        low=1,
+        high=4096,
+    )
+    max_num_batched_tokens: int = setting(
+        2048, "most tokens in one step; longer prompts are computed in chunks", low=1, high=2**20
+    )
+    max_num_prefill_tokens: int | None = setting(
+        None,
+        "most prompt tokens in a step in which up to 8 other sequences decode (default: by device)",
+        low=1,
+        high=2**20,
+    )
+    max_num_queued_reqs: int = setting(1024, "most requests waiting to run; further ones get a 429", low=1)
+    scheduling_policy: Literal["fcfs", "priority"] = setting(
+        "fcfs", "fcfs runs requests in order of arrival; priority runs those with the lowest priority value first"
+    )
+    enable_prefix_caching: bool = setting(True, "compute a prefix that prompts share only once")
+    speculative_config: SpeculativeConfig | None = setting(  # noqa: RUF009 - ruff cannot see that it is a field
+        None, 'guess repeated text and verify several tokens at once, as in {"method": "ngram"}'
+    )
+    block_size: int = setting(16, "tokens in one block of the KV cache", low=1, high=1024)
+    kv_cache_memory_bytes: int | None = setting(
+        None, "size of the KV cache, such as 2GiB (default: from the free memory)", "size", low=1, high=2**60
+    )
+    gpu_memory_utilization: float = setting(
+        0.92, "share of the GPU's memory to fill when the KV cache is given no size", low=0.01, high=1
+    )
+    num_kv_blocks: int | None = setting(None, "number of blocks in the KV cache, instead of a size", low=1)
+    enforce_eager: bool = setting(False, "do not record steps as CUDA graphs")
+    deterministic: bool = setting(
+        False,
+        "make outputs independent of other requests, to the last bit; start-up fails if the device cannot guarantee it",
+    )
+    engine_hang_timeout: float = setting(
+        30.0, "seconds without progress after which the engine counts as hung and is killed", low=1, high=86400
+    )
 
-    model: str
-    dtype: DType = "auto"
-    device: Device = "auto"
-    load_format: LoadFormat = "auto"
-    quantization: Quantization = "none"
-    kv_cache_dtype: KVCacheDType = "auto"
-    seed: int | None = None
-    max_model_len: Count | None = None
-    max_num_seqs: Count | None = None
-    max_num_batched_tokens: Count = 2048
-    max_num_prefill_tokens: Count | None = None
-    max_num_queued_reqs: Count = 1024
-    scheduling_policy: SchedulingPolicy = "fcfs"
-    enable_prefix_caching: bool = True
-    block_size: Count = 16
-    kv_cache_memory_bytes: Count | None = None
-    gpu_memory_utilization: Share = 0.92
-    num_kv_blocks: Count | None = None
-    speculative_config: SpeculativeConfig | None = None
-    overlap_scheduling: bool | None = None
-    enforce_eager: bool = False
-    engine_hang_timeout: Seconds = 30.0
-    deterministic: bool = False
-    quiet: bool = False
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(EngineSettings):
+    """All that an engine needs to start."""
+
+    model: str = setting(dataclasses.MISSING, "folder of the checkpoint")
+    overlap_scheduling: bool | None = setting(None, "launch a step before the one before it is read (None: on a GPU)")
+    quiet: bool = setting(False, "no progress bar while loading")
+
+    def __post_init__(self) -> None:
+        for name, own in settings_of(EngineConfig).items():
+            own.check(getattr(self, name), name, getattr(self, name))
 
     def most_seqs(self, device: str) -> int:
-        """`max_num_seqs`, or what it is on a `cpu` or `cuda` where nothing is said."""
+        """`max_num_seqs`, or its default on `cpu` or `cuda`."""
         return self.max_num_seqs or MAX_NUM_SEQS[device]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """What a running engine uses: its `dtype` and `device`, and these settings, are decided."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_prefill_tokens: int
+    num_kv_blocks: int
+    overlap_scheduling: bool
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_kv_blocks * self.block_size

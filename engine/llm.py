@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from ..model.checkpoint.hub import resolve_model
 from ..model.tokenizer import Tokenizer
 from .build import build_engine
 from .checks import resolve_request
 from .client.output_processor import OutputProcessor, RequestOutput
-from .config import EngineConfig
+from .config import EngineConfig, from_values
 from .errors import EngineStartError
 from .messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 
@@ -59,9 +57,9 @@ class LLM:
         folder = resolve_model(model)
         self.tokenizer = Tokenizer.from_folder(folder)
         try:
-            config = msgspec.convert({"model": str(folder), **engine_args}, EngineConfig)
-        except msgspec.ValidationError as error:
-            raise EngineStartError(f"This cannot be an engine's setting: {error}.") from None
+            config = from_values(EngineConfig, {"model": str(folder), **engine_args})
+        except ValueError as error:
+            raise EngineStartError(str(error)) from None
         self.core = build_engine(config)
         self._seeds = random.Random(config.seed)
 

@@ -12,12 +12,12 @@ from typing import Literal
 import msgspec
 
 from ..model.draw_params import DrawParams
-from .config import KVCacheDType, Quantization, SchedulingPolicy, SpeculativeConfig
+from .config import MAX_LOGPROBS as MAX_LOGPROBS
+from .config import EngineConfig, ResolvedConfig
 from .errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
-MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_SEQUENCES = 512
@@ -149,51 +149,31 @@ class Shutdown(Message, frozen=True, kw_only=True):
     """End the engine process now."""
 
 
-class EngineInfo(Message, frozen=True, kw_only=True):
-    """What the engine says of itself once it is ready."""
+class GraphInfo(Message, frozen=True, kw_only=True):
+    """The steps that were recorded as CUDA graphs."""
 
+    sizes: tuple[int, ...]  # batch sizes of decode steps
+    mixed_sizes: tuple[int, ...]  # numbers of tokens of other steps
+    seconds: float
+    bytes: int
+
+
+class EngineInfo(Message, frozen=True, kw_only=True):
+    """What the engine reports once it is ready."""
+
+    config: ResolvedConfig
     era: str
-    dtype: str
-    device: str
     parameters: int
-    file_dtypes: tuple[str, ...] = ()
-    """Number formats of the checkpoint's files; none for dummy weights."""
+    file_dtypes: tuple[str, ...] = ()  # number formats of the checkpoint's files; none for dummy weights
     load_seconds: float
     vocab_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int
-    num_blocks: int
     eos_token_ids: tuple[int, ...]
-    kernels: Kernels = "torch"
-    graph_sizes: tuple[int, ...] = ()
-    """Batch sizes for which decode steps were recorded as CUDA graphs; with what is below, in
-    `graph_seconds` and `graph_bytes` of the device's memory."""
-    mixed_graph_sizes: tuple[int, ...] = ()
-    """Numbers of tokens for which other steps were recorded."""
-    graph_seconds: float = 0.0
-    graph_bytes: int = 0
-    quantization: Quantization = "none"
-    kv_cache_dtype: KVCacheDType = "auto"
-    chunk_multiple: int = 1
-    """Where a prompt must be cut, if it is, so that the cut does not change its tokens' last bits."""
-    max_num_prefill_tokens: int | None = None
-    """Most prompt tokens in a step in which other sequences decode; None is all that the budget allows."""
-    scheduling_policy: SchedulingPolicy = "fcfs"
-    enable_prefix_caching: bool = True
-    speculative_config: SpeculativeConfig | None = None
-    overlap_scheduling: bool = False
-    """Whether a step begins before the one before it is read."""
     hidden_size: int = 0
     num_layers: int = 0
-    num_experts: int = 0
-    """0 where the network has no routed experts."""
-
-    @property
-    def kv_capacity_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
-        return self.num_blocks * self.block_size
+    num_experts: int = 0  # 0 for a network without routed experts
+    kernels: Kernels = "torch"
+    graphs: GraphInfo | None = None
+    chunk_multiple: int = 1  # where a prompt must be cut, if at all, so that its tokens' last bits do not change
 
 
 class StartFailed(Message, frozen=True, kw_only=True):
@@ -311,7 +291,7 @@ LENGTH_BYTES = 4
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode_frame(message: msgspec.Struct | str) -> bytes:
+def encode_frame(message: msgspec.Struct | EngineConfig | str) -> bytes:
     """One message as it goes over the socket: its length in four bytes, then msgpack."""
     body = _encoder.encode(message)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body

@@ -1,133 +1,66 @@
-"""Every flag of the command line, declared once.
+"""Every flag of the command line; those of the engine are declared in `engine/config.py`.
 
-A value comes from the arguments, else from the environment (`PYLLM_` and the flag's name), else from the
-YAML file named by `--config`, else from the default here. Nothing heavy is imported, so that `--help` is quick.
+A value comes from the arguments, else from the environment (`PYLLM_` and the flag's name), else from the YAML file
+named by `--config`, else from the default. Nothing heavy is imported, so `--help` is quick.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-if TYPE_CHECKING:
-    from ..engine.config import EngineConfig
+from ..engine.config import MAX_LOGPROBS, EngineConfig, EngineSettings, SpeculativeConfig, nearest, setting, settings_of
 
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "demo"
 DEMO_NAME = "pyllm-demo"
 ENVIRONMENT_PREFIX = "PYLLM_"
-MAX_LOGPROBS = 20
-"""That of `engine/messages.py`, whose import would let the engine process start later."""
+HIGH = 86400
+"""Most seconds of a timeout: a day."""
 
 
 class ConfigError(ValueError):
     """A flag, variable or line of the YAML file that cannot be used; the message is one plain sentence."""
 
 
-def flag(
-    default: Any,
-    text: str,
-    kind: str = "text",
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    choices: tuple[str, ...] = (),
-    positional: bool = False,
-    secret: bool = False,
-) -> Any:
-    """Declare a flag: `kind` is text, list (repeatable), int, float, size, switch or json; the bounds are inclusive.
-
-    A size is a number of bytes, or a number with a unit such as 512MB or 2GiB. JSON is the text of an object; in the
-    YAML file it may also be a mapping. A secret is not shown where the configuration is.
-    """
-    settings = {"text": text, "kind": kind, "low": low, "high": high, "choices": choices, "positional": positional}
-    return field(default=default, metadata=settings, repr=not secret)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFlags:
+class ModelFlags(EngineSettings):
     """The flags of every command that runs a model."""
 
-    config: str | None = flag(None, "YAML file with values for these flags")
-    model: str | None = flag(None, "folder or hub id of the checkpoint (none: the bundled demo model)", positional=True)
-    dtype: str = flag("auto", "number format of the weights", choices=("auto", "bfloat16", "float32"))
-    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    quantization: str = flag("none", "int8 packs the large weights to 8 bits at load", choices=("none", "int8"))
-    kv_cache_dtype: str = flag(
-        "auto", "fp8 keeps twice as many tokens in the KV cache, on a GPU", choices=("auto", "fp8")
+    config: str | None = setting(None, "YAML file with values for these flags")
+    model: str | None = setting(
+        None, "folder or hub id of the checkpoint (default: the bundled demo model)", positional=True
     )
-    load_format: str = flag("auto", "dummy gives random weights of the config's shapes", choices=("auto", "dummy"))
-    seed: int | None = flag(
-        None, "makes requests that bring no seed repeatable; also dummy weights", "int", low=0, high=2**63 - 1
+    chat_template: str | None = setting(None, "file with a Jinja chat template to use instead of the checkpoint's")
+    generation_config: str = setting(
+        "auto",
+        "where to find generation_config.json with the sampling defaults: auto (the checkpoint), a folder, or none",
     )
-    max_model_len: int | None = flag(None, "most tokens of prompt and answer (none: the model's context)", "int", low=2)
-    max_num_seqs: int | None = flag(
-        None, "most sequences in one step (none: 64 on the CPU, 256 on a GPU)", "int", low=1, high=4096
+    override_generation_config: str | None = setting(
+        None, 'sampling defaults that win over that file, such as {"temperature": 0.5}; null removes one', "json"
     )
-    max_num_batched_tokens: int = flag(2048, "most tokens in one step", "int", low=1, high=2**20)
-    max_num_prefill_tokens: int | None = flag(
-        None, "most prompt tokens in a step in which up to 8 others decode (none: by device)", "int", low=1, high=2**20
-    )
-    max_num_queued_reqs: int = flag(1024, "most requests that wait; more are refused with 429", "int", low=1)
-    scheduling_policy: str = flag("fcfs", "whose turn it is; priority: lower first", choices=("fcfs", "priority"))
-    enable_prefix_caching: bool = flag(True, "compute what prompts have in common only once", "switch")
-    speculative_config: str | None = flag(
-        None, 'guess repeated text and check several tokens at once, as in {"method": "ngram"}', "json"
-    )
-    block_size: int = flag(16, "tokens in one block of the KV cache", "int", low=1, high=1024)
-    kv_cache_memory_bytes: int | None = flag(
-        None, "size of the KV cache, such as 2GiB (none: by what is free)", "size", low=1, high=2**60
-    )
-    gpu_memory_utilization: float = flag(
-        0.92, "share of a GPU's memory to fill, where the KV cache is given no size", "float", low=0.01, high=1
-    )
-    num_kv_blocks: int | None = flag(None, "number of blocks in the KV cache, instead of a size", "int", low=1)
-    enforce_eager: bool = flag(False, "record no steps as CUDA graphs", "switch")
-    deterministic: bool = flag(
-        False, "an answer's last bits never depend on who else is served; refused where that cannot be", "switch"
-    )
-    chat_template: str | None = flag(None, "file with a Jinja chat template, instead of the checkpoint's own")
-    generation_config: str = flag(
-        "auto", "where generation_config.json with the sampling defaults is: auto (the checkpoint), a folder, or none"
-    )
-    override_generation_config: str | None = flag(
-        None, 'sampling defaults that win over that file, such as {"temperature": 0.5}; null takes one away', "json"
-    )
-    log_level: str = flag("info", "least severe messages shown", choices=("debug", "info", "warning", "error"))
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe messages to log")
 
     def engine_config(self, path: Path) -> EngineConfig:
-        """The engine's part of these flags, for the checkpoint at `path`."""
-        import msgspec
-
-        from ..engine.config import EngineConfig, SpeculativeConfig
-
-        shared = set(EngineConfig.__struct_fields__) & {f.name for f in dataclasses.fields(self)} - {"model"}
-        values = {name: getattr(self, name) for name in shared}
-        if self.speculative_config is not None:
-            try:
-                values["speculative_config"] = msgspec.json.decode(self.speculative_config, type=SpeculativeConfig)
-            except msgspec.ValidationError as error:
-                raise ConfigError(f"--speculative-config cannot be used: {error}.") from None
-        return EngineConfig(model=str(path), **values)
+        """The engine's settings, for the checkpoint at `path`."""
+        return EngineConfig(model=str(path), **{name: getattr(self, name) for name in settings_of(EngineSettings)})
 
     def model_arguments(self) -> list[str]:
         """These flags as words of a command line, as far as they differ from the defaults."""
         words: list[str] = []
-        for f in dataclasses.fields(ModelFlags):
-            value = getattr(self, f.name)
-            if f.name in ("config", "log_level") or value == f.default:
+        for name, own in settings_of(ModelFlags).items():
+            value = getattr(self, name)
+            if name in ("config", "log_level") or value == own.default:
                 continue
-            if f.metadata["kind"] == "switch":
-                words.append(_option(f.name if value else f"no_{f.name}"))
+            if own.kind == "switch":
+                words.append(_option(name if value else f"no_{name}"))
             else:
-                words += [_option(f.name), str(value)]
+                is_object = isinstance(value, SpeculativeConfig)
+                words += [_option(name), json.dumps(dataclasses.asdict(value)) if is_object else str(value)]
         return words
 
 
@@ -135,62 +68,55 @@ class ModelFlags:
 class ServerConfig(ModelFlags):
     """The flags of `pyllm serve`."""
 
-    served_model_name: tuple[str, ...] = flag((), "name of the model in the API; repeat it for aliases", "list")
-    host: str = flag("127.0.0.1", "address to listen on")
-    port: int = flag(8000, "port to listen on; 0 picks a free one", "int", low=0, high=65535)
-    uds: str | None = flag(None, "Unix socket to listen on, instead of host and port")
-    api_key: tuple[str, ...] = flag((), "key that clients must send; repeat it for several", "list", secret=True)
-    isolate_cache_by_key: bool = flag(False, "share computed prompts only among requests of one key", "switch")
-    allowed_origins: tuple[str, ...] = flag((), "origin whose web pages may call the API (CORS); * is all", "list")
-    root_path: str = flag("", "path under which a proxy offers this server")
-    ssl_keyfile: str | None = flag(None, "PEM file with the key to serve HTTPS; needs --ssl-certfile")
-    ssl_certfile: str | None = flag(None, "PEM file with the certificate (chain) of that key")
-    max_logprobs: int = flag(
-        MAX_LOGPROBS, "most likely tokens that a request may ask for at a position", "int", low=0, high=MAX_LOGPROBS
+    served_model_name: tuple[str, ...] = setting((), "name of the model in the API; repeat it for aliases")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 picks a free one", low=0, high=65535)
+    uds: str | None = setting(None, "Unix socket to listen on, instead of host and port")
+    api_key: tuple[str, ...] = setting((), "key that clients must send; repeat it for several", secret=True)
+    isolate_cache_by_key: bool = setting(False, "share the prefix cache only among requests with the same API key")
+    allowed_origins: tuple[str, ...] = setting((), "origin whose web pages may call the API (CORS); * allows all")
+    root_path: str = setting("", "path under which a proxy offers this server")
+    ssl_keyfile: str | None = setting(None, "PEM file with the private key to serve HTTPS; needs --ssl-certfile")
+    ssl_certfile: str | None = setting(None, "PEM file with the certificate (chain) of that key")
+    max_logprobs: int = setting(
+        MAX_LOGPROBS, "most logprobs per token that a request may ask for", low=0, high=MAX_LOGPROBS
     )
-    tool_call_parser: str = flag("auto", "format of the tool calls in the model's text; auto: by the checkpoint")
-    metrics_vllm_names: bool = flag(
-        False, "/metrics also has vLLM's metrics under vLLM's names, for its dashboards", "switch"
+    tool_call_parser: str = setting("auto", "format of tool calls in the model's text; auto goes by the checkpoint")
+    metrics_vllm_names: bool = setting(False, "export metrics under vLLM's names too, for its dashboards")
+    log_format: Literal["text", "json"] = setting("text", "json writes one object per line")
+    sse_keep_alive_interval: float = setting(
+        15.0, "seconds between comments that keep a silent stream open; 0 sends none", low=0, high=3600
     )
-    log_format: str = flag("text", "json writes one object per line", choices=("text", "json"))
-    sse_keep_alive_interval: float = flag(
-        15.0, "seconds between comments that keep a stream open; 0: none", "float", low=0, high=3600
-    )
-    otlp_traces_endpoint: str | None = flag(
+    otlp_traces_endpoint: str | None = setting(
         None, "URL to send OpenTelemetry traces to, such as http://localhost:4318/v1/traces"
     )
-    max_connections: int = flag(
-        4096, "most open connections; a new one takes the place of one at rest, else 503", "int", low=1, high=2**20
+    max_connections: int = setting(
+        4096, "most open connections; one more replaces an idle one, or gets a 503", low=1, high=2**20
     )
-    header_timeout: float = flag(15.0, "seconds in which a request's headers must arrive", "float", low=0.1, high=86400)
-    body_timeout: float = flag(
-        30.0, "seconds after which a request is closed whose body does not come on", "float", low=0.1, high=86400
+    header_timeout: float = setting(15.0, "seconds within which a request's headers must arrive", low=0.1, high=HIGH)
+    body_timeout: float = setting(30.0, "seconds within which more of a request's body must arrive", low=0.1, high=HIGH)
+    write_timeout: float = setting(
+        30.0, "seconds within which a client must read more of its answer, or generation stops", low=0.1, high=HIGH
     )
-    write_timeout: float = flag(
-        30.0, "seconds after which an answer is stopped of which the client takes nothing", "float", low=0.1, high=86400
+    restart_engine: int = setting(
+        0, "how many times in a row a dead engine is restarted before the server exits", low=0, high=1000
     )
-    engine_hang_timeout: float = flag(
-        30.0, "seconds without any progress after which the engine counts as dead", "float", low=1, high=86400
-    )
-    restart_engine: int = flag(
-        0, "how often in a row a dead engine is started again before the server ends", "int", low=0, high=1000
-    )
-    shutdown_timeout: float = flag(
-        30.0, "seconds that running requests get to finish on SIGTERM", "float", low=0, high=86400
-    )
+    shutdown_timeout: float = setting(30.0, "seconds that running requests get to finish on SIGTERM", low=0, high=HIGH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TerminalConfig(ModelFlags):
     """The flags of `pyllm chat`."""
 
-    log_level: str = flag("warning", "least severe messages shown", choices=("debug", "info", "warning", "error"))
-    max_tokens: int | None = flag(None, "most tokens of one answer (none: what fits)", "int", low=1, high=2**31 - 1)
-    temperature: float | None = flag(None, "0 is greedy (none: the checkpoint's, else 1)", "float", low=0, high=2)
-    top_k: int | None = flag(None, "sample among the k most likely tokens; 0: all", "int", low=-1, high=2**31 - 1)
-    top_p: float | None = flag(None, "sample among the tokens that make up this probability", "float", low=1e-6, high=1)
-    repetition_penalty: float | None = flag(
-        None, "above 1 makes tokens already seen less likely", "float", low=0.01, high=100
+    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe messages to log")
+    max_tokens: int | None = setting(None, "most tokens of one answer (default: what fits)", low=1, high=2**31 - 1)
+    temperature: float | None = setting(None, "0 is greedy (default: the checkpoint's, else 1)", low=0, high=2)
+    top_k: int | None = setting(None, "sample among the k most likely tokens; 0 means all", low=-1, high=2**31 - 1)
+    top_p: float | None = setting(
+        None, "sample among the most likely tokens that add up to this probability", low=1e-6, high=1
+    )
+    repetition_penalty: float | None = setting(
+        None, "above 1 makes tokens that occurred before less likely", low=0.01, high=100
     )
 
 
@@ -198,26 +124,26 @@ class TerminalConfig(ModelFlags):
 class GenerateConfig(TerminalConfig):
     """The flags of `pyllm generate`."""
 
-    model: str | None = flag(None, "folder or hub id of the checkpoint (none: the bundled demo model)")
-    prompt: str = flag("", "text to continue", positional=True)
-    chat: bool = flag(False, "put the prompt through the chat template, as a user's message", "switch")
+    model: str | None = setting(None, "folder or hub id of the checkpoint (default: the bundled demo model)")
+    prompt: str = setting("", "text to continue", positional=True)
+    chat: bool = setting(False, "put the prompt through the chat template, as a user message")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig(ModelFlags):
     """The flags of `pyllm bench`."""
 
-    log_level: str = flag("warning", "least severe messages shown", choices=("debug", "info", "warning", "error"))
-    base_url: str | None = flag(None, "running server to measure (none: one is started with the flags of the model)")
-    api_key: str | None = flag(None, "key that this server wants")
-    concurrency: str = flag("1,8,32", "numbers of clients at a time, one measurement each")
-    num_requests: int | None = flag(
-        None, "requests per measurement (none: two per client, at least 4)", "int", low=1, high=10**6
+    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe messages to log")
+    base_url: str | None = setting(None, "running server to measure (default: start one with the flags of the model)")
+    api_key: str | None = setting(None, "API key of that server")
+    concurrency: str = setting("1,8,32", "numbers of concurrent clients, one measurement each")
+    num_requests: int | None = setting(
+        None, "requests per measurement (default: two per client, at least 4)", low=1, high=10**6
     )
-    input_len: int = flag(128, "tokens of a prompt", "int", low=1, high=10**6)
-    output_len: int = flag(128, "tokens of an answer", "int", low=1, high=10**6)
-    vocab_size: int = flag(1000, "ids of the random prompts are 100 or more and below this", "int", low=101, high=10**7)
-    json: bool = flag(False, "print one line of JSON instead of a table", "switch")
+    input_len: int = setting(128, "tokens per prompt", low=1, high=10**6)
+    output_len: int = setting(128, "tokens per answer", low=1, high=10**6)
+    vocab_size: int = setting(1000, "prompts are random token ids from 100 to N - 1", low=101, high=10**7)
+    json: bool = setting(False, "print one line of JSON instead of a table")
 
 
 Config = TypeVar("Config", bound=ModelFlags)
@@ -232,85 +158,27 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else "."
-
-
 def _parser(cls: type[Config], program: str, description: str) -> _Parser:
     parser = _Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(cls):
-        kind, choices = f.metadata["kind"], f.metadata["choices"]
-        text = f.metadata["text"] + (f" (default {f.default})" if f.default not in (None, (), "", False) else "")
+    engine = parser.add_argument_group("engine")
+    for name, own in settings_of(cls).items():
+        group = engine if name in settings_of(EngineSettings) else parser
+        default = "on" if own.default is True else f"{own.default:g}" if isinstance(own.default, float) else own.default
+        text = own.text + (f" (default: {default})" if own.default not in (None, (), "", False) else "")
         text = text.replace("%", "%%")
-        if f.metadata["positional"]:
-            parser.add_argument(f"_{f.name}", nargs="?", metavar=f.name.upper(), help=text)
-            if f.name != "model":
+        if own.positional:
+            parser.add_argument(f"_{name}", nargs="?", metavar=name.upper(), help=text)
+            if name != "model":
                 continue
             text = "the same as MODEL"
-        if kind == "switch":
-            parser.add_argument(_option(f.name), action=argparse.BooleanOptionalAction, help=text)
+        if own.kind == "switch":
+            group.add_argument(_option(name), action=argparse.BooleanOptionalAction, help=text)
         else:
-            metavar = {"int": "N", "float": "X", "size": "SIZE", "json": "JSON"}.get(kind, "TEXT")
-            metavar = "{" + ",".join(choices) + "}" if choices else metavar
-            action = "append" if kind == "list" else "store"
-            parser.add_argument(_option(f.name), action=action, metavar=metavar, help=text)
+            metavar = {"int": "N", "float": "X", "size": "SIZE", "json": "JSON"}.get(own.kind, "TEXT")
+            metavar = "{" + ",".join(own.choices) + "}" if own.choices else metavar
+            action = "append" if own.kind == "list" else "store"
+            group.add_argument(_option(name), action=action, metavar=metavar, help=text)
     return parser
-
-
-def _bytes(text: str) -> int:
-    """The bytes of a size; raise `ValueError` for what is none."""
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if found is None or (found[3] and not found[2]):
-        raise ValueError(text)
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")) if found[2] else int(found[1])
-
-
-def _json_object(raw: Any, source: str) -> str:
-    """The text of a JSON object, from that text or from a mapping."""
-    try:
-        value = json.loads(raw) if isinstance(raw, str) else raw
-        if not isinstance(value, dict):
-            raise TypeError
-        return json.dumps(value)
-    except (ValueError, TypeError, RecursionError):
-        raise ConfigError(f'{source} must be a JSON object such as {{"temperature": 0.5}}, got {raw!r:.200}.') from None
-
-
-def _convert(f: dataclasses.Field[Any], raw: Any, source: str) -> Any:
-    """Make a value of the flag's kind from a string or a YAML value; `source` names it in the error."""
-    kind, low, high, choices = (f.metadata[key] for key in ("kind", "low", "high", "choices"))
-    if raw is None and f.default is None:
-        return None
-    if kind == "list":
-        items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
-        if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
-            raise ConfigError(f"{source} must be one or more texts, none empty.")
-        return tuple(items)
-    if kind == "switch":
-        word = str(raw).lower()
-        if word in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-            return word in ("1", "true", "yes", "on")
-        raise ConfigError(f"{source} must be true or false, got {raw!r:.200}.")
-    if kind in ("int", "float", "size"):
-        try:
-            number = float(str(raw)) if kind == "float" else _bytes(str(raw)) if kind == "size" else int(str(raw))
-        except ValueError:
-            number = math.nan
-        if not low <= number <= high:
-            bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            what = {"int": "a whole number", "size": "a number of bytes, or one such as 2GiB,"}.get(kind, "a number")
-            raise ConfigError(f"{source} must be {what} {bounds}, got {raw!r:.200}.")
-        return number
-    if kind == "json":
-        return _json_object(raw, source)
-    value = str(raw) if isinstance(raw, (str, int, float)) else ""
-    if choices and value not in choices:
-        raise ConfigError(f"{source} must be one of {', '.join(choices)}, got {value!r:.200}{_nearest(value, choices)}")
-    if not value and f.default:
-        raise ConfigError(f"{source} must be a text, not empty.")
-    return value
 
 
 def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
@@ -330,7 +198,7 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
     for name in values:
         if name not in known or name == "config":
-            raise ConfigError(f"{path} has an unknown flag {name!r:.200}{_nearest(name, known)}")
+            raise ConfigError(f"{path} has an unknown flag {name!r:.200}{nearest(name, known)}")
     return values
 
 
@@ -338,27 +206,29 @@ def load_config(
     cls: type[Config], arguments: Sequence[str], environment: Mapping[str, str], *, program: str, description: str
 ) -> Config:
     """Make a configuration of class `cls`; raise `ConfigError` for anything unknown or out of range."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    known = settings_of(cls)
     given, unknown = _parser(cls, program, description).parse_known_args(arguments)
     for word in unknown:
         name = word.split("=")[0]
         if name.startswith("-"):
-            raise ConfigError(f"Unknown flag {name[:200]}{_nearest(name, [_option(known) for known in fields])}")
+            raise ConfigError(f"Unknown flag {name[:200]}{nearest(name, [_option(flag) for flag in known])}")
         if any(argument.partition("=")[0] == "--api-key" for argument in arguments):
-            raise ConfigError("There is an argument that belongs to no flag; repeat --api-key before each key.")
+            raise ConfigError("One argument belongs to no flag; repeat --api-key before each key.")
         raise ConfigError(f"Unexpected argument {word[:200]!r}.")
     found = vars(given)
     if found.keys() >= {"_model", "model"} and found["_model"] != found["model"]:
         raise ConfigError("The model is named twice, as MODEL and by --model.")
-    variables = {name: ENVIRONMENT_PREFIX + name.upper() for name in fields}
-    # An empty variable is as none; but a key that was not found where it was meant to be must not open the server.
-    raw: dict[str, tuple[Any, str]] = {
-        name: (environment[variable], variable)
-        for name, variable in variables.items()
-        if environment.get(variable) or (variable in environment and not fields[name].repr)
-    }
+    raw: dict[str, tuple[Any, str]] = {}
+    for name, own in known.items():
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        # An empty variable counts as absent; but a key that failed to load must not open the server to all.
+        if environment.get(variable) or (variable in environment and own.secret):
+            raw[name] = environment[variable], variable
     raw |= {name.lstrip("_"): (value, _option(name.lstrip("_"))) for name, value in found.items()}
     if "config" in raw:
         path = raw["config"][0]
-        raw = {name: (value, f"{name} in {path}") for name, value in _read_yaml(path, list(fields)).items()} | raw
-    return cls(**{name: _convert(fields[name], value, source) for name, (value, source) in raw.items()})
+        raw = {name: (value, f"{name} in {path}") for name, value in _read_yaml(path, list(known)).items()} | raw
+    try:
+        return cls(**{name: known[name].convert(value, source) for name, (value, source) in raw.items()})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

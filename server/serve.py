@@ -207,23 +207,24 @@ class _ServerProcess:
         return model
 
     def _announce(self, model: ServedModel) -> None:
-        info = model.engine.info
+        info, config = model.engine.info, model.engine.info.config
         source = f"read from {'/'.join(info.file_dtypes)} files" if info.file_dtypes else "randomly initialized"
-        dtype = info.dtype if info.quantization == "none" else f"{info.quantization} and {info.dtype}"
+        dtype = config.dtype if config.quantization == "none" else f"{config.quantization} and {config.dtype}"
         logger.info(
             f"PyLLM {__version__} serves {', '.join(model.names)}: era {info.era}, {info.parameters:,} parameters, "
-            f"{source} in {info.load_seconds:.1f} s, computed in {dtype} on {info.device} by {KERNELS[info.kernels]}"
+            f"{source} in {info.load_seconds:.1f} s, computed in {dtype} on {config.device} by {KERNELS[info.kernels]}"
         )
-        fp8, length = " in FP8" if info.kv_cache_dtype == "fp8" else "", info.max_model_len
+        size, length = config.kv_capacity_tokens, config.max_model_len
+        fp8 = " in FP8" if config.kv_cache_dtype == "fp8" else ""
         logger.info(
-            f"KV cache of {info.kv_capacity_tokens:,} tokens{fp8}, {info.kv_capacity_tokens / length:.1f} requests of "
-            f"the full {length:,}; at most {info.max_num_seqs} sequences at a time"
+            f"The KV cache holds {size:,} tokens{fp8}, or {size / length:.1f} requests of {length:,} tokens; "
+            f"at most {config.max_num_seqs} sequences run at a time"
         )
-        if sizes := info.graph_sizes:
+        if graphs := info.graphs:
             logger.info(
-                f"CUDA graphs for decode steps in {len(sizes)} sizes up to {sizes[-1]} and other steps of up to "
-                f"{max(info.mixed_graph_sizes, default=0)} tokens, captured in {info.graph_seconds:.1f} s with "
-                f"{info.graph_bytes >> 20} MiB"
+                f"CUDA graphs for decode steps in {len(graphs.sizes)} sizes up to {graphs.sizes[-1]} and other steps "
+                f"of up to {max(graphs.mixed_sizes, default=0)} tokens, captured in {graphs.seconds:.1f} s with "
+                f"{graphs.bytes >> 20} MiB"
             )
         url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config)
         logger.info(f"Ready after {time.monotonic() - self._process.started:.1f} s on {url}")

@@ -155,7 +155,7 @@ class AsyncEngine:
         self._config = config
         self._tokenizer = tokenizer
         self._ends: deque[float] = deque(maxlen=64)
-        self._places = info.max_num_seqs
+        self._places = info.config.max_num_seqs
         self._seeds = random.Random(config.seed)
         self._serial = itertools.count()
         self._closing = False
@@ -211,12 +211,12 @@ class AsyncEngine:
             RequestError: so many can never be taken at once.
             EngineBusyError: more requests would wait for their turn than the queue holds.
         """
-        queued = self._config.max_num_queued_reqs
-        most = queued + self.info.max_num_seqs
+        queued = self.info.config.max_num_queued_reqs
+        most = queued + self.info.config.max_num_seqs
         if count > most:
             raise RequestError(f"This server takes at most {most} sequences at once, but {count} were asked for.")
         # What was sent after the engine's last word may run at once if nobody waited then.
-        running = self._places if self.stats.num_waiting else self.info.max_num_seqs
+        running = self._places if self.stats.num_waiting else self.info.config.max_num_seqs
         excess = len(self._streams) + count - running - queued
         if excess > 0:
             message = f"{queued} requests wait already, as many as this server lets wait: ask again later."
@@ -316,7 +316,7 @@ class AsyncEngine:
         hang = asyncio.create_task(self._silence(), name="engine-silence")
         await asyncio.wait((self._pipe.ended, hang), return_when=asyncio.FIRST_COMPLETED)
         if not self._pipe.ended.done():
-            reason = f"The engine has made no progress for {self._config.engine_hang_timeout:g} s (a hang)."
+            reason = f"The engine has made no progress for {self.info.config.engine_hang_timeout:g} s (a hang)."
         elif (fault := self._pipe.ended.result()) is not None:
             # Whatever went wrong here, nobody would ever be answered again: that is a dead engine.
             reason = f"The engine's messages could not be handled ({fault!r})."
@@ -345,7 +345,7 @@ class AsyncEngine:
         """
         heard, silent = self._pipe.num_heard, 0
         while silent < LOOKS - 1:  # its last word may be up to one look older than the first of these
-            await asyncio.sleep(self._config.engine_hang_timeout / LOOKS)
+            await asyncio.sleep(self.info.config.engine_hang_timeout / LOOKS)
             silent = silent + 1 if self._pipe.num_heard == heard else 0
             heard = self._pipe.num_heard
             if silent == LOOKS // 3:

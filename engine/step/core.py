@@ -39,7 +39,7 @@ class InFlightStep(NamedTuple):
 class EngineCore:
     """Takes requests and returns tokens, one step at a time.
 
-    With `info.overlap_scheduling`, `step` launches a step and then returns the outputs of the previous one, so that the
+    With `overlap_scheduling`, `step` launches a step and then returns the outputs of the previous one, so that the
     device computes while the host plans. A sequence then ends at most one step late, and what that step computes for
     it is discarded. A step with a sequence that `needs_tokens` is finished before the next one is planned.
 
@@ -68,7 +68,7 @@ class EngineCore:
         self._num_failures = 0  # consecutive steps that ran out of memory
         self._experts_reported = 0.0
         self._num_drafts = self._num_draft_tokens = 0
-        speculative = info.speculative_config
+        speculative = info.config.speculative_config
         self._num_accepted = [0] * (speculative.num_speculative_tokens if speculative is not None else 0)
 
     @property
@@ -92,8 +92,8 @@ class EngineCore:
         if message.request_id in self._requests:
             raise RequestError(f"A request with the id {message.request_id!r} is already running.")
         request = Request.from_message(message, self.info.eos_token_ids)
-        if self.info.speculative_config is not None and request.allows_drafts:
-            request.drafter = Drafter(self.info.speculative_config)
+        if self.info.config.speculative_config is not None and request.allows_drafts:
+            request.drafter = Drafter(self.info.config.speculative_config)
             request.needs_tokens = True
         if message.params.grammar is None or not request.generates:
             self.scheduler.add(request)
@@ -204,7 +204,9 @@ class EngineCore:
         """Launch a step and collect the previous one; finish the new one too unless it may stay in flight."""
         if not sequences:
             return self._collect()
-        overlaps = self.info.overlap_scheduling and not any(sequence.request.needs_tokens for sequence in sequences)
+        overlaps = self.info.config.overlap_scheduling and not any(
+            sequence.request.needs_tokens for sequence in sequences
+        )
         try:
             if overlaps:
                 launched = self.runner.launch(sequences)

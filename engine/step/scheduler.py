@@ -58,20 +58,19 @@ class Scheduler:
     """Continuous batching: requests join and leave between any two steps."""
 
     def __init__(self, info: EngineInfo) -> None:
+        config = info.config
         self.kv_cache = KVCacheManager(
-            info.num_blocks, info.block_size, enable_prefix_caching=info.enable_prefix_caching
+            config.num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
-        self.policy = info.scheduling_policy
+        self.policy = config.scheduling_policy
         # A chunk that is not a prompt's last ends at a multiple of this position, so that the same blocks of queries
         # are computed however busy the engine is; unless the budget is too small for that and all decodes.
-        fits = info.max_num_seqs + info.chunk_multiple <= info.max_num_batched_tokens
+        fits = config.max_num_seqs + info.chunk_multiple <= config.max_num_batched_tokens
         self.chunk_multiple = info.chunk_multiple if fits else 1
-        self.max_num_seqs = info.max_num_seqs
-        self.max_num_batched_tokens = info.max_num_batched_tokens
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens
         # Most prompt tokens in a step with up to FEW_DECODES decodes.
-        self.max_num_prefill_tokens = max(
-            info.max_num_prefill_tokens or info.max_num_batched_tokens, self.chunk_multiple
-        )
+        self.max_num_prefill_tokens = max(config.max_num_prefill_tokens, self.chunk_multiple)
         self._limits = self.chunk_multiple, self.max_num_seqs, self.max_num_batched_tokens, self.max_num_prefill_tokens
         self.waiting: list[Request] = []  # new and preempted requests, by rank
         self.running: list[Request] = []  # requests that have blocks, by rank

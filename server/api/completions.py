@@ -135,7 +135,7 @@ async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams
 
 def _fitted(params: SamplingParams, prompt: list[int], body: CompletionRequest, model: ServedModel) -> SamplingParams:
     """Limit the default of `max_tokens` to the rest of the context after `prompt`."""
-    room = max(model.engine.info.max_model_len - len(prompt), 1)
+    room = max(model.engine.info.config.max_model_len - len(prompt), 1)
     if body.max_tokens is not None or room >= DEFAULT_MAX_TOKENS:
         return params
     return msgspec.structs.replace(params, max_tokens=room)

@@ -90,7 +90,7 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
             error.param = "input"
             raise
     choices: list[Choice] = []
-    batch = min(info.max_num_seqs, MAX_SEQUENCES)  # as many as run at once, so that none of them fills the queue
+    batch = min(info.config.max_num_seqs, MAX_SEQUENCES)  # as many as run at once, so that none of them fills the queue
     for start in range(0, len(prompts), batch):
         inputs = prompts[start : start + batch]
         generation = Generation(

@@ -34,7 +34,7 @@ def add_model_routes(app: FastAPI, ready_model: Callable[[], ServedModel]) -> No
     """Add the routes; `ready_model` returns the model or raises `ApiError`."""
 
     def card(model: ServedModel, name: str) -> dict[str, Any]:
-        length = model.engine.info.max_model_len
+        length = model.engine.info.config.max_model_len
         return {"id": name, "object": "model", "created": model.created, "owned_by": "pyllm", "max_model_len": length}
 
     @app.get("/v1/models", response_model=ModelList)

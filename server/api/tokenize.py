@@ -60,7 +60,7 @@ async def tokenize(context: RequestContext, body: TokenizeRequest, model: Served
 
     def answer() -> Response:
         texts = [model.tokenizer.token_text(id_) for id_ in ids] if body.return_token_strs else None
-        limit = model.engine.info.max_model_len
+        limit = model.engine.info.config.max_model_len
         return JsonResponse({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts})
 
     return answer() if len(ids) < LARGE_IDS else await asyncio.to_thread(answer)

@@ -101,7 +101,7 @@ class ServedModel:
 
     def _is_small(self, characters: int, param: str) -> bool:
         """Whether to tokenise text on the event loop; raises `RequestError` if it cannot fit the context."""
-        fewest, limit = characters // self.longest_token, self.engine.info.max_model_len
+        fewest, limit = characters // self.longest_token, self.engine.info.config.max_model_len
         if fewest > limit:
             message = f"This model's context is {limit} tokens, but the prompt has at least {fewest} tokens."
             raise RequestError(message, param=param, code="context_length_exceeded")

@@ -17,7 +17,7 @@ def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max
     """Return the last `keep` ids of a prompt, -1 keeps all that leave room for `max_tokens`; raises `RequestError`."""
     if keep is None:
         return prompt
-    room = model.engine.info.max_model_len - (1 if max_tokens is None else max_tokens)
+    room = model.engine.info.config.max_model_len - (1 if max_tokens is None else max_tokens)
     if keep == -1:
         keep = max(room, 1)
     if not keep:

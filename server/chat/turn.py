@@ -69,7 +69,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     max_tokens = conversation.max_tokens
     prompt = truncate_prompt(await _render(conversation, model, tools), conversation.keep_tokens, model, max_tokens)
     if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
-        max_tokens = min(default, max(model.engine.info.max_model_len - len(prompt), 1))
+        max_tokens = min(default, max(model.engine.info.config.max_model_len - len(prompt), 1))
     grammar = await _grammar(conversation, tools, model)
     # What ends a turn in plain text may stand inside an answer whose form says where it ends.
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
@@ -137,7 +137,7 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
     try:
         if conversation.keep_messages is None:
             return await render(conversation.messages)
-        room = model.engine.info.max_model_len - (conversation.max_tokens or 1)
+        room = model.engine.info.config.max_model_len - (conversation.max_tokens or 1)
         return await render_newest(conversation.messages, conversation.keep_messages, room, render)
     except ChatTemplateError as error:
         error.param = conversation.messages_field

@@ -44,7 +44,7 @@ def chat(config: TerminalConfig, process: EngineProcess) -> int:
     with asyncio.Runner() as runner:
         model = runner.run(load(config, process))
         params = _params(config, model, chat=True)
-        limit = model.engine.info.max_model_len
+        limit = model.engine.info.config.max_model_len
         room, forgetful = config.max_tokens or limit // 4, False
         print(f"Talking to {model.names[0]}. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
         messages: list[Message] = []

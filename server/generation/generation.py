@@ -240,7 +240,7 @@ def _check_size(
         if own.prompt_logprobs is not None:
             shown += len(prompt) * (own.prompt_logprobs + 1)
         if not streams:  # a stream sends what is known of its tokens at once
-            room = max(info.max_model_len - len(prompt), 0)
+            room = max(info.config.max_model_len - len(prompt), 0)
             tokens = room if own.max_tokens is None else min(own.max_tokens, room)
             shown += tokens * (0 if own.logprobs is None else own.logprobs + 1)
             shown += tokens * (info.num_layers // LAYERS_SHOWN + 1 if own.return_dynamics else 0)

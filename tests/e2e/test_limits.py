@@ -133,7 +133,7 @@ def test_server_memory_is_near_weights_plus_cache(tmp_path: Path) -> None:
         assert found is not None
         weights = 2 * int(found[1].replace(",", ""))
         assert weights > 40 * 2**20, "enough to be seen beside the programs themselves"
-        size = re.search(r"KV cache of ([\d,]+) tokens, ([\d.]+) requests of the full 1,024", server.log)
+        size = re.search(r"KV cache holds ([\d,]+) tokens, or ([\d.]+) requests of 1,024 tokens", server.log)
         assert size is not None
         assert float(size[2]) == pytest.approx(int(size[1].replace(",", "")) / 1024, abs=0.1)
         answers = asyncio.run(flood(server.url, 40))

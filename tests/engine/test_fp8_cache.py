@@ -101,8 +101,8 @@ def test_as_many_bytes_hold_more_blocks(tiny_checkpoint, dtype, times):
             max_model_len=64, kv_cache_memory_bytes=1 << 20,
         )  # fmt: skip
         info = build_engine(config).info
-        assert info.kv_cache_dtype == kept
-        blocks.append(info.num_blocks)
+        assert info.config.kv_cache_dtype == kept
+        blocks.append(info.config.num_kv_blocks)
     assert blocks[1] // times == blocks[0]
 
 

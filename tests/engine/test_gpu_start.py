@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.configs import resolved_config
 
 from pyllm.engine import build
-from pyllm.engine.build import Limits, build_engine, check_settings, cuda_ops, step_bytes
+from pyllm.engine.build import build_engine, check_settings, cuda_ops, step_bytes
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
 from pyllm.model import DeepForCausalLM
@@ -93,7 +94,8 @@ def test_memory_for_steps_is_found_by_trying_the_largest_ones(tiny_checkpoint, m
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + 500)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    assert step_bytes(model, Limits(4, 100, 7, 250)) == int(1000 * build.STEP_MARGIN) + build.GRAPH_BYTES
+    config = resolved_config(block_size=4, max_model_len=100, max_num_seqs=7, max_num_batched_tokens=250)
+    assert step_bytes(model, config, model.dtype) == int(1000 * build.STEP_MARGIN) + build.GRAPH_BYTES
     assert seen == [(250, 3), (7, 7)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_min_tokens_keeps_the_end_away(llm):
 
 
 def test_max_tokens_none_fills_the_context(llm):
-    prompt = [5] * (llm.core.info.max_model_len - 8)
+    prompt = [5] * (llm.core.info.config.max_model_len - 8)
     completion = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True))[0]
     assert len(completion.token_ids) == 8
     assert completion.finish_reason == "length"
@@ -130,10 +131,19 @@ def test_interrupted_call_leaves_a_usable_engine(llm, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"dtype": "float16"}, {"block_size": 0}, {"max_num_seqs": 0}, {"max_sequences": 5}], ids=str
+    ("setting", "sentence"),
+    [
+        ({"dtype": "float16"}, "dtype must be one of auto, bfloat16, float32, got 'float16'; did you mean bfloat16?"),
+        ({"block_size": 0}, "block_size must be a whole number between 1 and 1024, got 0."),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number between 1 and 4096, got 0."),
+        ({"max_sequences": 5}, "Unknown setting 'max_sequences'; did you mean "),
+        ({"speculative_config": {"method": "x"}}, "method in speculative_config must be one of ngram, got 'x'."),
+        ({"speculative_config": {"tokens": 3}}, "Unknown setting 'tokens' in speculative_config"),
+        ({"speculative_config": {"prompt_lookup_min": 9}}, "prompt_lookup_min must be no larger than"),
+    ],
 )
-def test_a_setting_that_no_engine_has_is_refused(tiny_checkpoint, setting):
-    with pytest.raises(EngineStartError, match="setting"):
+def test_a_setting_that_no_engine_has_is_refused(tiny_checkpoint, setting, sentence):
+    with pytest.raises(EngineStartError, match=f"^{re.escape(sentence)}"):
         LLM(str(tiny_checkpoint), **setting)
 
 

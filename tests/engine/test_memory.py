@@ -80,7 +80,7 @@ def test_the_first_version_of_control_groups_counts_too(root: Path) -> None:
 
 def test_the_default_leaves_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_host_bytes", lambda: GIB)
-    config = EngineConfig(model="m", max_num_seqs=10**6)
+    config = EngineConfig(model="m", max_num_seqs=4096)
     assert num_kv_blocks(config, CPU, 1 << 20, 2048) == 512
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 100 * GIB)
     assert num_kv_blocks(config, CPU, 1 << 20, 2048) == 4096, "and is 4 GiB at most"
@@ -90,7 +90,7 @@ def test_the_default_leaves_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch
 
 def test_a_gpu_is_filled_up_to_the_given_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))  # 20 GiB in use
-    config = EngineConfig(model="m", max_num_seqs=10**6, gpu_memory_utilization=0.5)
+    config = EngineConfig(model="m", max_num_seqs=4096, gpu_memory_utilization=0.5)
     assert num_kv_blocks(config, torch.device("cuda"), GIB, 32) == 20
     assert num_kv_blocks(config, torch.device("cuda"), GIB, 32, reserve=3 * GIB) == 17, "beside what steps need"
     few = EngineConfig(model="m", max_num_seqs=1, gpu_memory_utilization=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import time
@@ -11,8 +12,10 @@ from itertools import count
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import tokenizers
+from support.configs import resolved_config
 from support.grammars import check_grammar
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -70,9 +73,9 @@ class ScriptedEngine:
         self.tokenizer = tokenizer
         self.processor = OutputProcessor(tokenizer)
         self.info = EngineInfo(
-            era="test", dtype="float32", device="cpu", parameters=1, load_seconds=0.0, vocab_size=tokenizer.vocab_size,
-            max_model_len=CONTEXT, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=100,
-            eos_token_ids=(0,), hidden_size=4, num_layers=2, num_experts=4,
+            config=resolved_config(max_model_len=CONTEXT, max_num_batched_tokens=64, block_size=16, num_kv_blocks=100),
+            era="test", parameters=1, load_seconds=0.0, vocab_size=tokenizer.vocab_size, eos_token_ids=(0,),
+            hidden_size=4, num_layers=2, num_experts=4,
         )  # fmt: skip
         self.stats = EngineStats(
             num_running=2, num_waiting=1, kv_cache_usage=0.25, num_preemptions=4,
@@ -90,6 +93,10 @@ class ScriptedEngine:
         self.running: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self.aborted: list[str] = []
+
+    def configure(self, **settings: int) -> None:
+        """Change settings that the engine reports."""
+        self.info = msgspec.structs.replace(self.info, config=dataclasses.replace(self.info.config, **settings))
 
     @property
     def is_alive(self) -> bool:

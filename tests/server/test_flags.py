@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyllm.engine import messages
-from pyllm.server import flags as module
+from pyllm.engine.messages import MAX_LOGPROBS
 from pyllm.server.chat.served_model import model_name
 from pyllm.server.flags import ConfigError, GenerateConfig, ServerConfig, TerminalConfig, load_config
 
@@ -64,7 +63,7 @@ def test_empty_variable_is_an_absent_one():
 
 @pytest.mark.parametrize("key", ["", " ", ","])
 def test_a_key_that_was_not_found_opens_no_server(key):
-    with pytest.raises(ConfigError, match="PYLLM_API_KEY must be one or more texts, none empty"):
+    with pytest.raises(ConfigError, match="PYLLM_API_KEY must be one or more strings, none of them empty"):
         load(ServerConfig, PYLLM_API_KEY=key)
 
 
@@ -80,7 +79,7 @@ def test_a_key_that_was_not_found_opens_no_server(key):
         (["--shutdown-timeout", "-1"], "between 0"),
         (["--dtype", "bfloat"], "did you mean bfloat16?"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
-        (["--api-key", ""], "none empty"),
+        (["--api-key", ""], "none of them empty"),
         (["--host", ""], "--host"),
         (["--port"], "expected one argument"),
         (["--kv-cache-memory-bytes", "2 GiBs"], "--kv-cache-memory-bytes must be a number of bytes, or one such as"),
@@ -94,7 +93,7 @@ def test_a_key_that_was_not_found_opens_no_server(key):
         (["--override-generation-config", "[1]"], "must be a JSON object such as"),
         (["--override-generation-config", "{"], "must be a JSON object such as"),
         (["--override-generation-config", "[" * 20000], "must be a JSON object such as"),
-        (["--generation-config", ""], "not empty"),
+        (["--generation-config", ""], "--generation-config must not be empty"),
         (["--ssl-keyfiles", "x"], "did you mean --ssl-keyfile?"),
         (["a", "b"], "Unexpected argument 'b'"),
         (["--config", "/does/not/exist.yaml"], "cannot be read: No such file"),
@@ -162,7 +161,7 @@ def test_a_json_flag_is_text_or_a_mapping_of_the_file(tmp_path):
 
 
 def test_the_cap_of_logprobs_is_the_engines():
-    assert module.MAX_LOGPROBS == messages.MAX_LOGPROBS == load(ServerConfig).max_logprobs
+    assert load(ServerConfig).max_logprobs == MAX_LOGPROBS
 
 
 def test_engine_gets_its_flags():

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
+from support.configs import resolved_config
 
 from pyllm.engine.messages import EngineInfo, EngineRequest, SamplingParams, TokenLogprobs, TokenOutput
 from pyllm.engine.step.core import EngineCore
@@ -39,8 +40,9 @@ class PagedRunner:
     """Writes tokens to pages and reads them back by the block table, as attention does."""
 
     def __init__(self, info: EngineInfo) -> None:
-        self.block_size = info.block_size
-        self.pages: list[tuple[str | None, list[int]] | None] = [None] * (info.num_blocks * info.block_size)
+        config = info.config
+        self.block_size = config.block_size
+        self.pages: list[tuple[str | None, list[int]] | None] = [None] * (config.num_kv_blocks * config.block_size)
         self.num_computed = 0
         self.mixed_prefill_and_decode = False
         self.fail = False
@@ -115,11 +117,10 @@ class LaunchedStep:
         return self._draws
 
 
-def make_info(**sizes: object) -> EngineInfo:
-    values = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 4, "num_blocks": 64}
+def make_info(*, num_blocks: int = 64, chunk_multiple: int = 1, **settings: object) -> EngineInfo:
     return EngineInfo(
-        era="mock", dtype="float32", device="cpu", parameters=0, load_seconds=0.0, vocab_size=VOCAB,
-        eos_token_ids=(EOS,), **(values | sizes),
+        config=resolved_config(num_kv_blocks=num_blocks, **settings), era="mock", parameters=0, load_seconds=0.0,
+        vocab_size=VOCAB, eos_token_ids=(EOS,), chunk_multiple=chunk_multiple,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from support.paged_runner import make_info
 
-from pyllm.engine.config import SchedulingPolicy
 from pyllm.engine.messages import EngineRequest, SamplingParams
 from pyllm.engine.step.request import Request
 from pyllm.engine.step.scheduler import Scheduler, SchedulerOutput
@@ -31,7 +30,7 @@ class Bench:
     """Each step as (request, first token, number of tokens)."""
 
     @classmethod
-    def make(cls, *, prefill: int | None = None, policy: SchedulingPolicy = "fcfs", chunk_multiple: int = 1,
+    def make(cls, *, prefill: int | None = None, policy: str = "fcfs", chunk_multiple: int = 1,
              blocks: int = 64, block_size: int = 4, seqs: int = 8, budget: int = 32) -> Bench:  # fmt: skip
         info = make_info(
             num_blocks=blocks, block_size=block_size, max_num_seqs=seqs, max_num_batched_tokens=budget,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -12,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 from support.checkpoints import TINY
 
@@ -211,7 +211,7 @@ async def test_one_wakeup_serves_many_streams(engine):
 
 
 async def test_requests_beyond_the_queue_are_refused_until_others_end(tiny_checkpoint):
-    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
+    small = dataclasses.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
     engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
     try:
         with pytest.raises(RequestError, match="at most 5 sequences at once, but 6"):
@@ -235,7 +235,7 @@ async def test_requests_beyond_the_queue_are_refused_until_others_end(tiny_check
 
 async def test_queue_place_is_free_as_soon_as_a_request_ends(tiny_checkpoint):
     """All that run end in one step, while others wait: at that moment nothing runs."""
-    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
+    small = dataclasses.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=3)
     engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
     left, refusals, seen = 5, [], set()
 
@@ -260,7 +260,7 @@ async def test_queue_place_is_free_as_soon_as_a_request_ends(tiny_checkpoint):
 
 
 async def test_retry_after_follows_the_completion_rate(tiny_checkpoint, monkeypatch):
-    small = msgspec.structs.replace(config(tiny_checkpoint), max_num_seqs=1, max_num_queued_reqs=9)
+    small = dataclasses.replace(config(tiny_checkpoint), max_num_seqs=1, max_num_queued_reqs=9)
     engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
     try:
         ended_before_a_pause = engine.submit("first", [5], SamplingParams(max_tokens=1, ignore_eos=True))
@@ -302,7 +302,7 @@ async def test_a_prompt_s_states_and_logprobs_cross_the_border(engine, tiny_chec
     streams = [
         engine.submit("asking", prompt, params),
         engine.submit("mean", prompt, SamplingParams(), pooling="mean"),
-        engine.submit("last", [7] * engine.info.max_model_len, SamplingParams(), pooling="last"),
+        engine.submit("last", [7] * engine.info.config.max_model_len, SamplingParams(), pooling="last"),
     ]
     asking, mean, last = [await read(stream) for stream in streams]
     expected = llm.generate([prompt], params)[0]
@@ -321,7 +321,7 @@ async def test_a_prompt_s_states_and_logprobs_cross_the_border(engine, tiny_chec
         assert outputs[0].embedding == pytest.approx(wanted[0], abs=1e-6)
         assert outputs[0].times.arrival < outputs[0].times.scheduled < outputs[0].times.last_token
     with pytest.raises(RequestError, match="257 tokens"):
-        engine.submit("long", [7] * (engine.info.max_model_len + 1), SamplingParams(), pooling="mean")
+        engine.submit("long", [7] * (engine.info.config.max_model_len + 1), SamplingParams(), pooling="mean")
 
 
 async def test_a_killed_engine_fails_everyone_within_two_seconds(tiny_checkpoint):

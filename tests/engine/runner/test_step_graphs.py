@@ -39,7 +39,7 @@ def recorded(request, tiny_checkpoint, monkeypatch) -> tuple[LLM, Reruns]:
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     llm = open_llm(tiny_checkpoint, overlap_scheduling=request.param)
     maker = Reruns()
-    llm.core.runner.capture(maker, llm.core.info.max_model_len, [1, 2, 4, 6])
+    llm.core.runner.capture(maker, llm.core.info.config.max_model_len, [1, 2, 4, 6])
     return llm, maker
 
 
@@ -128,7 +128,7 @@ def test_capture_stops_at_its_budget_and_batches_are_padded(plain, tiny_checkpoi
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     monkeypatch.setattr(step_graphs, limit, 0)
     llm = open_llm(tiny_checkpoint)
-    graphs = llm.core.runner.capture(Reruns(bytes_each=1), llm.core.info.max_model_len)
+    graphs = llm.core.runner.capture(Reruns(bytes_each=1), llm.core.info.config.max_model_len)
     assert graphs.sizes == [6], "the largest is first"
     assert answers(llm.generate(PROMPTS[:1], PLAIN[:1])) == answers(plain.generate(PROMPTS[:1], PLAIN[:1]))
 

@@ -43,13 +43,13 @@ def on_triton(
     llm: LLM, *, token_counts: Sequence[int] = (), deterministic: bool = False, kept: torch.dtype | None = None
 ) -> Reruns:
     """Let the library's engine compute with Triton kernels and recorded steps."""
-    info, maker = llm.core.info, Reruns()
+    info, config, maker = llm.core.info, llm.core.info.config, Reruns()
     model = llm.core.runner.model
     model.ops = TritonBackend(model, deterministic=deterministic)
     runner = ModelRunner(
-        model, num_blocks=info.num_blocks, block_size=8, max_num_seqs=info.max_num_seqs, kv_cache_dtype=kept
+        model, num_blocks=config.num_kv_blocks, block_size=8, max_num_seqs=config.max_num_seqs, kv_cache_dtype=kept
     )
-    runner.capture(maker, info.max_model_len, [2, 4], token_counts)
+    runner.capture(maker, config.max_model_len, [2, 4], token_counts)
     llm.core = EngineCore(info, runner, runner.expert_stats, llm.core.grammars)
     return maker
 

@@ -127,7 +127,7 @@ def test_default_max_tokens_is_clamped_but_a_given_one_is_not(harness):
     harness.model.defaults.update(max_tokens=1000)
     assert harness.chat().status_code == 200
     ((_, prompt, params),) = harness.engine.requests
-    assert len(prompt) + params.max_tokens == harness.engine.info.max_model_len
+    assert len(prompt) + params.max_tokens == harness.engine.info.config.max_model_len
     assert harness.chat(max_tokens=1000).json()["error"]["code"] == "context_length_exceeded"
     long = [{"role": "user", "content": "x" * 300}]
     assert harness.chat(messages=long).json()["error"]["code"] == "context_length_exceeded"

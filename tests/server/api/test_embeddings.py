@@ -67,7 +67,7 @@ def test_the_log_counts_all_inputs_until_the_engine_fails(harness, caplog, monke
         await speak(stream, message) if len(spoken) <= 12 else stream._die("gone")
 
     monkeypatch.setattr(harness.engine, "_speak", speak_twelve_times)
-    at_once = harness.engine.info.max_num_seqs
+    at_once = harness.engine.info.config.max_num_seqs
     assert at_once < 12
     assert harness.post("/v1/embeddings", {"input": [[3, 4]] * (2 * at_once)}).status_code >= 500
     assert f"prompt_tokens={2 * 2 * at_once} " in caplog.records[-1].getMessage()

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 from pydantic import BaseModel
 
@@ -95,7 +94,7 @@ def showing(harness: Harness) -> Harness:
     """Its prompts are what the template was given, and may be long."""
     template = ChatTemplate(harness.tokenizer, SHOWING)
     harness.service.model = harness.model = replace(harness.model, template=template)
-    harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=8000)
+    harness.engine.configure(max_model_len=8000)
     return harness
 
 

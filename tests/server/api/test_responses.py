@@ -29,7 +29,7 @@ def create(harness):
 @pytest.fixture
 def long_context(harness):
     """Allow long descriptions of tools: each byte is a token here."""
-    harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=1500)
+    harness.engine.configure(max_model_len=1500)
 
 
 def test_whole_answer_has_openai_shape_text_and_counts(create, harness):

@@ -7,7 +7,6 @@ import random
 import string
 import tracemalloc
 
-import msgspec
 import pytest
 from openai.types.responses import ResponseItemList
 from support.responses_client import CALL, REPLY, WEATHER, creator, prompts
@@ -25,7 +24,7 @@ def create(harness):
 @pytest.fixture
 def long_context(harness):
     """Allow long descriptions of tools: each byte is a token here."""
-    harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=1500)
+    harness.engine.configure(max_model_len=1500)
 
 
 def test_items_of_every_kind_reach_the_prompt_in_order(create, harness, long_context):

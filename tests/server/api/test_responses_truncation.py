@@ -17,7 +17,7 @@ def create(harness):
 
 
 def long_items(harness):
-    room = harness.engine.info.max_model_len
+    room = harness.engine.info.config.max_model_len
     return [{"role": "user", "content": f"{number:02}" + "." * (room // 8)} for number in range(12)]
 
 
@@ -26,7 +26,7 @@ def test_a_long_input_is_refused_or_loses_its_oldest_items(create, harness):
     assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
     answer = create(input=long_items(harness), truncation="auto", instructions="Obey.", max_output_tokens=20)
     assert answer["truncation"] == "auto"
-    assert answer["usage"]["input_tokens"] + 20 <= harness.engine.info.max_model_len
+    assert answer["usage"]["input_tokens"] + 20 <= harness.engine.info.config.max_model_len
     (prompt,) = prompts(harness)
     kept = [number for number in range(12) if f"{number:02}." in prompt]
     assert kept == list(range(kept[0], 12))

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import pytest
 
 from pyllm.server.api.chat import ChatCompletion, ChatCompletionChunk
@@ -53,7 +52,7 @@ TOLD = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
 def chat(harness) -> Callable[..., Any]:
     """Posts a chat with both tools to a model whose template knows tools."""
     engine = harness.engine
-    engine.info = msgspec.structs.replace(engine.info, max_model_len=4000, num_blocks=1000)
+    engine.configure(max_model_len=4000, num_kv_blocks=1000)
     template = ChatTemplate(harness.tokenizer, TEMPLATE)
     harness.service.model = dataclasses.replace(harness.model, template=template)
     return lambda **fields: harness.chat(**{"tools": [WEATHER, PING]} | fields)

@@ -8,7 +8,6 @@ import logging
 import threading
 
 import httpx
-import msgspec
 import pytest
 
 from pyllm.engine.errors import EngineDeadError
@@ -34,7 +33,7 @@ def test_long_texts_are_read_off_the_event_loop(harness, monkeypatch):
         return encode(text, **options)
 
     monkeypatch.setattr(harness.tokenizer, "encode", note)
-    harness.engine.info = msgspec.structs.replace(harness.engine.info, max_model_len=10_000)
+    harness.engine.configure(max_model_len=10_000)
     harness.complete(prompt="x" * 5000)
     harness.complete(prompt="x")
     assert threads == [False, True]
