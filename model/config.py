@@ -20,6 +20,17 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the path and the remedy."""
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file of a checkpoint; raise `CheckpointError` if it is broken."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object: fetch it again.")
+    return values
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepConfig:
     """`config.json` of a Complexity-Deep checkpoint, with the published names and defaults.
@@ -101,15 +112,12 @@ class DeepConfig:
     def from_folder(cls, folder: str | Path) -> DeepConfig:
         """Read `config.json` in `folder`; raise `CheckpointError` if it is missing or invalid."""
         path = Path(folder) / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.is_file():
             raise CheckpointError(
                 f"{folder} has no config.json: pass the folder that holds config.json and model.safetensors."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again.") from None
-        if not isinstance(values, dict) or "hidden_size" not in values or "vocab_size" not in values:
+            )
+        values = read_json(path)
+        if "hidden_size" not in values or "vocab_size" not in values:
             raise CheckpointError(
                 f"{path} is not the configuration of a Complexity-Deep model: it has no hidden_size and vocab_size."
             )

@@ -61,7 +61,7 @@ def test_golden_bf16_stays_within_the_error_budget(request):
     from conftest import GOLDEN, GOLDEN_NAMES
 
     if not GOLDEN_NAMES:
-        pytest.skip("the published fixtures are not beside this checkout; the made network below covers it")
+        pytest.skip("the published fixtures are not next to this checkout; the made network below covers it")
     divergence, agree, flips = [], [], []
     for name in GOLDEN_NAMES:
         expected = load_file(GOLDEN / name / "golden.safetensors")

@@ -173,7 +173,7 @@ def test_stream_never_gives_half_a_character() -> None:
     assert [stream.step(id_) for id_ in ids] == ["n", "", "é", "", "", "", "🦉", "!"]
 
 
-def test_stream_goes_on_at_once_after_broken_bytes() -> None:
+def test_stream_continues_at_once_after_broken_bytes() -> None:
     broken = next(id_ for id_ in range(300) if WRAPPED.token_bytes(id_) == b"\xff")
     stream = WRAPPED.decode_stream()
     assert [stream.step(id_) for id_ in (broken, broken, WRAPPED.encode("h")[0])] == ["\ufffd", "\ufffd", "h"]
@@ -193,15 +193,16 @@ def test_folder_names_decide_special_tokens(save: SaveFolder) -> None:
 
 def test_tokenizer_without_names_uses_the_config_ids(save: SaveFolder) -> None:
     folder = save(byte_level(OLD_SPECIAL))
-    tokenizer = Tokenizer.from_folder(folder, DeepConfig())
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (0, 1, 2)
     assert Tokenizer.from_folder(folder).bos_token_id is None
+    (folder / "config.json").write_text(json.dumps(DeepConfig().to_dict()))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (0, 1, 2)
     (folder / "config.json").write_text(json.dumps({"eos_token_id": [0, 1], "bos_token_id": 2}))
     assert (Tokenizer.from_folder(folder).eos_token_id, Tokenizer.from_folder(folder).bos_token_id) == (0, 2)
 
 
 def test_default_ids_do_not_turn_letters_into_special_tokens(save: SaveFolder) -> None:
-    tokenizer = Tokenizer.from_folder(save(byte_level([])), DeepConfig())
+    tokenizer = Tokenizer.from_folder(save(byte_level([]), config=DeepConfig().to_dict()))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.special_ids) == (None, None, frozenset())
 
 
@@ -253,7 +254,7 @@ def test_meaningless_tokenizer_settings_are_ignored(save: SaveFolder) -> None:
     assert Tokenizer.from_folder(folder).eos_token_id == 0
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the fixtures beside the repository")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the fixtures next to the repository")
 def test_published_32k_tokenizer() -> None:
     tokenizer = Tokenizer.from_folder(SHARED / "tokenizer-32k")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0, 1)
@@ -266,10 +267,10 @@ def test_published_32k_tokenizer() -> None:
     assert tokenizer.encode_prompt(text) == library.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the fixtures beside the repository")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the fixtures next to the repository")
 def test_later_checkpoint_without_post_processor_adds_no_bos() -> None:
     folder = SHARED / "golden" / "j_2603_muguidance"
-    assert not Tokenizer.from_folder(folder, DeepConfig.from_folder(folder)).adds_bos
+    assert not Tokenizer.from_folder(folder).adds_bos
 
 
 def test_a_long_text_has_the_ids_of_its_parts():

@@ -54,7 +54,7 @@ def test_dynamics_belong_to_the_pass_that_made_the_token(llm, tiny_checkpoint):
     assert not all(rerouted)
 
 
-def test_who_asks_for_dynamics_gets_them_and_nobody_else_notices(llm):
+def test_dynamics_are_reported_on_demand_and_change_no_tokens(llm):
     plain = [SamplingParams(max_tokens=12, temperature=1.0, seed=n, ignore_eos=True) for n in range(3)]
     asking = SamplingParams(max_tokens=12, temperature=1.0, seed=1, ignore_eos=True, return_dynamics=True)
     without = llm.generate([PROMPT, "b", "c"], plain)
@@ -66,7 +66,7 @@ def test_who_asks_for_dynamics_gets_them_and_nobody_else_notices(llm):
 def test_every_computed_token_is_counted_once_per_layer(llm, tiny_checkpoint):
     before = llm.core.stats()
     params = SamplingParams(max_tokens=9, temperature=1.0, seed=8, ignore_eos=True)
-    answer = llm.generate(["A prompt that nobody else has"], params)[0]
+    answer = llm.generate(["A prompt of its own"], params)[0]
     after = llm.core.stats()
     ids = (answer.prompt_token_ids + answer.token_ids)[:-1]
     seen = seen_in_one_pass(tiny_checkpoint, ids)

@@ -144,7 +144,7 @@ def test_only_weights_configuration_and_tokenizer_are_fetched(tmp_path: Path) ->
     assert offline == answer
 
 
-@pytest.mark.parametrize(("name", "says"), [("org/nobody", "is not on the hub"), ("org/gated", "is gated")])
+@pytest.mark.parametrize(("name", "says"), [("org/missing", "is not on the hub"), ("org/gated", "is gated")])
 def test_a_model_that_may_not_be_had_is_refused_in_one_sentence(name: str, says: str, tmp_path: Path) -> None:
     with serving() as url:
         answer, _ = resolve_in_process(name, tmp_path, HF_ENDPOINT=url)
