@@ -72,11 +72,7 @@ class ExpertStats:
         mu, velocity = (_columns([pair[side] for pair in self._norms], len(ids)) for side in (0, 1))
         return [
             TokenDynamics(
-                input_token_id=token_id,
-                experts=used,
-                rerouted=rerouted[n],
-                mu_norm=mu[n],
-                velocity_norm=velocity[n],
+                input_token_id=token_id, experts=used, rerouted=rerouted[n], mu_norm=mu[n], velocity_norm=velocity[n]
             )
             for n, (token_id, used) in enumerate(zip(ids.tolist(), experts.T.tolist(), strict=True))
         ]
