@@ -47,6 +47,14 @@ def test_links_lead_to_pages_and_headings(page: str) -> None:
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
 
 
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_named_classes_exist(page: str) -> None:
+    folders = [ROOT / name for name in ("server", "engine", "model")]
+    source = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
+    names = {name for names in re.findall(r"`([A-Z]\w+)(?:\.(\w+))?[(`]", read(page)) for name in names if name}
+    assert {name for name in names if not re.search(rf"^ *(class |def |){name}\b", source, re.MULTILINE)} == set()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_tests_and_flags_exist(page: str) -> None:
     text = read(page)
