@@ -38,6 +38,13 @@ class Restarts:
         self.used += 1
         return min(FIRST_PAUSE * 2.0 ** (self.used - 1), LONGEST_PAUSE)
 
+    async def supervise(self, service: Service, model: ServedModel) -> None:
+        """Restart the engine whenever it dies; return when no restarts are left."""
+        current: ServedModel | None = model
+        while current is not None:
+            await current.engine.wait_dead()
+            current = await self.revive(service, current)
+
     async def revive(self, service: Service, model: ServedModel) -> ServedModel | None:
         """Give `service` the model with a new engine, and refuse requests meanwhile; return None if that fails.
 

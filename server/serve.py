@@ -231,44 +231,30 @@ class _ServerProcess:
 
     async def _serve_until_end(self, model: ServedModel, http: asyncio.Task[None]) -> int:
         """Wait for a signal or the engine's last death, drain the requests, and end the engine."""
-        restarts = Restarts(self._config.restart_engine)
-        stopped_restarting = False  # a signal came after the requests of a dead engine had failed
-        while True:
-            engine = model.engine
-            death = asyncio.create_task(engine.wait_dead())
-            await _first_of(death, http, self._stop.wait())
-            if self._stop.is_set() or http.done():
-                break
-            reviving = asyncio.create_task(restarts.revive(self._service, model))
-            await _first_of(reviving, http, self._stop.wait())
-            if not reviving.done():
-                reviving.cancel()
-                await asyncio.wait([reviving])
-                stopped_restarting = True
-                break
-            if (revived := reviving.result()) is None:
-                break
-            model = revived
-        self._service.draining = True
+        service = self._service
+        supervision = asyncio.create_task(Restarts(self._config.restart_engine).supervise(service, model))
+        await _first_of(supervision, http, self._stop.wait())
+        restarting = service.restarting != ""  # the requests of the dead engine have failed already
+        supervision.cancel()
+        await asyncio.wait([supervision])
+        if not supervision.cancelled():
+            supervision.result()
+        engine = (service.model or model).engine
+        service.draining = True
         if self._stop.is_set():
-            logger.info("Stopping; requests in flight: %d", self._service.in_flight)
-            await _first_of(self._drained(self._config.shutdown_timeout), death, self._force.wait())
-            code = 1 if self._force.is_set() or (death.done() and not stopped_restarting) else 0
+            logger.info("Stopping; requests in flight: %d", service.in_flight)
+            timeout = self._config.shutdown_timeout
+            await _first_of(service.idle.wait(), engine.wait_dead(), self._force.wait(), seconds=timeout)
+            code = 1 if self._force.is_set() or not (engine.is_alive or restarting) else 0
         elif http.done():
             code = _http_ended(http)
         else:
             logger.error("The engine has died: %s Stopping the server.", engine.error)
             code = 1
-        death.cancel()
         # Requests in flight fail now, and their clients receive the errors.
         await engine.shutdown(timeout=0.1 if code else 5.0)
-        await _first_of(self._drained(LAST_ERRORS_SECONDS), self._force.wait())
+        await _first_of(service.idle.wait(), self._force.wait(), seconds=LAST_ERRORS_SECONDS)
         return code
-
-    async def _drained(self, seconds: float) -> None:
-        """Wait at most `seconds` until no request is in flight."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._service.idle.wait(), seconds)
 
 
 def _http_ended(http: asyncio.Task[None]) -> int:
@@ -283,10 +269,10 @@ def _url(listener: socket.socket, config: ServerConfig) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.root_path}/v1"
 
 
-async def _first_of(*things: Any) -> None:
-    """Wait for the first of these tasks and coroutines; then cancel the coroutines, but not the tasks."""
+async def _first_of(*things: Any, seconds: float | None = None) -> None:
+    """Wait for the first of these tasks and coroutines, or `seconds`; then cancel the coroutines, but not the tasks."""
     tasks = [asyncio.ensure_future(thing) for thing in things]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for task, thing in zip(tasks, things, strict=True):
         if task is not thing:
             task.cancel()

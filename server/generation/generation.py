@@ -76,7 +76,7 @@ class Generation:
         _check_size(engine, prompts, params, field, n, streams)
         self._engine = engine
         self._metrics = metrics
-        self._context = context
+        self.context = context
         self._arrival = context.arrival
         self.n = n
         self.params = params[0]
@@ -170,7 +170,7 @@ class Generation:
     async def collect(self) -> None:
         """Run to the end and keep everything in `choices`; raises `ClientDisconnect` as soon as the client is gone."""
         work = asyncio.create_task(self._collect())
-        gone = asyncio.create_task(_disconnected(self._context))
+        gone = asyncio.create_task(_disconnected(self.context))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():

@@ -12,7 +12,6 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from ...engine.client.output_processor import RequestOutput
-from ..http.context import RequestContext
 from ..http.errors import ApiError, encode_json, to_api_error
 from .generation import Generation
 
@@ -51,14 +50,14 @@ class EventWriter(ABC):
         """Return the events that replace the rest after an error."""
 
 
-async def send_events(generation: Generation, writer: EventWriter, send: Send) -> bytes:
+async def send_events(generation: Generation, writer: EventWriter) -> bytes:
     """Send the events, those of one step as one piece; return the last ones unsent. An error becomes an event too."""
-    waiting: dict[int, RequestOutput] = {}
+    context, waiting = generation.context, dict[int, RequestOutput]()
     data = writer.opening()
     try:
         while generation.running:
             if data:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await context.send({"type": "http.response.body", "body": data, "more_body": True})
                 data = b""
             await generation.wakeup.wait()
             for index, output in generation.drain():
@@ -73,7 +72,7 @@ async def send_events(generation: Generation, writer: EventWriter, send: Send) -
                     data += writer.ending(index, output)
         return data + writer.closing()
     except Exception as error:
-        return data + writer.failure(to_api_error(error))
+        return data + writer.failure(to_api_error(error, context.request_id))
 
 
 def _joined(before: RequestOutput, output: RequestOutput) -> RequestOutput:
@@ -97,11 +96,9 @@ class EventStream(EventSourceResponse):
         super().__init__(self._body(), ping=keep_alive_seconds, sep="\n", ping_message_factory=lambda: _KEEP_ALIVE)
         self._generation = generation
         self._writer = writer
-        self._send: Send
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; cancelled when the client disconnects."""
-        self._send = RequestContext.of(scope).send
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -109,4 +106,4 @@ class EventStream(EventSourceResponse):
 
     async def _body(self) -> AsyncIterator[bytes]:
         # In a task of its own, which wakes up without passing through all the layers above.
-        yield await asyncio.create_task(send_events(self._generation, self._writer, self._send))
+        yield await asyncio.create_task(send_events(self._generation, self._writer))

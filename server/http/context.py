@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,8 +15,6 @@ ANTHROPIC_ROUTES = "/v1/messages"
 """This route and those below it speak Anthropic's API."""
 CLIENT_GONE = 499
 """The status of a request whose client left before the whole answer was sent."""
-current_request: ContextVar[str] = ContextVar("current_request", default="-")
-"""The id of the request that is being answered, for the log lines about its failures."""
 CONTEXT = "pyllm.context"
 """The member of an ASGI scope that holds the context."""
 

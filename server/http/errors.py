@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ...engine.errors import EngineBusyError, EngineDeadError, RequestError
-from .context import RequestContext, current_request
+from .context import RequestContext
 
 logger = logging.getLogger("pyllm.server")
 
@@ -78,7 +78,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
 
 
-def to_api_error(error: Exception) -> ApiError:
+def to_api_error(error: Exception, request_id: str = "-") -> ApiError:
     """Map any failure; an unknown one is logged with its traceback, and is a 500 that reveals nothing."""
     match error:
         case ApiError():
@@ -96,7 +96,7 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(405, message, code="method_not_allowed", headers=error.headers or {})
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
-    logger.error("A request failed because of an internal error. id=%s", current_request.get(), exc_info=error)
+    logger.error("A request failed because of an internal error. id=%s", request_id, exc_info=error)
     return ApiError(500, "The server failed to answer this request.", code="internal_error")
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..flags import ServerConfig
 from .budget import BodyBudget
-from .context import CLIENT_GONE, CONTEXT, RequestContext, current_request
+from .context import CLIENT_GONE, CONTEXT, RequestContext
 from .errors import ApiError, error_response, to_api_error, unavailable
 from .logs import PROBES, log_request
 
@@ -76,7 +76,9 @@ class RequestMiddleware:
         except Exception as failure:
             if context.status not in (0, CLIENT_GONE):
                 raise
-            await error_response(to_api_error(failure), context)(scope, context.receive, context.respond)
+            await error_response(to_api_error(failure, context.request_id), context)(
+                scope, context.receive, context.respond
+            )
         finally:
             seconds = time.monotonic() - context.arrival
             self._server.leave(context, seconds)
@@ -88,7 +90,6 @@ class RequestMiddleware:
             scope["root_path"] = self._root
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        current_request.set(request_id)
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
         scope[CONTEXT] = context = RequestContext(scope, receive, send, path, request_id, self._server.budget)
         return context
