@@ -226,7 +226,12 @@ class _ServerProcess:
                 f"of up to {max(graphs.mixed_sizes, default=0)} tokens, captured in {graphs.seconds:.1f} s with "
                 f"{graphs.bytes >> 20} MiB"
             )
-        url = f"the socket {self._config.uds}" if self._config.uds else _url(self._sockets[0], self._config)
+        if self._config.uds:
+            url = f"the socket {self._config.uds}"
+        else:
+            host, port = self._sockets[0].getsockname()[:2]
+            scheme = "https" if self._config.ssl_certfile else "http"
+            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self._config.root_path}/v1"
         logger.info(f"Ready after {time.monotonic() - self._process.started:.1f} s on {url}")
 
     async def _serve_until_end(self, model: ServedModel, http: asyncio.Task[None]) -> int:
@@ -261,12 +266,6 @@ def _http_ended(http: asyncio.Task[None]) -> int:
     """Log why the HTTP server ended by itself; return the exit code."""
     logger.error("The HTTP server has ended unexpectedly; stopping.", exc_info=http.exception())
     return 1
-
-
-def _url(listener: socket.socket, config: ServerConfig) -> str:
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if config.ssl_certfile else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.root_path}/v1"
 
 
 async def _first_of(*things: Any, seconds: float | None = None) -> None:

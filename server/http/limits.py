@@ -84,13 +84,11 @@ class ProgressTimer:
 
 
 class Connection(Protocol):
-    """What the monitor asks of a connection."""
+    """What the monitor needs of a connection."""
 
-    def check(self, now: float) -> str | None:
-        """Close it if its client is too slow, and return the reason."""
+    def check(self, now: float) -> str | None: ...  # closes it if its client is too slow, and returns the reason
 
-    def close_idle(self) -> bool:
-        """Close it, unless something is left to send."""
+    def close_idle(self) -> bool: ...  # closes it unless something is left to send
 
 
 class ConnectionMonitor:

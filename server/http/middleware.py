@@ -76,9 +76,8 @@ class RequestMiddleware:
         except Exception as failure:
             if context.status not in (0, CLIENT_GONE):
                 raise
-            await error_response(to_api_error(failure, context.request_id), context)(
-                scope, context.receive, context.respond
-            )
+            error = to_api_error(failure, context.request_id)
+            await error_response(error, context)(scope, context.receive, context.respond)
         finally:
             seconds = time.monotonic() - context.arrival
             self._server.leave(context, seconds)

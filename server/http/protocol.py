@@ -47,8 +47,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._header_bytes = 0  # of incomplete headers
         self._refusal: ApiError | None = None  # to send after the answers to the requests before it
         self._answering: RequestResponseCycle | None = None
-        self._received = 0
-        self._resumed = 0
+        self._received = 0  # bytes
+        self._resumed = 0  # how often the client has taken all that waited for it
         self._timer = ProgressTimer()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -129,7 +129,6 @@ class HttpProtocol(HttpToolsProtocol):
                 self._monitor.idle[self] = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Report the end to all requests of the connection."""
         self._monitor.idle.pop(self, None)
         super().connection_lost(exc)
         self._disconnect()
@@ -142,7 +141,6 @@ class HttpProtocol(HttpToolsProtocol):
                 cycle.message_event.set()
 
     def resume_writing(self) -> None:
-        """Note that the client has taken what waited for it."""
         self._resumed += 1
         super().resume_writing()
 
