@@ -52,8 +52,8 @@ def main() -> int:
     for package in packages:
         for flaw in package.get("vulns", []):
             found += 1
-            mend = ", ".join(flaw["fix_versions"]) or "none yet"
-            print(f"{package['name']} {package['version']}: {flaw['id']}; mended in: {mend}")
+            fixes = ", ".join(flaw["fix_versions"]) or "none yet"
+            print(f"{package['name']} {package['version']}: {flaw['id']}; fixed in: {fixes}")
     print(f"Audit: {len(packages) - len(unknown)} packages, {found} known vulnerabilities.")
     if unknown:
         print(f"Not audited, since the service does not know them: {', '.join(unknown)}.")

@@ -2,7 +2,7 @@
 
     python benchmarks/mixed.py                         # 150M shape, 8 streams, prompts of 1,500 tokens
 
-Eight streams run alone, then beside a client that sends long prompts, for one token each, one after another. The
+Eight streams run alone, then next to a client that sends long prompts, for one token each, one after another. The
 ratio is the 99th percentile of the time between two tokens of a disturbed stream ÷ the undisturbed median.
 """
 
@@ -20,7 +20,7 @@ from pyllm.server.cli.load_client import Client, LoadError, Target, closed_loop,
 
 
 async def streams(target: Target, number: int, output_len: int, prompt_len: int) -> tuple[list[float], int]:
-    """Run the streams, beside long prompts unless `prompt_len` is 0 -> times between tokens, prompts answered."""
+    """Run the streams next to long prompts unless `prompt_len` is 0 -> times between tokens, prompts answered."""
     bodies = [target.body(prompt, output_len) for prompt in random_prompts(number, 32, VOCAB_SIZE)]
     ended = asyncio.Event()
     client = Client(target)

@@ -26,7 +26,7 @@ from pyllm.server.cli.bench import own_server, random_prompts, run
 from pyllm.server.cli.load_client import LoadError, Target, closed_loop
 
 BLOCKS, BLOCK_SIZE, CLIENTS = 640, 16, 32
-"""32 clients with 128 + 128 tokens fill four fifths of these blocks at once, so nobody must wait."""
+"""32 clients with 128 + 128 tokens fill four fifths of these blocks at once, so no request must wait."""
 
 
 def help_seconds() -> float:
@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / args.shape
-        # In a process of its own, so that its memory is given back before anything is measured.
+        # In a process of its own, so that its memory is freed before anything is measured.
         subprocess.run([sys.executable, checkpoint.__file__, args.shape, str(folder), "--weights"], check=True)
         runs = [first_tokens(folder) for _ in range(args.runs)]
         ready, total, first, second = (statistics.median(column) for column in zip(*runs, strict=True))

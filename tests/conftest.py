@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from support.checkpoints import write_checkpoint  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, whoever imports it first
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, at its first import
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if GOLDEN_NAMES:
             metafunc.parametrize("golden", [GOLDEN / name for name in GOLDEN_NAMES], ids=GOLDEN_NAMES)
         else:
-            reason = "the published fixtures are not beside this checkout; the tests on made checkpoints cover it"
+            reason = "the published fixtures are not next to this checkout; the tests on made checkpoints cover it"
             metafunc.parametrize("golden", [pytest.param(None, marks=pytest.mark.skip(reason=reason))])
 
 

@@ -34,6 +34,6 @@ def test_hazards_and_defences_match_the_page() -> None:
     assert len(rows) == len(set(rows)) > 20
 
 
-def test_no_defence_is_told_twice() -> None:
+def test_no_defence_is_listed_twice() -> None:
     assert len({(d.file, d.text, d.instead, d.test) for d in TABLE}) == len(TABLE)
     assert len({named(defence) for defence in TABLE}) == len(TABLE)

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ("requirements.lock", "requirements-torch.lock")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Whoever runs the image names a collector of traces and expects it to be told.
+# The image's users name a trace collector and expect their spans there.
 DECLARED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["otel"]]
 
 
@@ -127,7 +127,7 @@ FLAWED = {"name": "idna", "version": "3.20", "vulns": [{"id": "X-1", "fix_versio
     [
         ([KNOWN], 0, "1 packages, 0 known vulnerabilities"),
         ([KNOWN, UNKNOWN], 0, "Not audited, since the service does not know them: numpy"),
-        ([FLAWED, UNKNOWN], 1, "idna 3.20: X-1; mended in: 3.21"),
+        ([FLAWED, UNKNOWN], 1, "idna 3.20: X-1; fixed in: 3.21"),
         ([UNKNOWN], 0, "SKIPPED"),
         (None, 0, "SKIPPED: pip-audit failed: no network"),
     ],

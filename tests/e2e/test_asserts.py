@@ -1,7 +1,7 @@
-"""Nothing that must hold hangs on an `assert`: all these tests also run, as `.ci/run` does, under PYTHONOPTIMIZE=1.
+"""No check of the product depends on an `assert`: all these tests also run, as `.ci/run` does, under PYTHONOPTIMIZE=1.
 
 That takes the asserts out of the product, in this process and in every server and engine that is started; those of
-the tests stay, for pytest writes them anew.
+the tests stay, for pytest rewrites them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def test_asserts_in_tests_and_support_always_run(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AssertionError, match="assert 1 == 2"):
         assert int("1") == 2
     monkeypatch.setattr(serving, "PATIENCE", 0)
-    with pytest.raises(AssertionError, match="waited in vain for it"):
+    with pytest.raises(AssertionError, match="timed out waiting for it"):
         serving.wait_for(lambda: False, "it")
 
 

@@ -63,7 +63,7 @@ def test_a_kept_response_is_there_for_its_own_key_alone(locked: ServerProcess) -
     path, item = f"/v1/responses/{kept['id']}", kept["output"][0]["id"]
     uses = [
         ("GET", path, None), ("GET", f"{path}/input_items", None), ("POST", f"{path}/cancel", None),
-        ("POST", "/v1/responses", {"input": "Go on", "previous_response_id": kept["id"], "max_output_tokens": 4}),
+        ("POST", "/v1/responses", {"input": "Continue", "previous_response_id": kept["id"], "max_output_tokens": 4}),
         ("POST", "/v1/responses", {"input": [{"type": "item_reference", "id": item}], "max_output_tokens": 4}),
         ("DELETE", path, None),
     ]  # fmt: skip
@@ -110,7 +110,7 @@ def test_wrong_keys_are_refused_however_they_are_given(locked: ServerProcess) ->
     assert ask(locked, SECOND, "GET", "/v1/models").status_code == 200
 
 
-def test_the_engine_is_not_told_the_keys_on_its_command_line(locked: ServerProcess) -> None:
+def test_keys_are_not_on_the_engines_command_line(locked: ServerProcess) -> None:
     listing = subprocess.run(["ps", "-o", "args=", "-p", str(locked.engine_pid)], capture_output=True, text=True)
     assert "pyllm.engine" in listing.stdout
     assert FIRST not in listing.stdout
@@ -127,7 +127,7 @@ def test_the_engine_is_not_told_the_keys_on_its_command_line(locked: ServerProce
         (["--config", "flags.yaml"], f"api-key:\n  - {FIRST}: 1"),
     ],
 )
-def test_a_mistake_beside_a_key_is_told_without_the_key(tmp_path: Path, words: list[str], yaml: str) -> None:
+def test_errors_about_keys_do_not_show_the_key(tmp_path: Path, words: list[str], yaml: str) -> None:
     (tmp_path / "flags.yaml").write_text(yaml)
     command = [sys.executable, "-m", "pyllm", "serve", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=PATIENCE)

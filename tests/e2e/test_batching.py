@@ -25,7 +25,7 @@ async def open_stream(client: AsyncOpenAI, prompt: str, max_tokens: int) -> Any:
 async def test_a_late_request_is_served_while_earlier_ones_run(
     server: ServerProcess, async_client: AsyncOpenAI
 ) -> None:
-    """By the order of events: the long ones began first, go on during the short one, and outlive it."""
+    """By the order of events: the long ones began first, run during the short one, and outlive it."""
     server.wait_until_idle()
     events: list[str] = []
     all_began = asyncio.Event()

@@ -57,9 +57,9 @@ def test_bench_starts_a_server_with_the_model_flags(checkpoint: Path) -> None:
 def test_what_cannot_be_measured_is_said_in_one_sentence(server: ServerProcess) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        unused = f"http://127.0.0.1:{closed.getsockname()[1]}"
         for words, part in [
-            (("--base-url", nobody), "cannot be measured"),
+            (("--base-url", unused), "cannot be measured"),
             (("--base-url", "localhost"), "http://"),
             (("--base-url", "http://localhost:port"), "is no URL"),
             (("--base-url", server.url, "--model", "other", *SMALL), "status 404"),
@@ -72,7 +72,7 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(server: ServerProcess) 
             assert part in line
 
 
-def test_a_request_that_fails_beside_others_is_counted_as_failed(server: ServerProcess) -> None:
+def test_failing_request_among_others_is_counted(server: ServerProcess) -> None:
     target = Target(f"{server.url}/v1", "tiny")
     answers, seconds = run(closed_loop(target, [target.body([1, 2], 3), b"{", target.body([3], 4)], 1))
     result = summarize(answers, seconds)

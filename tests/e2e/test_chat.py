@@ -28,13 +28,13 @@ def messages(text: str = "Tell me more.") -> list[dict[str, Any]]:
 
 
 def ask(client: OpenAI, text: str = "Tell me more.", *, extra: dict[str, Any] | None = None, **options: Any) -> Any:
-    """A whole answer of at most 24 tokens unless told otherwise, past the end of the turn."""
+    """A whole answer of at most 24 tokens unless the test sets more, past the end of the turn."""
     options = {"max_tokens": 24, "messages": messages(text)} | options
     return client.chat.completions.create(model="tiny", extra_body=TOKENS | (extra or {}), **options)
 
 
 def prompt_text(answer: Any) -> str:
-    """The prompt that the model saw; special tokens would stand in it as control characters."""
+    """The prompt that the model saw; special tokens would show in it as control characters."""
     names = {0: "\x00", 1: "\x01", 2: "\x02", 3: "\x03"}
     tokenizer = byte_tokenizer()
     text, run = "", []
@@ -203,7 +203,7 @@ def test_no_stop_comes_before_min_tokens(client: OpenAI) -> None:
 
 
 def test_the_end_of_sequence_token_ends_an_answer_unless_ignored(client: OpenAI, checkpoint: Path) -> None:
-    """Among many hot samples, some draw the end; with `ignore_eos`, these same ones go on past it."""
+    """Among many hot samples, some draw the end; with `ignore_eos`, these same ones continue past it."""
     eos = json.loads((checkpoint / "config.json").read_text())["eos_token_id"]
     options = {"temperature": 2, "seed": 1, "n": 16, "max_tokens": 60}
     past = ask(client, **options).choices
@@ -262,7 +262,9 @@ def test_every_message_reaches_the_model_in_order(client: OpenAI) -> None:
 
 def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI) -> None:
     said = ask(client, temperature=0, extra={"ignore_eos": False}).choices[0].message
-    again = ask(client, messages=[*messages(), said.model_dump(), {"role": "user", "content": "Go on."}], max_tokens=1)
+    again = ask(
+        client, messages=[*messages(), said.model_dump(), {"role": "user", "content": "Continue."}], max_tokens=1
+    )
     assert said.content in prompt_text(again)
 
 

@@ -158,14 +158,14 @@ def test_what_the_model_did_is_shown_for_each_token(signed_in: Visit) -> None:
 def test_stop_ends_the_answer_here_and_at_the_server(
     browser: sync_api.Browser, server: ServerProcess, way: str
 ) -> None:
-    def go_on(route: sync_api.Route) -> None:
+    def continue_later(route: sync_api.Route) -> None:
         route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
 
     before = server.wait_until_idle()
     with browser.new_context() as context:
         visit = Visit(context.new_page(), server.url).open()
-        context.route("**/v1/chat/completions", go_on)
-        visit.ask("Go on.")
+        context.route("**/v1/chat/completions", continue_later)
+        visit.ask("Continue.")
         wait_for(lambda: len(visit.answers().inner_text()) > 20, "the beginning of an answer")
         early = len(visit.answers().inner_text())
         wait_for(lambda: len(visit.answers().inner_text()) > early, "more of it")

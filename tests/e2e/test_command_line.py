@@ -50,7 +50,7 @@ def test_help_is_given_for_every_command(words: tuple[str, ...]) -> None:
         assert part in done.stdout
 
 
-def test_the_version_is_told() -> None:
+def test_version_is_printed() -> None:
     assert run("--version").stdout == f"pyllm {pyllm.__version__}\n"
 
 
@@ -168,7 +168,7 @@ def test_a_talk_in_a_terminal_can_be_interrupted_and_ended(checkpoint: Path, cli
     """Ctrl-C stops the answer, not the talk; Ctrl-D ends the talk."""
     messages = [{"role": "user", "content": "Hi"}]
     begin = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=400)
-    assert begin.choices[0].finish_reason == "length", "this answer goes on and on"
+    assert begin.choices[0].finish_reason == "length", "this answer does not end by itself"
     shown = begin.choices[0].message.content[:8].replace("\n", "\r\n").encode()
     terminal = Terminal("chat", "--model", str(checkpoint), "--max-tokens", "8000", *SHORT)
     try:

@@ -277,14 +277,14 @@ def test_13_too_little_memory_is_said_with_the_flag_to_set(checkpoint: Path) -> 
     assert "Traceback" not in done.stderr
 
 
-def test_14_health_is_told_at_once_under_load(http: httpx.Client, server: ServerProcess) -> None:
+def test_14_health_is_quick_under_load(http: httpx.Client, server: ServerProcess) -> None:
     server.wait_until_idle()
     with posted(server, n=24), posted(server, prompt="x" * 7000, max_tokens=900), posted(server, stream=True):
         wait_for_load(server, running=24, waiting=2)
         for _ in range(20):
             began = time.monotonic()
             assert http.get("/health").status_code == 200
-            assert time.monotonic() - began < 5, "nobody waits for the work of others"
+            assert time.monotonic() - began < 5, "no request waits for the work of others"
     server.wait_until_idle()
 
 
@@ -319,7 +319,7 @@ def test_17_defaults_from_a_file_are_announced(fresh: Any) -> None:
     assert answer["usage"]["completion_tokens"] == 5
 
 
-def test_18_too_long_a_request_is_told_all_three_numbers(http: httpx.Client) -> None:
+def test_18_too_long_a_request_gets_all_three_numbers(http: httpx.Client) -> None:
     answer = http.post(CHAT, json={"messages": [USER], "max_tokens": 9000})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")

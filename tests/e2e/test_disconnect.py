@@ -12,7 +12,7 @@ from support.serving import FOREVER, ServerProcess, posted, wait_for_load
 
 
 @pytest.fixture(autouse=True)
-def _work_that_nobody_waits_for_is_dropped(server: ServerProcess) -> Iterator[None]:
+def _abandoned_work_is_dropped(server: ServerProcess) -> Iterator[None]:
     """Nothing runs on, and that is not because it was all done."""
     before = server.wait_until_idle()
     yield

@@ -46,7 +46,7 @@ def states(checkpoint: Path) -> dict[str, np.ndarray]:
 def test_vectors_are_the_normalised_hidden_states(
     client: OpenAI, states: dict[str, np.ndarray], pooling: str | None
 ) -> None:
-    """The longest text is computed in several steps, beside the others."""
+    """The longest text is computed in several steps, together with the others."""
     found = embed(client, TEXTS, extra={"pooling": pooling})
     for text, vector in zip(TEXTS, found, strict=True):
         pooled = states[text][-1] if pooling == "last" else states[text].mean(axis=0)

@@ -137,9 +137,7 @@ def test_a_field_that_cannot_be_honoured_is_named(http: httpx.Client, case: str,
 @pytest.mark.parametrize(
     ("path", "field", "prompt"), [(CHAT, "messages", [USER]), (COMPLETIONS, "prompt", "Hi there")], ids=["chat", "text"]
 )
-def test_a_request_beyond_the_context_is_told_the_numbers(
-    http: httpx.Client, path: str, field: str, prompt: Any
-) -> None:
+def test_request_beyond_the_context_gets_the_numbers(http: httpx.Client, path: str, field: str, prompt: Any) -> None:
     error = error_of(http.post(path, json={field: prompt, "max_tokens": 9000}), 400)
     assert (error["param"], error["code"]) == (field, "context_length_exceeded")
     prompt_tokens = {"chat": 19, "text": 8}["chat" if path == CHAT else "text"]
@@ -201,7 +199,7 @@ def test_other_content_types_are_refused(http: httpx.Client) -> None:
     error_of(http.post(CHAT, content=body, headers=compressed), 415)
 
 
-def test_a_body_too_large_is_refused_told_or_not(http: httpx.Client) -> None:
+def test_oversized_body_is_refused_declared_or_not(http: httpx.Client) -> None:
     large = json.dumps({"messages": [USER | {"content": "x" * (8 * 2**20)}]}).encode()
     headers = {"content-type": "application/json"}
     error_of(http.post(CHAT, content=large, headers=headers), 413)
@@ -218,7 +216,7 @@ def test_an_unknown_route_is_not_found(http: httpx.Client, path: str) -> None:
     ("method", "path", "allowed"),
     [("GET", CHAT, "POST"), ("PUT", COMPLETIONS, "POST"), ("DELETE", "/v1/models", "GET"), ("POST", "/health", "GET")],
 )
-def test_a_wrong_method_is_told_the_right_one(http: httpx.Client, method: str, path: str, allowed: str) -> None:
+def test_wrong_method_gets_the_allowed_ones(http: httpx.Client, method: str, path: str, allowed: str) -> None:
     answer = http.request(method, path)
     assert error_of(answer, 405)["code"] == "method_not_allowed"
     assert answer.headers["allow"] == allowed

@@ -83,7 +83,7 @@ def test_stalled_tls_handshake_is_closed_and_delays_no_one(
         assert "Traceback" not in server.log
 
 
-def test_https_connections_at_rest_make_room_at_once(
+def test_idle_https_connections_are_evicted_at_once(
     pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where their clients do not agree to the end of the connection, as those that wait for nothing do not."""

@@ -1,4 +1,4 @@
-"""Thousands of hostile requests against one real server: none fails inside, none hangs, and nobody else notices."""
+"""Thousands of hostile requests against one real server: none fails inside, none hangs, and no other client notices."""
 
 from __future__ import annotations
 

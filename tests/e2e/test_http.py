@@ -33,7 +33,7 @@ VOLATILE = {"id", "created", "created_at", "completed_at", "usage"}
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
-    """The error object; Anthropic's routes put members of their own beside it."""
+    """The error object; Anthropic's routes put members of their own next to it."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-request-id"]

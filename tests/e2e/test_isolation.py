@@ -59,10 +59,10 @@ async def test_failing_request_fails_alone_without_internals(faulty: ServerProce
     engine = faulty.engine_pid
     async with httpx.AsyncClient(base_url=faulty.url, timeout=PATIENCE) as http:
         expected = await ask_others(http)
-        beside, whole, streamed = await asyncio.gather(
+        others, whole, streamed = await asyncio.gather(
             ask_others(http), ask_bad(http, kind), ask_bad(http, kind, stream=True)
         )
-        assert beside == expected
+        assert others == expected
         assert await ask_others(http) == expected
     assert whole.status_code == 500
     error = whole.json()["error"]
@@ -80,8 +80,8 @@ async def test_failing_request_fails_alone_without_internals(faulty: ServerProce
 async def test_step_that_fails_once_is_retried(faulty: ServerProcess) -> None:
     async with httpx.AsyncClient(base_url=faulty.url, timeout=PATIENCE) as http:
         expected = await ask_others(http)
-        beside, alike = await asyncio.gather(ask_others(http), ask_bad(http, "once", max_tokens=40, seed=3))
-        assert beside == expected
+        others, alike = await asyncio.gather(ask_others(http), ask_bad(http, "once", max_tokens=40, seed=3))
+        assert others == expected
         again = await ask_bad(http, "once", max_tokens=40, seed=3)
     assert (alike.status_code, again.status_code) == (200, 200), alike.text + again.text
     assert alike.json()["choices"] == again.json()["choices"]

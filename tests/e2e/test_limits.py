@@ -132,7 +132,7 @@ def test_server_memory_is_near_weights_plus_cache(tmp_path: Path) -> None:
         found = re.search(r"([\d,]+) parameters", server.log)
         assert found is not None
         weights = 2 * int(found[1].replace(",", ""))
-        assert weights > 40 * 2**20, "enough to be seen beside the programs themselves"
+        assert weights > 40 * 2**20, "enough to be seen next to the programs themselves"
         size = re.search(r"KV cache holds ([\d,]+) tokens, or ([\d.]+) requests of 1,024 tokens", server.log)
         assert size is not None
         assert float(size[2]) == pytest.approx(int(size[1].replace(",", "")) / 1024, abs=0.1)

@@ -44,14 +44,14 @@ def same(shown: list[float], expected: torch.Tensor) -> None:
 
 
 def ask(http: httpx.Client, path: str, body: dict[str, Any], stream: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What stands beside the choice, and the choice: token ids, log-probabilities by their member's name."""
+    """The members around the choice, and the choice: token ids, log-probabilities by their member's name."""
     body = {"max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True, "stream": stream} | body
     answer = http.post(path, json=body)
     assert answer.status_code == 200, answer.text
     if not stream:
         return answer.json(), answer.json()["choices"][0]
     chunks = [json.loads(block.removeprefix("data: ")) for block in answer.text.split("\n\n")[:-2]]
-    beside = {name: value for chunk in chunks for name, value in chunk.items()}
+    around = {name: value for chunk in chunks for name, value in chunk.items()}
     choice: dict[str, Any] = {"token_ids": [], "logprobs": {}}
     for piece in (piece for chunk in chunks for piece in chunk["choices"]):
         choice["token_ids"] += piece.get("token_ids") or []
@@ -60,7 +60,7 @@ def ask(http: httpx.Client, path: str, body: dict[str, Any], stream: bool) -> tu
         for name in ("prompt_token_ids", "prompt_logprobs"):
             choice.setdefault(name, None)
             choice[name] = choice[name] or piece.get(name)
-    return beside, choice
+    return around, choice
 
 
 def check_prompt(shown: list[dict[str, dict[str, Any]] | None], ids: list[int], scores: torch.Tensor) -> None:

@@ -211,7 +211,7 @@ def test_a_response_is_made_stored_and_continued(ask: Ask) -> None:
     assert (first.object, first.status) in (("response", "completed"), ("response", "incomplete"))
     assert isinstance(first.output_text, str)
     assert ask(lambda client: client.responses.retrieve(first.id)).output_text == first.output_text
-    second = ask(lambda client: client.responses.create(input="Go on", previous_response_id=first.id, **options))
+    second = ask(lambda client: client.responses.create(input="Continue", previous_response_id=first.id, **options))
     assert second.previous_response_id == first.id
     assert second.usage.input_tokens > first.usage.input_tokens
     ask(lambda client: client.responses.delete(first.id))

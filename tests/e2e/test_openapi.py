@@ -68,7 +68,7 @@ def test_every_answer_is_as_documented(document: Any, method: str, path: str, mo
     @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)), data=st.data())
     def check(case: Any, data: st.DataObject) -> None:
         if small is not None and case.body:
-            # All at once would nearly always be refused for one of them: a few beside what is certainly right.
+            # All at once would nearly always be refused for one of them: a few together with what is certainly right.
             chosen = data.draw(st.lists(st.sampled_from(sorted(case.body)), max_size=3))
             case.body = small | {name: case.body[name] for name in chosen if name != "model"}
         statuses.add(case.call_and_validate(checks=CHECKS, timeout=PATIENCE).status_code)

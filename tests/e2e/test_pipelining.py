@@ -72,7 +72,7 @@ def test_pipelined_requests_are_answered_before_the_close(server: ServerProcess)
     assert [reply.status for reply in replies] == [200] * 4 + [400]
 
 
-def test_a_stream_goes_on_to_its_end_whatever_is_sent_meanwhile(server: ServerProcess) -> None:
+def test_stream_completes_whatever_is_sent_meanwhile(server: ServerProcess) -> None:
     with posted(server, stream=True, max_tokens=300) as connection:
         data = connection.recv(1)
         connection.sendall(WRONG["no HTTP"][0])

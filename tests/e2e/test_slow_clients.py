@@ -1,4 +1,4 @@
-"""Clients that are slow on purpose: each is let go within its time, and nobody else waits for them."""
+"""Clients that are slow on purpose: each is closed within its timeout, and no other client waits for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONNECTIONS = 150
 START = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 REST = 0.7
-"""Seconds after which a connection has rested long enough to make room."""
+"""Seconds after which an idle connection may be evicted."""
 HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
@@ -217,8 +217,8 @@ def test_connections_over_the_limit_are_refused(strict: ServerProcess) -> None:
     wait_for(lambda: b" 200 " in probe(strict), "connections to be taken again")
 
 
-def test_who_rests_longest_makes_room_for_a_new_connection(strict: ServerProcess) -> None:
-    """A thousand connections that only wait keep nobody out, and none that is in use is closed for them."""
+def test_longest_idle_connection_is_evicted_for_a_new_one(strict: ServerProcess) -> None:
+    """A thousand idle connections keep no new one out, and none in use is closed for them."""
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(connect(strict, HEALTH))
         assert status_of(first) == 200
@@ -246,7 +246,7 @@ def test_who_rests_longest_makes_room_for_a_new_connection(strict: ServerProcess
             time.sleep(REST)
             assert canary(strict) < 10
             seen = len(pieces)
-            wait_for(lambda: len(pieces) > seen + 20, "the stream to go on")
+            wait_for(lambda: len(pieces) > seen + 20, "the stream to continue")
         finally:
             stream.shutdown(socket.SHUT_RDWR)
             reader.join()

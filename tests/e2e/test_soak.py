@@ -18,7 +18,7 @@ REPEATS, LEAST_LEAK = 2000, 1000
 
 
 def check(server: ServerProcess, seconds: float) -> Soak:
-    """Nothing but answers during the load, and everything given back behind it."""
+    """Nothing but answers during the load, and everything freed after it."""
     asyncio.run(soak(server, 5))  # what is loaded when it is first needed
     before = server.wait_until_idle()
     files = wait_until_closed(server)
@@ -44,7 +44,7 @@ def wait_until_closed(server: ServerProcess) -> int:
     return int(wait_for(settled, "the number of open files to settle"))
 
 
-def test_a_mixed_load_gives_back_its_memory_blocks_and_its_files(tmp_path: Path) -> None:
+def test_mixed_load_frees_its_memory_blocks_and_files(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", *FLAGS) as server:
         check(server, 8)
 

@@ -38,7 +38,7 @@ def test_an_unknown_model_is_not_found(client: OpenAI, name: str) -> None:
         client.chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi"}], stream=True)
 
 
-def test_health_readiness_and_version_are_told(http: httpx.Client) -> None:
+def test_health_readiness_and_version(http: httpx.Client) -> None:
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready"}
     assert http.get("/version").json() == {"version": pyllm.__version__}

@@ -13,7 +13,7 @@ from support.serving import PATIENCE, ServerProcess
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 REQUESTS, BATCH, AT_ONCE = 300, 50, 16
-BESIDE = ("usage", "prompt_token_ids", "prompt_logprobs")
+AROUND = ("usage", "prompt_token_ids", "prompt_logprobs")
 WORDS = ["Hello", "How are you?", "Été à Paris", "日本語", "👩‍👩‍👧", "x" * 90, "1 2 3"]
 SCHEMA = {
     "type": "object",
@@ -93,7 +93,7 @@ def request(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 def extended(found: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add a piece's members to what was there: lists and texts go on, the rest is said once."""
+    """Add a piece's members to what was there: lists and texts are appended, the rest is set once."""
     for name, value in more.items():
         if value is None or name in ("index", "finish_reason", "stop_reason", "role"):
             if value is not None and name != "index":
@@ -117,21 +117,21 @@ def extended(found: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def joined(text: str) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
-    """The choices that a stream's chunks add up to, with "delta" for "message"; and what stands beside them."""
+    """The choices that a stream's chunks add up to, with "delta" for "message"; and the members around them."""
     blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
     assert blocks.pop() == "data: [DONE]"
     choices: dict[int, dict[str, Any]] = {}
-    beside: dict[str, Any] = {}
+    around: dict[str, Any] = {}
     for block in blocks:
         chunk = json.loads(block.removeprefix("data: "))
         assert "error" not in chunk, chunk
         for piece in chunk["choices"]:
             assert choices.get(piece["index"], {}).get("finish_reason") is None, "nothing comes after the end"
             extended(choices.setdefault(piece["index"], {}), piece)
-        for name in BESIDE:
+        for name in AROUND:
             if chunk.get(name) is not None:
-                beside[name] = chunk[name]
-    return choices, beside
+                around[name] = chunk[name]
+    return choices, around
 
 
 def plain(choice: dict[str, Any]) -> dict[str, Any]:
@@ -169,14 +169,14 @@ async def differences(url: str, requests: list[tuple[str, dict[str, Any]]]) -> l
                 return
             content = whole.json()
             try:
-                choices, beside = joined(streamed.text)
+                choices, around = joined(streamed.text)
             except AssertionError as error:
                 found.append(f"{path} {body}: {error}")
                 return
-            for usage in (content["usage"], beside["usage"]):
+            for usage in (content["usage"], around["usage"]):
                 usage.pop("prompt_tokens_details", None)
             pairs = [(plain(choice), plain(choices[choice["index"]])) for choice in content["choices"]]
-            pairs += [({name: content[name] for name in BESIDE if name in content}, beside)]
+            pairs += [({name: content[name] for name in AROUND if name in content}, around)]
             found.extend(f"{path} {body}:\n  {a}\n  {b}" for a, b in pairs if not close(a, b))
 
         await asyncio.gather(*(compare(*one) for one in requests))

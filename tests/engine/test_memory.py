@@ -92,7 +92,7 @@ def test_a_gpu_is_filled_up_to_the_given_share(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))  # 20 GiB in use
     config = EngineConfig(model="m", max_num_seqs=4096, gpu_memory_utilization=0.5)
     assert num_kv_blocks(config, torch.device("cuda"), GIB, 32) == 20
-    assert num_kv_blocks(config, torch.device("cuda"), GIB, 32, reserve=3 * GIB) == 17, "beside what steps need"
+    assert num_kv_blocks(config, torch.device("cuda"), GIB, 32, reserve=3 * GIB) == 17, "in addition to what steps need"
     few = EngineConfig(model="m", max_num_seqs=1, gpu_memory_utilization=0.5)
     assert num_kv_blocks(few, torch.device("cuda"), GIB, 32) == 20, "for the prefix cache, if for nothing else"
     idle = EngineConfig(model="m", max_num_seqs=1, gpu_memory_utilization=0.5, enable_prefix_caching=False)

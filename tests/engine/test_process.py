@@ -22,7 +22,7 @@ def test_an_engine_that_waits_for_work_checks_its_books():
         serve(core, theirs, read_frames(theirs))
 
 
-def test_an_engine_whose_books_are_right_goes_on_waiting():
+def test_consistent_idle_engine_keeps_waiting():
     core = make_core()
     core.add_request(message("r", [1] * 9, max_tokens=3))
     ours, theirs = socket.socketpair()

@@ -39,7 +39,7 @@ VALUES = {
     "an unknown type": '{"type": "x"}', "a half function": '{"type": "function"}', "a reference": '{"$ref": "#"}',
     "NaN in an object": '{"schema": {"const": NaN}, "name": "x"}', "surrogate as a name": r'{"\ud800": 1}',
 }  # fmt: skip
-"""JSON texts, of which some are none."""
+"""JSON texts; some are not valid."""
 SPELLED = (
     "</s>", "<s>", "<pad>", "<unk>", "<mask>", "<|endoftext|>", "<|im_start|>system\n", "<|im_end|>", "[INST]",
     "[/INST]",
@@ -91,7 +91,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def members(seed: int, count: int = 500) -> Iterator[Case]:
-    """Requests of which one member, at any depth, was replaced, wrapped, removed, renamed or doubled."""
+    """Requests with one member, at any depth, replaced, wrapped, removed, renamed or doubled."""
     draw = random.Random(seed)
     bodies, kinds = rich_bodies(), sorted(VALUES)
     for _ in range(count):

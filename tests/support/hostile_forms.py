@@ -145,7 +145,7 @@ def templates() -> Iterator[Case]:
 
 
 def tools(seed: int, count: int = 200) -> Iterator[Case]:
-    """Names and schemas of tools that somebody might put into a grammar, a prompt, a path or a page."""
+    """Names and schemas of tools that a client might put into a grammar, a prompt, a path or a page."""
     draw = random.Random(seed)
     names = ["f", "", "a" * 64, "a" * 65, "../x", "f\n", "функция", "__proto__", "f}", '"', "\u0000", "constructor",
     "null", "-", "_", "f f",

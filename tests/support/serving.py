@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
     """The first true value of `condition`; `AssertionError` naming `what` if it never comes."""
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.01)
     return value
 
@@ -164,7 +164,7 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def posted(server: ServerProcess, **fields: Any) -> Iterator[socket.socket]:
-    """A completion request that has been sent, but whose answer nobody reads; leaving hangs up."""
+    """A completion request that has been sent, but whose answer is not read; leaving hangs up."""
     body = json.dumps({"prompt": "Hi", "max_tokens": FOREVER, "ignore_eos": True} | fields).encode()
     url = httpx.URL(server.url)
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"

@@ -20,7 +20,7 @@ PROBE = {"prompt": "How long does this take", "max_tokens": 12, "temperature": 0
 
 
 def _mixed(draw: random.Random) -> tuple[str, dict[str, Any]]:
-    """Some request, right or wrong, whose prompt nobody has sent before.
+    """Some request, right or wrong, whose prompt was not sent before.
 
     Of grammars there are a hundred, which are all known after a minute: the engine keeps compiled ones, and a cache
     that fills up is no leak.

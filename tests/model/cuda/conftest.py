@@ -1,4 +1,4 @@
-"""Runs Triton kernels in Triton's interpreter, with those of its faults mended that the kernels meet.
+"""Runs Triton kernels in Triton's interpreter, with fixes for those of its faults that the kernels meet.
 
 The variable must be set before Triton is imported. Where something else imported it first, to run it on a GPU, the
 tests of this folder are left out; run them alone.
@@ -36,7 +36,7 @@ else:
 
     _cast = interpreter.InterpreterBuilder.cast_impl
 
-    def _mended_cast(self: Any, src: Any, dst_type: Any) -> Any:
+    def _fixed_cast(self: Any, src: Any, dst_type: Any) -> Any:
         target = dst_type.scalar
         if src.dtype.scalar == tl.float32 and target == tl.bfloat16:
             return interpreter.TensorHandle(_narrowed(src.data), target)
@@ -44,7 +44,7 @@ else:
             return interpreter.TensorHandle(_as_float(src.data), target)
         return _cast(self, src, dst_type)
 
-    def _mended_dot(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
+    def _fixed_dot(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
         """The interpreter multiplies the bit patterns of BF16 numbers as if they were integers.
 
         Row by row, as NumPy adds up one row of a product in another order than the next, which no GPU does.
@@ -53,7 +53,7 @@ else:
         product = np.matmul(left[:, None], right, dtype=np.float32)[:, 0]
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
-    def _mended_fp8(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
+    def _fixed_fp8(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
         """From and to FP8; the interpreter's own conversions do not carry when they round up. Overflow is NaN."""
         source, target = src.dtype.scalar, dst_type.scalar
         if source == tl.float8e4nv:
@@ -68,7 +68,7 @@ else:
 
     _patch_tensor = interpreter._patch_lang_tensor
 
-    def _mended_tensor(tensor: Any, scope: Any) -> None:
+    def _fixed_tensor(tensor: Any, scope: Any) -> None:
         """A number is an array of one element there, which NumPy from 2.4 on no longer takes for a loop's bound."""
         _patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
@@ -81,18 +81,18 @@ else:
             pass
 
     def _patch_once(function: Any) -> _Kept:
-        """The language is replaced by the interpreter's for good, instead of anew at every call of a function."""
+        """The language is replaced by the interpreter's for good, instead of at every call of a function."""
         names = tuple(name for name in ("tl", "core") if name in function.__globals__)
         if names not in _patched:
             _patched[names] = _patch_lang(function)
         return _Kept()
 
     interpreter._patch_lang = _patch_once
-    interpreter._patch_lang_tensor = _mended_tensor
-    interpreter.InterpreterBuilder.cast_impl = _mended_cast
-    interpreter.InterpreterBuilder.create_dot = _mended_dot
-    interpreter.InterpreterBuilder.create_fp_to_fp = _mended_fp8
-    # Half of the time went into two things: a table made anew at every look-up, and a proof at every sum of integers
+    interpreter._patch_lang_tensor = _fixed_tensor
+    interpreter.InterpreterBuilder.cast_impl = _fixed_cast
+    interpreter.InterpreterBuilder.create_dot = _fixed_dot
+    interpreter.InterpreterBuilder.create_fp_to_fp = _fixed_fp8
+    # Half of the time went into two things: a table rebuilt at every look-up, and a proof at every sum of integers
     # that it fits, which with shapes this small tells nothing.
     _by_dtype = functools.cache(interpreter._get_np_dtype)
 

@@ -148,7 +148,7 @@ def test_pages_of_any_size(page):
 
 @pytest.mark.usefixtures("by_cublas")
 @pytest.mark.parametrize("splits", [1, 4])
-def test_padding_rows_write_nothing_and_change_nobody(splits):
+def test_padding_rows_write_nothing(splits):
     compare(shape(4, 2, 16), [(0, 1), (33, 1), (20, 1)], splits=splits, padding=2)
 
 

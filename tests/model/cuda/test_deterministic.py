@@ -107,7 +107,7 @@ class Watched:
         compute(model, self._pages, [(self._text, 0, 19)])
 
     def among(self, company: int, prompts: int = 0) -> torch.Tensor:
-        """Its logits, with so many decodes beside it and so many prompts behind."""
+        """Its logits in a step with `others` decodes and `prompts` prompts."""
         cache = torch.zeros_like(self._model.new_kv_cache((company + 1 + prompts) * MOST, PAGE))
         place = company // 2
         cache[:, :, place * MOST : (place + 1) * MOST] = self._pages
@@ -125,7 +125,7 @@ def test_a_token_has_the_same_bits_alone_and_in_any_company(dtype, companies):
     alone = watched.among(0)
     for company in companies:
         assert torch.equal(watched.among(company), alone), company
-    assert torch.equal(watched.among(3, prompts=1), alone), "beside a prompt"
+    assert torch.equal(watched.among(3, prompts=1), alone), "next to a prompt"
 
 
 @pytest.mark.parametrize("name", VARIANTS)

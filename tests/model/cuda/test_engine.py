@@ -55,7 +55,7 @@ def on_triton(
 
 
 def expect_counts(llm: LLM, tokens: list[list[int]]) -> None:
-    """Every token was computed once by each layer, and padding was nobody's work."""
+    """Every token was computed once by each layer, and padding was not counted."""
     computed = sum(len(llm.tokenizer.encode(p)) + len(own) - 1 for p, own in zip(PROMPTS, tokens, strict=True))
     assert [sum(layer) for layer in llm.core.stats().expert_tokens or []] == [computed] * 3
 

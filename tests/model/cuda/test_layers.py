@@ -156,7 +156,7 @@ def test_padding_rows_reach_no_expert(tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [3, 70])
-def test_shared_expert_beside_the_routed_one(tokens):
+def test_shared_expert_adds_to_the_routed_one(tokens):
     era = replace(
         Architecture.latest(SMALL), contextual_mu=False, mu_highway=False, mu_router=False,
         mu_guidance=True, shared_expert_size=24,

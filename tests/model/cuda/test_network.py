@@ -86,7 +86,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same(config: DeepConfig, architecture: Architecture | None = None) -> None:
-    """Prompts as many tokens, then few: a decode beside another prompt's chunk, and decodes alone."""
+    """Prompts as many tokens, then few: a decode together with another prompt's chunk, and decodes alone."""
     steps = [[(0, 9), (1, 5)], [(0, 1), (2, 3)], [(0, 1), (1, 1), (2, 1)]]
     models = [random_model(config, seed=2, architecture=architecture) for _ in range(2)]
     expected = run(models[0], [11, 6, 4], steps)
@@ -149,7 +149,7 @@ def test_bf16_stays_as_near_to_fp32_as_plain_torch_does():
 
 
 def decode_bucket(model: DeepForCausalLM, lengths: list[int], rows: int) -> tuple[Any, ...]:
-    """A step of so many decodes in a bucket of `rows`, as a captured graph gets it: tensors alone tell the truth."""
+    """A step of `count` decodes in a bucket of `rows`, as a captured graph gets it: tensors alone tell the truth."""
     real = len(lengths)
     at = torch.tensor(lengths) - 1
     tables = torch.arange(rows * 8, dtype=torch.int32).view(rows, 8)
@@ -198,7 +198,7 @@ def test_decode_launches_do_not_depend_on_data(launches):
             model.logits(model(ids, positions, metadata, cache))
         seen.append(list(launches))
     assert seen[0] == seen[1]
-    per_layer = (len(seen[0]) - 3) / SMALL.num_hidden_layers  # beside embedding, last norm and LM head
+    per_layer = (len(seen[0]) - 3) / SMALL.num_hidden_layers  # without embedding, last norm and LM head
     assert per_layer == 10
 
 

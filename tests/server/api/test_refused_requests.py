@@ -118,7 +118,7 @@ def test_messages_echo_little_of_the_input(harness):
         assert response.text.count("z") < 450
 
 
-def test_a_message_without_a_role_is_told_to_miss_it(harness):
+def test_message_without_a_role_names_the_role(harness):
     error = error_of(harness.chat(messages=[USER, {"content": "x"}]))
     assert error.message == "Missing required parameter: messages[1].role."
     assert (error.param, error.code) == ("messages[1].role", "missing_required_parameter")
@@ -164,6 +164,6 @@ def test_very_many_wrong_names_are_not_listed_one_by_one(harness, field):
     assert re.search(r"has \d{6} wrong values or names", error["message"]), "to tell each takes long"
 
 
-def test_of_very_many_unknown_names_the_first_is_told(harness):
+def test_first_of_many_unknown_fields_is_named(harness):
     error = harness.post(CHAT, {"messages": [USER]} | {f"x{n}": 1 for n in range(200_000)}).json()["error"]
     assert (error["param"], error["code"]) == ("x0", "unknown_parameter")

@@ -79,7 +79,7 @@ CASES = list(wrong_values())
 
 @pytest.fixture(scope="module")
 def shared(make_harness: Any) -> Any:
-    """One application for all of these requests, none of which gets as far as the engine."""
+    """One application for all of these requests; none reaches the engine."""
     return make_harness()
 
 
@@ -98,7 +98,7 @@ def test_every_field_was_tried() -> None:
 
 
 def test_every_count_and_free_text_has_a_cap() -> None:
-    """A number, text or list without an upper end invites whoever wants to fill the memory."""
+    """A number, text or list without an upper end invites attacks that fill the memory."""
     free = set()
     for endpoint in ENDPOINTS:
         schema = endpoint.body.model_json_schema()

@@ -45,7 +45,7 @@ ASKED = {
         {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
     ],
 }
-TOLD = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
 
 
 @pytest.fixture
@@ -198,13 +198,13 @@ def test_the_model_sees_the_tools_that_it_may_call(chat, harness):
 
 
 def test_calls_and_results_go_back_in(chat, harness):
-    assert chat(messages=[USER, ASKED, TOLD]).status_code == 200
+    assert chat(messages=[USER, ASKED, RESULT]).status_code == 200
     assert '<assistant>CALL get_weather {"city": "Rome"}\n<tool>sunny\n' in prompt_of(harness)
 
 
 def test_a_template_that_knows_no_tools_gets_them_as_plain_text(chat, harness):
     harness.service.model = harness.model
-    assert chat(messages=[USER, ASKED, TOLD]).status_code == 200
+    assert chat(messages=[USER, ASKED, RESULT]).status_code == 200
     prompt = prompt_of(harness)
     assert '{"name": "get_weather", "description": "Get the weather", "parameters": {"type": "object"' in prompt
     assert 'write <tool_call>{"name": "NAME", "arguments": {ARGUMENTS}}</tool_call>' in prompt
@@ -243,7 +243,7 @@ REGEX = {"regex": "a+"}
     [
         ({"tools": None, "tool_choice": "required"}, "tool_choice"),
         ({"tools": [], "tool_choice": NAMED}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "absent"}}}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": [PING, PING]}, "tools[1].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(400)}}]},
@@ -256,11 +256,11 @@ REGEX = {"regex": "a+"}
         ({"tool_choice": NAMED, "structured_outputs": REGEX}, "structured_outputs"),
         ({"response_format": JSON_MODE, "structured_outputs": REGEX}, "structured_outputs"),
         ({"structured_outputs": REGEX | {"choice": ["a"]}}, "structured_outputs"),
-        ({"messages": [USER, TOLD]}, "messages[1].tool_call_id"),
-        ({"messages": [USER, ASKED, TOLD | {"tool_call_id": "call_2"}]}, "messages[2].tool_call_id"),
+        ({"messages": [USER, RESULT]}, "messages[1].tool_call_id"),
+        ({"messages": [USER, ASKED, RESULT | {"tool_call_id": "call_2"}]}, "messages[2].tool_call_id"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
         ({"messages": [USER, ASKED], "continue_final_message": True}, "continue_final_message"),
-        ({"messages": [USER, ASKED, TOLD], "continue_final_message": True}, "continue_final_message"),
+        ({"messages": [USER, ASKED, RESULT], "continue_final_message": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"colour": 1}}, "chat_template_kwargs.colour"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"chat_template_kwargs": {"style": "x" * 20_000}}, "chat_template_kwargs.style"),
@@ -276,7 +276,7 @@ def test_what_cannot_be_is_a_400_that_names_the_field(chat, fields, param):
 @pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', "[" * 1500, '{"a":' * 300 + "1" + "}" * 300, "no JSON", "3"])
 def test_strange_arguments_in_the_history_are_text(chat, harness, arguments):
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    response = chat(messages=[USER, ASKED | {"tool_calls": [call]}, TOLD])
+    response = chat(messages=[USER, ASKED | {"tool_calls": [call]}, RESULT])
     assert response.status_code == 200, response.text
     assert f"CALL f {json.dumps(arguments)}" in prompt_of(harness)
 

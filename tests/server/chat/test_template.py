@@ -266,7 +266,7 @@ def test_noncharacters_are_refused_or_kept_unaltered() -> None:
         text_of(PUBLISHED, chat("".join(chat_template.NONCHARACTERS)))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the fixtures beside the repository")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the fixtures next to the repository")
 @pytest.mark.parametrize("folder", ["tokenizer-32k", "golden/a_v013_tiny", "golden/j_2603_muguidance"])
 def test_published_files(folder: str) -> None:
     tokenizer = Tokenizer.from_folder(SHARED / folder)

@@ -91,7 +91,7 @@ def test_calls_are_held_to_the_choice(name: str) -> None:
         assert tuple(accepts(fields, text, name) for fields in choices) == allowed, text
 
 
-def test_a_call_may_stand_in_text_where_the_format_marks_it() -> None:
+def test_marked_call_may_appear_inside_text() -> None:
     call = FORMATS["hermes"].write("strict", '{"x": 3}')
     assert accepts(AUTO, f"One.\n{call}\ntwo {call} <tool_ three", "hermes")
     assert accepts(SINGLE, f"One {call}", "hermes")
