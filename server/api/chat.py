@@ -28,11 +28,11 @@ from .chunks import Chunks, join_fields, show_details
 from .fields import (
     MAX_INT,
     MAX_TOOLS,
+    ChoiceDetails,
     GenerationRequest,
     PromptLogprob,
     SchemaName,
     StrictModel,
-    TokenDynamics,
     TokenLogprob,
     Usage,
     read_response_format,
@@ -101,16 +101,12 @@ class AnswerMessage(StrictModel):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(StrictModel):
+class ChatChoice(ChoiceDetails):
     """One answer to a chat."""
 
-    index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
-    stop_reason: str | int | None = None
-    token_ids: list[int] | None = None
-    dynamics: list[TokenDynamics] | None = None
 
 
 class ChatCompletion(StrictModel):
@@ -150,16 +146,12 @@ class Delta(StrictModel):
     tool_calls: list[ToolCallDelta] | None = None
 
 
-class ChatChunkChoice(StrictModel):
+class ChatChunkChoice(ChoiceDetails):
     """A piece of one answer."""
 
-    index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
-    stop_reason: str | int | None = None
-    token_ids: list[int] | None = None
-    dynamics: list[TokenDynamics] | None = None
 
 
 class ChatCompletionChunk(StrictModel):

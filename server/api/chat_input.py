@@ -104,7 +104,12 @@ def read_chat(messages: list[Message], options: TemplateOptions) -> Conversation
     """Return the conversation of these messages."""
     return Conversation(
         messages=[_message(message, n) for n, message in enumerate(messages)],
-        tools=[_tool(tool.function, n) for n, tool in enumerate(options.tools or ())],
+        tools=[
+            neutral.Tool(
+                **dict(tool.function), field=f"tools[{n}].function", parameters_field=f"tools[{n}].function.parameters"
+            )
+            for n, tool in enumerate(options.tools or ())
+        ],
         add_generation_prompt=options.add_generation_prompt,
         continue_final_message=bool(options.continue_final_message),
         template_variables=options.chat_template_kwargs or {},
@@ -120,8 +125,3 @@ def _message(message: Message, position: int) -> neutral.Message:
     given = (isinstance(message, AssistantMessage) and message.tool_calls) or ()
     calls = tuple(neutral.ToolCall(call.id, call.function.name, call.function.arguments) for call in given)
     return neutral.Message(message.role, text, calls, name=message.name)
-
-
-def _tool(function: Function, position: int) -> neutral.Tool:
-    field = f"tools[{position}].function"
-    return neutral.Tool(**dict(function), name_field=f"{field}.name", parameters_field=f"{field}.parameters")

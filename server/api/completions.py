@@ -27,12 +27,12 @@ from .chunks import Chunks, join_fields, show_details
 from .fields import (
     MAX_INT,
     MAX_PROMPTS,
+    ChoiceDetails,
     FinishReason,
     GenerationRequest,
     PromptLogprob,
     StrictModel,
     Text,
-    TokenDynamics,
     TokenIds,
     Usage,
     read_response_format,
@@ -67,16 +67,12 @@ class CompletionLogprobs(StrictModel):
     text_offset: list[int]
 
 
-class CompletionChoice(StrictModel):
+class CompletionChoice(ChoiceDetails):
     """One continuation of a prompt; in a stream, a piece of it."""
 
-    index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    stop_reason: str | int | None = None
-    token_ids: list[int] | None = None
-    dynamics: list[TokenDynamics] | None = None
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     prompt_token_ids: list[int] | None = None
 

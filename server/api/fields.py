@@ -319,6 +319,15 @@ class TokenDynamics(StrictModel):
     velocity_norm: list[float]
 
 
+class ChoiceDetails(StrictModel):
+    """The fields that choices of chats and of completions share."""
+
+    index: int
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    dynamics: list[TokenDynamics] | None = None
+
+
 FinishReason = Literal["stop", "length"]
 
 

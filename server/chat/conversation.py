@@ -40,7 +40,7 @@ class Message:
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Tool:
     """A function that the model may call."""
 
@@ -48,7 +48,7 @@ class Tool:
     description: str | None = None
     parameters: dict[str, Any] | None = None  # JSON Schema of the arguments; None: it takes none
     strict: bool | None = None  # unforced calls must satisfy `parameters` too
-    name_field: str = ""
+    field: str = ""
     parameters_field: str = ""
 
     def describe(self) -> dict[str, Any]:

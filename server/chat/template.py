@@ -61,12 +61,9 @@ class ChatTemplate:
             auto_escape_callback=lambda _name: False,
             finalizer=lambda value: "" if value is None else NotImplemented,
         )
-        marks = {
-            "bos_token": tokenizer.bos_token_id,
-            "eos_token": tokenizer.eos_token_id,
-            "pad_token": tokenizer.pad_token_id,
-        }
-        self._marks = {name: "" if id_ is None else tokenizer.token_text(id_) for name, id_ in marks.items()}
+        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        texts = ["" if id_ is None else tokenizer.token_text(id_) for id_ in ids]
+        self._tokens = dict(zip(("bos_token", "eos_token", "pad_token"), texts, strict=True))
         try:
             self._environment.add_template("chat", source)
             variables = self._environment.undeclared_variables_in_template("chat")
@@ -97,17 +94,10 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the token ids of the prompt, with the leading token that the model was tuned with.
 
-        A special token is one only where the template writes it: spelled out in a message it is text.
-
-        Args:
-            messages: at least one.
-            tools: for templates that describe them.
-            add_generation_prompt: end with the opening of an assistant's turn; None is the opposite of the next one.
-            continue_final_message: end inside the last message, so that the model continues it.
-            variables: values for some of `self.variables`.
-
-        Raises `ChatTemplateError` if the template refuses the messages, does too much work, writes too much, or leaves
-        a message out.
+        A special token is one only where the template writes it: spelled out in a message it is text. The prompt ends
+        with the opening of an assistant's turn, or inside the last message if that is to be continued. Raises
+        `ChatTemplateError` if the template refuses the messages, does too much work, writes too much, or leaves a
+        message out.
         """
         if add_generation_prompt and continue_final_message:
             message = "continue_final_message and add_generation_prompt cannot both be true."
@@ -158,7 +148,7 @@ class ChatTemplate:
     def _run(self, chat: list[dict[str, Any]], given: dict[str, Any], add_generation_prompt: bool = False) -> str:
         try:
             text = self._environment.render_template(
-                "chat", messages=chat, add_generation_prompt=add_generation_prompt, **given, **self._marks
+                "chat", messages=chat, add_generation_prompt=add_generation_prompt, **given, **self._tokens
             )
         except minijinja.TemplateError as error:
             if error.kind == "OutOfFuel":

@@ -99,7 +99,8 @@ def read_tools(conversation: Conversation, format_: ToolCallFormat) -> ToolOptio
             field = tool.parameters_field
             raise RequestError(f"{field} is nested deeper than {MAX_DEPTH} levels.", param=field)
         if by_name.setdefault(tool.name, tool) is not tool:
-            raise RequestError(f"{tool.name_field}: there are two tools named {tool.name}.", param=tool.name_field)
+            field = f"{tool.field}.name"
+            raise RequestError(f"{field}: another tool has the name {tool.name} too.", param=field)
     if choice.mode == "none" or (not tools and choice == ToolChoice()):
         return None
     if not tools:

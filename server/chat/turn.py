@@ -162,18 +162,14 @@ def _check_template_options(conversation: Conversation, template: ChatTemplate) 
 def _written(messages: Sequence[Message], model: ServedModel, tools: ToolOptions | None) -> Sequence[Message]:
     """Return the messages with what the chat template does not write by itself as text."""
     if tools and not model.template.knows_tools:
-        messages = _instructed(messages, tools.describe())
+        first, text = messages[0], tools.describe()
+        if first.role in ("system", "developer"):
+            messages = [replace(first, text=f"{first.text}\n\n{text}"), *messages[1:]]
+        else:
+            messages = [Message("system", text), *messages]
     if not model.template.knows_calls:
         messages = [_spoken(message, model.tool_format) for message in messages]
     return messages
-
-
-def _instructed(messages: Sequence[Message], text: str) -> Sequence[Message]:
-    """Return the messages with `text` added to the system message."""
-    first = messages[0]
-    if first.role not in ("system", "developer"):
-        return [Message("system", text), *messages]
-    return [replace(first, text=f"{first.text}\n\n{text}"), *messages[1:]]
 
 
 def _spoken(message: Message, form: ToolCallFormat) -> Message:

@@ -26,7 +26,6 @@ from ..fields import MAX_INT, read_sampling, start_generation
 from .wire import (
     AssistantTurn,
     CountTokensRequest,
-    CustomTool,
     MessagesRequest,
     MessagesToolChoice,
     OutputConfig,
@@ -79,7 +78,10 @@ def read_conversation(body: CountTokensRequest) -> Conversation:
         raise RequestError("The last message calls tools: add a tool_result for each call.", param="messages")
     return Conversation(
         messages=messages,
-        tools=[_tool(tool, n) for n, tool in enumerate(body.tools or ())],
+        tools=[
+            Tool(tool.name, tool.description, tool.input_schema, tool.strict, f"tools[{n}]", f"tools[{n}].input_schema")
+            for n, tool in enumerate(body.tools or ())
+        ],
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=not getattr(body.tool_choice, "disable_parallel_tool_use", None),
         answer_format=_answer_format(body.output_config),
@@ -127,14 +129,6 @@ def _text(content: str | list[TextBlock]) -> str:
     return content if isinstance(content, str) else BETWEEN_PARTS.join(block.text for block in content)
 
 
-def _tool(tool: CustomTool, position: int) -> Tool:
-    field = f"tools[{position}]"
-    return Tool(
-        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict,
-        name_field=f"{field}.name", parameters_field=f"{field}.input_schema",
-    )  # fmt: skip
-
-
 def _tool_choice(choice: MessagesToolChoice | None) -> ToolChoice:
     if choice is None:
         return ToolChoice()
@@ -149,7 +143,7 @@ def _answer_format(config: OutputConfig | None) -> AnswerFormat | None:
 
 
 def token_counts(choice: Choice) -> dict[str, int]:
-    """Anthropic's usage object: what was read from the cache does not count as input."""
+    """Return Anthropic's usage object, in which cached tokens do not count as input."""
     return {
         "input_tokens": len(choice.prompt_token_ids) - choice.num_cached_tokens,
         "cache_read_input_tokens": choice.num_cached_tokens,
@@ -182,20 +176,17 @@ def _block(part: str | ToolCall) -> dict[str, Any]:
 
 
 def event(content: dict[str, Any]) -> bytes:
-    """One event, named by its type."""
+    """Return one event, named by its type."""
     return b"event: %s\ndata: %s\n\n" % (content["type"].encode(), encode_json(content))
 
 
 class MessageEvents(EventWriter):
-    """Anthropic's events: the start waits for the first token, since it tells how much of the prompt was cached."""
-
-    TEXT = b'{"type":"text_delta","text":%s}'
-    INPUT = b'{"type":"input_json_delta","partial_json":%s}'
+    """Writes Anthropic's events; the start waits for the first token, when the number of cached tokens is known."""
 
     def __init__(
         self, head: dict[str, Any], request_id: str, generation: Generation, turn: Turn, body: MessagesRequest
     ) -> None:
-        """`head` is what the message says from its start on."""
+        """`head` has the fields of the message that are known at the start."""
         self._head = head
         self._request_id = request_id
         self._choice = generation.choices[0]
@@ -206,21 +197,21 @@ class MessageEvents(EventWriter):
         self._index = -1
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
-        """New text: it may begin, go on with and end blocks."""
+        """Return events for new text, which may begin and end blocks."""
         return self._start() + self._show(self._reader.feed(output.text))
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
-        """The rest of the last block, and why the answer ended."""
+        """Return events for the rest of the last block and for the reason why the answer ended."""
         data = self._start() + self._show(self._reader.finish()) + self._close()
         end = ending(self._body, self._choice, self._reader.finish_reason, self._calls)
         return data + event({"type": "message_delta", "delta": end, "usage": token_counts(self._choice)})
 
     def closing(self) -> bytes:
-        """The end of the stream."""
+        """Return the end of the stream."""
         return event({"type": "message_stop"})
 
     def failure(self, error: ApiError) -> bytes:
-        """The error."""
+        """Return the error."""
         return event(error.anthropic_body(self._request_id))
 
     def _start(self) -> bytes:
@@ -237,18 +228,17 @@ class MessageEvents(EventWriter):
             if isinstance(part, str):
                 if self._kind != "text":
                     data += self._open({"type": "text", "text": ""})
-                data += self._delta(self.TEXT, part)
+                data += self._delta({"type": "text_delta", "text": part})
                 continue
             if part.name is not None:
                 self._calls = True
                 data += self._open({"type": "tool_use", "id": part.id, "name": part.name, "input": {}})
             if part.arguments:
-                data += self._delta(self.INPUT, part.arguments)
+                data += self._delta({"type": "input_json_delta", "partial_json": part.arguments})
         return data
 
-    def _delta(self, form: bytes, text: str) -> bytes:
-        shown = b'"index":%d,"delta":%s}' % (self._index, form % encode_json(text))
-        return b'event: content_block_delta\ndata: {"type":"content_block_delta",%s\n\n' % shown
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        return event({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _open(self, block: dict[str, Any]) -> bytes:
         data = self._close()

@@ -28,7 +28,6 @@ from .wire import (
     MAX_ITEMS,
     AllowedFunctions,
     FunctionChoice,
-    FunctionTool,
     InputCall,
     InputCallOutput,
     InputMessage,
@@ -181,20 +180,16 @@ def read_conversation(body: ResponseRequest, messages: list[Message], model: Ser
         messages_field="input",
         sampling={**read_sampling(body, model), "logprobs": logprobs},
         max_tokens=body.max_output_tokens,
-        tools=[_tool(tool, f"tools[{position}]") for position, tool in enumerate(body.tools or ())],
+        tools=[
+            Tool(tool.name, tool.description, tool.parameters, tool.strict, f"tools[{n}]", f"tools[{n}].parameters")
+            for n, tool in enumerate(body.tools or ())
+        ],
         tool_choice=_tool_choice(body),
         parallel_tool_calls=body.parallel_tool_calls is not False,
         answer_format=read_format(wanted, body.structured_outputs, "text.format", "text.format.schema"),
         # Instructions are not dropped with old items.
         keep_messages=int(body.instructions is not None) if body.truncation == "auto" else None,
     )
-
-
-def _tool(tool: FunctionTool, field: str) -> Tool:
-    return Tool(
-        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict,
-        name_field=f"{field}.name", parameters_field=f"{field}.parameters",
-    )  # fmt: skip
 
 
 def _tool_choice(body: ResponseRequest) -> ToolChoice:

@@ -22,14 +22,10 @@ INTEGER = {
 }  # fmt: skip
 
 
-def tool(name: str, **fields: Any) -> Tool:
-    return Tool(name=name, parameters_field=name, **fields)
-
-
 TOOLS = [
-    tool("strict", strict=True, parameters=INTEGER),
-    tool("no-arguments"),
-    tool("loose", parameters={"properties": {"q": {"type": "string"}}}),
+    Tool("strict", strict=True, parameters=INTEGER),
+    Tool("no-arguments", parameters_field="second"),
+    Tool("loose", parameters_field="third", parameters={"properties": {"q": {"type": "string"}}}),
 ]
 AUTO: dict[str, Any] = {}
 SINGLE: dict[str, Any] = {"parallel_tool_calls": False}
@@ -112,7 +108,7 @@ def test_an_answer_of_a_format_may_be_calls_instead() -> None:
 
 def test_arguments_have_only_declared_members() -> None:
     def of(parameters: dict[str, Any] | None) -> dict[str, Any]:
-        return arguments_schema(tool("f", parameters=parameters))
+        return arguments_schema(Tool("f", parameters=parameters))
 
     closed = {"type": "object", "properties": {}, "additionalProperties": False}
     assert of(None) == of({}) == of({"type": "object"}) == closed
