@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
 import pytest
+from support.answers import error_of
 
-from pyllm.server.api.fields import ErrorAnswer
+from pyllm.server.flags import ServerConfig
 from pyllm.server.http import body
 
 CONTEXT = 200
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
-
-
-def error_of(response):
-    return ErrorAnswer.model_validate_json(response.content).error
 
 
 @pytest.mark.parametrize(
@@ -167,3 +165,25 @@ def test_very_many_wrong_names_are_not_listed_one_by_one(harness, field):
 def test_first_of_many_unknown_fields_is_named(harness):
     error = harness.post(CHAT, {"messages": [USER]} | {f"x{n}": 1 for n in range(200_000)}).json()["error"]
     assert (error["param"], error["code"]) == ("x0", "unknown_parameter")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/completions", {"prompt": "a", "logprobs": 3}, "logprobs"),
+        ("/v1/completions", {"prompt": "a", "prompt_logprobs": 3}, "prompt_logprobs"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 3},
+            "top_logprobs",
+        ),
+    ],
+)
+def test_more_logprobs_than_the_server_gives_are_refused(harness, path, fields, param):
+    assert harness.post(path, fields).status_code == 200
+    harness.service.model = dataclasses.replace(harness.model, flags=ServerConfig(max_logprobs=2))
+    response = harness.post(path, fields)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error.param, error.message) == (param, f"{param} must be at most 2 on this server, got 3.")
+    assert harness.post(path, fields | {param: 2}).status_code == 200

@@ -89,3 +89,19 @@ def test_long_conversation_is_parsed_off_the_event_loop(harness, monkeypatch, th
 )
 def test_depth_is_counted_in_lists_and_objects(value, depth):
     assert [is_deeper(value, levels) for levels in range(5)] == [levels < depth for levels in range(5)]
+
+
+def test_long_texts_are_read_off_the_event_loop(harness, monkeypatch):
+    threads = []
+    encode = harness.tokenizer.encode
+
+    def note(text, **options):
+        if text.startswith("x"):
+            threads.append(threading.current_thread() is threading.main_thread())
+        return encode(text, **options)
+
+    monkeypatch.setattr(harness.tokenizer, "encode", note)
+    harness.engine.configure(max_model_len=10_000)
+    harness.complete(prompt="x" * 5000)
+    harness.complete(prompt="x")
+    assert threads == [False, True]

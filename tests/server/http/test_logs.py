@@ -1,15 +1,10 @@
-"""Log lines as JSON, and the cap that a server sets for log-probabilities."""
+"""Log lines, as text and as JSON."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 
-import pytest
-
-from pyllm.server.api.fields import ErrorAnswer
-from pyllm.server.flags import ServerConfig
 from pyllm.server.http.logs import JsonFormatter
 
 
@@ -51,25 +46,3 @@ def test_every_record_is_one_line_of_json_also_with_a_traceback():
     line = json.loads(text)
     assert line["message"] == "odd \u2028 é\n"
     assert "ValueError: first" in line["exception"]
-
-
-@pytest.mark.parametrize(
-    ("path", "fields", "param"),
-    [
-        ("/v1/completions", {"prompt": "a", "logprobs": 3}, "logprobs"),
-        ("/v1/completions", {"prompt": "a", "prompt_logprobs": 3}, "prompt_logprobs"),
-        (
-            "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 3},
-            "top_logprobs",
-        ),
-    ],
-)
-def test_more_logprobs_than_the_server_gives_are_refused(harness, path, fields, param):
-    assert harness.post(path, fields).status_code == 200
-    harness.service.model = dataclasses.replace(harness.model, flags=ServerConfig(max_logprobs=2))
-    response = harness.post(path, fields)
-    assert response.status_code == 400
-    error = ErrorAnswer.model_validate_json(response.content).error
-    assert (error.param, error.message) == (param, f"{param} must be at most 2 on this server, got 3.")
-    assert harness.post(path, fields | {param: 2}).status_code == 200

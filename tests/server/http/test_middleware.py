@@ -5,47 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import threading
 
 import httpx
 import pytest
-
-from pyllm.engine.errors import EngineDeadError
-from pyllm.server.api.fields import ErrorAnswer
-from pyllm.server.chat.template import ChatTemplateError
-from pyllm.server.http.errors import ApiError, to_api_error
+from support.answers import error_of
 
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
-
-
-def error_of(response):
-    return ErrorAnswer.model_validate_json(response.content).error
-
-
-def test_long_texts_are_read_off_the_event_loop(harness, monkeypatch):
-    threads = []
-    encode = harness.tokenizer.encode
-
-    def note(text, **options):
-        if text.startswith("x"):
-            threads.append(threading.current_thread() is threading.main_thread())
-        return encode(text, **options)
-
-    monkeypatch.setattr(harness.tokenizer, "encode", note)
-    harness.engine.configure(max_model_len=10_000)
-    harness.complete(prompt="x" * 5000)
-    harness.complete(prompt="x")
-    assert threads == [False, True]
-
-
-def test_unknown_routes_and_methods_have_the_same_shape(harness):
-    assert error_of(harness.get("/v2/nothing")).code == "unknown_url"
-    assert harness.get("/health/").status_code == 404
-    response = harness.get(CHAT)
-    assert response.status_code == 405
-    assert response.headers["allow"] == "POST"
-    assert error_of(response).code == "method_not_allowed"
 
 
 def test_request_id_is_taken_over_or_made(harness):
@@ -82,86 +48,6 @@ def test_keys_guard_every_route_but_the_public_ones(make_harness):
     assert harness.get("/v1/models", authorization="Bearer first").status_code == 200
     accented = {"authorization": "bearer clé".encode()}
     assert harness.run(lambda client: client.get("/v1/models", headers=accented)).status_code == 200
-
-
-def test_web_pages_of_other_origins_are_allowed_only_by_name(harness, make_harness):
-    assert "access-control-allow-origin" not in harness.get("/v1/models", origin="http://a.example").headers
-    opened = make_harness(allowed_origins=("http://a.example",), api_key=("k",))
-    assert opened.get("/v1/models", origin="http://a.example").headers["access-control-allow-origin"]
-    assert "access-control-allow-origin" not in opened.get("/v1/models", origin="http://b.example").headers
-
-
-def test_states_of_the_server_show_in_health_and_ready(harness):
-    assert harness.get("/health").status_code == harness.get("/ready").status_code == 200
-    harness.service.draining = True
-    assert harness.get("/health").status_code == 200
-    assert error_of(harness.chat()).code == "shutting_down"
-    harness.service.draining, harness.service.model = False, None
-    assert harness.get("/health").status_code == harness.get("/metrics").status_code == 200
-    for response in (harness.get("/ready"), harness.chat(), harness.get("/v1/models")):
-        assert response.status_code == 503
-        assert int(response.headers["retry-after"]) > 0
-        assert error_of(response).code == "loading"
-    harness.service.model = harness.model
-    harness.engine.error = "gone"
-    for response in (harness.get("/health"), harness.get("/ready"), harness.complete()):
-        assert response.status_code == 503
-        assert error_of(response).code == "engine_dead"
-
-
-def test_engine_that_dies_on_the_way_ends_answers_with_an_error(harness, events_of):
-    async def die(client):
-        task = asyncio.create_task(client.post(CHAT, json={"messages": [USER], "stream": True, "n": 2}))
-        await asyncio.sleep(0.05)
-        harness.engine.error = "gone"
-        harness.engine.release.set()
-        return await task
-
-    harness.engine.hold_after = 3
-    events = events_of(harness.run(die))
-    assert events[-1]["error"]["code"] == "engine_dead"
-    assert 'finished_reason="error",model_name="org/tiny"} 2.0' in harness.get("/metrics").text
-    assert 'finished_reason="abort",model_name="org/tiny"} 0.0' in harness.get("/metrics").text
-
-
-def test_failed_sequence_is_a_500_or_an_error_event(harness, events_of):
-    harness.engine.fail_after = 2
-    response = harness.chat(n=3)
-    assert response.status_code == 500
-    assert error_of(response).type == "server_error"
-    assert harness.engine.running == set()
-    assert events_of(harness.chat(n=3, stream=True))[-1]["error"]["code"] == "internal_error"
-    assert harness.engine.running == set()
-
-
-def test_a_fault_inside_is_a_500_that_tells_nothing(harness, monkeypatch, caplog):
-    def fail(*_, **__):
-        raise KeyError("secret detail")
-
-    monkeypatch.setattr(harness.engine, "submit", fail)
-    response = harness.chat()
-    assert response.status_code == 500
-    assert "secret" not in response.text
-    assert "secret detail" in caplog.text
-
-
-def test_each_kind_of_failure_has_its_status():
-    assert to_api_error(ChatTemplateError("no")).status == 400
-    assert to_api_error(EngineDeadError("gone")).status == 503
-    own = ApiError(418, "tea")
-    assert to_api_error(own) is own
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_full_queue_is_a_429_with_retry_after(harness, stream):
-    harness.engine.most = 3
-    response = harness.chat(n=4, stream=stream)
-    assert response.status_code == 429
-    assert response.headers["retry-after"] == "7"
-    error = error_of(response)
-    assert (error.type, error.code, error.param) == ("rate_limit_error", "queue_full", None)
-    assert harness.engine.requests == [], "all or none"
-    assert harness.chat(n=3, stream=stream).status_code == 200
 
 
 def test_priority_and_salt_reach_the_engine(harness):
@@ -268,21 +154,6 @@ def test_metrics_count_only_phases_that_happened(harness):
         assert f'pyllm:request_{phase}_time_seconds_count{{model_name="org/tiny"}} {count}.0' in text
 
 
-def test_openapi_has_the_real_models_and_their_bounds(harness):
-    schema = harness.get("/openapi.json").json()
-    models = schema["components"]["schemas"]
-    reference = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
-    assert reference == "#/components/schemas/ChatCompletionRequest"
-    temperature = models["ChatCompletionRequest"]["properties"]["temperature"]["anyOf"][0]
-    assert (temperature["minimum"], temperature["maximum"]) == (0, 2)
-    for model, field in (("ChatCompletionRequest", "n"), ("CompletionRequest", "prompt")):
-        assert "1024" in models[model]["properties"][field]["description"]
-    text = json.dumps(schema)
-    used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
-    assert used <= models.keys()
-    assert "HTTPValidationError" not in models
-
-
 @pytest.mark.parametrize("path", ["/v1/models", "/llm/v1/models"])
 def test_root_path_works_stripped_and_unstripped(make_harness, path):
     harness = make_harness(root_path="/llm", api_key=("k",))
@@ -292,34 +163,9 @@ def test_root_path_works_stripped_and_unstripped(make_harness, path):
     assert harness.get("/llmx/health", authorization="Bearer k").status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics", "/", "/docs", "/v1/models"])
-def test_whatever_can_be_got_can_be_asked_for_its_head(harness, path):
-    answer = harness.run(lambda client: client.head(path))
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == harness.get(path).headers["content-type"]
-
-
-def test_a_page_of_another_origin_is_refused_in_our_words(make_harness):
-    harness = make_harness(allowed_origins=("http://mine",))
-
-    def preflight(origin: str) -> httpx.Response:
-        headers = {"origin": origin, "access-control-request-method": "POST"}
-        return harness.run(lambda client: client.options("/v1/models", headers=headers))
-
-    assert preflight("http://mine").status_code == 200
-    refused = preflight("http://other")
-    assert refused.status_code == 400
-    assert refused.json()["error"]["code"] == "cors"
-    assert "access-control-allow-origin" not in refused.headers
-
-
 @pytest.mark.parametrize("own", ["a tokens=1 status=500", 'say "x"', "a;b"])
 def test_a_request_id_that_would_confuse_the_log_is_replaced(harness, own):
     assert harness.get("/version", **{"x-request-id": own}).headers["x-request-id"] != own
-
-
-def test_the_version_has_a_route(harness):
-    assert harness.get("/version").json()["version"]
 
 
 def test_proxies_path_prefix_does_not_hide_the_routes(make_harness, caplog):
