@@ -34,7 +34,7 @@ lint: .venv/installed-dev
 
 ## bench: measure the throughput of the server with 1, 8 and 32 clients
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/serving.py $(ARGS)
+	$(BIN)/python benchmarks/load/serving.py $(ARGS)
 
 ## lock: write requirements*.lock again, from pyproject.toml and the versions of constraints.txt
 lock: .venv/tools/installed

@@ -16,8 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from checkpoint import SHAPES, write_shape
-
+from pyllm.benchmarks.checkpoint import SHAPES, write_shape
 from pyllm.server.cli.bench import measure_load, own_server
 from pyllm.server.cli.load_client import Target
 

@@ -1,6 +1,6 @@
 """How much of an operation one program of a kernel computes at once on a GPU, and by how many warps.
 
-The shapes for BF16 were found on an H200 with `benchmarks/gpu_tune.py`.
+The shapes for BF16 were found on an H200 with `benchmarks/gpu/gpu_tune.py`.
 
 A matrix unit adds up as its instruction does, and the block's shape chooses the instruction. So where an answer must
 not depend on how many tokens a step has, no block may either.

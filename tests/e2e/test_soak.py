@@ -59,7 +59,7 @@ def memory_after(server: ServerProcess, requests: int) -> list[int]:
 
 @pytest.mark.slow
 def test_soak_keeps_latency_and_memory_flat(tmp_path: Path) -> None:
-    """Caches fill up in the first minutes: how little grows in ten is for `benchmarks/chaos.py` to say."""
+    """Caches fill up in the first minutes: how little grows in ten is for `benchmarks/faults/chaos.py` to say."""
     with ServerProcess(tmp_path / "log", *FLAGS) as server:
         found = check(server, 120)
         assert found.p99(2) <= 1.5 * found.p99(0) + 0.5
