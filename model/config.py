@@ -127,12 +127,10 @@ class DeepConfig:
             raise CheckpointError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys and values of `config.json`."""
         return dataclasses.asdict(self)
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property

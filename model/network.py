@@ -35,22 +35,15 @@ Observer = Callable[[LayerState], None]
 class DeepNetwork(nn.Module):
     """A Complexity-Deep network; its parameters are uninitialised until the loader fills them.
 
-    Args:
-        config: sizes and constants.
-        architecture: what the checkpoint's era has; the latest by default.
-        dtype: of the large matrices and of their products; norms, biases and routing are always FP32.
-        device: where the parameters are allocated.
-
-    Raises:
-        CheckpointError: the family has no such network.
+    Raises `CheckpointError` for a network that the family does not have.
     """
 
     def __init__(
         self,
         config: DeepConfig,
-        architecture: Architecture | None = None,
+        architecture: Architecture | None = None,  # the latest by default
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,  # of the large matrices and of their products
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -74,34 +67,21 @@ class DeepNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and products."""
         return self.embed_tokens.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
         return self.norm.device
 
     def forward(
         self,
-        input_ids: Tensor,
-        positions: Tensor,
+        input_ids: Tensor,  # int64 [T]
+        positions: Tensor,  # int64 [T], of each token in its own sequence
         attention: AttentionMetadata,
-        kv_cache: Tensor | None = None,
-        observer: Observer | None = None,
+        kv_cache: Tensor | None = None,  # [layers, 2, blocks, block_size, kv_heads, D]; None for whole sequences
+        observer: Observer | None = None,  # called after each layer
     ) -> Tensor:
-        """Run the network over the flat tokens of one step.
-
-        Args:
-            input_ids: int64 [T].
-            positions: int64 [T], of each token in its own sequence.
-            attention: the sequence and page of each token.
-            kv_cache: pages [layers, 2, blocks, block_size, kv_heads, D]; None for whole sequences without a cache.
-            observer: called after each layer with what it computed.
-
-        Returns:
-            FP32 [T, H] after the final norm, the input of `logits`.
-        """
+        """Run the network over the flat tokens of one step -> FP32 [T, H] after the final norm, for `logits`."""
         ops = self.ops
         angles = positions[:, None].float() * self.inv_freq  # [T, D/2]
         rope = angles.cos(), angles.sin()
@@ -116,7 +96,7 @@ class DeepNetwork(nn.Module):
                 x, velocity, mu = ops.dynamics(layer, x, h, velocity)
             else:
                 x = x + h
-            x, experts = ops.routed_mlp(layer, x, input_ids, mu)
+            x, experts = ops.routed_mlp(layer, x, input_ids, mu)  # chosen by `Backend.route`
             if isinstance(layer, GuidedLayer):  # mu comes after the MLP and is bounded twice
                 mu = layer.mu.clamp(0.0, 2.0) + ops.linear(x, layer.mu_guidance_proj)
                 mu_below = mu = mu.clamp(-2.0, 2.0)

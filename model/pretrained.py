@@ -27,11 +27,7 @@ class DeepForCausalLM(DeepNetwork):
     def from_pretrained(
         cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Self:
-        """Load a checkpoint of any era from a folder or a hub id.
-
-        Raises:
-            CheckpointError: the checkpoint cannot be found or used.
-        """
+        """Load a checkpoint of any era from a folder or a hub id; raise `CheckpointError` if that fails."""
         folder = resolve_model(str(name_or_path))
         model, _ = load_checkpoint(folder, network=cls, dtype=dtype, device=torch.device(device))
         return model
@@ -39,37 +35,22 @@ class DeepForCausalLM(DeepNetwork):
     @torch.inference_mode()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor,  # int64 [T] or [1, T]
         *,
         max_new_tokens: int = 50,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
-        do_sample: bool = True,
+        do_sample: bool = True,  # False is greedy at any temperature
         seed: int | None = None,
-        eos_token_id: int | tuple[int, ...] | None = None,
-        streamer: Callable[[int], None] | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None,  # ids that end the text; None takes the config's
+        streamer: Callable[[int], None] | None = None,  # called with each new token id
     ) -> Tensor:
-        """Continue one prompt, with a KV cache of its own.
+        """Continue one prompt, drawing tokens by the rules of `DrawParams`.
 
-        Args:
-            input_ids: int64 [T] or [1, T], the prompt; not empty.
-            max_new_tokens: most tokens to add.
-            temperature: see `DrawParams`, as for the next three.
-            top_k: 0 keeps all tokens.
-            top_p: 1 keeps all tokens.
-            repetition_penalty: 1 is none.
-            do_sample: False is greedy at any temperature.
-            seed: makes the draws repeatable.
-            eos_token_id: id or ids that end the text; the config's by default.
-            streamer: called with each new token id.
-
-        Returns:
-            int64, the prompt and its continuation (with the end token, if one was drawn), in the prompt's shape.
-
-        Raises:
-            ValueError: the prompt is empty or not one sequence.
+        Returns the prompt and its continuation, with the end token if one was drawn, in the prompt's shape. Raises
+        `ValueError` for a prompt that is empty or not one sequence.
         """
         flat = input_ids.flatten().to(self.device)
         if input_ids.dim() > 2 or (input_ids.shape[0] != 1 and input_ids.dim() == 2) or not len(flat):

@@ -83,27 +83,16 @@ class SamplingBatch:
     def build(
         cls,
         params: Sequence[DrawParams],
-        positions: Sequence[int],
+        positions: Sequence[int],  # of the new tokens
         device: torch.device,
         *,
-        token_ids: Sequence[tuple[Sequence[int], int]] = (),
-        bias: Sequence[tuple[int, Tensor, Tensor]] = (),
+        token_ids: Sequence[tuple[Sequence[int], int]] = (),  # (tokens so far, how many are the prompt), for penalties
+        bias: Sequence[tuple[int, Tensor, Tensor]] = (),  # (row, different token ids, what is added to each)
         masks: Sequence[tuple[int, Tensor]] = (),
-        banned: Sequence[tuple[int, Tensor]] = (),
-        full: bool = False,
+        banned: Sequence[tuple[int, Tensor]] = (),  # (row, token ids); a row may occur several times
+        full: bool = False,  # keep what no row uses, since some kernels are compiled for each choice
     ) -> SamplingBatch:
-        """Make the tensors.
-
-        Args:
-            params: of N rows.
-            positions: of each row's new token in its sequence.
-            device: of all tensors.
-            token_ids: each row's tokens so far, and how many of them are the prompt; read for penalties only.
-            bias: (row, different token ids, what is added to each).
-            masks: (row, FP32 [vocab]).
-            banned: (row, token ids); a row may occur several times.
-            full: keep top-k, top-p and min-p even if no row uses them, for kernels that are compiled for each choice.
-        """
+        """Make the tensors of N rows."""
         rows = sampling_rows(params, positions)
         return cls(
             temperature=_floats(rows["temperature"], device),

@@ -25,20 +25,12 @@ class Tokenizer:
 
     def __init__(
         self,
-        library: tokenizers.Tokenizer,
+        library: tokenizers.Tokenizer,  # which this object changes
         *,
-        names: Mapping[str, str] | None = None,
-        ids: Mapping[str, int] | None = None,
-        chat_template: str | None = None,
+        names: Mapping[str, str] | None = None,  # special tokens by role, or any other key
+        ids: Mapping[str, int] | None = None,  # by role, for roles without a name; ignored if the token is plain text
+        chat_template: str | None = None,  # Jinja source
     ) -> None:
-        """Wrap `library`.
-
-        Args:
-            library: the loaded tokenizer, which this object changes.
-            names: special tokens by role (one of `ROLES`, or any other key), as the tokenizer's configuration says.
-            ids: ids by role, for roles without a name; ignored if the token is plain text.
-            chat_template: Jinja source.
-        """
         known = {role: name for role, name in (names or {}).items() if library.token_to_id(name) is not None}
         names = {**_special_tokens(library, ids or {}), **known}
         library.no_truncation()

@@ -25,16 +25,11 @@ from .step_graphs import GraphMaker, StepGraphs
 
 
 class DeviceStep:
-    """A step that the device is computing or has computed.
-
-    Args:
-        tokens: int64, drawn on the device.
-        rows: the rows of `tokens` that belong to the sampling sequences, in order.
-    """
+    """A step that the device is computing or has computed."""
 
     def __init__(self, tokens: Tensor, rows: Sequence[int]) -> None:
         self._wait = download(tokens)
-        self._rows = rows
+        self._rows = rows  # of the sampling sequences, in order
 
     def read(self) -> list[SampledToken]:
         """Wait for the drawn tokens."""
@@ -43,15 +38,7 @@ class DeviceStep:
 
 
 class ModelRunner:
-    """Owns the model and the paged KV tensor.
-
-    Args:
-        model: the network, with its weights.
-        num_blocks: blocks of the KV cache, to which one is added that absorbs padding writes.
-        block_size: tokens per block.
-        max_num_seqs: most sequences in a step.
-        kv_cache_dtype: the model's by default.
-    """
+    """Owns the model and the paged KV tensor."""
 
     def __init__(
         self,
@@ -60,11 +47,12 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         max_num_seqs: int,
-        kv_cache_dtype: torch.dtype | None = None,
+        kv_cache_dtype: torch.dtype | None = None,  # None is the model's
     ) -> None:
         self.model = model
         self.num_blocks = num_blocks
         self.block_size = block_size
+        # num_blocks, plus one block that absorbs padding writes.
         self.kv_cache = model.new_kv_cache(num_blocks + 1, block_size, kv_cache_dtype)
         self.sampler = Sampler(model.ops)
         self.expert_stats = ExpertStats(model)
@@ -150,11 +138,10 @@ class ModelRunner:
     def _forward(
         self, sequences: Sequence[ScheduledSequence], watched: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, list[TokenDynamics]]:
-        """Run the network, as a graph where one fits.
+        """Run the network, as a graph if one fits.
 
-        Returns:
-            Hidden states FP32 [T, H]; the token drawn after each sequence, if a graph drew them; and what was observed
-            of the tokens `watched`.
+        Returns hidden states FP32 [T, H], the tokens that a graph drew after each sequence int64 [S], and what was
+        observed of the tokens `watched`.
         """
         if self.graphs is not None and (result := self.graphs.run(sequences)) is not None:
             return *result, []

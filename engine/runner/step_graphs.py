@@ -46,11 +46,9 @@ class GraphMaker(Protocol):
 
     def capture(self, work: Step) -> Step:
         """Do `work`, which reads and writes fixed buffers; return a function that does it again."""
-        ...
 
     def used_bytes(self) -> int:
         """Memory in use on the device."""
-        ...
 
 
 class CudaGraphs:
@@ -62,7 +60,6 @@ class CudaGraphs:
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Step) -> Step:
-        """See `GraphMaker`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             work()  # compiles kernels and makes the libraries' workspaces outside of the recording
@@ -76,7 +73,6 @@ class CudaGraphs:
         return replay
 
     def used_bytes(self) -> int:
-        """See `GraphMaker`."""
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
 
@@ -141,22 +137,13 @@ class _Graph:
 
 
 class StepGraphs:
-    """The graphs of one model and KV cache.
-
-    Args:
-        model: what is recorded.
-        kv_cache: its pages; the last one absorbs padding writes, where the backend has any.
-        draws: int64 [max_num_seqs + 1], the last step's draws and a zero.
-        expert_stats: counts the experts of replayed steps.
-        maker: records steps.
-        max_model_len: longest sequence.
-    """
+    """The graphs of one model and KV cache."""
 
     def __init__(
         self,
         model: DeepNetwork,
-        kv_cache: Tensor,
-        draws: Tensor,
+        kv_cache: Tensor,  # the last block absorbs padding writes, where the backend has any
+        draws: Tensor,  # int64 [max_num_seqs + 1], the last step's draws and a zero
         expert_stats: ExpertStats,
         maker: GraphMaker,
         max_model_len: int,
@@ -176,21 +163,20 @@ class StepGraphs:
 
     @property
     def sizes(self) -> list[int]:
-        """Sequences of each graph of decodes, the smallest first."""
+        """Sequences of each decode graph, the smallest first."""
         return [graph.size for graph in self._decodes]
 
     @property
     def mixed_sizes(self) -> list[int]:
-        """Tokens of each graph of a mixed step, the smallest first."""
+        """Tokens of each mixed graph, the smallest first."""
         return [graph.size for graph in self._mixed]
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] | None = None, token_counts: Sequence[int] = ()) -> None:
         """Record graphs, the largest first, as long as time and memory last.
 
-        Args:
-            sizes: sequences of decode graphs; by default those of `batch_sizes`.
-            token_counts: tokens of mixed graphs, which a backend that reads lengths on the host does without.
+        The sizes of decode graphs are those of `batch_sizes` by default. A backend that reads lengths on the host has
+        no mixed graphs.
         """
         started, before = time.monotonic(), self._maker.used_bytes()
         kinds = [(self._decodes, sorted(sizes or batch_sizes(self._most), reverse=True))]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,8 +16,7 @@ from ..config import Architecture, CheckpointError, DeepConfig
 from ..network import DeepNetwork
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a file's tensor, or a part of its columns, goes in the network."""
 
     parameter: str  # its name in the network, without `layers.N.`
@@ -29,8 +28,7 @@ class Place:
 Places = tuple[Place, ...]  # side by side along the columns of the file's tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Era:
+class Era(NamedTuple):
     """A checkpoint format."""
 
     name: str
@@ -119,8 +117,7 @@ OPTIONAL = re.compile(r"mu_init|.*\.(mu_to_[qkv]\.weight|mu_proj\.weight|mu_rout
 BUFFER = re.compile(r"(.*\.)?(inv_freq|cos_cached|sin_cached|dynamics\.safety_clamp\..+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A view of one layer's tensor in the network."""
 
     target: Tensor
@@ -128,8 +125,7 @@ class Part:
     transposed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor that the network expects in a file: its shape there and its parts, from left to right."""
 
     shape: tuple[int, ...]

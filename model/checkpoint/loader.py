@@ -6,15 +6,15 @@ memory than the model itself. A network is returned only if every tensor fitted.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,8 +36,7 @@ DUMMY_STD = 0.02
 Network = TypeVar("Network", bound=DeepNetwork)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReport:
+class LoadReport(NamedTuple):
     """What was loaded."""
 
     era: str  # "dummy" and the newest era for random weights
@@ -47,8 +46,7 @@ class LoadReport:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor in a file; `offset` in bytes from the file's start."""
 
     path: Path
@@ -60,28 +58,19 @@ class StoredTensor:
 
 
 def load_checkpoint(
-    folder: Path,
+    folder: Path,  # holds `config.json` and the weights; or a `.safetensors` file next to its `config.json`
     *,
     network: type[Network],
-    dtype: torch.dtype,
+    dtype: torch.dtype,  # of the large matrices; values are rounded to nearest
     device: torch.device,
     load_format: Literal["auto", "dummy"] = "auto",
-    seed: int = 0,
-    progress: bool = True,
+    seed: int = 0,  # of the dummy weights
+    progress: bool = True,  # show a bar on stderr if loading takes long and stderr is a terminal
 ) -> tuple[Network, LoadReport]:
     """Make the network of a checkpoint and fill it, in the model's memory and at most one layer more.
 
-    Args:
-        folder: holds `config.json` and the weights; or a `.safetensors` file next to its `config.json`.
-        network: the class to make.
-        dtype: of the large matrices; values are rounded to nearest.
-        device: of the network.
-        load_format: "dummy" reads only `config.json` and fills the newest network of its sizes at random.
-        seed: of the random weights.
-        progress: show a bar on stderr if loading takes long and stderr is a terminal.
-
-    Raises:
-        CheckpointError: a file is missing, damaged or does not fit; the message names the path and the remedy.
+    The format "dummy" reads only `config.json` and fills the newest network of its sizes at random. Raises
+    `CheckpointError` for a file that is missing, damaged or does not fit.
     """
     started = time.monotonic()
     if not folder.exists():
@@ -119,13 +108,12 @@ def _find_files(path: Path) -> list[Path]:
         return [single]
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            shards = [path / name for name in names]
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = [path / name for name in sorted(set(listed))]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is not an index with a weight_map: fetch it again.") from None
-        if absent := [shard.name for shard in shards if not shard.exists()]:
-            listed = shortened(absent)
-            raise CheckpointError(f"{path} lacks {listed}, which {index.name} names: fetch the folder again.")
+        if absent := shortened([shard.name for shard in shards if not shard.exists()]):
+            raise CheckpointError(f"{path} lacks {absent}, which {index.name} names: fetch the folder again.")
         return shards
     files = sorted(path.glob("*.safetensors"))
     steps = {int(m[1]): file for file in files if (m := re.fullmatch(r"step_(\d+)\.safetensors", file.name))}
@@ -133,12 +121,10 @@ def _find_files(path: Path) -> list[Path]:
         return [steps[max(steps)]]
     if len(files) == 1:
         return files
-    if files:
-        listed = shortened([file.name for file in files])
-        raise CheckpointError(f"{path} holds {listed}: pass the path of one of them.")
-    for file in sorted(path.iterdir()):
-        if file.suffix in PICKLES:
-            raise _pickle_error(file)
+    if names := shortened([file.name for file in files]):
+        raise CheckpointError(f"{path} holds {names}: pass the path of one of them.")
+    if pickles := sorted(file for file in path.iterdir() if file.suffix in PICKLES):
+        raise _pickle_error(pickles[0])
     raise CheckpointError(f"{path} holds no .safetensors file: pass the folder that holds model.safetensors.")
 
 
@@ -169,9 +155,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
             begin, end = value["data_offsets"]
             tensor = StoredTensor(path, name, value["dtype"], tuple(value["shape"]), 8 + length + begin, end - begin)
             if stored.setdefault(key := name.removeprefix("model."), tensor) is not tensor:
-                raise CheckpointError(
-                    f"{path} holds {key} a second time: fetch the checkpoint again into a new folder."
-                )
+                raise CheckpointError(f"{path} holds {key} again: fetch the checkpoint into a new folder.")
     return stored
 
 
@@ -188,8 +172,8 @@ def _check(
     if not era.routes_by_modulo:
         needed += [key for key in expected if key.endswith("token_to_expert")]
     absent = [key for key in needed if key not in stored]
-    if missing := [key for key in absent if key != "lm_head.weight"]:
-        raise CheckpointError(f"{path} lacks {shortened(missing)}: fetch it again together with its config.json.")
+    if missing := shortened([key for key in absent if key != "lm_head.weight"]):
+        raise CheckpointError(f"{path} lacks {missing}: fetch it again together with its config.json.")
     if absent and not model.architecture.tied:
         raise CheckpointError(
             f"{path} lacks lm_head.weight: fetch it again, or set tie_word_embeddings to true in config.json."
@@ -213,30 +197,24 @@ def _fill(
     model: DeepNetwork, expected: Mapping[str, Entry], stored: Mapping[str, StoredTensor], progress: bool
 ) -> list[StoredTensor]:
     """Copy all tensors to their parameters and fill those that the file lacks; return the tensors read."""
-    wanted: dict[str, StoredTensor] = {}
-    for key, entry in expected.items():
-        if key == "embed_tokens.weight" and model.architecture.tied and "lm_head.weight" in stored:
-            continue  # they share a parameter; if they differ in the file, the head's values count
-        if key == "lm_head.weight" and key not in stored:
-            continue
-        if key in stored:
-            wanted[key] = stored[key]
-        elif key.endswith("token_to_expert"):
-            table = entry.parts[0].target
-            torch.arange(len(table), out=table).remainder_(model.config.num_experts)
-        else:
-            for part in entry.parts:
-                part.target.zero_()
+    for key in expected.keys() - stored.keys() - {"lm_head.weight"}:
+        for target, *_ in expected[key].parts:
+            if key.endswith("token_to_expert"):
+                torch.arange(len(target), out=target).remainder_(model.config.num_experts)
+            else:
+                target.zero_()
+    wanted = {key: stored[key] for key in expected if key in stored}
+    if model.architecture.tied and "lm_head.weight" in stored:
+        del wanted["embed_tokens.weight"]  # they share a parameter; if they differ in the file, the head's values count
     order = sorted(wanted.items(), key=lambda item: (item[1].path, item[1].offset))
     total = sum(tensor.nbytes for tensor in wanted.values())
     hidden = None if progress else True  # None: hidden unless stderr is a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", delay=PROGRESS_DELAY, disable=hidden) as bar:
-        for path in dict.fromkeys(tensor.path for _, tensor in order):
+        for path, tensors in itertools.groupby(order, lambda item: item[1].path):
             with path.open("rb") as file:
-                for key, tensor in order:
-                    if tensor.path == path:
-                        _copy(file, tensor, expected[key], model.config.experts)
-                        bar.update(tensor.nbytes)
+                for key, tensor in tensors:
+                    _copy(file, tensor, expected[key], model.config.experts)
+                    bar.update(tensor.nbytes)
     return list(wanted.values())
 
 
@@ -293,15 +271,14 @@ def _pieces(shape: tuple[int, ...], whole: bool) -> Iterator[tuple[tuple[int | s
 def _fill_at_random(model: DeepNetwork, seed: int) -> None:
     """Fill with weights whose activations stay finite at any depth, since each layer adds little to the residual."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    hidden, residual = model.config.hidden_size, DUMMY_STD / math.sqrt(2 * model.config.num_hidden_layers)
+    residual = DUMMY_STD / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         if name.endswith("norm"):
             parameter.fill_(1.0)
         elif name.endswith("controller_out_bias"):
             # alpha 0.9, beta 0.1, gate 0.5 for a controller output of 0, as training starts.
-            parameter[:hidden] = math.log(0.9 / 0.1)
-            parameter[hidden : 2 * hidden] = math.log(math.expm1(0.1))
-            parameter[2 * hidden :] = 0.0
+            starts = torch.tensor((math.log(0.9 / 0.1), math.log(math.expm1(0.1)), 0.0))
+            parameter.copy_(starts.repeat_interleave(model.config.hidden_size))
         elif parameter.dim() == 1:
             parameter.zero_()
         else:

@@ -112,7 +112,7 @@ def test_incomplete_shards_are_refused(tmp_path: Path) -> None:
 def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     file = canonical()
     write(tmp_path, file | {"model.norm.weight": file["norm.weight"]})
-    assert "holds norm.weight a second time" in refusal(tmp_path)
+    assert "holds norm.weight again" in refusal(tmp_path)
 
 
 def test_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
