@@ -6,8 +6,10 @@ data can ever arrive (no pickle) and a reader finds the whole protocol on this p
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import IO, Literal
 
 import msgspec
 
@@ -295,3 +297,13 @@ def encode_frame(message: msgspec.Struct | EngineConfig | str) -> bytes:
     """One message as it goes over the socket: its length in four bytes, then msgpack."""
     body = _encoder.encode(message)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
+
+
+def read_frames(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the body of each message that arrives, until the other side closes."""
+    with contextlib.suppress(ConnectionResetError):
+        while len(head := stream.read(LENGTH_BYTES)) == LENGTH_BYTES:
+            size = int.from_bytes(head, "little")
+            if len(body := stream.read(size)) < size:
+                return
+            yield body

@@ -21,7 +21,6 @@ import msgspec
 from .config import EngineConfig
 from .errors import EngineStartError, RequestError
 from .messages import (
-    LENGTH_BYTES,
     Abort,
     Alive,
     CheckGrammar,
@@ -34,6 +33,7 @@ from .messages import (
     ToEngine,
     TokenOutput,
     encode_frame,
+    read_frames,
 )
 from .step.core import EngineCore
 from .step.outputs import failure_of
@@ -62,17 +62,6 @@ class _Voice:
         """In a step that takes long, say that it moves on. It has so many layers, so that it cannot say so for ever."""
         if time.monotonic() - self._spoke > PULSE_SECONDS:
             self.say(Alive())
-
-
-def read_frames(sock: socket.socket) -> Iterator[bytes]:
-    """The bodies of the messages that arrive, until the other side closes."""
-    stream = sock.makefile("rb")
-    with contextlib.suppress(ConnectionResetError):
-        while len(head := stream.read(LENGTH_BYTES)) == LENGTH_BYTES:
-            size = int.from_bytes(head, "little")
-            if len(body := stream.read(size)) < size:
-                return
-            yield body
 
 
 def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> None:
@@ -142,7 +131,7 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[-1])) as sock:
-        frames = read_frames(sock)
+        frames = read_frames(sock.makefile("rb"))
         from .build import build_engine  # takes its time, in which the other side finds out what to ask for
 
         if (first := next(frames, None)) is None:

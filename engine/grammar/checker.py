@@ -4,7 +4,7 @@ The grammar library has limits of its own, but a few bytes can still keep it bus
 large prime, thirty patterns that must hold at once) or overflow its stack, and native code cannot be interrupted. A
 process can be: a grammar that passes here in time also passes in the engine.
 
-Run as `python -m pyllm.engine.grammar.checker`; it ends when its standard input closes.
+Run as `python -m pyllm.engine.grammar.checker FD`; it ends when the other side of the socket closes.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import contextlib
 import random
 import re
 import resource
-import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable
-from typing import IO
 
 import llguidance
 import msgspec
 
 from ..client.launch import python
-from ..messages import LENGTH_BYTES, encode_frame
+from ..messages import encode_frame, read_frames
 
 CPU_SECONDS = 2.0  # processor time to check one grammar
 WAIT_SECONDS = 10.0  # elapsed time before a check is given up, on a machine with no processor time to spare
@@ -118,7 +117,7 @@ class GrammarChecker:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._process: subprocess.Popen[bytes] | None = None
-        self._kill: weakref.finalize[[subprocess.Popen[bytes]], GrammarChecker] | None = None
+        self._finalizer: weakref.finalize[[subprocess.Popen[bytes], socket.socket], GrammarChecker] | None = None
 
     def check(self, grammar: str) -> str:
         """Return what is wrong with a grammar, "" for nothing; raise `TimeoutError` if the machine is too busy."""
@@ -126,80 +125,70 @@ class GrammarChecker:
             process = self._process
             if process is None or process.poll() is not None:
                 process = self._start()
-            try:
-                return self._ask(process, grammar, WAIT_SECONDS)
-            except (EOFError, BrokenPipeError):
-                code = process.wait()
-                self.close()
-                if code in GRAMMAR_EXITS:
-                    return TOO_SLOW
-                # Something else ended the process: try once more.
+            answer = self._ask(grammar, WAIT_SECONDS)
+            if answer is not None:
+                return answer
+            if process.wait() in GRAMMAR_EXITS:
+                return TOO_SLOW
+            # Something else ended the process: try once more.
         raise TimeoutError("The machine is too busy to check a grammar.")
 
     def close(self) -> None:
         """End the process."""
-        self._process = None
-        if self._kill is not None:
-            self._kill()
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._finalizer = None
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.close()
-        # stderr is discarded: a stack overflow writes there, and is reported as the grammar's error.
-        process = self._process = subprocess.Popen(
-            [*python(), "-m", __name__],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        self._kill = weakref.finalize(self, _kill, process)
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*python(), "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True,
+                # A stack overflow writes to stderr, and is reported as the grammar's error.
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        self._finalizer = weakref.finalize(self, _end, self._process, self._socket)
+        if self._ask(self._vocabulary, START_SECONDS) is None:
+            raise RuntimeError("the process that checks grammars does not start")
+        return self._process
+
+    def _ask(self, question: str | Vocabulary, seconds: float) -> str | None:
+        """Return the answer, None if the process has ended; kill it if there is none in time."""
+        self._socket.settimeout(seconds)
         try:
-            self._ask(process, self._vocabulary, START_SECONDS)
-        except (EOFError, BrokenPipeError):
+            self._socket.sendall(encode_frame(question))
+            with self._socket.makefile("rb") as stream:
+                answer = next(read_frames(stream), None)
+        except BrokenPipeError:
+            answer = None
+        except TimeoutError:
             self.close()
-            raise RuntimeError("the process that checks grammars does not start") from None
-        return process
-
-    def _ask(self, process: subprocess.Popen[bytes], question: str | Vocabulary, seconds: float) -> str:
-        """Return the answer; `EOFError` or `BrokenPipeError` if the process has ended, `TimeoutError` after a kill."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(encode_frame(question))
-        process.stdin.flush()
-        if not select.select([process.stdout], [], [], seconds)[0]:
-            self.close()
-            raise TimeoutError("The machine is too busy to check a grammar.")
-        return msgspec.msgpack.decode(_read_frame(process.stdout), type=str)
+            raise TimeoutError("The machine is too busy to check a grammar.") from None
+        return None if answer is None else msgspec.msgpack.decode(answer, type=str)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], sock: socket.socket) -> None:
     process.kill()
-    for stream in (process.stdin, process.stdout):
-        assert stream is not None
-        with contextlib.suppress(BrokenPipeError):
-            stream.close()
+    sock.close()
     process.wait()
-
-
-def _read_frame(stream: IO[bytes]) -> bytes:
-    head = stream.read(LENGTH_BYTES)
-    if len(head) < LENGTH_BYTES:
-        raise EOFError
-    return stream.read(int.from_bytes(head, "little"))
 
 
 def main() -> None:
     """Read a vocabulary, then grammars; answer each."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        tokenizer = msgspec.msgpack.decode(_read_frame(source), type=Vocabulary).tokenizer()
-        answer = ""
-        while True:
-            sink.write(encode_frame(answer))
-            sink.flush()
-            grammar = msgspec.msgpack.decode(_read_frame(source), type=str)
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # ends the process; counts only processor time
-            answer = try_grammar(tokenizer, grammar)
-            signal.setitimer(signal.ITIMER_PROF, 0)
+    tokenizer: llguidance.LLTokenizer | None = None
+    with socket.socket(fileno=int(sys.argv[1])) as sock, contextlib.suppress(BrokenPipeError):
+        for frame in read_frames(sock.makefile("rb")):
+            answer = ""
+            if tokenizer is None:
+                tokenizer = msgspec.msgpack.decode(frame, type=Vocabulary).tokenizer()
+            else:
+                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # ends the process; counts only processor time
+                answer = try_grammar(tokenizer, msgspec.msgpack.decode(frame, type=str))
+                signal.setitimer(signal.ITIMER_PROF, 0)
+            sock.sendall(encode_frame(answer))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiles grammars off the step loop, in a few threads, and keeps the most recently used ones.
+"""Compiles grammars in a few threads, off the step loop, and keeps the most recently used ones.
 
 A grammar is llguidance's: its variant of Lark, or its JSON form with schemas and regular expressions. Each is tested in
 a separate process first (see `checker`), so that none can hold up the engine.
@@ -33,21 +33,13 @@ def grammar_bytes(text: str) -> int:
     return 65536 + 128 * len(text)
 
 
-def vocabulary_of(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> Vocabulary:
-    """Return the vocabulary for logits of `vocab_size`; a model without an end id gets one that is never drawn."""
-    ends = list(eos_token_ids) or [vocab_size]
-    size = max(vocab_size, max(ends) + 1)
-    special = [id_ for id_ in tokenizer.special_ids if id_ < size]
-    return Vocabulary([tokenizer.token_bytes(id_) for id_ in range(size)], special, ends)
-
-
 class GrammarCompiler(Generic[Ticket]):
     """Compiles the grammars of tickets (requests and checks). For use from one thread.
 
     Args:
-        load: reads the tokenizer; called when the first grammar comes. None refuses all grammars.
+        load: reads the tokenizer, when the first grammar comes. None refuses all grammars.
         vocab_size: width of the logits.
-        eos_token_ids: the model's.
+        eos_token_ids: the model's. One without gets an end id that is never drawn.
         cache_bytes: most memory of cached grammars, as estimated by `grammar_bytes`.
     """
 
@@ -61,11 +53,15 @@ class GrammarCompiler(Generic[Ticket]):
         self.on_ready: Callable[[], None] | None = None  # called from another thread when `drain` may have something
         self.cached_bytes = 0  # estimated memory of the cached grammars
         self._load = load
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+        self._ends = list(eos_token_ids) or [vocab_size]
+        self._num_tokens = max(vocab_size, max(self._ends) + 1)
+        self._mask_bytes = -(-self._num_tokens // 32) * 4
+        end_bits = np.zeros(8 * self._mask_bytes, np.uint8)
+        end_bits[list(eos_token_ids)] = 1
+        self._end_bits = np.packbits(end_bits, bitorder="little") if eos_token_ids else None
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._checkers: queue.SimpleQueue[GrammarChecker] = queue.SimpleQueue()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")  # starts threads when it needs them
         self._lock = threading.Lock()
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[str, Compiled] = OrderedDict()
@@ -76,7 +72,7 @@ class GrammarCompiler(Generic[Ticket]):
 
     def __contains__(self, ticket: Ticket) -> bool:
         """Whether `ticket` was submitted and neither drained nor discarded."""
-        return any(own is ticket for own, *_ in itertools.chain(self._ready, *self._waiting.values()))
+        return any(entry[0] is ticket for entry in itertools.chain(self._ready, *self._waiting.values()))
 
     @property
     def has_ready(self) -> bool:
@@ -97,7 +93,6 @@ class GrammarCompiler(Generic[Ticket]):
             self._waiting[grammar].append((ticket, ignore_eos))
         else:
             self._waiting[grammar] = [(ticket, ignore_eos)]
-            self._pool = self._pool or ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
             try:
                 self._pool.submit(self._compile, grammar, self._load)
             except Exception as error:  # no thread can be started
@@ -105,8 +100,8 @@ class GrammarCompiler(Generic[Ticket]):
 
     def discard(self, ticket: Ticket) -> None:
         """Forget a ticket that was submitted and not drained."""
-        for grammar, group in self._waiting.items():
-            self._waiting[grammar] = [entry for entry in group if entry[0] is not ticket]
+        for grammar, entries in self._waiting.items():
+            self._waiting[grammar] = [entry for entry in entries if entry[0] is not ticket]
         self._ready = [entry for entry in self._ready if entry[0] is not ticket]
 
     def drain(self) -> list[tuple[Ticket, GrammarState | Exception]]:
@@ -132,15 +127,8 @@ class GrammarCompiler(Generic[Ticket]):
     def _new_state(self, result: Compiled, ignore_eos: bool) -> GrammarState | Exception:
         if isinstance(result, Exception):
             return result
-        assert self._tokenizer is not None  # it has compiled the grammar
-        mask_bytes = -(-self._tokenizer.vocab_size // 32) * 4
-        avoided = None
-        if ignore_eos and self._eos_token_ids:
-            ends = np.zeros(8 * mask_bytes, np.uint8)
-            ends[list(self._eos_token_ids)] = 1
-            avoided = np.packbits(ends, bitorder="little")
         try:
-            return GrammarState(result.deep_copy(), avoided, mask_bytes)
+            return GrammarState(result.deep_copy(), self._end_bits if ignore_eos else None, self._mask_bytes)
         except Exception as error:
             return error
 
@@ -154,35 +142,35 @@ class GrammarCompiler(Generic[Ticket]):
         """Compile a grammar, in a thread of the pool."""
         result: Compiled
         try:
-            result = self._check_and_compile(grammar, load)
+            tokenizer = self._prepare(load)
+            checker = self._checkers.get()
+            try:
+                reason = checker.check(grammar)
+            finally:
+                self._checkers.put(checker)
+            if not reason:
+                result = compile_grammar(tokenizer, grammar)
+                reason = error_of(result)
         except UnicodeEncodeError:
-            result = _refusal("it has half a character (a lone surrogate)")
+            reason = "it has half a character (a lone surrogate)"
         except Exception as error:
-            result = error
+            result, reason = error, ""
+        if reason:
+            result = RequestError(f"The requested format cannot be enforced: {reason}.")
         self._done.append((grammar, result))
         self._wakeup.set()
         if self.on_ready is not None:
             self.on_ready()
 
-    def _check_and_compile(self, grammar: str, load: Callable[[], Tokenizer]) -> Compiled:
+    def _prepare(self, load: Callable[[], Tokenizer]) -> llguidance.LLTokenizer:
+        """Load the vocabulary and make the checkers, once."""
         with self._lock:
             if self._tokenizer is None:
                 tokenizer = load()
-                vocabulary = vocabulary_of(tokenizer, self._vocab_size, self._eos_token_ids)
+                special = [id_ for id_ in tokenizer.special_ids if id_ < self._num_tokens]
+                tokens = [tokenizer.token_bytes(id_) for id_ in range(self._num_tokens)]
+                vocabulary = Vocabulary(tokens, special, self._ends)
                 self._tokenizer = vocabulary.tokenizer(tokenizer.encode)
                 for _ in range(COMPILERS):
                     self._checkers.put(GrammarChecker(vocabulary))
-        checker = self._checkers.get()
-        try:
-            reason = checker.check(grammar)
-        finally:
-            self._checkers.put(checker)
-        if reason:
-            return _refusal(reason)
-        matcher = compile_grammar(self._tokenizer, grammar)
-        reason = error_of(matcher)
-        return _refusal(reason) if reason else matcher
-
-
-def _refusal(reason: str) -> RequestError:
-    return RequestError(f"The requested format cannot be enforced: {reason}.")
+            return self._tokenizer

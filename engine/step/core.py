@@ -14,7 +14,7 @@ from ..grammar.compiler import GrammarCompiler
 from ..memory import is_out_of_memory
 from ..messages import CheckGrammar, EngineInfo, EngineRequest, EngineStats, GrammarVerdict, StepOutputs, TokenOutput
 from .drafting import Drafter
-from .outputs import failure_of, output_of, prompt_output_of, verdict_of
+from .outputs import failure_of, output_of, verdict_of
 from .request import PENDING_TOKEN, Request, RequestStatus
 from .retry import retry_by_halves
 from .runner import ExpertCounts, LaunchedStep, Runner, SampledToken
@@ -43,11 +43,7 @@ class EngineCore:
     device computes while the host plans. A sequence then ends at most one step late, and what that step computes for
     it is discarded. A step with a sequence that `needs_tokens` is finished before the next one is planned.
 
-    Args:
-        info: sizes and limits.
-        runner: computes a step.
-        expert_stats: which experts have worked; None without an observer.
-        grammars: compiles grammars; None refuses them all.
+    Without `grammars`, requests with a grammar are refused.
     """
 
     def __init__(
@@ -286,7 +282,8 @@ class EngineCore:
         if not draws:
             self.scheduler.kv_cache.advance(request, sequence.num_tokens)
             if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
-                return prompt_output_of(request)
+                request.finish_reason = "length" if request.pooling is None else "stop"
+                return output_of(request, [])
             return None
         request.append(draws[0].token_id)
         kept = 1
@@ -294,19 +291,17 @@ class EngineCore:
             request.append(draws[kept].token_id)
             kept += 1
         self.scheduler.kv_cache.advance(request, sequence.num_tokens - len(draws) + kept)
-        if draft:
-            self._record_draft(request, len(draft), kept - 1)
-        if request.finish_reason == "error":  # drawn without a mask, so the token is discarded
-            assert request.grammar is not None
+        if draft and request.drafter is not None:
+            self._record_draft(request.drafter, len(draft), kept - 1)
+        if request.finish_reason == "error" and request.grammar is not None:  # drawn without a mask: discarded
             return failure_of(request, RequestError(request.grammar.error))
         output = output_of(request, draws[:kept])
         if request.reads_prompt:
             request.reads_prompt, request.prompt_logprobs = False, []
         return output
 
-    def _record_draft(self, request: Request, size: int, num_accepted: int) -> None:
-        assert request.drafter is not None  # for the type checker
-        request.drafter.record(num_accepted)
+    def _record_draft(self, drafter: Drafter, size: int, num_accepted: int) -> None:
+        drafter.record(num_accepted)
         self._num_drafts += 1
         self._num_draft_tokens += size
         for position in range(num_accepted):

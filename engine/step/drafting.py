@@ -21,21 +21,16 @@ class Drafter:
     sequence's length. After drafts with no correct token it pauses, twice as long each time.
     """
 
-    __slots__ = ("_indexed", "_next_of", "_pause", "_settings", "_wait")
+    __slots__ = ("_indexed", "_next_of", "_pause", "_wait", "settings")
 
     def __init__(self, settings: SpeculativeConfig) -> None:
-        self._settings = settings
+        self.settings = settings
         self._next_of: dict[tuple[int, ...], int] = {}
         self._indexed = self._pause = self._wait = 0
 
-    @property
-    def max_batch_size(self) -> int:
-        """Most sequences in a step for which a draft is worth its cost."""
-        return self._settings.disable_by_batch_size
-
     def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
         """Return up to `most` tokens that may follow `token_ids`, which has only grown since the last call."""
-        lengths = range(self._settings.prompt_lookup_min, self._settings.prompt_lookup_max + 1)
+        lengths = range(self.settings.prompt_lookup_min, self.settings.prompt_lookup_max + 1)
         for end in range(self._indexed + 1, len(token_ids)):
             for length in lengths:
                 if length <= end:
@@ -48,7 +43,7 @@ class Drafter:
             start = self._next_of.get(tuple(token_ids[-length:]))
             if start is not None and length <= len(token_ids):
                 following = token_ids[start:]  # repeated if it is short: the text is in a loop
-                return [following[n % len(following)] for n in range(min(most, self._settings.num_speculative_tokens))]
+                return [following[n % len(following)] for n in range(min(most, self.settings.num_speculative_tokens))]
         return []
 
     def record(self, num_accepted: int) -> None:

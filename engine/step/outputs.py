@@ -9,9 +9,12 @@ from .runner import SampledToken
 
 
 def output_of(request: Request, draws: list[SampledToken]) -> TokenOutput:
-    """Report new tokens, which the request has appended already."""
-    last = draws[-1].token_id
+    """Report the new tokens of a request, and what was read of its prompt."""
+    last = draws[-1].token_id if draws else None
     by_stop_id = request.finish_reason == "stop" and last in request.stop_token_ids
+    pooled = request.pooled
+    if pooled is not None and request.pooling == "mean":
+        pooled = pooled / request.num_prompt_tokens
     return TokenOutput(
         request_id=request.request_id,
         token_ids=[draw.token_id for draw in draws],
@@ -22,22 +25,6 @@ def output_of(request: Request, draws: list[SampledToken]) -> TokenOutput:
         scheduled_time=request.scheduled_time,
         prompt_logprobs=request.prompt_logprobs,
         dynamics=[draw.dynamics for draw in draws if draw.dynamics is not None],
-    )
-
-
-def prompt_output_of(request: Request) -> TokenOutput:
-    """Finish a request that generates nothing, and report what was read of its prompt."""
-    pooled = request.pooled
-    request.finish_reason = "length" if request.pooling is None else "stop"
-    if pooled is not None and request.pooling == "mean":
-        pooled = pooled / request.num_prompt_tokens
-    return TokenOutput(
-        request_id=request.request_id,
-        token_ids=[],
-        finish_reason=request.finish_reason,
-        num_cached_tokens=request.num_cached_tokens,
-        scheduled_time=request.scheduled_time,
-        prompt_logprobs=request.prompt_logprobs,
         embedding=None if pooled is None else pooled.tolist(),
     )
 

@@ -29,10 +29,19 @@ class RetryResult(NamedTuple):
 def retry_by_halves(execute: Execute, sequences: list[ScheduledSequence], error: Exception) -> RetryResult:
     """Compute a step that failed with `error` in parts; raise `error` if the engine cannot compute anything."""
     result = RetryResult([], [], [])
-    if len(sequences) == 1:  # the failure may have been temporary
-        _try(execute, sequences, result)
-    else:
-        _try_halves(execute, sequences, error, result)
+    # A single sequence is tried again as it is: the failure may have been temporary.
+    parts = [sequences] if len(sequences) == 1 else _halves(sequences)
+    while parts:
+        part = parts.pop()
+        try:
+            sampled = execute(part)
+        except Exception as fault:
+            if len(part) == 1:
+                result.failed.append((part[0].request, fault))
+            parts += _halves(part)
+        else:
+            result.sequences.extend(part)
+            result.sampled.extend(sampled)
     if result.failed and not result.sequences:
         try:
             execute([_harmless(sequences[-1])])
@@ -41,26 +50,10 @@ def retry_by_halves(execute: Execute, sequences: list[ScheduledSequence], error:
     return result
 
 
-def _try_halves(execute: Execute, sequences: list[ScheduledSequence], error: Exception, result: RetryResult) -> None:
-    """Compute the halves of sequences that failed together."""
-    if len(sequences) == 1:
-        result.failed.append((sequences[0].request, error))
-        return
+def _halves(sequences: list[ScheduledSequence]) -> list[list[ScheduledSequence]]:
+    """Return the halves of two or more sequences, the first half last."""
     middle = len(sequences) // 2
-    for half in (sequences[:middle], sequences[middle:]):
-        if half:
-            _try(execute, half, result)
-
-
-def _try(execute: Execute, sequences: list[ScheduledSequence], result: RetryResult) -> None:
-    """Compute sequences together, or by halves if that fails."""
-    try:
-        sampled = execute(sequences)
-    except Exception as error:
-        _try_halves(execute, sequences, error, result)
-    else:
-        result.sequences.extend(sequences)
-        result.sampled.extend(sampled)
+    return [sequences[middle:], sequences[:middle]] if middle else []
 
 
 def _harmless(sequence: ScheduledSequence) -> ScheduledSequence:

@@ -24,6 +24,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ..messages import EngineInfo
+from .drafting import Drafter
 from .kv_cache import KVCacheManager
 from .request import Request, RequestStatus
 
@@ -126,7 +127,7 @@ class Scheduler:
             if end - start > 1:
                 budget -= count
             elif request.drafter is not None:
-                draft = self._draft(request, budget)
+                draft = self._draft(request, request.drafter, budget)
                 budget -= len(draft)
             sequence = self._sequence(request, start, count, draft)
             (decodes if sequence.num_tokens == 1 else chunks).append(sequence)
@@ -178,14 +179,13 @@ class Scheduler:
         limit = self.max_num_prefill_tokens * max(decodes, FEW_DECODES) // FEW_DECODES
         return min(budget, limit) if decodes else budget
 
-    def _draft(self, request: Request, budget: int) -> Sequence[int]:
+    def _draft(self, request: Request, drafter: Drafter, budget: int) -> Sequence[int]:
         """Guess the tokens after the request's last one, if they fit and are worth their cost."""
-        assert request.drafter is not None  # for the type checker
         most = min(budget, (request.params.max_tokens or budget) - request.num_output_tokens - 1)
-        if most < 1 or len(self.running) > request.drafter.max_batch_size:
+        if most < 1 or len(self.running) > drafter.settings.disable_by_batch_size:
             return ()
         try:
-            draft = request.drafter.propose(request.token_ids, most)
+            draft = drafter.propose(request.token_ids, most)
         except Exception:
             logger.exception("Request %s gets no more drafts after this error.", request.request_id)
             request.drafter = None

@@ -31,8 +31,16 @@ from support.serving import PATIENCE
 from pyllm.engine.build import build_engine
 from pyllm.engine.client.launch import EngineProcess
 from pyllm.engine.config import EngineConfig
-from pyllm.engine.messages import Abort, EngineRequest, FromEngine, SamplingParams, Shutdown, StepOutputs, encode_frame
-from pyllm.engine.process import read_frames
+from pyllm.engine.messages import (
+    Abort,
+    EngineRequest,
+    FromEngine,
+    SamplingParams,
+    Shutdown,
+    StepOutputs,
+    encode_frame,
+    read_frames,
+)
 from pyllm.engine.process import serve as serve_engine
 from pyllm.server import serve
 from pyllm.server.flags import ServerConfig
@@ -105,11 +113,11 @@ def test_the_engine_keeps_nothing_of_a_request(checkpoint: Path) -> None:
                           num_kv_blocks=60, max_num_seqs=6)  # fmt: skip
     core = build_engine(config)
     ours, theirs = socket.socketpair()
-    engine = threading.Thread(target=serve_engine, args=(core, theirs, read_frames(theirs)))
+    engine = threading.Thread(target=serve_engine, args=(core, theirs, read_frames(theirs.makefile("rb"))))
     draw, meter = random.Random(1), Meter()
     with ours, theirs:
         engine.start()
-        said = read_frames(ours)
+        said = read_frames(ours.makefile("rb"))
 
         def play(number: int) -> int:
             requests = engine_requests(draw, number)

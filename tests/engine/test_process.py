@@ -10,8 +10,17 @@ import pytest
 from support.paged_runner import make_core, message
 
 from pyllm.engine import process as module
-from pyllm.engine.messages import LENGTH_BYTES, Alive, FromEngine, Ping, Shutdown, StepOutputs, encode_frame
-from pyllm.engine.process import read_frames, serve
+from pyllm.engine.messages import (
+    LENGTH_BYTES,
+    Alive,
+    FromEngine,
+    Ping,
+    Shutdown,
+    StepOutputs,
+    encode_frame,
+    read_frames,
+)
+from pyllm.engine.process import serve
 
 
 def test_an_engine_that_waits_for_work_checks_its_books():
@@ -19,7 +28,7 @@ def test_an_engine_that_waits_for_work_checks_its_books():
     core.scheduler.kv_cache.pool.allocate(1)
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(RuntimeError, match="1 KV blocks"):
-        serve(core, theirs, read_frames(theirs))
+        serve(core, theirs, read_frames(theirs.makefile("rb")))
 
 
 def test_consistent_idle_engine_keeps_waiting():
@@ -34,7 +43,7 @@ def test_consistent_idle_engine_keeps_waiting():
 
         serve(core, theirs, frames())
         theirs.close()
-        steps = [msgspec.msgpack.decode(frame, type=StepOutputs) for frame in read_frames(ours)]
+        steps = [msgspec.msgpack.decode(frame, type=StepOutputs) for frame in read_frames(ours.makefile("rb"))]
     assert [output.finish_reason for step in steps for output in step.outputs] == [None, None, "length"]
     core.check_idle()
 
@@ -45,7 +54,7 @@ def conversation(core, *messages):
     with ours, theirs:
         serve(core, theirs, iter([encode_frame(each)[LENGTH_BYTES:] for each in (*messages, Shutdown())]))
         theirs.close()
-        return [msgspec.msgpack.decode(frame, type=FromEngine) for frame in read_frames(ours)]
+        return [msgspec.msgpack.decode(frame, type=FromEngine) for frame in read_frames(ours.makefile("rb"))]
 
 
 def test_a_ping_is_answered_by_the_loop_that_steps():
@@ -100,6 +109,6 @@ def test_only_a_long_step_reports_layer_progress(monkeypatch, seconds, pulses):
 
         serve(core, theirs, frames())
         theirs.close()
-        said = [msgspec.msgpack.decode(frame, type=FromEngine) for frame in read_frames(ours)]
+        said = [msgspec.msgpack.decode(frame, type=FromEngine) for frame in read_frames(ours.makefile("rb"))]
     assert said.count(Alive()) == pulses
     assert isinstance(said[-1], StepOutputs)
