@@ -1,5 +1,5 @@
-"""Every request and answer as a pydantic model: the bounds that are checked are the bounds in the OpenAPI page.
+"""The endpoints. Every request and answer is a pydantic model, whose bounds are those of the OpenAPI page.
 
-A field that is null is absent. Answers are written as plain JSON for speed; their models stand here for the
-OpenAPI page, and the tests hold every answer against them.
+A field that is null is absent. Answers are written as plain JSON for speed: their models describe them on the OpenAPI
+page, and the tests validate every answer against them.
 """

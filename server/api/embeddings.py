@@ -59,8 +59,6 @@ class Embedding(StrictModel):
 
 
 class EmbeddingUsage(StrictModel):
-    """Token counts of one request."""
-
     prompt_tokens: int
     total_tokens: int
 

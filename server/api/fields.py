@@ -65,11 +65,7 @@ KeptTokens = Annotated[
 ]
 
 
-def _pass(value: Any) -> Any:
-    return value
-
-
-GiveWay = BeforeValidator(_pass)
+GiveWay = BeforeValidator(lambda value: value)
 """Lets other threads run while the items of a long list are checked; without any Python code, that is one step."""
 
 
@@ -80,8 +76,6 @@ class StrictModel(BaseModel):
 
 
 class StreamOptions(StrictModel):
-    """Options of a stream."""
-
     include_usage: bool | None = Field(None, description="Send a last chunk with the token counts.")
     include_obfuscation: Literal[False] | None = Field(None, description="Chunks are never padded.")
 
@@ -96,14 +90,10 @@ class JsonSchemaFormat(StrictModel):
 
 
 class TextFormat(StrictModel):
-    """Free text."""
-
     type: Literal["text"]
 
 
 class JsonObjectFormat(StrictModel):
-    """Any JSON object."""
-
     type: Literal["json_object"]
 
 
@@ -276,8 +266,6 @@ class CompletionTokensDetails(StrictModel):
 
 
 class Usage(StrictModel):
-    """Token counts of one request."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -332,8 +320,6 @@ FinishReason = Literal["stop", "length"]
 
 
 class ErrorBody(StrictModel):
-    """An error."""
-
     message: str
     type: str
     param: str | None

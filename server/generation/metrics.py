@@ -35,6 +35,18 @@ REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.
 LENGTH_BUCKETS = tuple(digit * 10**zeros for zeros in range(6) for digit in (1, 2, 5))
 STEP_TOKEN_BUCKETS = (1, *(2**n for n in range(3, 15)))
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+HISTOGRAMS = (
+    ("time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS),
+    ("inter_token_latency_seconds", "Between two tokens of a sequence.", TOKEN_BUCKETS),
+    ("e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS),
+    ("request_queue_time_seconds", "A sequence's time in its queue phase.", REQUEST_BUCKETS),
+    ("request_prefill_time_seconds", "A sequence's time in its prefill phase.", REQUEST_BUCKETS),
+    ("request_decode_time_seconds", "A sequence's time in its decode phase.", REQUEST_BUCKETS),
+    ("request_prompt_tokens", "Tokens of a sequence's prompt.", LENGTH_BUCKETS),
+    ("request_generation_tokens", "Tokens of a sequence's output.", LENGTH_BUCKETS),
+    ("iteration_tokens_total", "Tokens of prompts and outputs computed in one step.", STEP_TOKEN_BUCKETS),
+    ("engine_step_seconds", "Time of one engine step.", STEP_BUCKETS),
+)
 
 
 class Metrics(Collector):
@@ -53,37 +65,15 @@ class Metrics(Collector):
         self._num_restarts = 0
         self._responses: dict[int, int] = {}
         self.num_prompt_tokens = self.num_generation_tokens = 0
-        self._histograms: list[Histogram] = []
-        new = self._histogram
-        self.time_to_first_token = new(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
-        )
-        self.inter_token_latency = new(
-            "inter_token_latency_seconds", "Between two tokens of a sequence.", TOKEN_BUCKETS
-        )
-        self.request_latency = new(
-            "e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
-        )
-        self._phases = [  # each between two moments of `RequestTimes`
-            new(f"request_{phase}_time_seconds", f"A sequence's time in its {phase} phase.", REQUEST_BUCKETS)
-            for phase in ("queue", "prefill", "decode")
-        ]
-        self._lengths = [
-            new(f"request_{part}_tokens", f"Tokens of a sequence's {text}.", LENGTH_BUCKETS)
-            for part, text in (("prompt", "prompt"), ("generation", "output"))
-        ]
-        self._step_tokens = new(
-            "iteration_tokens_total", "Tokens of prompts and outputs computed in one step.", STEP_TOKEN_BUCKETS
-        )
-        self._step_seconds = new("engine_step_seconds", "Time of one engine step.", STEP_BUCKETS)
+        self._histograms = [Histogram(model_name, PREFIX + name, text, buckets) for name, text, buckets in HISTOGRAMS]
+        self.time_to_first_token, self.inter_token_latency, self.request_latency = self._histograms[:3]
+        self._phases = self._histograms[3:6]  # each between two moments of `RequestTimes`
+        self._lengths = self._histograms[6:8]
+        self._step_tokens, self._step_seconds = self._histograms[8:]
         labels = [LABEL, "finished_reason"]
         self._success = Counter(PREFIX + "request_success", "Sequences that ended.", labels, registry=None)
         # Every reason starts at 0, so that the first of its kind shows in a rate.
         self._finished = {reason: self._success.labels(model_name, reason) for reason in REASONS}
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        self._histograms.append(histogram := Histogram(self.model_name, PREFIX + name, text, buckets))
-        return histogram
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric under its own name."""

@@ -6,6 +6,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from ...engine.messages import TokenDynamics, TokenLogprobs
 from ...model.tokenizer import Tokenizer
 
@@ -78,18 +80,12 @@ def show_prompt_logprobs(
     """Return the log-probabilities of a prompt's tokens as vLLM does, by token id; the first token has none."""
     shown: list[dict[str, dict[str, Any]] | None] = [None] * min(len(prompt), 1)
     for position in positions:
-        ranked = [(id_, logprob, rank) for rank, (id_, logprob) in enumerate(position.top, 1)]
-        candidates = [(position.token_id, position.logprob, position.rank), *ranked]
-        shown.append(
-            {
-                str(id_): {
-                    "logprob": max(logprob, LOWEST_LOGPROB),
-                    "rank": rank,
-                    "decoded_token": tokenizer.token_text(id_),
-                }
-                for id_, logprob, rank in reversed(candidates)
-            }
-        )
+        candidates = [(rank, id_, logprob) for rank, (id_, logprob) in enumerate(position.top, 1)]
+        entry = {}
+        for rank, id_, logprob in [*reversed(candidates), (position.rank, position.token_id, position.logprob)]:
+            text = tokenizer.token_text(id_)
+            entry[str(id_)] = {"logprob": max(logprob, LOWEST_LOGPROB), "rank": rank, "decoded_token": text}
+        shown.append(entry)
     return shown
 
 
@@ -98,14 +94,6 @@ def show_dynamics(
 ) -> list[dict[str, Any]]:
     """Return what the network did for each generated token."""
     return [
-        {
-            "token_id": token_id,
-            "token": tokenizer.token_text(token_id),
-            "input_token_id": entry.input_token_id,
-            "experts": entry.experts,
-            "rerouted": entry.rerouted,
-            "mu_norm": entry.mu_norm,
-            "velocity_norm": entry.velocity_norm,
-        }
+        {"token_id": token_id, "token": tokenizer.token_text(token_id), **msgspec.structs.asdict(entry)}
         for token_id, entry in zip(token_ids, dynamics, strict=True)
     ]

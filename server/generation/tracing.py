@@ -19,13 +19,8 @@ from .generation import Generation
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/responses": "chat",
-    "/v1/messages": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-}
+OPERATIONS = dict.fromkeys(("/v1/chat/completions", "/v1/responses", "/v1/messages"), "chat")
+OPERATIONS |= {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}
 """The conventions' name for what each route does."""
 PROPAGATED = (b"traceparent", b"tracestate")
 LAST_SECONDS = 3.0

@@ -181,11 +181,12 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
         find(response_id, request)
         raise ApiError(400, "Only a response with background can be cancelled.", param="response_id")
 
-    page = [
-        _query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 20}),
-        _query("order", {"enum": ["asc", "desc"], "default": "desc"}),
-        _query("after", {"type": "string"}),
-    ]
+    query = {
+        "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 20},
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "after": {"type": "string"},
+    }
+    page = [{"name": name, "in": "query", "required": False, "schema": schema} for name, schema in query.items()]
 
     @app.get(f"{path}/input_items", response_model=InputItemList, openapi_extra={"parameters": page})
     async def list_input_items(response_id: str, request: Request) -> Response:
@@ -197,10 +198,6 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
         is_large.set(len(items) >= LARGE_BODY_BYTES)
         newest_first = query.get("order") != "asc"
         return JsonResponse(await off_loop_if_large(_page, items, newest_first, query.get("after"), limit))
-
-
-def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "schema": schema}
 
 
 def _check_query(query: QueryParams, **known: tuple[str, ...] | None) -> None:

@@ -159,8 +159,6 @@ class ReasoningOptions(StrictModel):
 
 
 class ResponseStreamOptions(StrictModel):
-    """Options of a stream."""
-
     include_obfuscation: UnsupportedFlag = None
 
 
@@ -193,8 +191,6 @@ class ResponseRequest(OpenAIRequest):
 
 
 class OutputText(StrictModel):
-    """One text of a response."""
-
     type: Literal["output_text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)]
@@ -202,8 +198,6 @@ class OutputText(StrictModel):
 
 
 class OutputMessage(StrictModel):
-    """A message of the model."""
-
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
@@ -226,15 +220,11 @@ OutputItem = Annotated[OutputMessage | OutputCall, Field(discriminator="type")]
 
 
 class ResponseFailure(StrictModel):
-    """Why a response failed."""
-
     code: Literal["server_error", "invalid_prompt"]
     message: str
 
 
 class IncompleteDetails(StrictModel):
-    """Why a response is incomplete."""
-
     reason: Literal["max_output_tokens"]
 
 
@@ -252,8 +242,6 @@ class OutputTokensDetails(StrictModel):
 
 
 class ResponseUsage(StrictModel):
-    """Token counts of one response."""
-
     input_tokens: int
     input_tokens_details: InputTokensDetails
     output_tokens: int
@@ -323,14 +311,11 @@ class StoredMessage(StrictModel):
     content: list[Annotated[InputText | OutputText, Field(discriminator="type")]]
 
 
-class StoredCallOutput(StrictModel):
-    """The result of a function call."""
+class StoredCallOutput(InputCallOutput):
+    """The stored result of a function call."""
 
     id: str
-    type: Literal["function_call_output"]
     status: Status
-    call_id: str
-    output: str | list[InputText]
 
 
 class InputItemList(StrictModel):
