@@ -1,4 +1,4 @@
-"""A served model with a scripted engine, and the application around it, all in this process."""
+"""A served model with a scripted engine, and the application around it, in this process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CONTEXT = 200
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, after `</s>`, `<pad>` and `<s>`."""
+    """Make a tokenizer with one token per byte, after `</s>`, `<pad>` and `<s>`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: n for n, piece in enumerate(["</s>", "<pad>", "<s>", *alphabet])}
     library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -56,14 +56,11 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def dynamics_of(place: int) -> TokenDynamics:
-    """What the scripted network did for its token of this number, from 1."""
+    """What the scripted network did for its token number `place`, from 1."""
     return TokenDynamics(
-        input_token_id=place,
-        experts=[place % 4, 0],
-        rerouted=[True, False],
-        mu_norm=[0.5, 1.0],
+        input_token_id=place, experts=[place % 4, 0], rerouted=[True, False], mu_norm=[0.5, 1.0],
         velocity_norm=[0.0, 2.0],
-    )
+    )  # fmt: skip
 
 
 class ScriptedEngine:
@@ -113,7 +110,7 @@ class ScriptedEngine:
 
     def check_room(self, count: int = 1) -> None:
         if len(self.running) + count > self.most:
-            raise EngineBusyError("Too many wait already.", retry_after=7)
+            raise EngineBusyError("Too many requests are waiting.", retry_after=7)
 
     def submit(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, wakeup: Wakeup | None = None,
@@ -130,29 +127,19 @@ class ScriptedEngine:
         self.extras.append((priority, cache_salt))
         self.running.add(request_id)
         stream = RequestStream(self, request_id, wakeup or Wakeup())  # type: ignore[arg-type]
-        self._tasks.append(asyncio.get_running_loop().create_task(self._speak(stream, message)))
+        self._tasks.append(asyncio.get_running_loop().create_task(self._answer(stream, message)))
         return stream
 
-    async def _speak(self, stream: RequestStream, message: EngineRequest) -> None:
-        """Give the reply, one token at a time; or nothing but what is read of the prompt."""
+    async def _answer(self, stream: RequestStream, message: EngineRequest) -> None:
+        """Send the reply token by token, or only what belongs to the prompt."""
         request_id, params = message.request_id, message.params
         ids = [*self.tokenizer.encode(self.reply), 0]
         of_prompt = self._prompt_logprobs(message)
         if message.pooling or params.max_tokens == 0:
             await asyncio.sleep(0)
-            output = self.processor.process(
-                TokenOutput(
-                    request_id=request_id,
-                    token_ids=[],
-                    finish_reason="stop" if message.pooling else "length",
-                    scheduled_time=time.monotonic(),
-                    prompt_logprobs=of_prompt,
-                    embedding=self.embed(message.prompt_token_ids, message.pooling) if message.pooling else None,
-                )
-            )
-            assert output is not None
-            stream._put(output)
-            self.running.discard(request_id)
+            embedding = self.embed(message.prompt_token_ids, message.pooling) if message.pooling else None
+            reason = "stop" if message.pooling else "length"
+            self._send(stream, request_id, finish_reason=reason, prompt_logprobs=of_prompt, embedding=embedding)
             return
         for sent in count(1):
             await asyncio.sleep(0)
@@ -172,33 +159,32 @@ class ScriptedEngine:
             if params.logprobs is not None:
                 top = [(token, -0.5), (2, -1.5), (1, float("-inf"))][: params.logprobs]
                 logprobs = [TokenLogprobs(token_id=token, logprob=-0.5, top=top)]
-            output = self.processor.process(
-                TokenOutput(
-                    request_id=request_id,
-                    token_ids=[token],
-                    logprobs=logprobs,
-                    finish_reason=reason,
-                    stop_token_id=0 if stops else None,
-                    num_cached_tokens=3,
-                    scheduled_time=time.monotonic(),
-                    prompt_logprobs=of_prompt if sent == 1 else [],
-                    dynamics=[dynamics_of(sent)] if params.return_dynamics else [],
-                )
-            )
-            assert output is not None
-            stream._put(output)
-            if output.finish_reason is not None:
-                self.running.discard(request_id)
+            self._send(
+                stream, request_id, token, logprobs=logprobs, finish_reason=reason,
+                stop_token_id=0 if stops else None, num_cached_tokens=3,
+                prompt_logprobs=of_prompt if sent == 1 else [],
+                dynamics=[dynamics_of(sent)] if params.return_dynamics else [],
+            )  # fmt: skip
+            if request_id not in self.running:
                 return
+
+    def _send(self, stream: RequestStream, request_id: str, *token_ids: int, **fields: Any) -> None:
+        """Send one output; a finish reason ends the request."""
+        token = TokenOutput(request_id=request_id, token_ids=[*token_ids], scheduled_time=time.monotonic(), **fields)
+        output = self.processor.process(token)
+        assert output is not None
+        stream._put(output)
+        if output.finish_reason is not None:
+            self.running.discard(request_id)
 
     @staticmethod
     def embed(prompt: list[int], pooling: Pooling) -> list[float]:
-        """What stands for the hidden states of a prompt."""
+        """Make up the hidden states of a prompt."""
         return [float(prompt[-1] if pooling == "last" else sum(prompt)), 3.0, 0.0, -4.0]
 
     @staticmethod
     def _prompt_logprobs(message: EngineRequest) -> list[TokenLogprobs]:
-        """Each token of the prompt is the second likeliest where it stands, after `<s>`."""
+        """Make each token of the prompt the second likeliest at its position, after `<s>`."""
         count = message.params.prompt_logprobs
         if count is None:
             return []
@@ -214,7 +200,7 @@ class ScriptedEngine:
 
 
 class Harness:
-    """The application with a scripted engine; each call runs in an event loop of its own."""
+    """The application with a scripted engine; each call runs in its own event loop."""
 
     def __init__(self, **flags: Any) -> None:
         self.tokenizer = byte_tokenizer()
@@ -257,7 +243,7 @@ class Harness:
 
 
 def stream_events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The JSON of a whole stream's events; the stream must end with [DONE]."""
+    """Return the JSON of the events of a whole stream, which must end with [DONE]."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     blocks = response.text.split("\n\n")

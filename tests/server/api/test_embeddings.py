@@ -60,13 +60,13 @@ def test_the_log_counts_the_tokens_of_all_inputs(harness, caplog):
 
 def test_the_log_counts_all_inputs_until_the_engine_fails(harness, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="pyllm.server")
-    speak, spoken = harness.engine._speak, []
+    answer, answered = harness.engine._answer, []
 
-    async def speak_twelve_times(stream, message):
-        spoken.append(message)
-        await speak(stream, message) if len(spoken) <= 12 else stream._die("gone")
+    async def answer_twelve_times(stream, message):
+        answered.append(message)
+        await answer(stream, message) if len(answered) <= 12 else stream._die("gone")
 
-    monkeypatch.setattr(harness.engine, "_speak", speak_twelve_times)
+    monkeypatch.setattr(harness.engine, "_answer", answer_twelve_times)
     at_once = harness.engine.info.config.max_num_seqs
     assert at_once < 12
     assert harness.post("/v1/embeddings", {"input": [[3, 4]] * (2 * at_once)}).status_code >= 500
