@@ -1,4 +1,4 @@
-"""From a configuration to a running engine core: loads the model and sizes the KV cache."""
+"""Builds an engine from its configuration: loads the model, chooses its kernels and sizes the KV cache."""
 
 from __future__ import annotations
 
@@ -31,26 +31,20 @@ logger = logging.getLogger(__name__)
 
 # Prompt tokens that take about twice as long as a decode step of eight sequences: streams slow down threefold at most.
 PREFILL_TOKENS = {"cpu": 32, "cuda": 496}
+# (prompt tokens, sequences that decode after it)
 WARM_UP_STEPS: dict[Kernels, tuple[tuple[int, int], ...]] = {
     "native": ((16, 1), (64, 8)),
     "torch": ((16, 1), (64, 8)),
     # Each kernel is compiled for several ranges of sizes, and for multiples of 16 and other numbers.
     "triton": ((7, 1), (16, 2), (24, 4), (32, 8), (50, 16), (64, 24), (500, 33), (512, 48), (1500, 64), (2048, 100)),
 }
-"""(prompt tokens, sequences that decode after it)."""
-STEP_MARGIN = 1.1
-"""What a step takes of a GPU's memory beyond the sizes of its tensors, since free memory lies in pieces."""
-GRAPH_BYTES = 256 << 20
-"""What graphs take beside the memory that they work in, as a rule; `--gpu-memory-utilization` leaves room."""
+STEP_MARGIN = 1.1  # a step takes more of a GPU's memory than its tensors do, because free memory is fragmented
+GRAPH_BYTES = 256 << 20  # what graphs usually take in addition to the memory that they compute in
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_engine(config: EngineConfig) -> EngineCore:
-    """Load the model and make its engine.
-
-    Raises:
-        EngineStartError: the checkpoint, the device or the memory do not allow it; one plain sentence.
-    """
+    """Load the model and build its engine; raise `EngineStartError`, with one plain sentence, if that is impossible."""
     try:
         return _build(config)
     except CheckpointError as error:
@@ -58,11 +52,11 @@ def build_engine(config: EngineConfig) -> EngineCore:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        mend = "--kv-cache-memory-bytes"
+        flags = "--kv-cache-memory-bytes"
         if isinstance(error, torch.OutOfMemoryError):  # torch's type for a GPU's memory
-            mend = "--gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs"
+            flags = "--gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs"
         raise EngineStartError(
-            f"The model and its KV cache do not fit in memory: lower {mend}, or use --dtype bfloat16."
+            f"The model and its KV cache do not fit in memory: lower {flags}, or use --dtype bfloat16."
         ) from None
 
 
@@ -120,7 +114,7 @@ def resolve(config: EngineConfig, model: DeepNetwork) -> ResolvedConfig:
 
 
 def _choose_kernels(config: EngineConfig, model: DeepNetwork, device: torch.device, native: bool) -> Kernels:
-    """Give the model its operations, and say whose they are."""
+    """Give the model its operations, and return which they are."""
     if native:
         model.ops = NativeBackend(model, int8=config.quantization == "int8")
         return "native"
@@ -130,26 +124,30 @@ def _choose_kernels(config: EngineConfig, model: DeepNetwork, device: torch.devi
         return "triton"
     if config.deterministic:
         raise EngineStartError(
-            "--deterministic needs the CPU's compiled kernels or a GPU's Triton kernels, and neither can be used here."
+            "--deterministic needs the compiled CPU kernels or a GPU's Triton kernels, and neither can run here."
         )
     return "torch"
 
 
 def cuda_ops(model: DeepNetwork, *, deterministic: bool = False) -> Backend:
-    """The Triton kernels, or plain torch with a warning where they cannot run."""
-    from ..model.cuda import backend as cuda  # Triton takes its time, which nobody without a GPU should spend
+    """Return the Triton kernels, or plain torch, with a warning, if they cannot run."""
+    from ..model.cuda import backend as cuda  # slow: it imports Triton, which only a GPU needs
 
     reason = "Triton is not installed, or they cannot hold this model"
     if cuda.available(model.config):
         ops = cuda.TritonBackend(model, deterministic=deterministic)
         try:
             ops.rms_norm(model.norm[None], model.norm, model.config.rms_norm_eps)
-        except Exception as error:  # as when there is no C compiler, which Triton calls at its first kernel
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        except Exception as error:  # for example without a C compiler, which Triton calls at its first kernel
+            reason = _first_words(error)
         else:
             return ops
-    logger.warning("The Triton kernels cannot be used, and plain torch computes, which is slower: %s", reason)
+    logger.warning("The Triton kernels cannot run; using plain torch, which is slower: %s", reason)
     return model.ops
+
+
+def _first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _capture(runner: ModelRunner, maker: GraphMaker, config: ResolvedConfig) -> GraphInfo | None:
@@ -158,10 +156,7 @@ def _capture(runner: ModelRunner, maker: GraphMaker, config: ResolvedConfig) -> 
         graphs = runner.capture(maker, config.max_model_len, token_counts=token_counts(config.max_num_batched_tokens))
     except RuntimeError as error:
         runner.graphs = None
-        logger.warning(
-            "CUDA graphs cannot be recorded, so all but very large steps are slower: %s",
-            " ".join(str(error).split())[:200],
-        )
+        logger.warning("CUDA graphs cannot be recorded; all but very large steps are slower: %s", _first_words(error))
         return None
     return GraphInfo(
         sizes=tuple(graphs.sizes), mixed_sizes=tuple(graphs.mixed_sizes), seconds=graphs.seconds, bytes=graphs.bytes
@@ -225,7 +220,7 @@ def _device(config: EngineConfig) -> torch.device:
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The weights' number format; where the CPU has no instructions for BF16, FP32 is the faster one."""
+    """Choose the weights' number format: FP32 is faster on a CPU without BF16 instructions."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -233,17 +228,17 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 def check_settings(config: EngineConfig, device: torch.device, native: bool) -> None:
-    """Refuse what this device can never do, before the weights are read."""
+    """Raise `EngineStartError`, before the weights are read, for settings that this device cannot support."""
     if config.quantization == "int8" and not native:
-        raise EngineStartError("--quantization int8 needs the CPU's compiled kernels, which this machine cannot use.")
+        raise EngineStartError("--quantization int8 needs the compiled CPU kernels, which cannot run on this machine.")
     if config.kv_cache_dtype == "fp8" and native:
-        raise EngineStartError("--kv-cache-dtype fp8 needs a GPU: the CPU's compiled kernels have no such numbers.")
+        raise EngineStartError("--kv-cache-dtype fp8 needs a GPU: the compiled CPU kernels do not support it.")
     if config.kv_cache_dtype == "fp8" and not has_fp8(device):
         raise EngineStartError("--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less.")
 
 
 def kv_cache_dtype(config: EngineConfig, model: DeepNetwork) -> torch.dtype:
-    """The number format of keys and values in the cache; FP8 brings the model's weights to where it has room."""
+    """Return the number format of the KV cache; for FP8, scale the weights so that keys and values fit its range."""
     if config.kv_cache_dtype == "auto":
         return model.dtype
     for layer in model.layers:
@@ -252,5 +247,5 @@ def kv_cache_dtype(config: EngineConfig, model: DeepNetwork) -> torch.dtype:
 
 
 def block_bytes(config: DeepConfig, block_size: int, itemsize: int) -> int:
-    """Bytes of one KV block over all layers."""
+    """Return the size of one KV block over all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * block_size * itemsize

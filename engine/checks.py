@@ -1,4 +1,4 @@
-"""Decide whether an engine can ever run a request: the client refuses at once, the engine checks again."""
+"""Whether an engine can ever run a request: the client refuses at once, and the engine checks again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
     prompt = len(message.prompt_token_ids)
     if not prompt:
         raise RequestError("The prompt is empty: it needs at least one token.", code="empty_prompt")
-    if min(message.prompt_token_ids) < 0 or max(message.prompt_token_ids) >= info.vocab_size:
-        raise RequestError(f"The prompt has a token id outside 0 to {info.vocab_size - 1}.")
     params = message.params
-    named: dict[str, Collection[int]] = {
+    named: dict[str | None, Collection[int]] = {
+        None: message.prompt_token_ids,
         "stop_token_ids": params.stop_token_ids,
         "logit_bias": params.logit_bias,
         "bad_words": [*itertools.chain.from_iterable(params.bad_words)],
@@ -30,21 +29,19 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
     }
     for param, ids in named.items():
         if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
-            raise RequestError(f"{param} has a token id outside 0 to {info.vocab_size - 1}.", param=param)
-    asked = 0 if message.pooling else 1 if params.max_tokens is None else params.max_tokens
-    has = f"the prompt has {prompt} tokens" + (f" and up to {asked} more were asked for" if asked else "")
-    if prompt + asked > info.config.max_model_len:
-        raise RequestError(
-            f"This model's context is {info.config.max_model_len} tokens, but {has}.", code="context_length_exceeded"
-        )
-    if prompt + max(asked - 1, 0) > info.config.kv_capacity_tokens:  # the last token is never computed
-        raise RequestError(
-            f"The KV cache holds {info.config.kv_capacity_tokens} tokens, but {has}.", code="context_length_exceeded"
-        )
+            where = param or "The prompt"
+            raise RequestError(f"{where} has a token id outside 0 to {info.vocab_size - 1}.", param=param)
+    output = 0 if message.pooling else 1 if params.max_tokens is None else params.max_tokens
+    has = f"the prompt has {prompt} tokens" + (f" and up to {output} more were requested" if output else "")
+    context, capacity, code = info.config.max_model_len, info.config.kv_capacity_tokens, "context_length_exceeded"
+    if prompt + output > context:
+        raise RequestError(f"This model's context is {context} tokens, but {has}.", code=code)
+    if prompt + max(output - 1, 0) > capacity:  # the last token is never computed
+        raise RequestError(f"The KV cache holds {capacity} tokens, but {has}.", code=code)
     if message.pooling not in (None, "mean", "last"):
         raise RequestError(f"pooling must be 'mean' or 'last', got {message.pooling!r}.", param="pooling")
     if not -PRIORITY_LIMIT <= message.priority < PRIORITY_LIMIT:
-        raise RequestError("priority must be a 32-bit integer.", param="priority")
+        raise RequestError(f"priority must be a 32-bit integer, got {message.priority}.", param="priority")
 
 
 def resolve_request(message: EngineRequest, info: EngineInfo, seeds: random.Random) -> EngineRequest:

@@ -1,4 +1,4 @@
-"""The ways in which the engine says no: one type per kind of failure."""
+"""The errors of the engine: one type per kind of failure."""
 
 from __future__ import annotations
 
@@ -6,29 +6,20 @@ import traceback
 
 
 class RequestError(ValueError):
-    """A request that cannot be honoured as asked; the client must change it.
-
-    Attributes:
-        param: the field at fault, when one is.
-        code: a machine-readable word for the failure, such as `context_length_exceeded`.
-    """
+    """A request that must be changed before it can be served."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.param = param
-        self.code = code
+        self.param = param  # the field at fault, if it is one
+        self.code = code  # a machine-readable word, such as `context_length_exceeded`
 
 
 class EngineBusyError(RuntimeError):
-    """Too many requests wait already.
-
-    Attributes:
-        retry_after: whole seconds until it is worth asking again.
-    """
+    """The engine cannot accept more requests now."""
 
     def __init__(self, message: str, *, retry_after: int) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after = retry_after  # in whole seconds
 
 
 class EngineStartError(RuntimeError):
@@ -36,9 +27,9 @@ class EngineStartError(RuntimeError):
 
 
 class EngineDeadError(RuntimeError):
-    """The engine process has ended or failed; no request can be served any more."""
+    """The engine process has exited or failed and can serve no requests."""
 
 
 def describe(error: BaseException) -> str:
-    """What is told of a fault of ours in the log, and to no client: its traceback."""
+    """Format an internal error with its traceback, for the log and never for a client."""
     return "".join(traceback.format_exception(error)).rstrip()

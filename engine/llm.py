@@ -30,8 +30,8 @@ class Completion:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     dynamics: list[TokenDynamics] = field(default_factory=list)
 
-    def take(self, output: RequestOutput) -> None:
-        """Add what a step brought."""
+    def add(self, output: RequestOutput) -> None:
+        """Append what a step produced."""
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
@@ -44,9 +44,7 @@ class Completion:
 class LLM:
     """An engine in this process, for scripts and experiments.
 
-    Args:
-        model: folder or hub id of a checkpoint.
-        engine_args: fields of `EngineConfig`.
+    `model` is the folder or hub id of a checkpoint, and `engine_args` are fields of `EngineConfig`.
 
     Raises:
         CheckpointError: the model cannot be found or has no tokenizer.
@@ -68,37 +66,23 @@ class LLM:
         prompts: Sequence[str | list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Generate for all prompts together.
+        """Generate for all prompts together, which are texts or lists of token ids.
 
-        Args:
-            prompts: texts, or lists of token ids.
-            params: for all, or one for each; default `SamplingParams()`.
-
-        Returns:
-            One completion per prompt, in order.
-
-        Raises:
-            RequestError: a request can never run; nothing was generated.
+        `params` are for all prompts, or one for each; the default is `SamplingParams()`. Raises `RequestError`, before
+        anything is generated, if a request can never run.
         """
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         messages = self._requests(prompts, each)
         completions = [Completion(message.prompt_token_ids) for message in messages]
         for output in self._run(messages):
-            completions[int(output.request_id)].take(output)
+            completions[int(output.request_id)].add(output)
         return completions
 
     def embed(self, prompts: Sequence[str | list[int]], pooling: Pooling = "mean") -> list[list[float]]:
-        """Read the final hidden states of all prompts together, after the last norm.
+        """Return the final hidden states of each prompt, after the last norm: their mean, or that of the last token.
 
-        Args:
-            prompts: texts, or lists of token ids.
-            pooling: the mean over each prompt's tokens, or the state of its last one.
-
-        Returns:
-            For each prompt, in order, `hidden_size` numbers, not normalised.
-
-        Raises:
-            RequestError: a prompt can never run; nothing was computed.
+        Each result has `hidden_size` numbers, not normalised. Raises `RequestError`, before anything is computed, if a
+        prompt can never run.
         """
         messages = self._requests(prompts, [SamplingParams(max_tokens=1)] * len(prompts), pooling)
         found = {int(output.request_id): output.embedding or [] for output in self._run(messages)}
@@ -107,16 +91,16 @@ class LLM:
     def _requests(
         self, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams], pooling: Pooling | None = None
     ) -> list[EngineRequest]:
-        """The checked requests, named by their places."""
+        """Check the requests; their ids are their indexes."""
         requests = []
-        for place, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            request = EngineRequest(request_id=str(place), prompt_token_ids=ids, params=own, pooling=pooling)
+            request = EngineRequest(request_id=str(index), prompt_token_ids=ids, params=own, pooling=pooling)
             requests.append(resolve_request(request, self.core.info, self._seeds))
         return requests
 
     def _run(self, messages: list[EngineRequest]) -> Iterator[RequestOutput]:
-        """Step until all are finished; what each step brings to each of them."""
+        """Step until all requests are finished; yield their outputs."""
         processor = OutputProcessor(self.tokenizer)
         try:
             for message in messages:
@@ -128,8 +112,8 @@ class LLM:
                     output = processor.process(token_output)
                     if output is not None:
                         yield output
-                        if output.finish_reason is not None:
-                            self.core.abort([token_output.request_id])  # a stop string ends it unknown to the engine
+                        if output.finish_reason is not None:  # by a stop string, which the engine does not know
+                            self.core.abort([token_output.request_id])
         finally:
-            self.core.abort([message.request_id for message in messages])  # after Ctrl-C nothing may run on
+            self.core.abort([message.request_id for message in messages])  # nothing runs on after Ctrl-C
         self.core.check_idle()

@@ -1,6 +1,6 @@
-"""The engine process: owns the model, the KV cache and all compute, and speaks messages over a socket.
+"""The engine process: owns the model, the KV cache and all compute, and exchanges messages over a socket.
 
-Started by `EngineProcess` as `python -m pyllm.engine.process FD`. It ends when the other side is gone.
+Started by `EngineProcess` as `python -m pyllm.engine.process FD`. It exits when the API process closes its end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .messages import (
     Abort,
     Alive,
     CheckGrammar,
-    EngineInfo,
     EngineRequest,
     Ping,
     Shutdown,
@@ -38,35 +37,32 @@ from .messages import (
 from .step.core import EngineCore
 from .step.outputs import failure_of
 
-_GRAMMAR_READY = Abort(request_ids=[])
-"""Wakes the loop up, and asks for nothing."""
-IDLE_SECONDS = 0.1
-"""An engine without work for so long is idle, and not between two requests of a busy client."""
-PULSE_SECONDS = 0.25
-"""How often a long step says that another of its layers is done."""
+_GRAMMAR_READY = Abort(request_ids=[])  # wakes the loop, and aborts nothing
+IDLE_SECONDS = 0.1  # without work for longer, an engine is idle, rather than between two requests of a busy client
+PULSE_SECONDS = 0.25  # how often a long step reports that another of its layers is done
 
 
-class _Voice:
-    """Our side of the conversation. One thread speaks, the one that steps: its silence is the sign of a hang."""
+class Outbox:
+    """Sends messages to the API process, only from the thread that steps, so that silence reveals a hang."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._spoke = time.monotonic()
+        self._last_sent = time.monotonic()
 
-    def say(self, message: msgspec.Struct) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         """Send a message."""
         self._socket.sendall(encode_frame(message))
-        self._spoke = time.monotonic()
+        self._last_sent = time.monotonic()
 
     def on_layer(self) -> None:
-        """In a step that takes long, say that it moves on. It has so many layers, so that it cannot say so for ever."""
-        if time.monotonic() - self._spoke > PULSE_SECONDS:
-            self.say(Alive())
+        """Report progress in a long step; it has a limited number of layers, so this cannot hide a hang."""
+        if time.monotonic() - self._last_sent > PULSE_SECONDS:
+            self.send(Alive())
 
 
 def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> None:
-    """Step while there is work, taking in messages between steps; return when asked to or when left alone."""
-    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()  # None: the other side is gone
+    """Step while there is work, reading messages between steps, until told to shut down or the other side closes."""
+    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()  # None: the other side has closed
     decoder = msgspec.msgpack.Decoder(ToEngine)
 
     def receive() -> None:
@@ -76,9 +72,9 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
         finally:
             inbox.put(None)
 
-    voice = _Voice(sock)
+    outbox = Outbox(sock)
     if core.expert_stats is not None:
-        core.expert_stats.on_layer = voice.on_layer
+        core.expert_stats.on_layer = outbox.on_layer
     core.grammars.on_ready = lambda: inbox.put(_GRAMMAR_READY)
     threading.Thread(target=receive, name="receive", daemon=True).start()
     while True:
@@ -90,17 +86,17 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
             if message is _GRAMMAR_READY:
                 continue
             if isinstance(message, Ping):
-                voice.say(Alive())
+                outbox.send(Alive())
                 continue
-            refusal = _take(core, message)
-            if refusal is not None or not core.has_work:
-                outputs = [refusal] if refusal is not None else []
-                voice.say(StepOutputs(outputs=outputs, stats=core.stats()))
-        voice.say(core.step())
+            failure = _handle(core, message)
+            if failure is not None or not core.has_work:
+                outputs = [failure] if failure is not None else []
+                outbox.send(StepOutputs(outputs=outputs, stats=core.stats()))
+        outbox.send(core.step())
 
 
 def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -> ToEngine | None:
-    """The next message; an engine that waits for it in vain for a moment uses the time to check its books."""
+    """Wait for the next message; an engine that becomes idle checks first that it holds no requests or blocks."""
     if not core.has_work:
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=IDLE_SECONDS)
@@ -108,8 +104,8 @@ def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -
     return inbox.get()
 
 
-def _take(core: EngineCore, message: EngineRequest | Abort | CheckGrammar) -> TokenOutput | None:
-    """Add or abort; the answer of a request that the engine refuses or fails to take in, else None."""
+def _handle(core: EngineCore, message: EngineRequest | Abort | CheckGrammar) -> TokenOutput | None:
+    """Pass a message to the engine; return the failure of a request that cannot be added."""
     if isinstance(message, Abort):
         core.abort(message.request_ids)
     elif isinstance(message, CheckGrammar):
@@ -126,35 +122,33 @@ def _take(core: EngineCore, message: EngineRequest | Abort | CheckGrammar) -> To
 
 
 def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
-    """Read the configuration from the socket, build the engine, `prepare` it (for tests), report, serve."""
-    # A supervisor's SIGTERM may reach every process; the API process decides when this one ends, after draining.
+    """Read the configuration from the socket, build the engine, `prepare` it (for tests), report and serve."""
+    # A supervisor may send SIGTERM to every process; the API process ends this one, after draining.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[-1])) as sock:
         frames = read_frames(sock.makefile("rb"))
-        from .build import build_engine  # takes its time, in which the other side finds out what to ask for
+        from .build import build_engine  # slow, so the API process prepares the configuration meanwhile
 
         if (first := next(frames, None)) is None:
             return
-        try:
-            core = build_engine(msgspec.msgpack.decode(first, type=EngineConfig))
-        except EngineStartError as error:
-            answer: EngineInfo | StartFailed = StartFailed(message=str(error))
-        else:
-            answer = core.info
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process has exited
+            try:
+                core = build_engine(msgspec.msgpack.decode(first, type=EngineConfig))
+            except EngineStartError as error:
+                sock.sendall(encode_frame(StartFailed(message=str(error))))
+                return
             prepare(core)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process is gone, and all who waited
-            sock.sendall(encode_frame(answer))
-            if isinstance(answer, EngineInfo):
-                try:
-                    serve(core, sock, frames)
-                except (BrokenPipeError, ConnectionResetError):
-                    raise
-                except BaseException:
-                    # At once: everybody waits, and to take a broken engine apart takes time, if it ends at all.
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
+            sock.sendall(encode_frame(core.info))
+            try:
+                serve(core, sock, frames)
+            except (BrokenPipeError, ConnectionResetError):
+                raise
+            except BaseException:
+                # Exit at once: clients are waiting, and tearing down a broken engine takes time, or never ends.
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
 
 
 if __name__ == "__main__":

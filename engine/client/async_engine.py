@@ -23,25 +23,23 @@ from ..messages import (
     EngineRequest,
     EngineStats,
     FromEngine,
-    Ping,
     Pooling,
     SamplingParams,
     Shutdown,
     StartFailed,
     StepOutputs,
+    TokenOutput,
 )
 from .grammar_checks import GrammarChecks
 from .launch import EngineProcess
 from .output_processor import OutputProcessor, RequestOutput
 from .pipe import Pipe
+from .watchdog import wait_for_hang
 
 if TYPE_CHECKING:
     from ...model.tokenizer import Tokenizer
 
-LOOKS = 30
-"""How often the engine's silence is looked at before it counts as a hang."""
-EXIT_SECONDS = 1.0
-"""How long an engine that has closed its socket gets to exit, so that its exit code can be told."""
+EXIT_SECONDS = 1.0  # how long an engine that has closed its socket gets to exit, to learn its exit code
 
 
 class Wakeup:
@@ -71,7 +69,7 @@ class Wakeup:
 
 
 class RequestStream:
-    """The outputs of one request, as they come: `async for output in stream`.
+    """The outputs of one request, as they arrive: `async for output in stream`.
 
     Iteration ends after the output with a `finish_reason`, and raises `EngineDeadError` if the engine dies first.
     To stop reading earlier, call `abort`. One task can read several streams that share one `Wakeup`.
@@ -112,7 +110,7 @@ class RequestStream:
         return self._outputs.pop(0)
 
     def abort(self) -> None:
-        """Stop generating; harmless when the request is over already."""
+        """Stop generating; does nothing if the request has finished."""
         if not self._finished:
             self._finished = True
             self._wakeup.wake()
@@ -123,30 +121,25 @@ class RequestStream:
         self._finished = output.finish_reason is not None
         self._wakeup.wake()
 
-    def _die(self, message: str) -> None:
-        self._dead = message
+    def _die(self, reason: str) -> None:
+        self._dead = reason
         self._finished = True
         self._wakeup.wake()
 
 
 class AsyncEngine:
-    """Starts the engine process, sends it requests and hands out what comes back.
+    """Starts the engine process, sends it requests and hands out its outputs.
 
     Made by `AsyncEngine.start`; all methods belong to the event loop that called it.
-
-    Attributes:
-        info: sizes and limits of the engine.
-        stats: its state after the last step.
-        step_listener: called with each step's outputs, for metrics.
     """
 
     def __init__(
         self, process: EngineProcess, pipe: Pipe, info: EngineInfo, config: EngineConfig, tokenizer: Tokenizer
     ) -> None:
         self.info = info
-        self.stats = EngineStats()
-        self.step_listener: Callable[[StepOutputs], None] | None = None
-        self.error: str | None = None
+        self.stats = EngineStats()  # after the last step
+        self.step_listener: Callable[[StepOutputs], None] | None = None  # called with each step's outputs, for metrics
+        self.error: str | None = None  # why the engine is dead
         self._process = process
         self._pipe = pipe
         self._processor = OutputProcessor(tokenizer)
@@ -154,8 +147,8 @@ class AsyncEngine:
         self._grammars = GrammarChecks(pipe.send)
         self._config = config
         self._tokenizer = tokenizer
-        self._ends: deque[float] = deque(maxlen=64)
-        self._places = info.config.max_num_seqs
+        self._completions: deque[float] = deque(maxlen=64)  # times of the last ones since the engine was idle
+        self._num_running = info.config.max_num_seqs  # requests that can run in the next step, while others wait
         self._seeds = random.Random(config.seed)
         self._serial = itertools.count()
         self._closing = False
@@ -167,15 +160,9 @@ class AsyncEngine:
     async def start(
         cls, config: EngineConfig, tokenizer: Tokenizer, process: EngineProcess | None = None
     ) -> AsyncEngine:
-        """Wait until an engine process is ready.
+        """Wait until an engine process is ready: `process`, configured with `config`, or a new one.
 
-        Args:
-            config: what the engine is told.
-            tokenizer: makes text of its tokens.
-            process: one that has been told `config`; None starts one.
-
-        Raises:
-            EngineStartError: it could not start; one plain sentence.
+        Raises `EngineStartError`, with one plain sentence, if it cannot start.
         """
         if process is None:
             process = EngineProcess()
@@ -197,37 +184,31 @@ class AsyncEngine:
         code = await asyncio.to_thread(process.end, EXIT_SECONDS)
         if isinstance(message, StartFailed):
             raise EngineStartError(message.message)
-        raise EngineStartError(f"The engine process ended with code {code} while starting; its messages are above.")
+        raise EngineStartError(f"The engine process exited with code {code} while starting; its output is above.")
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests can be served."""
+        """Whether the engine can serve requests."""
         return self.error is None
 
     def check_room(self, count: int = 1) -> None:
-        """See whether `count` more requests may come now.
-
-        Raises:
-            RequestError: so many can never be taken at once.
-            EngineBusyError: more requests would wait for their turn than the queue holds.
-        """
-        queued = self.info.config.max_num_queued_reqs
-        most = queued + self.info.config.max_num_seqs
-        if count > most:
-            raise RequestError(f"This server takes at most {most} sequences at once, but {count} were asked for.")
-        # What was sent after the engine's last word may run at once if nobody waited then.
-        running = self._places if self.stats.num_waiting else self.info.config.max_num_seqs
-        excess = len(self._streams) + count - running - queued
+        """Raise `EngineBusyError` if `count` more requests do not fit in the queue, `RequestError` if they never do."""
+        queue, most = self.info.config.max_num_queued_reqs, self.info.config.max_num_seqs
+        if count > queue + most:
+            raise RequestError(f"This server accepts at most {queue + most} sequences at once, got {count}.")
+        # If none waited after the engine's last step, all that have been submitted since may start at once.
+        running = self._num_running if self.stats.num_waiting else most
+        excess = len(self._streams) + count - running - queue
         if excess > 0:
-            message = f"{queued} requests wait already, as many as this server lets wait: ask again later."
+            message = f"The queue is full: {queue} requests are waiting. Retry later."
             raise EngineBusyError(message, retry_after=self._seconds_until(excess))
 
     def _seconds_until(self, count: int) -> int:
-        """How long it will take until so many requests end, at the pace of the last ones: 1 to 60 seconds."""
-        if not self._ends:
+        """Estimate when `count` requests will have finished, from the recent rate: 1 to 60 seconds."""
+        if not self._completions:
             return 1
-        pace = (time.monotonic() - self._ends[0]) / len(self._ends)
-        return min(max(math.ceil(count * pace), 1), 60)
+        seconds_each = (time.monotonic() - self._completions[0]) / len(self._completions)
+        return min(max(math.ceil(count * seconds_each), 1), 60)
 
     async def check_grammar(self, grammar: str, param: str | None = None) -> None:
         """Return if the engine can follow a grammar.
@@ -235,7 +216,7 @@ class AsyncEngine:
         Raises:
             RequestError: it is invalid, nothing satisfies it, or it takes too long; `param` is the field at fault.
             EngineBusyError: too many others are being compiled, or the machine is too busy.
-            EngineDeadError: the engine is gone.
+            EngineDeadError: the engine is dead.
         """
         if self.error is not None:
             raise EngineDeadError(self.error)
@@ -252,26 +233,19 @@ class AsyncEngine:
         pooling: Pooling | None = None,
         wakeup: Wakeup | None = None,
     ) -> RequestStream:
-        """Send a request to the engine at once.
+        """Send a request to the engine; its fields are those of `EngineRequest`, but `request_id` need not be unique.
 
-        Args:
-            request_id: for people; need not be unique.
-            prompt_token_ids: at least one token.
-            params: `max_tokens` None takes the rest of the context; `seed` None draws one.
-            priority: lower goes first, under the scheduling policy `priority`.
-            cache_salt: only requests of one salt share computed prefixes.
-            pooling: generate nothing and answer with the prompt's final hidden states, in one output's `embedding`.
-            wakeup: set when there is something to `drain`, for a task that reads several streams.
+        `wakeup` is woken when there is something to `drain`, for a task that reads several streams.
 
         Raises:
             RequestError: the request can never run.
-            EngineBusyError: too many wait already.
-            EngineDeadError: the engine is gone.
+            EngineBusyError: the queue is full.
+            EngineDeadError: the engine is dead.
         """
         if self.error is not None:
             raise EngineDeadError(self.error)
         self.check_room()
-        # Never used twice: what is still under way for an aborted request must not reach one of the same name.
+        # Never used twice: outputs in flight for an aborted request must not reach another one with its id.
         wire_id = f"{request_id}#{next(self._serial)}"
         message = EngineRequest(
             request_id=wire_id, prompt_token_ids=prompt_token_ids, params=params,
@@ -285,18 +259,18 @@ class AsyncEngine:
         return stream
 
     async def wait_dead(self) -> str:
-        """Return, with the reason, when the engine has died of itself."""
+        """Return, with the reason, when the engine has died by itself."""
         await self._died.wait()
         return self.error or ""
 
     async def successor(self) -> AsyncEngine:
-        """A new engine for the same configuration, with the same listener; raises `EngineStartError`."""
+        """Start another engine with the same configuration and listener; raises `EngineStartError`."""
         engine = await AsyncEngine.start(self._config, self._tokenizer)
         engine.step_listener = self.step_listener
         return engine
 
-    async def shutdown(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109  (the process gets this long to end)
-        """End the engine process; requests that still run get `EngineDeadError`."""
+    async def shutdown(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - the process gets this long to exit
+        """End the engine process; requests that are still running get `EngineDeadError`."""
         self._closing = True
         if not self._watcher.done():
             self._pipe.send(Shutdown())
@@ -312,18 +286,19 @@ class AsyncEngine:
                 self._pipe.send(Abort(request_ids=[wire_id]))
 
     async def _watch(self) -> None:
-        """When the engine process is gone, or hangs, tell everyone who waits, and make sure that it is gone."""
-        hang = asyncio.create_task(self._silence(), name="engine-silence")
+        """Wait until the engine process exits or hangs; then fail all requests, and kill it if it still runs."""
+        timeout = self.info.config.engine_hang_timeout
+        hang = asyncio.create_task(wait_for_hang(self._pipe, timeout), name="engine-watchdog")
         await asyncio.wait((self._pipe.ended, hang), return_when=asyncio.FIRST_COMPLETED)
         if not self._pipe.ended.done():
-            reason = f"The engine has made no progress for {self.info.config.engine_hang_timeout:g} s (a hang)."
+            reason = f"The engine has made no progress for {timeout:g} s (a hang)."
         elif (fault := self._pipe.ended.result()) is not None:
-            # Whatever went wrong here, nobody would ever be answered again: that is a dead engine.
+            # After any exception here, outputs can be lost, so the engine counts as dead.
             reason = f"The engine's messages could not be handled ({fault!r})."
         else:
-            self.error = "The engine process has ended."  # seen at once, and told in full when it has exited
+            self.error = "The engine process has exited."  # known at once; the code, when it has been waited for
             code = await asyncio.to_thread(self._process.end, EXIT_SECONDS)
-            reason = "The server is shutting down." if self._closing else f"The engine process has ended (code {code})."
+            reason = "The server is shutting down." if self._closing else f"The engine process exited with code {code}."
         hang.cancel()
         self.error = reason
         self.stats = msgspec.structs.replace(self.stats, num_running=0, num_waiting=0, kv_cache_usage=0.0)
@@ -336,56 +311,42 @@ class AsyncEngine:
         self._pipe.close()
         await asyncio.to_thread(self._process.end)
 
-    async def _silence(self) -> None:
-        """Return when the engine has said nothing for `engine_hang_timeout`, although it was asked to.
-
-        A word of the engine is a sign that its main loop moves on: a step's outputs, an answer to a ping, or that
-        another layer of a long step is done. Time is counted in looks, so that a pause of this process is not held
-        against the engine, whose words have piled up meanwhile.
-        """
-        heard, silent = self._pipe.num_heard, 0
-        while silent < LOOKS - 1:  # its last word may be up to one look older than the first of these
-            await asyncio.sleep(self.info.config.engine_hang_timeout / LOOKS)
-            silent = silent + 1 if self._pipe.num_heard == heard else 0
-            heard = self._pipe.num_heard
-            if silent == LOOKS // 3:
-                self._pipe.send(Ping())
-
     def _dispatch(self, message: FromEngine) -> None:
-        """Hand out what a step has brought; one call, and one wake-up of each reader, for all of it."""
+        """Hand out what one step produced, with one wakeup per reader."""
         if isinstance(message, Alive):
             return
         if not isinstance(message, StepOutputs):
-            raise TypeError(f"{type(message).__name__} in the middle of the conversation")
+            raise TypeError(f"unexpected message {type(message).__name__}")
         self.stats = message.stats
         for verdict in message.verdicts:
             self._grammars.resolve(verdict)
+        if message.stats.step_tokens:  # waiting requests replace those that finished in this step
+            finished = sum(output.finish_reason is not None for output in message.outputs)
+            self._num_running = message.stats.num_running + finished
         now = time.monotonic()
-        aborts: list[str] = []
-        if message.stats.step_tokens:  # who has ended in this step leaves a place that the next step gives away
-            ended = sum(output.finish_reason is not None for output in message.outputs)
-            self._places = message.stats.num_running + ended
-        for token_output in message.outputs:
-            wire_id = token_output.request_id
-            stream = self._streams.get(wire_id)
-            if stream is None:
-                continue  # aborted while the step ran
-            try:
-                output = self._processor.process(token_output, now)
-            except Exception as error:
-                # A fault in one request's text ends that request and nobody else's.
-                output = self._processor.abort(wire_id, error=describe(error))
-            if output is None:
-                continue
-            stream._put(output)
-            if output.finish_reason is not None:
-                del self._streams[wire_id]
-                self._ends.append(now)
-                if token_output.finish_reason is None:  # a stop string ended it: the engine does not know yet
-                    aborts.append(wire_id)
+        stopped = [output.request_id for output in message.outputs if self._deliver(output, now)]
         if not self._streams:
-            self._ends.clear()  # the time without work is no pace
-        if aborts:
-            self._pipe.send(Abort(request_ids=aborts))
+            self._completions.clear()  # idle time says nothing about the rate
+        if stopped:
+            self._pipe.send(Abort(request_ids=stopped))
         if self.step_listener is not None:
             self.step_listener(message)
+
+    def _deliver(self, token_output: TokenOutput, now: float) -> bool:
+        """Pass an output to its stream; return True if it ended here, by a stop string unknown to the engine."""
+        wire_id = token_output.request_id
+        stream = self._streams.get(wire_id)
+        if stream is None:  # aborted while the step ran
+            return False
+        try:
+            output = self._processor.process(token_output, now)
+        except Exception as error:  # in one request's text: only that request ends
+            output = self._processor.abort(wire_id, error=describe(error))
+        if output is None:
+            return False
+        stream._put(output)
+        if output.finish_reason is None:
+            return False
+        del self._streams[wire_id]
+        self._completions.append(now)
+        return token_output.finish_reason is None

@@ -1,4 +1,4 @@
-"""Starts the engine process. Light, so that a command can start it first and import what it needs itself meanwhile."""
+"""Starts the engine process. Imports little, so that a command can start it before it loads its own modules."""
 
 from __future__ import annotations
 
@@ -14,24 +14,19 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from ..config import EngineConfig
 
-# Compute threads that spin while they wait take the processor from the very thread they wait for as soon as anything
-# else runs: beside one busy process a step took 280 ms so. Threads that spin for a moment and then sleep lose little
-# when the machine is quiet (17 ms a step against 14) and keep going when it is not (29). Only OpenMP's own start can be
-# told; what the user has set wins, and a spin count would silence the user's wait policy.
+# While compute threads spin, they take the processor from the thread that they wait for as soon as another program
+# runs: with one other busy process a step took 280 ms. Threads that spin briefly and then sleep take 17 ms instead of
+# 14 on a quiet machine, and 29 on that busy one. Only OpenMP's start-up reads these. The user's own settings win, and
+# a spin count would override the user's wait policy.
 THREAD_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
-# One heap for all threads, where the C library would give each its own: what one thread frees, all can use again. With
-# several the engine's memory still grew after eight minutes of mixed load, with one it stays the same after two.
+# One heap for all threads instead of one each, so that every thread can reuse what another has freed: with several, the
+# engine's memory still grew after eight minutes of mixed load; with one, it is constant after two.
 MEMORY_SETTINGS = {"MALLOC_ARENA_MAX": "1"}
-
-KILL_SECONDS = 3.0
-"""How long a killed process is waited for."""
+KILL_SECONDS = 3.0  # how long to wait for a killed process
 
 
 def python() -> list[str]:
-    """The command of an interpreter like this one: without asserts, the environment or the user's packages where it is.
-
-    A file of the folder it is started in is never taken for a module.
-    """
+    """Return the command of an interpreter with this one's flags, which never imports from the current folder."""
     flags = sys.flags
     return [sys.executable, "-P" + "O" * flags.optimize + "E" * flags.ignore_environment + "s" * flags.no_user_site]
 
@@ -40,14 +35,14 @@ class EngineProcess:
     """A process of `pyllm.engine.process`, which loads its libraries at once and then waits to be configured."""
 
     command: ClassVar[Sequence[str]] = ("-m", "pyllm.engine.process")
-    """What Python runs, with the descriptor of its end of the socket as the last argument."""
+    """What Python runs; the descriptor of the engine's end of the socket follows as the last argument."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.socket, theirs = socket.socketpair()  # our end and the engine's
+        self.socket, theirs = socket.socketpair()
         with theirs:
             try:
-                # A session of its own: Ctrl-C in a terminal is for this process, which then decides.
+                # In a session of its own, so that Ctrl-C in a terminal reaches only this process, which then decides.
                 self._process = subprocess.Popen(
                     [*python(), *self.command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
@@ -58,24 +53,24 @@ class EngineProcess:
                 raise
 
     def configure(self, config: EngineConfig) -> None:
-        """Tell it, once, what to load; does not wait for it."""
+        """Send the process its settings, once, without waiting for it."""
         from ..messages import encode_frame
 
-        with contextlib.suppress(OSError):  # it has ended, which whoever waits for its answer will find out
+        with contextlib.suppress(OSError):  # it has exited, which shows when its answer is read
             self.socket.sendall(encode_frame(config))
 
     def end(self, seconds: float = 0.0) -> int | None:
-        """End it, after so many seconds to do so itself; return its exit code, None if not even a kill helps.
+        """Wait `seconds` for the process to exit, then kill it; return its exit code, or None if even that fails.
 
-        Blocks for that long. Harmless when it has ended; the socket is left to whoever reads it.
+        Blocks. The socket stays open.
         """
         for patience in (seconds, KILL_SECONDS):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self._process.wait(patience)
             self._process.kill()
-        return None  # it is stuck in the operating system, as with a driver that hangs
+        return None  # it is stuck in the operating system, for example in a driver that hangs
 
     def kill(self) -> None:
-        """End it now, whatever it does, and close the socket; harmless when it has ended."""
+        """Kill the process and close the socket; does nothing if it has exited."""
         self.end()
         self.socket.close()

@@ -1,4 +1,4 @@
-"""From the engine's tokens to released text: incremental detokenisation, stop strings and how a request ends."""
+"""Turns the engine's tokens into text: incremental detokenization, stop strings and how a request ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("pyllm.engine")
 
 
 class RequestTimes(NamedTuple):
-    """Moments of a request's life so far, in seconds of `time.monotonic()`; 0 for what has not happened."""
+    """When a request reached each stage, in seconds of `time.monotonic()`; 0 where it has not."""
 
     arrival: float
     scheduled: float = 0.0
@@ -26,61 +26,43 @@ class RequestTimes(NamedTuple):
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What is new about one request (a struct, for it is made at every token, and a dataclass takes 2 µs for that).
-
-    Attributes:
-        text: newly released text; never half a character, nor what may still become a stop string.
-        token_ids: new ids, an id that ended the sequence included.
-        logprobs: one per new id, or [] where none were asked for.
-        finish_reason: None while more is to come.
-        stop_reason: the stop string or the asked-for stop id that ended it; None for the model's own end.
-        num_output_tokens: since the start.
-        error: one sentence, with finish_reason "error".
-        refused: the error is the request's own fault.
-        prompt_logprobs: of the prompt's next tokens, where asked for; all have come when the first token does.
-        dynamics: one per new id, or [] where none were asked for.
-        embedding: the answer of a request with pooling.
-    """
+    """What is new about one request: a struct, because one is made per token and a dataclass takes 2 µs longer."""
 
     request_id: str
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
+    text: str  # never half a character, nor what may still become a stop string
+    token_ids: list[int]  # with an id that ended the sequence
+    logprobs: list[TokenLogprobs]  # one per id, if requested
     finish_reason: FinishReason | None
-    stop_reason: str | int | None
+    stop_reason: str | int | None  # the stop string or the requested stop id; None for the model's own end
     num_prompt_tokens: int
-    num_output_tokens: int
+    num_output_tokens: int  # so far
     num_cached_tokens: int
     times: RequestTimes
-    error: str | None = None
-    refused: bool = False
-    prompt_logprobs: list[TokenLogprobs] = []
-    dynamics: list[TokenDynamics] = []
+    error: str | None = None  # one sentence, with the finish reason "error"
+    refused: bool = False  # the error is the request's own fault
+    prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's next tokens; the last come with the first token
+    dynamics: list[TokenDynamics] = []  # one per id, if requested
     embedding: list[float] | None = None
 
 
 class StopMatcher:
-    """Finds the first stop string in text that comes in pieces, and holds back only what may begin one.
+    """Finds the first stop string in text that arrives in pieces, and holds back only what may begin one.
 
     The string that is complete first ends the text; of several complete at the same character, the one that starts
-    first. Where the pieces are cut makes no difference. Work is linear in the new text.
+    first. How the text is cut into pieces makes no difference, and the work is linear in its length. `include` leaves
+    the found string in the text.
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
-        """`stops` are not empty strings; `include` leaves the found string in the text."""
         self._stops = tuple(dict.fromkeys(stops))
         self._include = include
         self._firsts = frozenset(stop[0] for stop in self._stops)
         self._borders = [_borders(stop) for stop in self._stops]
         self._matched = [0] * len(self._stops)
-        self.held = ""
-        """Text that is not released: the longest suffix that begins a stop string."""
+        self.held = ""  # the longest suffix that begins a stop string, not released yet
 
     def feed(self, text: str, armed: bool = True) -> tuple[str, str | None]:
-        """Take more text; return the text released by it, and the stop string if one is complete.
-
-        With `armed` false, stop strings that end in `text` are text like any other.
-        """
+        """Add text; return the text that is released, and the stop string that is complete, if `armed`."""
         if not self.held and self._firsts.isdisjoint(text):
             return text, None
         pending = self.held + text
@@ -95,7 +77,7 @@ class StopMatcher:
         return pending[:kept], None
 
     def _advance(self, character: str) -> list[str]:
-        """Move every stop string's automaton on by one character; return those now complete."""
+        """Advance every stop string's automaton by one character; return the strings that are complete."""
         complete = []
         for n, (stop, borders) in enumerate(zip(self._stops, self._borders, strict=True)):
             length = self._matched[n]
@@ -110,7 +92,7 @@ class StopMatcher:
 
 
 def _borders(pattern: str) -> list[int]:
-    """For each prefix length of `pattern`, the longest shorter prefix that is also that prefix's suffix."""
+    """Return, for each prefix length, the longest shorter prefix that is also a suffix (Knuth-Morris-Pratt)."""
     borders = [0, 0]
     for character in pattern[1:]:
         length = borders[-1]
@@ -132,24 +114,36 @@ class _TextState:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
 
-    def take(self, token_id: int) -> tuple[str, str | None]:
-        """Add one token's text; return what it releases, and the stop string that it completes."""
-        return self.matcher.feed(self.stream.step(token_id), self.num_output_tokens >= self.params.min_tokens)
+    def add_tokens(self, token_ids: Sequence[int], hidden: int) -> tuple[str, str | None, int]:
+        """Return the released text, the stop string if one is complete, and how many tokens were used until then.
+
+        The `hidden`th token, if any, has no text.
+        """
+        pieces, used, stop = [], 0, None
+        for used, token_id in enumerate(token_ids, 1):
+            self.num_output_tokens += 1
+            if used != hidden:
+                armed = self.num_output_tokens >= self.params.min_tokens
+                text, stop = self.matcher.feed(self.stream.step(token_id), armed)
+                pieces.append(text)
+                if stop is not None:
+                    break
+        return "".join(pieces), stop, used
 
 
 class OutputProcessor:
-    """The one owner of each running request's text. Not for use from several threads."""
+    """Owns the text of each running request. Not thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._states: dict[str, _TextState] = {}
 
     def __len__(self) -> int:
-        """Number of unfinished requests."""
+        """Count the unfinished requests."""
         return len(self._states)
 
     def add(self, request_id: str, num_prompt_tokens: int, params: SamplingParams) -> None:
-        """Expect outputs of a new request; `ValueError` if one of this id is still running."""
+        """Expect outputs of a new request; raise `ValueError` if its id is in use."""
         if request_id in self._states:
             raise ValueError(f"Request {request_id} is already running.")
         self._states[request_id] = _TextState(
@@ -161,31 +155,21 @@ class OutputProcessor:
         )
 
     def process(self, output: TokenOutput, now: float | None = None) -> RequestOutput | None:
-        """What an engine's output means for its request; None when that has already ended.
+        """Turn an engine's output into text; return None if its request has already finished.
 
-        Where a stop string ends a request, the engine knows nothing of it: a result with a finish reason for an
-        output without one tells the caller to abort the request there. `now` is `time.monotonic()`, which a caller
-        with many outputs asks only once.
+        If the result has a finish reason and the output has none, a stop string has ended the request, and the caller
+        must abort it in the engine. `now` is `time.monotonic()`, which a caller with many outputs reads only once.
         """
         state = self._states.get(output.request_id)
         if state is None:
             return None
         if output.error is not None and not output.refused:
-            logger.error("Request %s ended by a fault of ours:\n%s", output.request_id, output.error)
-        params, pieces, taken = state.params, [], 0
-        stop: str | None = None
-        stop_id, hidden = output.stop_token_id, 0
+            logger.error("Request %s failed with an internal error:\n%s", output.request_id, output.error)
+        params, stop_id, hidden = state.params, output.stop_token_id, 0
         if stop_id is not None and not (params.include_stop_str_in_output and stop_id in params.stop_token_ids):
             hidden = len(output.token_ids)
-        for token_id in output.token_ids:
-            taken += 1
-            state.num_output_tokens += 1
-            if taken != hidden:
-                text, stop = state.take(token_id)
-                pieces.append(text)
-                if stop is not None:
-                    break
-        if taken or output.scheduled_time:
+        text, stop, used = state.add_tokens(output.token_ids, hidden)
+        if used or output.scheduled_time:
             arrival, scheduled, first, _ = state.times
             now = time.monotonic() if now is None else now
             state.times = RequestTimes(arrival, scheduled or output.scheduled_time, first or now, now)
@@ -193,12 +177,12 @@ class OutputProcessor:
         finish_reason: FinishReason | None = output.finish_reason if stop is None else "stop"
         if finish_reason is not None:
             del self._states[output.request_id]
-            pieces.append(state.matcher.held)
+            text += state.matcher.held
         return RequestOutput(
             request_id=output.request_id,
-            text="".join(pieces),
-            token_ids=output.token_ids if stop is None else output.token_ids[:taken],
-            logprobs=output.logprobs if stop is None else output.logprobs[:taken],
+            text=text,
+            token_ids=output.token_ids[:used],
+            logprobs=output.logprobs[:used],
             finish_reason=finish_reason,
             stop_reason=stop_id if stop is None and stop_id in params.stop_token_ids else stop,
             num_prompt_tokens=state.num_prompt_tokens,
@@ -208,11 +192,11 @@ class OutputProcessor:
             error=output.error,
             refused=output.refused,
             prompt_logprobs=output.prompt_logprobs,
-            dynamics=output.dynamics if stop is None else output.dynamics[:taken],
+            dynamics=output.dynamics[:used],
             embedding=output.embedding,
         )
 
     def abort(self, request_id: str, *, error: str | None = None) -> RequestOutput | None:
-        """End a request from this side, as "error" where one is given; None when it has already ended."""
+        """End a request from this side, because of an `error` if given; return None if it has already finished."""
         reason: FinishReason = "abort" if error is None else "error"
         return self.process(TokenOutput(request_id=request_id, token_ids=[], finish_reason=reason, error=error))

@@ -1,4 +1,4 @@
-"""Our end of the socket to the engine process."""
+"""The API process's end of the socket to the engine process."""
 
 from __future__ import annotations
 
@@ -14,28 +14,23 @@ _decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngi
 
 
 class Pipe(asyncio.Protocol):
-    """What the engine says is handed out as it arrives, without waking a task.
-
-    Attributes:
-        on_message: gets each message; whatever it raises ends the conversation.
-        num_heard: how often something has come.
-        ended: done, with that exception or None, when nothing will come any more.
-    """
+    """Calls `on_message` with each message from the engine as it arrives; what that raises closes the pipe."""
 
     def __init__(self, on_message: Callable[[FromEngine], None]) -> None:
         self.on_message = on_message
-        self.num_heard = 0
+        self.num_received = 0  # how often data has arrived
+        # Done, with an exception or None, when no more messages can arrive.
         self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep what can be written to."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        """Keep the transport to write to."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
 
     def data_received(self, data: bytes) -> None:
-        """Hand out the messages that are whole by now."""
-        self.num_heard += 1
+        """Handle the messages that are complete by now."""
+        self.num_received += 1
         self._buffer += data
         start = 0
         try:
@@ -52,7 +47,7 @@ class Pipe(asyncio.Protocol):
         del self._buffer[:start]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The other side has closed."""
+        """Note that the engine has closed its end."""
         self._transport = None
         self._end(None)
 
@@ -61,12 +56,12 @@ class Pipe(asyncio.Protocol):
             self.ended.set_result(error)
 
     def send(self, message: msgspec.Struct) -> None:
-        """Write a message; nothing happens where the other side is gone."""
+        """Send a message, or drop it if the engine has closed its end."""
         if self._transport is not None:
             self._transport.write(encode_frame(message))
 
     def close(self) -> None:
-        """Let go of the socket, whatever still waits to be sent."""
+        """Close the socket and drop what is not sent yet."""
         if self._transport is not None:
             self._transport.abort()
             self._transport = None

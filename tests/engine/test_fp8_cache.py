@@ -177,5 +177,5 @@ def test_the_compiled_kernels_refuse_it_in_one_sentence(tiny_checkpoint, monkeyp
     with pytest.raises(EngineStartError) as caught:
         engine(tiny_checkpoint)
     assert str(caught.value) == (
-        "--kv-cache-dtype fp8 needs a GPU: the CPU's compiled kernels have no such numbers."
+        "--kv-cache-dtype fp8 needs a GPU: the compiled CPU kernels do not support it."
     )  # fmt: skip

@@ -37,7 +37,7 @@ def test_kernels_that_cannot_run_are_replaced_with_a_warning(tiny_checkpoint, mo
     monkeypatch.setattr(cuda, "available", lambda config: True)
     monkeypatch.setattr(cuda, "TritonBackend", Broken)
     assert cuda_ops(model) is model.ops
-    assert "plain torch computes, which is slower: Failed to find C compiler. Please specify one" in caplog.text
+    assert "using plain torch, which is slower: Failed to find C compiler. Please specify one" in caplog.text
     monkeypatch.setattr(cuda, "available", lambda config: False)
     assert cuda_ops(model) is model.ops
     assert "Triton is not installed" in caplog.text
@@ -77,7 +77,7 @@ def test_deterministic_on_a_gpu_works_or_refuses(tiny_checkpoint, monkeypatch, u
     assert made == [True] * usable
     if not usable:
         assert str(caught.value) == (
-            "--deterministic needs the CPU's compiled kernels or a GPU's Triton kernels, and neither can be used here."
+            "--deterministic needs the compiled CPU kernels or a GPU's Triton kernels, and neither can run here."
         )
 
 

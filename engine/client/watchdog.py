@@ -1,0 +1,26 @@
+"""Notices a hung engine: a process that still runs but makes no progress."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..messages import Ping
+from .pipe import Pipe
+
+CHECKS = 30  # how often the engine is checked within the timeout
+
+
+async def wait_for_hang(pipe: Pipe, timeout: float) -> None:  # noqa: ASYNC109 - it returns when the time is up
+    """Return when the engine has sent nothing for `timeout` seconds, although it was pinged.
+
+    Each message shows that its main loop makes progress: a step's outputs, the answer to a ping, or, in a long step,
+    the end of another layer. Time is counted in checks, so that a pause of this process, in which messages pile up
+    unread, does not count as a hang.
+    """
+    received, silent = pipe.num_received, 0
+    while silent < CHECKS - 1:  # the last message may be up to one check older than the first silent one
+        await asyncio.sleep(timeout / CHECKS)
+        silent = silent + 1 if pipe.num_received == received else 0
+        received = pipe.num_received
+        if silent == CHECKS // 3:
+            pipe.send(Ping())
