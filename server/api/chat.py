@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -196,8 +195,9 @@ def read_conversation(body: ChatCompletionRequest, model: ServedModel) -> Conver
     """Return the conversation that a request asks for; raises `RequestError`."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    return replace(
-        read_chat(body.messages, body),
+    return read_chat(
+        body.messages,
+        body,
         sampling={**read_sampling(body, model), "logprobs": (body.top_logprobs or 0) if body.logprobs else None},
         max_tokens=body.max_completion_tokens or body.max_tokens,
         tool_choice=_tool_choice(body.tool_choice),

@@ -100,8 +100,8 @@ class TemplateOptions(StrictModel):
     )
 
 
-def read_chat(messages: list[Message], options: TemplateOptions) -> Conversation:
-    """Return the conversation of these messages."""
+def read_chat(messages: list[Message], options: TemplateOptions, **more: Any) -> Conversation:
+    """Return the conversation of these messages, with `more` of its fields."""
     return Conversation(
         messages=[_message(message, n) for n, message in enumerate(messages)],
         tools=[
@@ -113,6 +113,7 @@ def read_chat(messages: list[Message], options: TemplateOptions) -> Conversation
         add_generation_prompt=options.add_generation_prompt,
         continue_final_message=bool(options.continue_final_message),
         template_variables=options.chat_template_kwargs or {},
+        **more,
     )
 
 

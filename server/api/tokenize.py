@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -82,9 +81,9 @@ async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
         raise RequestError(
             "add_special_tokens is only for a prompt: messages have those of the template.", param="add_special_tokens"
         )
-    conversation = await off_loop_if_large(read_chat, body.messages, body)
     # keep_tokens allows more tokens than the context has.
-    return (await prepare_turn(replace(conversation, keep_tokens=MAX_INT), model)).prompt
+    conversation = await off_loop_if_large(read_chat, body.messages, body, keep_tokens=MAX_INT)
+    return (await prepare_turn(conversation, model)).prompt
 
 
 async def detokenize(context: RequestContext, body: DetokenizeRequest, model: ServedModel) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import minijinja
@@ -106,18 +106,15 @@ class ChatTemplate:
             add_generation_prompt = not continue_final_message
         if not messages:
             raise ChatTemplateError("messages must not be empty.")
-        chat = [self._prepare(message) for message in messages]
-        variables = variables or {}
         described = None if tools is None else [_describe(tool) for tool in tools]
-        strings = list(_strings([chat, described, variables]))
-        free = (c for c in NONCHARACTERS if c not in self.source and not any(c in text for text in strings))
+        given: Any = [[self._prepare(message) for message in messages], described, variables or {}]
+        texts = self.source + json.dumps(given, ensure_ascii=False)
+        free = (c for c in NONCHARACTERS if c not in texts)
         guard, mark = next(free, ""), next(free, "")
         if not mark:
             raise ChatTemplateError("The messages have too many Unicode noncharacters.")
-        if any(map(self._tokenizer.spells_added, strings)):
-            chat, described, variables = self._shielded([chat, described, variables], guard)
-        given = {"tools": described, **variables}
-        text = self._text(chat, given, mark, add_generation_prompt, continue_final_message)
+        chat, described, variables = self._shielded(given, guard)
+        text = self._text(chat, {"tools": described, **variables}, mark, add_generation_prompt, continue_final_message)
         ids = self._tokenizer.encode_prompt(text, guard=guard)
         bos = self._tokenizer.bos_token_id
         return [bos, *ids] if self._tokenizer.adds_bos and bos is not None and ids[:1] != [bos] else ids
@@ -151,13 +148,10 @@ class ChatTemplate:
                 "chat", messages=chat, add_generation_prompt=add_generation_prompt, **given, **self._tokens
             )
         except minijinja.TemplateError as error:
+            message = f"The model's chat template cannot render these messages: {error.message}."
             if error.kind == "OutOfFuel":
-                raise ChatTemplateError(
-                    "The messages take too long to render with the model's chat template: send fewer or shorter ones."
-                ) from None
-            raise ChatTemplateError(
-                f"The model's chat template cannot render these messages: {error.message}."
-            ) from None
+                message = "The messages take too long to render with the model's chat template: send fewer."
+            raise ChatTemplateError(message) from None
         if len(text) > MAX_CHARACTERS:
             raise ChatTemplateError(f"The rendered messages have {len(text)} characters, at most {MAX_CHARACTERS}.")
         return text
@@ -186,7 +180,7 @@ class ChatTemplate:
     def _shielded(self, value: Any, guard: str) -> Any:
         """Return `value` with `guard` inside each special token that its strings spell out."""
         if isinstance(value, str):
-            return self._tokenizer.shield(value, guard)
+            return self._tokenizer.shield(value, guard) if self._tokenizer.spells_added(value) else value
         if isinstance(value, Mapping):
             return {self._shielded(key, guard): self._shielded(item, guard) for key, item in value.items()}
         return [self._shielded(item, guard) for item in value] if isinstance(value, (list, tuple)) else value
@@ -235,25 +229,8 @@ def is_deeper(value: Any, levels: int) -> bool:
     return bool(inner)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every string in nested lists and dictionaries, including keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
-
-
 def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     # The library's own filter escapes <, > and & for HTML, which no chat model was trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,31 +68,38 @@ class ToolOptions:
 
     def _rules(self, with_answer: bool) -> str:
         """Return the rules of the turn in llguidance's Lark: calls, and the other text that is allowed."""
-        opening, separator = self.format.opening, self.format.separator
+        opening, separator, quote = self.format.opening, self.format.separator, json.dumps
         free = self.mode == "auto" and not with_answer
         led = bool(free and opening)
         starts = [self.format.start(tool.name).removeprefix(opening) for tool in self.tools]
-        bodies = [f"{_quoted(start)} @arguments_{n} {_quoted(self.format.end)}" for n, start in enumerate(starts)]
-        more = f" ({_quoted(separator)} call)" if separator else " call"
+        bodies = [f"{quote(start)} @arguments_{n} {quote(self.format.end)}" for n, start in enumerate(starts)]
+        more = f" ({quote(separator)} call)" if separator else " call"
         calls = f"call{more}{{0,{MAX_CALLS - 1}}}" if self.parallel else "call"
         if led:
             start = "(LEAD call)* TEXT?" if self.parallel else "LEAD call | TEXT?"
         else:
             start = f"{calls} | TEXT?" if free else f"{calls} | @answer" if with_answer else calls
         rules = [f"start: {start}"]
-        rules.append(f"call: {'' if led or not opening else _quoted(opening)} ({' | '.join(bodies)})")
+        rules.append(f"call: {'' if led or not opening else quote(opening)} ({' | '.join(bodies)})")
         if free:
-            begun = _escaped(opening) if opening else r'\{[ \t\r\n]*"name"'
+            begun = re.escape(opening).replace("/", r"\/") if opening else r'\{[ \t\r\n]*"name"'
             before = r"(.|\n)*" if opening else r"[ \t\r\n;,]*"
             rules.append(rf"TEXT: /(.|\n)*/ & ~/{before}{begun}(.|\n)*/")
         if led:
             # The lexer takes the longest match and does not backtrack, so the opening belongs to the text before it.
-            rules.append(f"LEAD: TEXT {_quoted(opening)}")
+            rules.append(f"LEAD: TEXT {quote(opening)}")
         return "\n".join(rules)
 
 
 def read_tools(conversation: Conversation, format_: ToolCallFormat) -> ToolOptions | None:
     """Return the tools that a turn may call, None if it may call none; raises `RequestError`."""
+    called: set[str] = set()
+    for message in conversation.messages:
+        called.update(call.id for call in message.calls)
+        if message.call_id is not None and message.call_id not in called:
+            field = message.call_id_field
+            text = f"{field}: no earlier message has a tool call with the id {shorten(message.call_id)!r}."
+            raise RequestError(text, param=field)
     tools, choice = conversation.tools, conversation.tool_choice
     by_name: dict[str, Tool] = {}
     for tool in tools:
@@ -129,16 +137,5 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
 
 def _named(name: str, grammar: str) -> dict[str, Any]:
     """Return a grammar as part of another, which refers to it as `@name`."""
-    if grammar.lstrip().startswith("{"):
-        (part,) = json.loads(grammar)["grammars"]
-        return {**part, "name": name}
-    return {"name": name, "lark_grammar": grammar}
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
-
-
-def _escaped(text: str) -> str:
-    """Return a regular expression, for between slashes, that matches `text`."""
-    return "".join(f"\\{c}" if c in r".^$*+?{}[]\|()/-" else c for c in text)
+    (part,) = json.loads(grammar)["grammars"]
+    return {**part, "name": name}

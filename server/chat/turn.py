@@ -65,13 +65,13 @@ def read_turn(reader: TurnReader, text: str) -> ParsedTurn:
 
 async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     """Render, tokenise and check a conversation; raises `RequestError`."""
-    tools = await off_loop_if_large(_read_tools, conversation, model.tool_format)
+    tools = await off_loop_if_large(read_tools, conversation, model.tool_format)
     max_tokens = conversation.max_tokens
     prompt = truncate_prompt(await _render(conversation, model, tools), conversation.keep_tokens, model, max_tokens)
     if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
         max_tokens = min(default, max(model.engine.info.config.max_model_len - len(prompt), 1))
     grammar = await _grammar(conversation, tools, model)
-    # What ends a turn in plain text may stand inside an answer whose form says where it ends.
+    # The plain text that ends a turn may occur inside an answer whose grammar determines its end.
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
     turn_ends = model.template.stop_strings if is_free else ()
     params = await off_loop_if_large(
@@ -79,18 +79,6 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     )
     reader, must_call = (TurnReader, False) if tools is None else (tools.reader, tools.mode != "auto")
     return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call)
-
-
-def _read_tools(conversation: Conversation, form: ToolCallFormat) -> ToolOptions | None:
-    """Return the turn's tools; raise `RequestError` for a tool's result that belongs to no earlier call."""
-    ids: set[str] = set()
-    for message in conversation.messages:
-        ids.update(call.id for call in message.calls)
-        if message.call_id is not None and message.call_id not in ids:
-            field = message.call_id_field
-            text = f"{field}: no earlier message has a tool call with the id {shorten(message.call_id)!r}."
-            raise RequestError(text, param=field)
-    return read_tools(conversation, form)
 
 
 async def _grammar(conversation: Conversation, tools: ToolOptions | None, model: ServedModel) -> str | None:

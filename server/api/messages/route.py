@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import chain, groupby
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from ....engine.client.output_processor import RequestOutput
 from ....engine.errors import RequestError
 from ...chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Message, Tool, ToolCall, ToolChoice
-from ...chat.served_model import LARGE_CHAT, ServedModel
+from ...chat.served_model import ServedModel
 from ...chat.structured import json_schema_grammar
 from ...chat.tool_calls import Part
 from ...chat.turn import Turn, prepare_turn, read_turn
@@ -21,7 +20,7 @@ from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventStream, EventWriter
 from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json
-from ...http.offload import off_loop, off_loop_if_large
+from ...http.offload import off_loop_if_large
 from ..fields import MAX_INT, read_sampling, start_generation
 from .wire import (
     AssistantTurn,
@@ -42,12 +41,9 @@ MODES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 
 async def create_message(context: RequestContext, body: MessagesRequest, model: ServedModel) -> Response:
     """Answer with a message, whole or as a stream; a request that is refused gets no stream."""
-    conversation = replace(
-        await _read(body),
-        sampling={**read_sampling(body, model), "stop": tuple(body.stop_sequences or ())},
-        max_tokens=body.max_tokens,
-    )
-    turn = await prepare_turn(conversation, model)
+    sampling = {**read_sampling(body, model), "stop": tuple(body.stop_sequences or ())}
+    read = await off_loop_if_large(read_conversation, body, sampling=sampling, max_tokens=body.max_tokens)
+    turn = await prepare_turn(read, model)
     generation = start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
     head = {"id": f"msg_{context.request_id}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
@@ -55,24 +51,20 @@ async def create_message(context: RequestContext, body: MessagesRequest, model: 
         return EventStream(generation, events, model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
-    read = read_turn(turn.reader(), choice.text)
-    content, usage = [_block(part) for part in read.parts], token_counts(choice)
-    end = ending(body, choice, read.finish_reason, bool(read.calls))
+    parsed = read_turn(turn.reader(), choice.text)
+    content, usage = [_block(part) for part in parsed.parts], token_counts(choice)
+    end = ending(body, choice, parsed.finish_reason, bool(parsed.calls))
     return JsonResponse(head | {"content": content} | end | {"usage": usage})
 
 
 async def count_tokens(_: RequestContext, body: CountTokensRequest, model: ServedModel) -> Response:
     """Count the tokens of a message's prompt, even if it is longer than the context."""
-    turn = await prepare_turn(replace(await _read(body), keep_tokens=MAX_INT), model)
+    turn = await prepare_turn(await off_loop_if_large(read_conversation, body, keep_tokens=MAX_INT), model)
     return JsonResponse({"input_tokens": len(turn.prompt)})
 
 
-async def _read(body: CountTokensRequest) -> Conversation:
-    return await (off_loop if len(body.messages) >= LARGE_CHAT else off_loop_if_large)(read_conversation, body)
-
-
-def read_conversation(body: CountTokensRequest) -> Conversation:
-    """Return the conversation that a request asks for; raises `RequestError`."""
+def read_conversation(body: CountTokensRequest, **more: Any) -> Conversation:
+    """Return the conversation that a request asks for, with `more` of its fields; raises `RequestError`."""
     messages = list(_join_turns(_split_turns(body)))
     if messages[-1].calls:
         raise RequestError("The last message calls tools: add a tool_result for each call.", param="messages")
@@ -86,6 +78,7 @@ def read_conversation(body: CountTokensRequest) -> Conversation:
         parallel_tool_calls=not getattr(body.tool_choice, "disable_parallel_tool_use", None),
         answer_format=_answer_format(body.output_config),
         continue_final_message=messages[-1].role == "assistant",
+        **more,
     )
 
 

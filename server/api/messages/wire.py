@@ -87,7 +87,7 @@ class ThinkingBlock(StrictModel):
     signature: Text
 
 
-class RedactedThinkingBlock(StrictModel):
+class RedactedThinking(StrictModel):
     """Encrypted thoughts of another model: left out of the prompt."""
 
     type: Literal["redacted_thinking"]
@@ -95,9 +95,7 @@ class RedactedThinkingBlock(StrictModel):
 
 
 UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
-AssistantBlock = Annotated[
-    TextBlock | ToolUseBlock | ThinkingBlock | RedactedThinkingBlock, Field(discriminator="type")
-]
+AssistantBlock = Annotated[TextBlock | ToolUseBlock | ThinkingBlock | RedactedThinking, Field(discriminator="type")]
 
 
 class UserTurn(StrictModel):

@@ -16,7 +16,7 @@ from pyllm.server.chat.template import ChatTemplate, is_deeper
 from pyllm.server.http import body as bodies
 
 HI = [{"role": "user", "content": "Hi"}]
-TURN = [(turn, name) for name in ("_read_tools", "_check_template_options", "_written")]
+TURN = [(turn, name) for name in ("read_tools", "_check_template_options", "_written")]
 TURN += [(tool_choice, "is_deeper"), (bodies, "parse_body"), (ChatTemplate, "render"), (ServedModel, "sampling_params")]
 CHAT = (
     "/v1/chat/completions",
