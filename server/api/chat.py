@@ -41,8 +41,6 @@ from .fields import (
 
 
 class FunctionName(StrictModel):
-    """The name of a function."""
-
     name: SchemaName
 
 
@@ -92,8 +90,6 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class AnswerMessage(StrictModel):
-    """The model's answer."""
-
     role: Literal["assistant"]
     content: str | None
     refusal: None
@@ -101,8 +97,6 @@ class AnswerMessage(StrictModel):
 
 
 class ChatChoice(ChoiceDetails):
-    """One answer to a chat."""
-
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
@@ -129,8 +123,6 @@ class FunctionDelta(StrictModel):
 
 
 class ToolCallDelta(StrictModel):
-    """A piece of a tool call."""
-
     index: int
     id: str | None = None
     type: Literal["function"] | None = None
@@ -138,16 +130,12 @@ class ToolCallDelta(StrictModel):
 
 
 class Delta(StrictModel):
-    """New parts of an answer."""
-
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(ChoiceDetails):
-    """A piece of one answer."""
-
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None

@@ -12,8 +12,6 @@ from .fields import MAX_TOOLS, Description, GiveWay, JsonSchema, Name, SchemaNam
 
 
 class TextPart(StrictModel):
-    """One text of a message that has several."""
-
     type: Literal["text"]
     text: Text
 
@@ -30,15 +28,11 @@ class TextMessage(StrictModel):
 
 
 class CalledFunction(StrictModel):
-    """The function of a call and its arguments."""
-
     name: Name
     arguments: Text = Field(description="JSON text of an object.")
 
 
 class ToolCall(StrictModel):
-    """A call of a function by the model."""
-
     id: Name
     type: Literal["function"]
     function: CalledFunction
@@ -58,8 +52,6 @@ class AssistantMessage(StrictModel):
 
 
 class ToolMessage(StrictModel):
-    """The result of a call."""
-
     role: Literal["tool"]
     content: Content
     tool_call_id: Name = Field(description="The id of a call in an earlier message.")
@@ -71,8 +63,6 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fa
 
 
 class Function(StrictModel):
-    """A function that the model may call."""
-
     name: SchemaName
     description: Description | None = None
     parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments, none by default.")
@@ -80,8 +70,6 @@ class Function(StrictModel):
 
 
 class Tool(StrictModel):
-    """A tool, which must be a function."""
-
     type: Literal["function"]
     function: Function
 

@@ -39,8 +39,6 @@ class CacheControl(StrictModel):
 
 
 class TextBlock(StrictModel):
-    """Text."""
-
     type: Literal["text"]
     text: Text
     cache_control: CacheControl | None = None
@@ -48,14 +46,10 @@ class TextBlock(StrictModel):
 
 
 class DirectCaller(StrictModel):
-    """The model itself made the call."""
-
     type: Literal["direct"]
 
 
 class ToolUseBlock(StrictModel):
-    """A call that the model made."""
-
     type: Literal["tool_use"]
     id: Name
     name: Name
@@ -69,8 +63,6 @@ TextBlocks = Annotated[list[TextBlock], Field(max_length=1024, fail_fast=True)]
 
 
 class ToolResultBlock(StrictModel):
-    """The result of a call."""
-
     type: Literal["tool_result"]
     tool_use_id: Name
     content: Text | TextBlocks | None = None
@@ -161,8 +153,6 @@ class ToolChoiceTool(StrictModel):
 
 
 class ToolChoiceNone(StrictModel):
-    """The model may not call a tool."""
-
     type: Literal["none"]
 
 
@@ -176,15 +166,11 @@ class ThinkingDisabled(StrictModel):
 
 
 class OutputSchema(StrictModel):
-    """A schema that the answer must satisfy."""
-
     type: Literal["json_schema"]
     json_schema: JsonSchema = Field(alias="schema", description="JSON Schema of the answer.")
 
 
 class OutputConfig(StrictModel):
-    """The format of the answer."""
-
     format: OutputSchema | None = None
     effort: Unsupported = None
 
@@ -221,15 +207,11 @@ class MessagesRequest(SamplingRequest, CountTokensRequest):
 
 
 class AnswerText(StrictModel):
-    """Text of the answer."""
-
     type: Literal["text"]
     text: str
 
 
 class AnswerToolUse(StrictModel):
-    """A call of a tool by the model."""
-
     type: Literal["tool_use"]
     id: str
     name: str
@@ -263,8 +245,6 @@ class MessageAnswer(StrictModel):
 
 
 class MessageStart(StrictModel):
-    """The start of the answer, which is still empty."""
-
     type: Literal["message_start"]
     message: MessageAnswer
 
@@ -276,52 +256,38 @@ class BareEvent(StrictModel):
 
 
 class BlockStart(StrictModel):
-    """The start of a block, which is still empty."""
-
     type: Literal["content_block_start"]
     index: int
     content_block: AnswerBlock
 
 
 class PartialText(StrictModel):
-    """More text."""
-
     type: Literal["text_delta"]
     text: str
 
 
 class PartialInput(StrictModel):
-    """More JSON text of a call's input."""
-
     type: Literal["input_json_delta"]
     partial_json: str
 
 
 class BlockDelta(StrictModel):
-    """More of a block."""
-
     type: Literal["content_block_delta"]
     index: int
     delta: Annotated[PartialText | PartialInput, Field(discriminator="type")]
 
 
 class BlockStop(StrictModel):
-    """The end of a block."""
-
     type: Literal["content_block_stop"]
     index: int
 
 
 class MessageEnd(StrictModel):
-    """The reason why the answer ended."""
-
     stop_reason: StopReason
     stop_sequence: str | None
 
 
 class MessageDelta(StrictModel):
-    """The end of the answer."""
-
     type: Literal["message_delta"]
     delta: MessageEnd
     usage: MessageUsage
