@@ -1,18 +1,19 @@
-"""Takes each defence of docs/operations.md out, one at a time, and sees that its test fails without it.
+"""Remove the defence against each hazard of docs/operations.md, one at a time, and check that its test then fails.
 
-    python benchmarks/faults/defences.py                      # all of them, a quarter of an hour
-    python benchmarks/faults/defences.py --only "client|key"  # those whose hazard, defence, file or test matches
+    python benchmarks/faults/defences.py                      # all of them, some minutes
+    python benchmarks/faults/defences.py --only "client|key"  # those whose hazard, function or test matches
     python benchmarks/faults/defences.py --list
 
-What is taken out of which file, and the test that must fail then, stands in `defences.toml`. All happens in a copy of
-the checkout in a temporary folder. Every test passes there first; then a defence counts as shown if its test fails by
-its own assertion or time limit. A test that cannot be collected, or whose fixtures fail before it, shows nothing.
-The exit code is 1 if any defence is not shown.
+`defences.toml` names one function for each hazard, the body that it gets without its defence, and the test that must
+fail then. Everything happens in a copy of the checkout in a temporary folder. Every test passes there first; then a
+defence counts as shown if its test fails by its own assertion or timeout. A test that cannot be collected, or whose
+fixtures fail before it, shows nothing. The exit code is 1 if any defence is not shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import json
 import os
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import tomllib
 from collections import Counter
@@ -39,51 +41,53 @@ REPORTS, FOLDER = "DEFENCES_REPORTS", "DEFENCES_FOLDER"
 SECONDS = 40
 """A test's time limit, fixtures included. Those that end by themselves take less than half of it."""
 BROKEN = re.compile(r"(E  *)?(ImportError|ModuleNotFoundError|SyntaxError|IndentationError|NameError)\b")
-"""How a test fails that shows only that the defence was taken out in a wrong way."""
+"""How a test fails that shows only that the defence was removed in a wrong way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defence:
-    """An entry of the table.
+    """An entry of the table."""
 
-    Attributes:
-        hazard: the row of docs/operations.md.
-        defence: what it is, in words.
-        file: where it stands.
-        text: that which stands there, once.
-        instead: what stands there without it.
-        test: the test that must fail then.
-    """
+    hazard: str  # the row of docs/operations.md
+    function: str  # path:name, of the function that defends
+    without: str  # the function's body without the defence
+    test: str  # the test that must fail then
 
-    hazard: str
-    defence: str
-    file: str
-    text: str
-    instead: str
-    test: str
+    @property
+    def file(self) -> str:
+        """The function's file, from the root of the checkout."""
+        return self.function.partition(":")[0]
 
 
 def read_table() -> list[Defence]:
-    """All entries, by hazard."""
-    rows: dict[str, list[dict[str, str]]] = tomllib.loads(TABLE.read_text(encoding="utf-8"))
-    return [Defence(hazard=hazard, **entry) for hazard, entries in rows.items() for entry in entries]
+    """Read all entries."""
+    rows: dict[str, dict[str, str]] = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    return [Defence(hazard=hazard, **entry) for hazard, entry in rows.items()]
 
 
-def take_out(defence: Defence, source: str) -> str:
-    """The file's text without the defence; raise `ValueError` unless it stands there once and Python remains."""
-    if source.count(defence.text) != 1:
-        raise ValueError(f"{defence.file} has {defence.defence!r} {source.count(defence.text)} times")
-    without = source.replace(defence.text, defence.instead)
-    if defence.file.endswith(".py"):
-        compile(without, defence.file, "exec")
+def remove(defence: Defence, source: str) -> str:
+    """Return the file's text without the defence; raise `ValueError` if the function is not in it."""
+    body: list[ast.stmt] = ast.parse(source).body
+    function: ast.AST | None = None
+    for name in defence.function.partition(":")[2].split("."):
+        found = [node for node in body if getattr(node, "name", None) == name]
+        if len(found) != 1:
+            raise ValueError(f"{defence.function} is in its file {len(found)} times")
+        (function,) = found
+        body = function.body  # type: ignore[attr-defined]
+    indent = " " * body[0].col_offset
+    lines = source.split("\n")
+    lines[body[0].lineno - 1 : body[-1].end_lineno] = textwrap.indent(defence.without.strip("\n"), indent).split("\n")
+    without = "\n".join(lines)
+    compile(without, defence.file, "exec")
     return without
 
 
-# ---- In the process of the tests, of which this file is a plugin ------------------------------------------------
+# ---- A plugin for the pytest processes ----
 
 
 def pytest_configure() -> None:
-    """Let hypothesis tell the first failure that it finds: to look for the smallest takes longer than a test may."""
+    """Let hypothesis report the first failure that it finds: shrinking takes longer than a test may."""
     from hypothesis import Phase, settings
 
     settings.register_profile("defences", phases=[Phase.generate], database=None)
@@ -99,7 +103,7 @@ def pytest_runtest_logreport(report: Any) -> None:
         sink.write(json.dumps([report.nodeid, report.when, report.outcome, first]) + "\n")
 
 
-# ---- In ours ----------------------------------------------------------------------------------------------------
+# ---- The program ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ class Part:
 
 
 class Copy:
-    """A copy of the checkout, which every process started here takes for the package."""
+    """A copy of the checkout, which every process started here imports as the package."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "checkout"
@@ -160,10 +164,10 @@ class Copy:
 
     @contextlib.contextmanager
     def without(self, defence: Defence) -> Iterator[None]:
-        """The copy with the defence taken out."""
+        """Remove the defence from the copy."""
         path = self.root / defence.file
         source = path.read_text(encoding="utf-8")
-        path.write_text(take_out(defence, source), encoding="utf-8")
+        path.write_text(remove(defence, source), encoding="utf-8")
         try:
             yield
         finally:
@@ -211,16 +215,16 @@ def failure(phases: Sequence[Part]) -> str:
 
 
 def show(copy: Copy, chosen: Sequence[Defence]) -> Counter[str]:
-    """Take each defence out, and print what its test said; how many tests failed, were skipped, or showed nothing."""
+    """Remove each defence and print what its test said; count the tests that failed, were skipped or showed nothing."""
     tests = list(dict.fromkeys(defence.test for defence in chosen))
-    print(f"{len(chosen)} defences, {len(tests)} tests; first these, with nothing taken out", flush=True)
+    print(f"{len(chosen)} defences, {len(tests)} tests; first these, with every defence in place", flush=True)
     phases = copy.run(tests, 4 * SECONDS)
     verdicts: Counter[str] = Counter()
     for defence in chosen:
         began = time.monotonic()
         before = of_test(phases, defence.test)
         if not (passed(before) or skipped(before)):
-            before = of_test(copy.run([defence.test], 4 * SECONDS), defence.test)  # once more, alone
+            before = of_test(copy.run([defence.test], 4 * SECONDS), defence.test)  # again, alone
         if passed(before):
             with copy.without(defence):
                 without = of_test(copy.run([defence.test], first=True), defence.test)
@@ -230,7 +234,7 @@ def show(copy: Copy, chosen: Sequence[Defence]) -> Counter[str]:
         else:
             verdict, said = ("skipped", before[0].said) if skipped(before) else ("NOT SHOWN", "it fails in any case")
         verdicts[verdict] += 1
-        print(f"{defence.hazard} | {defence.defence} | {defence.test.rpartition('::')[2]} | "
+        print(f"{defence.hazard} | {defence.function} | {defence.test.rpartition('::')[2]} | "
               f"{verdict} ({time.monotonic() - began:.0f} s): {said[:160]}", flush=True)  # fmt: skip
     return verdicts
 
@@ -242,22 +246,21 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name them and do nothing")
     args = parser.parse_args()
     only = re.compile(args.only, re.IGNORECASE)
-    chosen = [d for d in read_table() if only.search(f"{d.hazard} {d.defence} {d.file} {d.test}")]
+    chosen = [d for d in read_table() if only.search(f"{d.hazard} {d.function} {d.test}")]
     if args.list:
         for defence in chosen:
-            print(f"{defence.hazard} | {defence.defence} | {defence.file} | {defence.test}")
+            print(f"{defence.hazard} | {defence.function} | {defence.test}")
         return 0
     for defence in chosen:
-        take_out(defence, (ROOT / defence.file).read_text(encoding="utf-8"))
+        remove(defence, (ROOT / defence.file).read_text(encoding="utf-8"))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="defences-") as folder:
         copy = Copy(Path(folder).resolve())
         copy.check_imports()
         verdicts = show(copy, chosen)
-    told = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items())
-    print(
-        f"{len(chosen)} defences; what their tests did without them: {told}; {(time.monotonic() - began) / 60:.0f} min"
-    )
+    verdict_counts = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items())
+    minutes = (time.monotonic() - began) / 60
+    print(f"{len(chosen)} defences; without them: {verdict_counts}; {minutes:.0f} min")
     return 1 if verdicts["NOT SHOWN"] else 0
 
 
