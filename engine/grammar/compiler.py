@@ -50,7 +50,8 @@ class GrammarCompiler(Generic[Ticket]):
         eos_token_ids: Sequence[int] = (),
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.on_ready: Callable[[], None] | None = None  # called from another thread when `drain` may have something
+        self._wakeup = threading.Event()
+        self.on_ready = self._wakeup.set  # called from another thread when `drain` may have something
         self.cached_bytes = 0  # estimated memory of the cached grammars
         self._load = load
         self._ends = list(eos_token_ids) or [vocab_size]
@@ -68,7 +69,6 @@ class GrammarCompiler(Generic[Ticket]):
         self._waiting: dict[str, list[tuple[Ticket, bool]]] = {}  # with each ticket's `ignore_eos`, as in `_ready`
         self._done: deque[tuple[str, Compiled]] = deque()
         self._ready: list[tuple[Ticket, bool, Compiled]] = []
-        self._wakeup = threading.Event()
 
     def __contains__(self, ticket: Ticket) -> bool:
         """Whether `ticket` was submitted and neither drained nor discarded."""
@@ -113,13 +113,16 @@ class GrammarCompiler(Generic[Ticket]):
         while self._done:
             grammar, result = self._done.popleft()
             if not isinstance(result, Exception) or isinstance(result, RequestError):
-                self._keep(grammar, result)
+                self._cache[grammar] = result
+                self.cached_bytes += grammar_bytes(grammar)
             self._ready += [(*entry, result) for entry in self._waiting.pop(grammar)]
+        while self.cached_bytes > self._cache_bytes:
+            self.cached_bytes -= grammar_bytes(self._cache.popitem(last=False)[0])
         ready, self._ready = self._ready, []
         return [(ticket, self._new_state(result, ignore_eos)) for ticket, ignore_eos, result in ready]
 
     def wait(self) -> None:
-        """Block until there is something to `drain`."""
+        """Block until there is something to `drain`, unless `on_ready` was replaced."""
         while not self.has_ready:
             self._wakeup.wait()
             self._wakeup.clear()
@@ -131,12 +134,6 @@ class GrammarCompiler(Generic[Ticket]):
             return GrammarState(result.deep_copy(), self._end_bits if ignore_eos else None, self._mask_bytes)
         except Exception as error:
             return error
-
-    def _keep(self, grammar: str, result: Compiled) -> None:
-        self._cache[grammar] = result
-        self.cached_bytes += grammar_bytes(grammar)
-        while self.cached_bytes > self._cache_bytes:
-            self.cached_bytes -= grammar_bytes(self._cache.popitem(last=False)[0])
 
     def _compile(self, grammar: str, load: Callable[[], Tokenizer]) -> None:
         """Compile a grammar, in a thread of the pool."""
@@ -158,9 +155,7 @@ class GrammarCompiler(Generic[Ticket]):
         if reason:
             result = RequestError(f"The requested format cannot be enforced: {reason}.")
         self._done.append((grammar, result))
-        self._wakeup.set()
-        if self.on_ready is not None:
-            self.on_ready()
+        self.on_ready()
 
     def _prepare(self, load: Callable[[], Tokenizer]) -> llguidance.LLTokenizer:
         """Load the vocabulary and make the checkers, once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import llguidance
 import numpy as np
@@ -27,36 +28,34 @@ MASK_TABLE = np.where(
 """FP32 [256, 8]: what each byte of a bit mask adds to the scores of its eight tokens."""
 
 
+@dataclass(eq=False, slots=True)
 class GrammarState:
-    """How far one sequence has come in its grammar; `avoided` are bits of tokens allowed only if no other is."""
+    """How far one sequence has come in its grammar."""
 
-    __slots__ = ("_avoided", "_matcher", "error", "finished", "mask_bytes")
-
-    def __init__(self, matcher: llguidance.LLMatcher, avoided: Bits | None, mask_bytes: int) -> None:
-        self._matcher = matcher
-        self._avoided = avoided
-        self.mask_bytes = mask_bytes  # length of a bit mask
-        self.error = ""  # why the grammar cannot be followed any further
-        self.finished = False  # nothing can follow what has been written
+    matcher: llguidance.LLMatcher
+    avoided: Bits | None  # bits of the tokens that are allowed only if no other is
+    mask_bytes: int  # length of a bit mask
+    error: str = ""  # why the grammar cannot be followed any further
+    finished: bool = False  # nothing can follow what has been written
 
     def fill(self, bits: Bits) -> None:
         """Set the bits of the tokens that may come next, uint8 [mask_bytes]; all of them after an error."""
         if not self.error:
-            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-            if self._matcher.is_error():
-                self.fail(error_of(self._matcher))
+            self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+            if self.matcher.is_error():
+                self.fail(error_of(self.matcher))
         if self.error:
             bits[:] = 255
-        elif self._avoided is not None and (rest := bits & ~self._avoided).any():
+        elif self.avoided is not None and (rest := bits & ~self.avoided).any():
             bits[:] = rest
 
     def consume(self, token_id: int) -> None:
         """Advance by a token that was drawn."""
         if not self.error:
-            if not self._matcher.consume_token(token_id):
-                self.fail(error_of(self._matcher))
+            if not self.matcher.consume_token(token_id):
+                self.fail(error_of(self.matcher))
             else:
-                self.finished = self._matcher.is_stopped()
+                self.finished = self.matcher.is_stopped()
 
     def fail(self, reason: str) -> None:
         """Stop following the grammar; the request ends with this error."""

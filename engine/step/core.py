@@ -18,7 +18,7 @@ from .outputs import failure_of, output_of, verdict_of
 from .request import PENDING_TOKEN, Request, RequestStatus
 from .retry import retry_by_halves
 from .runner import ExpertCounts, LaunchedStep, Runner, SampledToken
-from .scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+from .scheduler import PreemptionNeeded, ScheduledSequence, Scheduler
 
 OUT_OF_MEMORY = RuntimeError(
     "There was not enough memory to compute even this request alone: lower --gpu-memory-utilization, "
@@ -117,7 +117,7 @@ class EngineCore:
         outputs = self._admit_compiled()
         planned = self._plan(outputs)
         try:
-            outputs += self._compute(planned.sequences)
+            outputs += self._compute(planned)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -126,12 +126,14 @@ class EngineCore:
         if not self.scheduler.has_work:
             self.scheduler.restore_limits()
         self._check_released()
-        stats = self.stats(seconds=time.perf_counter() - started, tokens=planned.num_tokens)
+        num_tokens = sum(sequence.num_tokens for sequence in planned)
+        stats = self.stats(seconds=time.perf_counter() - started, tokens=num_tokens)
         verdicts, self._verdicts = self._verdicts, []
         return StepOutputs(outputs=outputs, stats=stats, verdicts=verdicts)
 
     def stats(self, *, seconds: float = 0.0, tokens: int = 0) -> EngineStats:
         """Return the engine's state; the arguments describe the last step."""
+        pool = self.scheduler.kv_cache.pool
         experts: list[list[int]] = []
         reroutes: list[int] = []
         if self.expert_stats is not None:
@@ -142,7 +144,7 @@ class EngineCore:
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self._requests) - len(self.scheduler.running),
-            kv_cache_usage=self.scheduler.kv_cache.pool.usage,
+            kv_cache_usage=1.0 - pool.num_free / pool.num_blocks,
             num_preemptions=self.scheduler.num_preemptions,
             prefix_cache_queries=self.scheduler.num_prefix_queries,
             prefix_cache_hits=self.scheduler.num_prefix_hits,
@@ -187,12 +189,11 @@ class EngineCore:
                 self.scheduler.add(ticket)
         return outputs
 
-    def _plan(self, outputs: list[TokenOutput]) -> SchedulerOutput:
+    def _plan(self, outputs: list[TokenOutput]) -> list[ScheduledSequence]:
         """Plan the next step; if that requires the in-flight step's tokens, collect them into `outputs` first."""
-        if self._in_flight is not None:
-            planned = self.scheduler.schedule_ahead()
-            if planned is not None:
-                return planned
+        try:
+            return self.scheduler.schedule(ahead=self._in_flight is not None)
+        except PreemptionNeeded:
             outputs += self._collect()
         return self.scheduler.schedule()
 
@@ -292,7 +293,11 @@ class EngineCore:
             kept += 1
         self.scheduler.kv_cache.advance(request, sequence.num_tokens - len(draws) + kept)
         if draft and request.drafter is not None:
-            self._record_draft(request.drafter, len(draft), kept - 1)
+            request.drafter.record(num_accepted=kept - 1)
+            self._num_drafts += 1
+            self._num_draft_tokens += len(draft)
+            for position in range(kept - 1):
+                self._num_accepted[position] += 1
         if request.finish_reason == "error" and request.grammar is not None:  # drawn without a mask: discarded
             return failure_of(request, RequestError(request.grammar.error))
         output = output_of(request, draws[:kept])
@@ -300,26 +305,19 @@ class EngineCore:
             request.reads_prompt, request.prompt_logprobs = False, []
         return output
 
-    def _record_draft(self, drafter: Drafter, size: int, num_accepted: int) -> None:
-        drafter.record(num_accepted)
-        self._num_drafts += 1
-        self._num_draft_tokens += size
-        for position in range(num_accepted):
-            self._num_accepted[position] += 1
-
     def _drop_finished_step(self) -> None:
         """Do not wait for an in-flight step whose requests have all finished."""
         step = self._in_flight
         if step is not None and all(s.request.status is RequestStatus.FINISHED for s in step.sequences):
             self._in_flight = None
 
-    def _shrink(self, planned: SchedulerOutput) -> list[TokenOutput]:
+    def _shrink(self, planned: list[ScheduledSequence]) -> list[TokenOutput]:
         """Make the next steps smaller after one ran out of memory; end a request that fails alone."""
         self.runner.release_cached_memory()
         self._num_failures += 1
         if self._num_failures == 1:  # releasing the cached memory may have been enough
             return []
-        left = [s for s in planned.sequences if s.request.status is not RequestStatus.FINISHED]
+        left = [s for s in planned if s.request.status is not RequestStatus.FINISHED]
         if not left or self.scheduler.shrink(left):
             return []
         self._num_failures = 0

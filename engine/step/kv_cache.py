@@ -36,11 +36,6 @@ class BlockPool:
         """Blocks that no sequence holds, cached ones included."""
         return len(self._blank) + len(self._evictable)
 
-    @property
-    def usage(self) -> float:
-        """Share of the blocks that are held, 0 to 1."""
-        return 1.0 - self.num_free / self.num_blocks
-
     def allocate(self, count: int) -> list[int] | None:
         """Give `count` blocks to one holder, evicting cached ones as needed; None if fewer are free."""
         if count > self.num_free:

@@ -124,19 +124,13 @@ class Request:
 
     def append(self, token_id: int) -> None:
         """Add a sampled token, and set the finish reason if it is the last one."""
-        self.token_ids.append(token_id)
-        self._check_end(token_id, self.num_output_tokens)
+        self.token_ids.append(PENDING_TOKEN)
+        self.resolve(len(self.token_ids) - 1, token_id)
 
     def resolve(self, index: int, token_id: int) -> None:
-        """Replace the pending token at `index`; discard what is pending after an end."""
+        """Replace the pending token at `index`; after an end, discard the tokens that are still pending."""
         self.token_ids[index] = token_id
-        self._check_end(token_id, index + 1 - self.num_prompt_tokens)
-        if self.finish_reason is not None:
-            del self.token_ids[index + 1 :]
-
-    def _check_end(self, token_id: int, count: int) -> None:
-        """Set the finish reason if the token, the output's number `count`, is the last one."""
-        params = self.params
+        params, count = self.params, index + 1 - self.num_prompt_tokens
         if token_id in self.stop_token_ids and count >= params.min_tokens:
             self.finish_reason = "stop"
         elif params.max_tokens is not None and count >= params.max_tokens:
@@ -147,3 +141,5 @@ class Request:
                 self.finish_reason = "error"
             elif self.grammar.finished:
                 self.finish_reason = "stop"
+        if self.finish_reason is not None:
+            del self.token_ids[index + 1 :]

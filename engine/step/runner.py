@@ -24,7 +24,6 @@ class LaunchedStep(Protocol):
 
     def read(self) -> list[SampledToken]:
         """Wait for it; a sampled token for each sequence that samples, in order."""
-        ...
 
 
 class Runner(Protocol):
@@ -32,15 +31,12 @@ class Runner(Protocol):
 
     def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
         """Compute the step's tokens; return a sampled token for each sequence that samples, in order."""
-        ...
 
     def launch(self, sequences: Sequence[ScheduledSequence]) -> LaunchedStep:
         """Begin a step after the one in flight, whose draws replace the pending tokens."""
-        ...
 
     def release_cached_memory(self) -> None:
         """Return to the device the memory that is only kept for reuse."""
-        ...
 
 
 class ExpertCounts(Protocol):
@@ -51,4 +47,3 @@ class ExpertCounts(Protocol):
 
     def count(self) -> tuple[list[list[int]], list[int]]:
         """Return each layer's tokens by expert, and by layer the tokens that mu rerouted; empty without experts."""
-        ...

@@ -44,15 +44,8 @@ class ScheduledSequence(NamedTuple):
     draft: Sequence[int] = ()  # the last of them, which are only guessed: a token is drawn after each
 
 
-class SchedulerOutput(NamedTuple):
-    """One step: its sequences, those with a single token first."""
-
-    sequences: list[ScheduledSequence]
-    num_tokens: int
-
-
-class _PreemptionNeeded(Exception):  # noqa: N818 - not an error: the step is planned later
-    """A step cannot be planned ahead."""
+class PreemptionNeeded(Exception):  # noqa: N818 - not an error: the step is planned later
+    """A step cannot be planned before the one in flight is read."""
 
 
 class Scheduler:
@@ -91,22 +84,14 @@ class Scheduler:
         request.rank = (request.priority if self.policy == "priority" else 0, next(self._arrivals))
         insort(self.waiting, request, key=by_rank)
 
-    def schedule_ahead(self) -> SchedulerOutput | None:
-        """Plan the step after the one in flight, whose tokens count as drawn; None if a request must be preempted.
+    def schedule(self, *, ahead: bool = False) -> list[ScheduledSequence]:
+        """Choose the next step's sequences, those with a single token first, and allocate their blocks.
 
-        The in-flight step may finish requests, so it is read before any is preempted. Nothing is computed for a
-        request whose last token by `max_tokens` is pending.
+        With `ahead`, this is the step after the one in flight, whose tokens count as drawn. Nothing is computed for a
+        request whose last token by `max_tokens` is pending. Because the in-flight step may finish requests, none is
+        preempted: raises `PreemptionNeeded`. Blocks allocated by then are used when the step is planned again.
         """
-        self._ahead = True
-        try:
-            return self.schedule()
-        except _PreemptionNeeded:
-            return None  # the blocks that were allocated so far are used when the step is planned again
-        finally:
-            self._ahead = False
-
-    def schedule(self) -> SchedulerOutput:
-        """Choose the tokens of the next step and allocate their blocks."""
+        self._ahead = ahead
         self._preempt_for_priority()
         decodes: list[ScheduledSequence] = []
         chunks: list[ScheduledSequence] = []
@@ -142,7 +127,8 @@ class Scheduler:
             self._admit(request, prefix)
             budget -= count
             (decodes if count == 1 else chunks).append(self._sequence(request, start, count))
-        return SchedulerOutput(decodes + chunks, len(decodes) + sum(chunk.num_tokens for chunk in chunks))
+        self._ahead = False
+        return decodes + chunks
 
     def restore_limits(self) -> None:
         """Undo `shrink`: the requests that needed so much memory are gone."""
@@ -256,7 +242,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         if self._ahead:
-            raise _PreemptionNeeded
+            raise PreemptionNeeded
         self.running.remove(request)
         self.kv_cache.free(request)
         request.status = RequestStatus.PREEMPTED

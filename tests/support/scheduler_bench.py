@@ -8,7 +8,7 @@ from support.paged_runner import make_info
 
 from pyllm.engine.messages import EngineRequest, SamplingParams
 from pyllm.engine.step.request import Request
-from pyllm.engine.step.scheduler import Scheduler, SchedulerOutput
+from pyllm.engine.step.scheduler import ScheduledSequence, Scheduler
 
 
 def make_request(name: str, tokens: list[int], output: int, priority: int = 0) -> Request:
@@ -46,7 +46,7 @@ class Bench:
         self.scheduler.add(request)
         return request
 
-    def step(self) -> SchedulerOutput:
+    def step(self) -> list[ScheduledSequence]:
         scheduler = self.scheduler
         before = list(scheduler.running)
         left = {id(request): request.num_tokens - request.num_computed_tokens for request in before}
@@ -56,10 +56,8 @@ class Bench:
         self.check_ranks(planned, before, scheduler.num_preemptions - preemptions)
         self.check_blocks()
         self.admitted += [r.request_id for r in scheduler.running if r not in before]
-        self.steps.append(
-            [(s.request.request_id, s.request.num_computed_tokens, s.num_tokens) for s in planned.sequences]
-        )
-        for sequence in planned.sequences:
+        self.steps.append([(s.request.request_id, s.request.num_computed_tokens, s.num_tokens) for s in planned])
+        for sequence in planned:
             request = sequence.request
             scheduler.kv_cache.advance(request, sequence.num_tokens)
             assert sequence.samples == (request.num_computed_tokens == request.num_tokens)
@@ -70,13 +68,13 @@ class Bench:
                     self.finished.append(request)
         return planned
 
-    def check_choice(self, planned: SchedulerOutput, before: list[Request], left: dict[int, int]) -> None:
+    def check_choice(self, planned: list[ScheduledSequence], before: list[Request], left: dict[int, int]) -> None:
         """What is in the step, given what each of those who ran `before` had left to compute."""
         scheduler = self.scheduler
-        counts = [sequence.num_tokens for sequence in planned.sequences]
-        chosen = {id(sequence.request): sequence.num_tokens for sequence in planned.sequences}
+        counts = [sequence.num_tokens for sequence in planned]
+        chosen = {id(sequence.request): sequence.num_tokens for sequence in planned}
         assert all(count > 0 for count in counts)
-        assert sum(counts) == planned.num_tokens <= scheduler.max_num_batched_tokens
+        assert sum(counts) <= scheduler.max_num_batched_tokens
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert len(chosen) == len(counts), "a request is in a step once"
         assert [count > 1 for count in counts] == sorted(count > 1 for count in counts), "single tokens come first"
@@ -89,7 +87,7 @@ class Bench:
             assert scheduler.running, "a step moves on"
             assert id(scheduler.running[0]) in chosen, "the first in rank moves on in every step"
 
-    def check_ranks(self, planned: SchedulerOutput, before: list[Request], preempted: int) -> None:
+    def check_ranks(self, planned: list[ScheduledSequence], before: list[Request], preempted: int) -> None:
         """Who runs, who waits, and who was set back."""
         scheduler = self.scheduler
         running = [request.rank for request in scheduler.running]
