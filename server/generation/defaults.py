@@ -25,14 +25,9 @@ DEFAULT_FIELDS["max_new_tokens"] = "max_tokens"
 def read_defaults(folder: Path, source: str = "auto", override: str | None = None) -> tuple[dict[str, Any], str]:
     """Return the defaults as fields of `SamplingParams`, and a sentence that says where they come from.
 
-    Args:
-        folder: the checkpoint, for the source "auto".
-        source: a folder with the file, "auto", or "none" (also vLLM's word for it, "vllm").
-        override: JSON object whose values replace the file's; null removes one.
-
-    Raises:
-        ConfigError: a flag is unusable. An unusable value of the checkpoint's own file is ignored with a warning,
-            since the user did not write it.
+    `source` is "auto" (the checkpoint's `folder`), another folder with the file, or "none" (in vLLM's words "vllm").
+    `override` is a JSON object whose values replace the file's; null removes one. Raises `ConfigError` for an unusable
+    flag; an unusable value of the file is ignored with a warning, since the user did not write it.
     """
     origin = f"{'the checkpoint' if source == 'auto' else source}'s {FILE}"
     overrides = _overrides(override)

@@ -69,19 +69,10 @@ class Parts(NamedTuple):
 class StoredResponse:
     """One response and everything that the model read for it, in immutable bytes."""
 
-    item_ids: tuple[str, ...]  # of the output
     owner: str
+    item_ids: tuple[str, ...]  # of the output
     sizes: tuple[int, int, int]  # bytes of each of the `Parts`
-    data: bytes  # all parts, compressed up to COMPRESS_UP_TO
-
-    @classmethod
-    def of(cls, response: bytes, input_: bytes, output: bytes, item_ids: tuple[str, ...], owner: str) -> StoredResponse:
-        """Store the `Parts` of a response."""
-        data = response + input_ + output
-        if len(data) <= COMPRESS_UP_TO:
-            compressor = zlib.compressobj(1, zdict=DICTIONARY)
-            data = compressor.compress(data) + compressor.flush()
-        return cls(item_ids, owner, (len(response), len(input_), len(output)), data)
+    data: bytes  # all parts, compressed if they are small
 
     def read(self) -> Parts:
         """Return the parts."""
@@ -117,14 +108,19 @@ class ResponseStore:
 
     def put(self, response: dict[str, Any], input_items: bytes, owner: str = "") -> None:
         """Store a response with its input items in JSON, unless it is larger than the whole store."""
-        output = encode_json([_without_logprobs(item) for item in response["output"]])
         ids = tuple(item["id"] for item in response["output"])
-        stored = StoredResponse.of(encode_json(response), input_items, output, ids, owner)
-        if len(stored.data) > self._max_bytes:
+        output = encode_json([_without_logprobs(item) for item in response["output"]])
+        encoded = encode_json(response)
+        sizes = len(encoded), len(input_items), len(output)
+        data = encoded + input_items + output
+        if len(data) <= COMPRESS_UP_TO:
+            compressor = zlib.compressobj(1, zdict=DICTIONARY)
+            data = compressor.compress(data) + compressor.flush()
+        if len(data) > self._max_bytes:
             return
-        self._stored[response["id"]] = stored
+        self._stored[response["id"]] = StoredResponse(owner, ids, sizes, data)
         self._holders |= dict.fromkeys(ids, response["id"])
-        self.size += len(stored.data)
+        self.size += len(data)
         while len(self._stored) > self._max_responses or self.size > self._max_bytes:
             self.remove(next(iter(self._stored)))
 
