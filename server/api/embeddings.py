@@ -37,12 +37,8 @@ class EmbeddingRequest(StrictModel):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     ) = Field(description="One or more texts or lists of token ids, none of them empty.")
-    encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="float by default; base64 encodes little-endian 32-bit floats."
-    )
-    pooling: Literal["mean", "last"] | None = Field(
-        None, description="The mean of the final hidden states (default) or only the last token's."
-    )
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: little-endian 32-bit floats.")
+    pooling: Literal["mean", "last"] | None = Field(None, description="Of the final hidden states (default: mean).")
     dimensions: int | None = Field(None, ge=1, le=MAX_INT, description="Only the model's hidden size is supported.")
     add_special_tokens: bool | None = Field(None, description="Put the begin-of-sequence token before each text.")
     truncate_prompt_tokens: KeptTokens = None

@@ -58,13 +58,10 @@ Grammar = Annotated[str, StringConstraints(min_length=1, max_length=2**16)]
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Description = Annotated[str, StringConstraints(max_length=2**16)]
 JsonSchema = dict[str, Any]
-_lower_first = "A lower value goes first, if the server schedules by priority."
-Priority = Annotated[int | None, Field(ge=-(2**31), le=MAX_INT, description=_lower_first)]
-KeptTokens = Annotated[
-    int | None, Field(ge=-1, le=MAX_INT, description="Keep this many last tokens; -1: all that fit.")
+Priority = Annotated[
+    int | None, Field(ge=-(2**31), le=MAX_INT, description="Lower goes first, under policy `priority`.")
 ]
-
-
+KeptTokens = Annotated[int | None, Field(ge=-1, le=MAX_INT, description="Keep the last N tokens; -1: all that fit.")]
 GiveWay = BeforeValidator(lambda value: value)
 """Lets other threads run while the items of a long list are checked; without any Python code, that is one step."""
 
