@@ -174,23 +174,16 @@ class EngineSettings:
     quantization: Literal["none", "int8"] = setting("none", "int8 packs the large weights to 8 bits while loading")
     kv_cache_dtype: Literal["auto", "fp8"] = setting("auto", "fp8 fits twice as many tokens in the KV cache, on a GPU")
     seed: int | None = setting(None, "seed for requests that bring none, and for dummy weights", low=0, high=2**63 - 1)
-    max_model_len: int | None = setting(
-        None, "most tokens of prompt and output together (default: the model's context)", low=2
-    )
+    max_model_len: int | None = setting(None, "most tokens of prompt and output (default: the model's context)", low=2)
     max_num_seqs: int | None = setting(
         None,
-        "most sequences in one step (default: {cpu} on the CPU, {cuda} on a GPU)".format(**MAX_NUM_SEQS),
+        f"most sequences in a step (default: {MAX_NUM_SEQS['cpu']}, on a GPU {MAX_NUM_SEQS['cuda']})",
         low=1,
         high=4096,
     )
-    max_num_batched_tokens: int = setting(
-        2048, "most tokens in one step; longer prompts are computed in chunks", low=1, high=2**20
-    )
+    max_num_batched_tokens: int = setting(2048, "most tokens in a step; long prompts run in chunks", low=1, high=2**20)
     max_num_prefill_tokens: int | None = setting(
-        None,
-        "most prompt tokens in a step in which up to 8 other sequences decode (default: by device)",
-        low=1,
-        high=2**20,
+        None, "most prompt tokens in a step with up to 8 decoding sequences (default: by device)", low=1, high=2**20
     )
     max_num_queued_reqs: int = setting(1024, "most requests waiting to run; further ones get a 429", low=1)
     scheduling_policy: Literal["fcfs", "priority"] = setting(
@@ -210,8 +203,7 @@ class EngineSettings:
     num_kv_blocks: int | None = setting(None, "number of blocks in the KV cache, instead of a size", low=1)
     enforce_eager: bool = setting(False, "do not record steps as CUDA graphs")
     deterministic: bool = setting(
-        False,
-        "make outputs independent of other requests, to the last bit; start-up fails if the device cannot guarantee it",
+        False, "no output depends on other requests, to the last bit; start-up fails if the device cannot guarantee it"
     )
     engine_hang_timeout: float = setting(
         30.0, "seconds without progress after which the engine counts as hung and is killed", low=1, high=86400

@@ -1,10 +1,9 @@
-"""`pyllm bench`: how fast a running OpenAI-compatible server is, or one of our own that is started for it."""
+"""`pyllm bench`: measures a running OpenAI-compatible server, or one that it starts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
 import random
@@ -19,12 +18,12 @@ from typing import TypeVar
 import uvloop
 
 from ...engine.client.launch import python
+from ...engine.config import settings_of
 from ..flags import ENVIRONMENT_PREFIX, BenchConfig, ConfigError, ServerConfig
 from .load_client import Client, LoadError, Target, closed_loop, summarize
 
 Result = TypeVar("Result")
-LOWEST_ID = 100
-"""Ids below may be special tokens."""
+LOWEST_ID = 100  # lower ids may be special tokens
 COLUMNS = {
     "clients": "clients",
     "output tok/s": "output_tok_s",
@@ -38,11 +37,7 @@ COLUMNS = {
 
 
 def bench(config: BenchConfig) -> int:
-    """Measure and print; return the exit code, 1 when a request failed.
-
-    Raises:
-        ConfigError: the server cannot be measured; one plain sentence.
-    """
+    """Measure and print; return the exit code, 1 if a request failed. Raises `ConfigError`."""
     counts = _counts(config.concurrency)
     with contextlib.ExitStack() as stack:
         base = config.base_url
@@ -56,8 +51,8 @@ def bench(config: BenchConfig) -> int:
         except LoadError as error:
             raise ConfigError(f"{base} cannot be measured. {error}") from None
     if config.json:
-        print(json.dumps({"model": target.model, "input_len": config.input_len, "output_len": config.output_len,
-                          "results": results}))  # fmt: skip
+        sizes = {"input_len": config.input_len, "output_len": config.output_len}
+        print(json.dumps({"model": target.model, **sizes, "results": results}))
     else:
         print(_table(results))
     return 1 if any(result["failed"] for result in results) else 0
@@ -69,9 +64,7 @@ def _counts(text: str) -> list[int]:
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise ConfigError(
-            f"--concurrency must be numbers of clients with commas between, as 1,8,32, got {text!r:.200}."
-        )
+        raise ConfigError(f"--concurrency must be numbers separated by commas, such as 1,8,32, got {text!r:.200}.")
     return counts
 
 
@@ -84,7 +77,7 @@ def _first_model(base: str, api_key: str | None) -> str:
 
 
 def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
-    """Prompts of random token ids, so that no server can have seen one before."""
+    """Make prompts of random token ids, which no server can have cached."""
     draw = random.Random(os.urandom(8))
     return [[draw.randrange(LOWEST_ID, vocab_size) for _ in range(length)] for _ in range(count)]
 
@@ -92,11 +85,7 @@ def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
 def measure_load(
     target: Target, clients: int, *, requests: int, input_len: int, output_len: int, vocab_size: int
 ) -> dict[str, float]:
-    """Run a closed loop of random prompts -> what `summarize` says, and the number of clients.
-
-    Raises:
-        LoadError: no request succeeded.
-    """
+    """Run a closed loop of random prompts; return what `summarize` does, and the number of clients."""
     bodies = [target.body(prompt, output_len) for prompt in random_prompts(requests, input_len, vocab_size)]
     answers, seconds = run(closed_loop(target, bodies, clients))
     return {"clients": clients} | summarize(answers, seconds)
@@ -115,7 +104,7 @@ def _table(results: Sequence[Mapping[str, float]]) -> str:
 
 
 def run(work: Coroutine[None, None, Result]) -> Result:
-    """Run in an event loop that takes as little as can be from the server beside it."""
+    """Run in uvloop, which leaves more of the processor to a server on the same machine."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
 
@@ -124,30 +113,24 @@ def run(work: Coroutine[None, None, Result]) -> Result:
 def own_server(
     flags: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server of ours on a free port, ready, and stopped at the end -> its base URL and its process.
+    """Start `pyllm serve` on a free port, wait until it is ready, yield its base URL and process, and stop it.
 
-    Args:
-        flags: of `pyllm serve`.
-        environment: variables beside those of this process.
-
-    Raises:
-        ConfigError: it does not start; it has said why.
+    `environment` is added to that of this process. Raises `ConfigError` if the server, which logs why, does not start.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Settings of ours in the environment are in the flags already, and those of `serve` could move the server away.
-    ours = {ENVIRONMENT_PREFIX + f.name.upper() for f in dataclasses.fields(ServerConfig)}
+    # The flags already include this process's PYLLM_ variables, and those of `serve` could move the server elsewhere.
+    ours = {ENVIRONMENT_PREFIX + name.upper() for name in settings_of(ServerConfig)}
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     command = [*python(), "-m", "pyllm", "serve", "--log-level", "warning", *flags, "--port", str(port)]
     server = subprocess.Popen(command, env=inherited | dict(environment or {}), stdin=subprocess.DEVNULL)
     try:
-        base = f"http://127.0.0.1:{port}"
         while not _is_ready(port):
             if server.poll() is not None:
-                raise ConfigError(f"The server ended at its start, with code {server.returncode}.")
+                raise ConfigError(f"The server exited with code {server.returncode} while starting.")
             time.sleep(0.02)
-        yield base, server
+        yield f"http://127.0.0.1:{port}", server
     finally:
         server.terminate()
         try:
@@ -158,11 +141,9 @@ def own_server(
 
 
 def _is_ready(port: int) -> bool:
-    connection = HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status == 200
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
+    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/ready")
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False

@@ -12,20 +12,20 @@ from ...engine.client.launch import EngineProcess
 from ..flags import BenchConfig, ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
 from ..http.logs import configure_logging
 
-# Servers and networks are imported when a command needs them: help and mistakes must be answered at once.
+# Modules that take long to import are loaded when a command needs them, so that help and mistakes are quick.
 
+# Each command's flags, the function that runs it, and its description.
 COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
     "serve": (ServerConfig, "..serve:serve", "Serve a Complexity-Deep model with an OpenAI-compatible HTTP API."),
-    "generate": (GenerateConfig, ".terminal:generate", "Continue one prompt."),
-    "chat": (TerminalConfig, ".terminal:chat", "Talk to a model in the terminal."),
-    "bench": (BenchConfig, ".bench:bench", "Measure how fast a server is, ours or another."),
+    "generate": (GenerateConfig, ".terminal:generate", "Continue a prompt."),
+    "chat": (TerminalConfig, ".terminal:chat", "Chat with a model in the terminal."),
+    "bench": (BenchConfig, ".bench:bench", "Measure the speed of a server, PyLLM or another."),
 }
-"""Each command's flags, the function that runs it, and what it is for."""
 USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 when all is well, 2 with one sentence when it cannot start."""
+    """Run the command line and exit: 0 on success, 2 with one sentence on stderr if it cannot start."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
         print(f"pyllm {__version__}")
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _help() -> str:
     lines = ["usage: pyllm COMMAND [OPTIONS]", ""]
     lines += [f"  {name:<10}{description}" for name, (*_, description) in COMMANDS.items()]
-    return "\n".join([*lines, "", "`pyllm COMMAND --help` lists a command's options; `pyllm --version` the version."])
+    return "\n".join(
+        [*lines, "", "`pyllm COMMAND --help` lists a command's options, `pyllm --version` prints the version."]
+    )
 
 
 def _run(command: str, words: list[str]) -> int:
@@ -53,7 +55,7 @@ def _run(command: str, words: list[str]) -> int:
     except ConfigError as error:
         return _fail(error)
     configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
-    # The engine's libraries take a second to load: that begins now, while this process loads its own.
+    # The engine's libraries take a second to load, so its process starts now, while this one loads its own.
     process = None if isinstance(config, BenchConfig) else EngineProcess()
     try:
         return _call(entry, config, process)
@@ -63,7 +65,7 @@ def _run(command: str, words: list[str]) -> int:
 
 
 def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
-    """Run a command's function; say in one sentence why it fails."""
+    """Run a command's function; if it fails, print why in one sentence."""
     from ...engine.errors import EngineDeadError, EngineStartError, RequestError
     from ...model.config import CheckpointError
     from ..chat.template import ChatTemplateError
@@ -78,7 +80,7 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
         _fail(error)
         return 1
     except BrokenPipeError:
-        # Whoever read our output has left, as in `| head`; nothing more can be written, not even at exit.
+        # The reader of the output has closed it, as in `| head`; nothing can be written any more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`pyllm generate` and `pyllm chat`: one engine, one user, text as it comes."""
+"""`pyllm generate` and `pyllm chat`: one engine, one user, text as it is generated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _serial = count()
 
 
 def generate(config: GenerateConfig, process: EngineProcess) -> int:
-    """Write the continuation of one prompt; return the exit code."""
+    """Continue one prompt; return the exit code."""
     with asyncio.Runner() as runner:
         model = runner.run(load(config, process))
         try:
@@ -37,16 +37,16 @@ def generate(config: GenerateConfig, process: EngineProcess) -> int:
 
 
 def chat(config: TerminalConfig, process: EngineProcess) -> int:
-    """Talk until the end of input; Ctrl-C stops an answer, and what was said of it stays in the conversation."""
+    """Chat until the end of input; Ctrl-C stops an answer, whose text so far stays in the conversation."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() a line editor)
+        import readline  # noqa: F401 - gives input() a line editor
     # The runner is entered once per answer, so that Ctrl-C stops that answer and input() can block in between.
     with asyncio.Runner() as runner:
         model = runner.run(load(config, process))
         params = _params(config, model, chat=True)
         limit = model.engine.info.config.max_model_len
-        room, forgetful = config.max_tokens or limit // 4, False
-        print(f"Talking to {model.names[0]}. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+        room, truncated = config.max_tokens or limit // 4, False
+        print(f"Chatting with {model.names[0]}. Ctrl-C stops an answer, Ctrl-D exits.", file=sys.stderr)
         messages: list[Message] = []
         try:
             while model.engine.is_alive and (question := _ask()) is not None:
@@ -55,9 +55,9 @@ def chat(config: TerminalConfig, process: EngineProcess) -> int:
                 try:
                     while len(prompt := model.template.render(talk)) + room > limit and len(talk) > 1:
                         del talk[:2]
-                        if not forgetful:
-                            print("The talk is too long for the model: its beginning is left out.", file=sys.stderr)
-                        forgetful = True
+                        if not truncated:
+                            print("The chat is too long for the model: dropping its oldest messages.", file=sys.stderr)
+                        truncated = True
                     runner.run(_answer(model, prompt, params, pieces))
                 except KeyboardInterrupt:
                     print()
@@ -71,7 +71,7 @@ def chat(config: TerminalConfig, process: EngineProcess) -> int:
 
 
 def _ask() -> str | None:
-    """The user's next words; None at the end of input."""
+    """Read the next message; return None at the end of input."""
     while True:
         try:
             if words := input("> " if sys.stdin.isatty() else "").strip():
@@ -90,7 +90,7 @@ def _params(config: TerminalConfig, model: ServedModel, *, chat: bool) -> Sampli
 
 
 async def _answer(model: ServedModel, prompt: list[int], params: SamplingParams, pieces: list[str]) -> None:
-    """Write an answer as it comes, and add its text to `pieces`; raises `RequestError` or `EngineDeadError`."""
+    """Print an answer as it arrives, and add its text to `pieces`; raises `RequestError` or `EngineDeadError`."""
     stream = model.engine.submit(f"terminal-{next(_serial)}", prompt, params)
     try:
         async for output in stream:

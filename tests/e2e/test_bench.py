@@ -61,7 +61,7 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(server: ServerProcess) 
         for words, part in [
             (("--base-url", unused), "cannot be measured"),
             (("--base-url", "localhost"), "http://"),
-            (("--base-url", "http://localhost:port"), "is no URL"),
+            (("--base-url", "http://localhost:port"), "is not a server's URL"),
             (("--base-url", server.url, "--model", "other", *SMALL), "status 404"),
             (("--base-url", server.url, "--concurrency", "1,x"), "--concurrency"),
             (("--base-url", server.url, "--concurrency", "0"), "--concurrency"),

@@ -118,7 +118,7 @@ def test_generate_writes_the_text_that_the_server_gives(checkpoint: Path, client
 def test_a_piped_talk_remembers_what_was_said(checkpoint: Path, client: OpenAI) -> None:
     done = run("chat", "--model", str(checkpoint), "--max-tokens", "12", *SHORT, typed="Hi\n\nSay more.\n")
     assert done.returncode == 0
-    assert "Talking to tiny" in done.stderr
+    assert "Chatting with tiny" in done.stderr
     messages = []
     expected = ""
     for question in ("Hi", "Say more."):

@@ -48,7 +48,7 @@ def test_long_chat_drops_its_oldest_turns_with_one_note(engine, monkeypatch, cap
     assert talk(monkeypatch, *questions, **flags) == 0
     captured = capsys.readouterr()
     assert captured.out == "Hello, wörld!\n" * 8
-    assert captured.err.count("beginning is left out") == 1
+    assert captured.err.count("dropping its oldest") == 1
     assert "Question 0" in prompts(engine)[1]
     assert prompts(engine)[-1].startswith("User: Question 6")
     assert prompts(engine)[-1].endswith(questions[7] + "\n\nAssistant:")
