@@ -13,7 +13,7 @@ from .generation.tracing import Tracing
 from .http.budget import BodyBudget
 from .http.context import RequestContext
 from .http.errors import unavailable
-from .http.logs import PROBES
+from .http.middleware import PROBES
 
 
 @dataclass(slots=True)

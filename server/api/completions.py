@@ -20,9 +20,9 @@ from ..chat.truncation import encode_prompts
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation
 from ..generation.streaming import EventStream
 from ..generation.token_details import LegacyLogprobs, show_prompt_logprobs
+from ..http.body import off_loop_if_large
 from ..http.context import RequestContext
 from ..http.errors import JsonResponse, encode_json
-from ..http.offload import off_loop_if_large
 from .chunks import Chunks, join_fields, show_details
 from .fields import (
     MAX_INT,

@@ -21,8 +21,8 @@ from ...model.tokenizer import Tokenizer
 from ..flags import DEMO_FOLDER, DEMO_NAME, ConfigError, ModelFlags, ServerConfig
 from ..generation.defaults import read_defaults
 from ..generation.metrics import Metrics
+from ..http.body import is_large, off_loop
 from ..http.errors import ApiError, encode_json, shorten
-from ..http.offload import is_large, off_loop
 from .conversation import Message, Sampling
 from .template import ChatTemplate
 from .tool_calls import FORMATS, ToolCallFormat, detect_format

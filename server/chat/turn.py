@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from ...engine.errors import RequestError
 from ...engine.messages import SamplingParams
+from ..http.body import off_loop_if_large
 from ..http.errors import encode_json, shorten
-from ..http.offload import off_loop_if_large
 from .conversation import Conversation, Message, ToolCall
 from .served_model import ServedModel
 from .template import MAX_DEPTH, ChatTemplate, ChatTemplateError, is_deeper
@@ -67,7 +67,9 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     """Render, tokenise and check a conversation; raises `RequestError`."""
     tools = await off_loop_if_large(read_tools, conversation, model.tool_format)
     max_tokens = conversation.max_tokens
-    prompt = truncate_prompt(await _render(conversation, model, tools), conversation.keep_tokens, model, max_tokens)
+    prompt = await _render(conversation, model, tools)
+    if conversation.keep_tokens is not None:
+        prompt = truncate_prompt(prompt, conversation.keep_tokens, model, max_tokens)
     if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
         max_tokens = min(default, max(model.engine.info.config.max_model_len - len(prompt), 1))
     grammar = await _grammar(conversation, tools, model)

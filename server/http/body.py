@@ -1,11 +1,18 @@
-"""From a request's body to a checked model, with an error for every failure that names the field."""
+"""From a request's body to a checked model, with an error for every failure that names the field.
+
+Also the threads for work on large bodies, which would block the event loop; many large requests queue there.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
@@ -14,7 +21,6 @@ from starlette.requests import Request
 from .budget import MAX_BODY_BYTES
 from .context import RequestContext
 from .errors import ApiError, shorten
-from .offload import is_large, off_loop_if_large
 
 LARGE_BODY_BYTES = 64 * 2**10
 MAX_CONTAINERS = 2**18
@@ -27,9 +33,28 @@ QUOTES = "'"
 SUBJECT = re.compile("^(Input|String|List|Dictionary|Value error,) ")
 """The subject of pydantic's messages, which ours replace with the field's name."""
 
+is_large: ContextVar[bool] = ContextVar("is_large", default=False)
+"""Whether the current request's body is so large that all work on it belongs off the event loop."""
+
+_pool = ThreadPoolExecutor(4, thread_name_prefix="read-request")
+"""Apart from asyncio's own threads, so that a flood of large requests blocks only large requests."""
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 Body = TypeVar("Body", bound=BaseModel)
 Unsupported = Mapping[str, tuple[Any, ...]]
 """Fields that this server does not support, with the values that have no effect, which are accepted."""
+
+
+async def off_loop(call: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    """Call in a thread."""
+    return await asyncio.get_running_loop().run_in_executor(_pool, partial(call, *args, **kwargs))
+
+
+async def off_loop_if_large(
+    call: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """Call in a thread if the request is large."""
+    return await off_loop(call, *args, **kwargs) if is_large.get() else call(*args, **kwargs)
 
 
 async def read_body(request: Request, model: type[Body], unsupported: Unsupported) -> Body:

@@ -6,15 +6,6 @@ import json
 import logging
 import sys
 import time
-from typing import Any
-
-from .context import RequestContext
-from .errors import shorten
-
-logger = logging.getLogger("pyllm.server")
-
-PROBES = frozenset({"/health", "/ready", "/metrics"})
-"""Routes that machines ask for all the time: logged at debug level, not counted, and open without a key."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -37,22 +28,3 @@ def configure_logging(level: str, form: str = "text") -> None:
     handler.setFormatter(JsonFormatter() if form == "json" else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("pyllm").setLevel(level.upper())
-
-
-def log_request(context: RequestContext, seconds: float) -> None:
-    """Log a request that has ended, without its prompt."""
-    level = logging.DEBUG if context.path in PROBES else logging.INFO
-    if not logger.isEnabledFor(level):
-        return
-    method, status, request_id = context.scope["method"], context.status, context.request_id
-    path = repr(shorten(context.scope["path"]).encode("ascii", "backslashreplace").decode())[1:-1]
-    fields: dict[str, Any] = {"method": method, "path": path, "status": status, "id": request_id}
-    text = ""
-    if context.generation is not None:
-        progress = context.generation.log_fields()
-        text = "".join(f" {kind}_tokens={count}" for kind, count in progress["tokens"].items())
-        text += "".join(f" {name}={value:.3f}" for name, value in progress.items() if name != "tokens")
-        fields |= progress
-    fields["seconds"] = round(seconds, 6)
-    line = "%s %s %d id=%s%s seconds=%.3f"
-    logger.log(level, line, method, path, status, request_id, text, seconds, extra={"fields": fields})

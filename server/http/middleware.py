@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import time
 import uuid
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -18,9 +19,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..flags import ServerConfig
 from .budget import BodyBudget
 from .context import CLIENT_GONE, CONTEXT, RequestContext
-from .errors import ApiError, error_response, to_api_error, unavailable
-from .logs import PROBES, log_request
+from .errors import MAX_ECHO, ApiError, error_response, to_api_error, unavailable
 
+logger = logging.getLogger("pyllm.server")
+
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Routes that machines ask for all the time: logged at debug level, not counted, and open without a key."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")
 """Others could look like further fields of the log line."""
 
@@ -81,7 +85,7 @@ class RequestMiddleware:
         finally:
             seconds = time.monotonic() - context.arrival
             self._server.leave(context, seconds)
-            log_request(context, seconds)
+            _log(context, seconds)
 
     def _begin(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> RequestContext:
         # A proxy may strip the prefix or not.
@@ -104,3 +108,22 @@ class RequestMiddleware:
             message = "This server needs a valid API key, as `Authorization: Bearer KEY` or `x-api-key: KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return owners[0]
+
+
+def _log(context: RequestContext, seconds: float) -> None:
+    """Log a request that has ended, without its prompt."""
+    level = logging.DEBUG if context.path in PROBES else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    method, status, request_id = context.scope["method"], context.status, context.request_id
+    path = repr(context.scope["path"][:MAX_ECHO].encode("ascii", "backslashreplace").decode())[1:-1]
+    fields: dict[str, Any] = {"method": method, "path": path, "status": status, "id": request_id}
+    text = ""
+    if context.generation is not None:
+        progress = context.generation.log_fields()
+        text = "".join(f" {kind}_tokens={count}" for kind, count in progress["tokens"].items())
+        text += "".join(f" {name}={value:.3f}" for name, value in progress.items() if name != "tokens")
+        fields |= progress
+    fields["seconds"] = round(seconds, 6)
+    line = "%s %s %d id=%s%s seconds=%.3f"
+    logger.log(level, line, method, path, status, request_id, text, seconds, extra={"fields": fields})

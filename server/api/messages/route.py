@@ -18,9 +18,9 @@ from ...chat.tool_calls import Part
 from ...chat.turn import Turn, prepare_turn, read_turn
 from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventStream, EventWriter
+from ...http.body import off_loop_if_large
 from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json
-from ...http.offload import off_loop_if_large
 from ..fields import MAX_INT, read_sampling, start_generation
 from .wire import (
     AssistantTurn,
