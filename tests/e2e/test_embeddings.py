@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
-from support.checkpoints import byte_tokenizer
+from support.checkpoints import TINY, byte_tokenizer
 from support.serving import ServerProcess
 
 from pyllm.model import DeepForCausalLM
+from pyllm.model.cpu.backend import available
 from pyllm.model.network import AttentionMetadata
 
 TEXTS = ["Once upon a time", "Il était une fois", "a", "A long one. " * 30]
@@ -54,12 +55,17 @@ def test_vectors_are_the_normalised_hidden_states(
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
 
 
+def same(vector: list[float]) -> Any:
+    """What must equal the vector: its bits, or its numbers on plain torch, which rounds by the shape of a step."""
+    return vector if available(TINY) else pytest.approx(vector, abs=1e-5)
+
+
 def test_equal_inputs_have_equal_vectors(client: OpenAI) -> None:
     first = embed(client, [TEXTS[0], TEXTS[1], TEXTS[0]])
-    assert first[0] == first[2]
+    assert first[0] == same(first[2])
     assert first[0] != first[1]
     assert np.dot(first[0], first[1]) < 1 - 1e-4
-    assert embed(client, [TEXTS[0], TEXTS[1], TEXTS[0]]) == first
+    assert embed(client, [TEXTS[0], TEXTS[1], TEXTS[0]]) == list(map(same, first))
     alone = [embed(client, text)[0] for text in TEXTS]
     assert embed(client, TEXTS) == [pytest.approx(vector, abs=1e-5) for vector in alone]
     assert embed(client, [ids(text) for text in TEXTS]) == [pytest.approx(vector, abs=1e-5) for vector in alone]
