@@ -56,12 +56,7 @@ class RequestContext:
     @property
     def is_anthropic(self) -> bool:
         """Whether the request speaks Anthropic's API."""
-        return self.path == ANTHROPIC_ROUTES or self.path.startswith(ANTHROPIC_ROUTES + "/")
-
-    @property
-    def unread(self) -> int:
-        """Tokens that the client is behind its stream; those with log-probabilities count more."""
-        return self.generation.unread if self.generation is not None else 0
+        return (self.path + "/").startswith(ANTHROPIC_ROUTES + "/")
 
     async def receive(self) -> Message:
         """Receive the next message, and note whether the client has left."""

@@ -28,7 +28,7 @@ SPARE_FILES = 128
 class ConnectionLimits:
     """The timeouts of one connection in seconds, and how many may be open."""
 
-    header: float  # from the connection's or the request's first byte to the end of the headers
+    header: float  # from the opening of the connection, or a request's first byte, to the end of its headers
     body: float  # to make progress with the request's body
     write: float  # to make progress with taking the answer
     connections: int

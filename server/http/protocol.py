@@ -38,7 +38,10 @@ class _Transport:
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. `cycle` is the request that was received last, `pipeline` those that wait to be answered."""
+    """One connection. `cycle` is the request that was received last, `pipeline` those that wait to be answered.
+
+    The base class is private to uvicorn, so pyproject.toml admits only the minor version that the tests have seen.
+    """
 
     def __init__(self, *arguments: Any, monitor: ConnectionMonitor, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -233,4 +236,5 @@ class HttpProtocol(HttpToolsProtocol):
     def _unread(self) -> int:
         """Tokens that the client of a stream is behind."""
         context = self._answering.scope.get(CONTEXT) if self._answering is not None else None
-        return context.unread if isinstance(context, RequestContext) else 0
+        generation = context.generation if isinstance(context, RequestContext) else None
+        return generation.unread if generation is not None else 0

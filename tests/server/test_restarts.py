@@ -78,6 +78,18 @@ def test_when_no_restarts_are_left_it_is_over(harness, no_pauses):
     assert harness.get("/health").status_code == 503
 
 
+def test_supervision_ends_when_no_restarts_are_left(harness, no_pauses, monkeypatch):
+    async def wait_dead(self):
+        self.error = "It was killed."
+
+    monkeypatch.setattr(type(harness.engine), "wait_dead", wait_dead)
+    successors(harness, None, None)
+    asyncio.run(Restarts(2).supervise(harness.service, harness.model))
+    assert no_pauses == [1, 2]
+    assert harness.service.model is not harness.model
+    assert harness.get("/health").status_code == 503
+
+
 def test_restarts_are_forgotten_after_a_time_of_health(harness, no_pauses, monkeypatch):
     harness.engine.error = "It was killed."
     successors(harness, None, None, None)
