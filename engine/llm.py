@@ -62,9 +62,7 @@ class LLM:
         self._seeds = random.Random(config.seed)
 
     def generate(
-        self,
-        prompts: Sequence[str | list[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        self, prompts: Sequence[str | list[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Generate for all prompts together, which are texts or lists of token ids.
 
