@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +14,14 @@ from ..model.checkpoint.loader import load_checkpoint
 from ..model.config import CheckpointError, DeepConfig
 from ..model.cpu.backend import NativeBackend
 from ..model.cpu.backend import available as native_available
-from ..model.fp8 import FP8, centre, has_fp8
+from ..model.fp8 import centre, has_fp8
 from ..model.network import DeepNetwork
 from ..model.tokenizer import Tokenizer
 from .config import EngineConfig, ResolvedConfig, settings_of
 from .errors import EngineStartError
 from .grammar.compiler import GrammarCompiler
 from .memory import is_out_of_memory, num_kv_blocks
-from .messages import EngineInfo, EngineRequest, GraphInfo, Kernels, SamplingParams
+from .messages import CheckGrammar, EngineInfo, EngineRequest, GraphInfo, Kernels, SamplingParams
 from .runner.model_runner import ModelRunner
 from .runner.step_graphs import CudaGraphs, GraphMaker, token_counts
 from .step.core import EngineCore
@@ -69,19 +70,21 @@ def _build(config: EngineConfig) -> EngineCore:
         load_format=config.load_format, seed=config.seed or 0, progress=not config.quiet,
     )  # fmt: skip
     model.eval().requires_grad_(False)
-    kv_dtype = kv_cache_dtype(config, model)
+    if config.kv_cache_dtype == "fp8":
+        for layer in model.layers:
+            centre(layer)
     kernels = _choose_kernels(config, model, device, native)
     resolved = resolve(config, model)
-    size = block_bytes(model.config, config.block_size, kv_dtype.itemsize)
-    reserve = step_bytes(model, resolved, kv_dtype) + size if device.type == "cuda" else 0
+    size = block_bytes(model, resolved)
+    reserve = step_bytes(model, resolved) + size if device.type == "cuda" else 0
     num_blocks = num_kv_blocks(config, device, size, resolved.max_model_len, reserve)
     resolved = replace(resolved, num_kv_blocks=num_blocks)
-    runner = _runner(model, resolved, kv_dtype)
+    runner = ModelRunner(model, resolved)
     for length, count in WARM_UP_STEPS[kernels]:
-        _rehearse(runner, resolved, [length], min(count, num_blocks), SamplingParams(temperature=1.0, seed=0))
+        _rehearse(runner, [length], min(count, num_blocks), SamplingParams(temperature=1.0, seed=0))
     graphs = None
     if device.type == "cuda" and model.ops.capturable and not config.enforce_eager:
-        graphs = _capture(runner, CudaGraphs(device), resolved)
+        graphs = _capture(runner, CudaGraphs(device))
     runner.expert_stats.reset()
     info = EngineInfo(
         config=resolved, era=report.era, parameters=report.parameters, file_dtypes=report.file_dtypes,
@@ -90,12 +93,9 @@ def _build(config: EngineConfig) -> EngineCore:
         num_experts=model.config.num_experts if model.config.use_token_routed_mlp else 0,
         kernels=kernels, graphs=graphs, chunk_multiple=model.ops.prefill_multiple,
     )  # fmt: skip
-    return EngineCore(
-        info,
-        runner,
-        runner.expert_stats,
-        GrammarCompiler(lambda: Tokenizer.from_folder(config.model), info.vocab_size, info.eos_token_ids),
-    )
+    tokenizer = partial(Tokenizer.from_folder, config.model)
+    compiler = GrammarCompiler[Request | CheckGrammar](tokenizer, info.vocab_size, info.eos_token_ids)
+    return EngineCore(info, runner, runner.expert_stats, compiler)
 
 
 def resolve(config: EngineConfig, model: DeepNetwork) -> ResolvedConfig:
@@ -150,10 +150,10 @@ def _first_words(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _capture(runner: ModelRunner, maker: GraphMaker, config: ResolvedConfig) -> GraphInfo | None:
+def _capture(runner: ModelRunner, maker: GraphMaker) -> GraphInfo | None:
     """Record steps as graphs; if that fails, log a warning and return None, because everything works without them."""
     try:
-        graphs = runner.capture(maker, config.max_model_len, token_counts=token_counts(config.max_num_batched_tokens))
+        graphs = runner.capture(maker, token_counts=token_counts(runner.config.max_num_batched_tokens))
     except RuntimeError as error:
         runner.graphs = None
         logger.warning("CUDA graphs cannot be recorded; all but very large steps are slower: %s", _first_words(error))
@@ -163,37 +163,29 @@ def _capture(runner: ModelRunner, maker: GraphMaker, config: ResolvedConfig) -> 
     )
 
 
-def _runner(model: DeepNetwork, config: ResolvedConfig, kv_dtype: torch.dtype) -> ModelRunner:
-    return ModelRunner(
-        model, num_blocks=config.num_kv_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
-        kv_cache_dtype=kv_dtype,
-    )  # fmt: skip
-
-
-def step_bytes(model: DeepNetwork, config: ResolvedConfig, kv_dtype: torch.dtype) -> int:
+def step_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:
     """Measure what the largest steps take of a GPU's memory, next to weights and KV cache, by trying them."""
     device = model.device
-    runner = _runner(model, replace(config, num_kv_blocks=1), kv_dtype)
+    runner = ModelRunner(model, replace(config, num_kv_blocks=1))
     longest = config.max_model_len - 1
     whole, rest = divmod(config.max_num_batched_tokens, longest)
     lengths = [longest] * whole + [rest] * (rest > 0)
     params = SamplingParams(temperature=1.0, seed=0, top_p=0.9, frequency_penalty=0.1, logprobs=1)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    _rehearse(runner, config, lengths[: config.max_num_seqs], config.max_num_seqs, params)
+    _rehearse(runner, lengths[: config.max_num_seqs], config.max_num_seqs, params)
     peak = torch.cuda.max_memory_allocated(device) - before
     del runner
     torch.cuda.empty_cache()
     return int(2 * peak * STEP_MARGIN) + GRAPH_BYTES  # graphs work in memory of their own
 
 
-def _rehearse(
-    runner: ModelRunner, config: ResolvedConfig, lengths: list[int], count: int, params: SamplingParams
-) -> None:
+def _rehearse(runner: ModelRunner, lengths: list[int], count: int, params: SamplingParams) -> None:
     """Compute prompts of no request, and `count` decodes after them, so that the first real step is not slow.
 
     What they write to the KV cache is overwritten later, like all that a finished sequence leaves there.
     """
+    config = runner.config
     count = min(count, config.max_num_seqs)
     lengths = [min(length, config.max_num_batched_tokens, config.max_model_len - 1) for length in lengths]
     requests = []
@@ -203,7 +195,7 @@ def _rehearse(
             EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params)
         )
         # A prompt wraps around in one block: nothing reads what it computes.
-        request.block_ids = [index % runner.num_blocks] * (length // config.block_size + 1)
+        request.block_ids = [index % config.num_kv_blocks] * (length // config.block_size + 1)
         requests.append(request)
     runner.execute([ScheduledSequence(*pair, True) for pair in zip(requests, lengths, strict=False)])
     for request in requests:
@@ -237,15 +229,7 @@ def check_settings(config: EngineConfig, device: torch.device, native: bool) -> 
         raise EngineStartError("--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less.")
 
 
-def kv_cache_dtype(config: EngineConfig, model: DeepNetwork) -> torch.dtype:
-    """Return the number format of the KV cache; for FP8, scale the weights so that keys and values fit its range."""
-    if config.kv_cache_dtype == "auto":
-        return model.dtype
-    for layer in model.layers:
-        centre(layer)
-    return FP8
-
-
-def block_bytes(config: DeepConfig, block_size: int, itemsize: int) -> int:
+def block_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:
     """Return the size of one KV block over all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * block_size * itemsize
+    shape, itemsize = model.config, 1 if config.kv_cache_dtype == "fp8" else model.dtype.itemsize
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * config.block_size * itemsize

@@ -69,11 +69,11 @@ def make_core(
         era="", parameters=0, load_seconds=0.0, vocab_size=config.vocab_size, eos_token_ids=(),
         chunk_multiple=model.ops.prefill_multiple,
     )  # fmt: skip
-    runner = ModelRunner(model, num_blocks=blocks, block_size=PAGE, max_num_seqs=most)
+    runner = ModelRunner(model, info.config)
     if machine.dry or model.ops.capturable:
         maker = Reruns() if machine.dry else CudaGraphs(machine.device)
         counts = [8, 16] if machine.dry else token_counts(info.config.max_num_batched_tokens)
-        runner.capture(maker, longest, [most] if machine.dry else graphs, counts if mixed else ())
+        runner.capture(maker, [most] if machine.dry else graphs, counts if mixed else ())
     return EngineCore(info, runner, runner.expert_stats)
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ...model.backend import AttentionMetadata
+from ...model.fp8 import FP8
 from ...model.network import DeepNetwork
 from ...model.sampling import SamplingBatch
 from ...model.transfer import download, upload
+from ..config import ResolvedConfig
 from ..grammar.state import MaskMaker
 from ..messages import TokenDynamics
 from ..step.runner import SampledToken
@@ -40,36 +42,25 @@ class DeviceStep:
 class ModelRunner:
     """Owns the model and the paged KV tensor."""
 
-    def __init__(
-        self,
-        model: DeepNetwork,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_num_seqs: int,
-        kv_cache_dtype: torch.dtype | None = None,  # None is the model's
-    ) -> None:
+    def __init__(self, model: DeepNetwork, config: ResolvedConfig) -> None:
         self.model = model
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        # num_blocks, plus one block that absorbs padding writes.
-        self.kv_cache = model.new_kv_cache(num_blocks + 1, block_size, kv_cache_dtype)
+        self.config = config
+        # One block more than the scheduler knows, which absorbs padding writes.
+        dtype = FP8 if config.kv_cache_dtype == "fp8" else model.dtype
+        self.kv_cache = model.new_kv_cache(config.num_kv_blocks + 1, config.block_size, dtype)
         self.sampler = Sampler(model.ops)
         self.expert_stats = ExpertStats(model)
         self.masks = MaskMaker()
         self.graphs: StepGraphs | None = None
         # The last step's draws, which the next step reads in place of pending tokens, and a zero for the other tokens.
-        self._draws = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=model.device)
+        self._draws = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=model.device)
 
     def capture(
-        self,
-        maker: GraphMaker,
-        max_model_len: int,
-        sizes: Sequence[int] | None = None,
-        token_counts: Sequence[int] = (),
+        self, maker: GraphMaker, sizes: Sequence[int] | None = None, token_counts: Sequence[int] = ()
     ) -> StepGraphs:
         """Record graphs, which the steps that fit use from now on; see `StepGraphs`."""
-        self.graphs = StepGraphs(self.model, self.kv_cache, self._draws, self.expert_stats, maker, max_model_len)
+        longest = self.config.max_model_len
+        self.graphs = StepGraphs(self.model, self.kv_cache, self._draws, self.expert_stats, maker, longest)
         self.graphs.capture(sizes, token_counts)
         return self.graphs
 
@@ -152,7 +143,7 @@ class ModelRunner:
 
     def prepare(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, AttentionMetadata]:
         """Make the step's token ids [T], positions [T] and attention metadata."""
-        flat, device = flatten(sequences, self.block_size), self.model.device
+        flat, device = flatten(sequences, self.config.block_size), self.model.device
         query_lens = np.diff(flat.starts).tolist()
         on_device = device.type != "cpu"  # where kernels read the lengths too
         metadata = AttentionMetadata(

@@ -95,7 +95,7 @@ def test_memory_for_steps_is_found_by_trying_the_largest_ones(tiny_checkpoint, m
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + 500)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     config = resolved_config(block_size=4, max_model_len=100, max_num_seqs=7, max_num_batched_tokens=250)
-    assert step_bytes(model, config, model.dtype) == int(1000 * build.STEP_MARGIN) + build.GRAPH_BYTES
+    assert step_bytes(model, config) == int(1000 * build.STEP_MARGIN) + build.GRAPH_BYTES
     assert seen == [(250, 3), (7, 7)]
 
 

@@ -39,7 +39,7 @@ def recorded(request, tiny_checkpoint, monkeypatch) -> tuple[LLM, Reruns]:
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     llm = open_llm(tiny_checkpoint, overlap_scheduling=request.param)
     maker = Reruns()
-    llm.core.runner.capture(maker, llm.core.info.config.max_model_len, [1, 2, 4, 6])
+    llm.core.runner.capture(maker, [1, 2, 4, 6])
     return llm, maker
 
 
@@ -116,7 +116,7 @@ def test_padding_touches_no_page_that_is_anybodys(recorded):
 def test_preemption_and_abort_leave_other_sequences_unchanged(plain, tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     llm = open_llm(tiny_checkpoint, overlap_scheduling=True, num_kv_blocks=20, max_model_len=80)
-    llm.core.runner.capture(Reruns(), 80)
+    llm.core.runner.capture(Reruns())
     params = [SamplingParams(max_tokens=30, temperature=1.0, seed=n, ignore_eos=True) for n in range(5)]
     got = llm.generate(PROMPTS[:2] + PROMPTS[3:], params[:4])
     assert llm.core.scheduler.num_preemptions > 0
@@ -128,7 +128,7 @@ def test_capture_stops_at_its_budget_and_batches_are_padded(plain, tiny_checkpoi
     monkeypatch.setenv("PYLLM_NATIVE", "0")
     monkeypatch.setattr(step_graphs, limit, 0)
     llm = open_llm(tiny_checkpoint)
-    graphs = llm.core.runner.capture(Reruns(bytes_each=1), llm.core.info.config.max_model_len)
+    graphs = llm.core.runner.capture(Reruns(bytes_each=1))
     assert graphs.sizes == [6], "the largest is first"
     assert answers(llm.generate(PROMPTS[:1], PLAIN[:1])) == answers(plain.generate(PROMPTS[:1], PLAIN[:1]))
 

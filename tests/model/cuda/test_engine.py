@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-import torch
 from support.reruns import Reruns
 
 from pyllm import LLM, SamplingParams
@@ -15,7 +14,6 @@ from pyllm.engine.runner.model_runner import ModelRunner
 from pyllm.engine.runner.step_graphs import token_counts
 from pyllm.engine.step.core import EngineCore
 from pyllm.model.cuda.backend import TritonBackend
-from pyllm.model.fp8 import FP8
 
 PROMPTS = ["Hi", "A prompt of two pages", "c"]
 PARAMS = [
@@ -39,17 +37,13 @@ def wanted(tiny_checkpoint) -> list[list[int]]:
     return answers(open_llm(tiny_checkpoint), PARAMS)
 
 
-def on_triton(
-    llm: LLM, *, token_counts: Sequence[int] = (), deterministic: bool = False, kept: torch.dtype | None = None
-) -> Reruns:
+def on_triton(llm: LLM, *, token_counts: Sequence[int] = (), deterministic: bool = False) -> Reruns:
     """Let the library's engine compute with Triton kernels and recorded steps."""
-    info, config, maker = llm.core.info, llm.core.info.config, Reruns()
+    info, maker = llm.core.info, Reruns()
     model = llm.core.runner.model
     model.ops = TritonBackend(model, deterministic=deterministic)
-    runner = ModelRunner(
-        model, num_blocks=config.num_kv_blocks, block_size=8, max_num_seqs=config.max_num_seqs, kv_cache_dtype=kept
-    )
-    runner.capture(maker, config.max_model_len, [2, 4], token_counts)
+    runner = ModelRunner(model, info.config)
+    runner.capture(maker, [2, 4], token_counts)
     llm.core = EngineCore(info, runner, runner.expert_stats, llm.core.grammars)
     return maker
 
@@ -72,8 +66,7 @@ def test_engine_tokens_are_equal_on_triton_and_graphs(
     llm = open_llm(tiny_checkpoint, overlap_scheduling=overlap, kv_cache_dtype=kept)
     if kept == "fp8":
         wanted = answers(llm, PARAMS)  # by plain torch
-    dtype = FP8 if kept == "fp8" else None
-    maker = on_triton(llm, token_counts=token_counts, deterministic=deterministic, kept=dtype)
+    maker = on_triton(llm, token_counts=token_counts, deterministic=deterministic)
     assert answers(llm, PARAMS) == wanted
     assert maker.count >= (4 if token_counts else 2)
     expect_counts(llm, wanted)
