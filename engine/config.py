@@ -236,8 +236,3 @@ class ResolvedConfig(EngineConfig):
     max_num_prefill_tokens: int
     num_kv_blocks: int
     overlap_scheduling: bool
-
-    @property
-    def kv_capacity_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
-        return self.num_kv_blocks * self.block_size

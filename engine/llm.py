@@ -10,11 +10,18 @@ from typing import Any
 from ..model.checkpoint.hub import resolve_model
 from ..model.tokenizer import Tokenizer
 from .build import build_engine
-from .checks import resolve_request
 from .client.output_processor import OutputProcessor, RequestOutput
 from .config import EngineConfig, from_values
 from .errors import EngineStartError
-from .messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenDynamics, TokenLogprobs
+from .messages import (
+    EngineRequest,
+    FinishReason,
+    Pooling,
+    SamplingParams,
+    TokenDynamics,
+    TokenLogprobs,
+    resolve_request,
+)
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ from .messages import (
     read_frames,
 )
 from .step.core import EngineCore
-from .step.outputs import failure_of
+from .step.request import failure_of
 
 _GRAMMAR_READY = Abort(request_ids=[])  # wakes the loop, and aborts nothing
 IDLE_SECONDS = 0.1  # without work for longer, an engine is idle, rather than between two requests of a busy client

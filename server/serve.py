@@ -214,7 +214,7 @@ class _ServerProcess:
             f"PyLLM {__version__} serves {', '.join(model.names)}: era {info.era}, {info.parameters:,} parameters, "
             f"{source} in {info.load_seconds:.1f} s, computed in {dtype} on {config.device} by {KERNELS[info.kernels]}"
         )
-        size, length = config.kv_capacity_tokens, config.max_model_len
+        size, length = info.kv_capacity_tokens, config.max_model_len
         fp8 = " in FP8" if config.kv_cache_dtype == "fp8" else ""
         logger.info(
             f"The KV cache holds {size:,} tokens{fp8}, or {size / length:.1f} requests of {length:,} tokens; "

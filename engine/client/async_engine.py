@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..checks import resolve_request
 from ..config import EngineConfig
 from ..errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError, describe
 from ..messages import (
@@ -29,6 +28,7 @@ from ..messages import (
     StartFailed,
     StepOutputs,
     TokenOutput,
+    resolve_request,
 )
 from .grammar_checks import GrammarChecks
 from .launch import EngineProcess

@@ -17,7 +17,7 @@ from ...model.transfer import download, upload
 from ..config import ResolvedConfig
 from ..grammar.state import MaskMaker
 from ..messages import TokenDynamics
-from ..step.runner import SampledToken
+from ..step.request import SampledToken
 from ..step.scheduler import ScheduledSequence
 from .expert_stats import ExpertStats
 from .flat_step import flatten

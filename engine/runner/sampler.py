@@ -10,8 +10,7 @@ from torch import Tensor
 from ...model.backend import Backend
 from ...model.sampling import SamplingBatch, apply_rules
 from ..messages import TokenLogprobs
-from ..step.request import Request
-from ..step.runner import SampledToken
+from ..step.request import Request, SampledToken
 from .logit_rules import LogitRules
 
 Draw = tuple[Request, Sequence[int]]

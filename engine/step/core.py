@@ -8,16 +8,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from ..checks import check_request
-from ..errors import RequestError
+from ..errors import RequestError, describe
 from ..grammar.compiler import GrammarCompiler
 from ..memory import is_out_of_memory
-from ..messages import CheckGrammar, EngineInfo, EngineRequest, EngineStats, GrammarVerdict, StepOutputs, TokenOutput
+from ..messages import (
+    CheckGrammar,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    GrammarVerdict,
+    StepOutputs,
+    TokenOutput,
+    check_request,
+)
 from .drafting import Drafter
-from .outputs import failure_of, output_of, verdict_of
-from .request import PENDING_TOKEN, Request, RequestStatus
+from .request import PENDING_TOKEN, Request, RequestStatus, SampledToken, failure_of
 from .retry import retry_by_halves
-from .runner import ExpertCounts, LaunchedStep, Runner, SampledToken
+from .runner import ExpertCounts, LaunchedStep, Runner
 from .scheduler import PreemptionNeeded, ScheduledSequence, Scheduler
 
 OUT_OF_MEMORY = RuntimeError(
@@ -59,6 +66,7 @@ class EngineCore:
         self.grammars = grammars or GrammarCompiler()
         self.scheduler = Scheduler(info)
         self._requests: dict[str, Request] = {}
+        self._uses_grammars = False  # whether any was ever submitted
         self._verdicts: list[GrammarVerdict] = []
         self._in_flight: InFlightStep | None = None  # until it is collected, or all of its requests have finished
         self._num_failures = 0  # consecutive steps that ran out of memory
@@ -70,7 +78,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step has anything to do."""
-        return self.scheduler.has_work or self.grammars.has_ready
+        return self.scheduler.has_work or (self._uses_grammars and self.grammars.has_ready)
 
     @property
     def has_requests(self) -> bool:
@@ -95,11 +103,13 @@ class EngineCore:
             self.scheduler.add(request)
         else:
             request.status = RequestStatus.COMPILING
+            self._uses_grammars = True
             self.grammars.submit(request, message.params.grammar, ignore_eos=message.params.ignore_eos)
         self._requests[request.request_id] = request
 
     def check_grammar(self, check: CheckGrammar) -> None:
         """Compile a grammar; a later step's outputs have the verdict."""
+        self._uses_grammars = True
         self.grammars.submit(check, check.grammar)
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -114,7 +124,7 @@ class EngineCore:
     def step(self) -> StepOutputs:
         """Schedule, compute and sample once; return what this step, or the previous one, added to each request."""
         started = time.perf_counter()
-        outputs = self._admit_compiled()
+        outputs = self._admit_compiled() if self._uses_grammars else []
         planned = self._plan(outputs)
         try:
             outputs += self._compute(planned)
@@ -180,7 +190,7 @@ class EngineCore:
         outputs = []
         for ticket, result in self.grammars.drain():
             if isinstance(ticket, CheckGrammar):
-                self._verdicts.append(verdict_of(ticket, result))
+                self._verdicts.append(_verdict_of(ticket, result))
             elif isinstance(result, Exception):
                 del self._requests[ticket.request_id]
                 outputs.append(failure_of(ticket, result))
@@ -275,7 +285,7 @@ class EngineCore:
         if draw is None:
             return None
         request.resolve(end, draw.token_id)
-        return output_of(request, [draw])
+        return request.output([draw])
 
     def _advance(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput | None:
         """Count a sequence's tokens as computed and append those drawn: the first, and one for each accepted draft."""
@@ -284,7 +294,7 @@ class EngineCore:
             self.scheduler.kv_cache.advance(request, sequence.num_tokens)
             if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
                 request.finish_reason = "length" if request.pooling is None else "stop"
-                return output_of(request, [])
+                return request.output([])
             return None
         request.append(draws[0].token_id)
         kept = 1
@@ -300,7 +310,7 @@ class EngineCore:
                 self._num_accepted[position] += 1
         if request.finish_reason == "error" and request.grammar is not None:  # drawn without a mask: discarded
             return failure_of(request, RequestError(request.grammar.error))
-        output = output_of(request, draws[:kept])
+        output = request.output(draws[:kept])
         if request.reads_prompt:
             request.reads_prompt, request.prompt_logprobs = False, []
         return output
@@ -335,3 +345,15 @@ class EngineCore:
         else:
             self.scheduler.finish(request)
         del self._requests[request.request_id]
+
+
+def _verdict_of(check: CheckGrammar, result: object) -> GrammarVerdict:
+    """Report what the compiler returned for a grammar."""
+    match result:
+        case RequestError():
+            return GrammarVerdict(key=check.key, outcome="refused", reason=str(result))
+        case TimeoutError():
+            return GrammarVerdict(key=check.key, outcome="busy", reason=str(result))
+        case Exception():
+            return GrammarVerdict(key=check.key, outcome="failed", reason=describe(result))
+    return GrammarVerdict(key=check.key, outcome="accepted")

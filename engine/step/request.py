@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..errors import RequestError, describe
 from ..grammar.state import GrammarState
-from ..messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenLogprobs
+from ..messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenDynamics, TokenLogprobs, TokenOutput
 from .drafting import Drafter
 
 PENDING_TOKEN = -1
@@ -23,6 +24,15 @@ class RequestStatus(enum.Enum):
     RUNNING = enum.auto()
     PREEMPTED = enum.auto()  # waiting again without its blocks, to be computed from scratch
     FINISHED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of one request."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    dynamics: TokenDynamics | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -143,3 +153,30 @@ class Request:
                 self.finish_reason = "stop"
         if self.finish_reason is not None:
             del self.token_ids[index + 1 :]
+
+    def output(self, draws: list[SampledToken]) -> TokenOutput:
+        """Report its new tokens, and what was read of its prompt."""
+        last = draws[-1].token_id if draws else None
+        by_stop_id = self.finish_reason == "stop" and last in self.stop_token_ids
+        pooled = self.pooled
+        if pooled is not None and self.pooling == "mean":
+            pooled = pooled / self.num_prompt_tokens
+        return TokenOutput(
+            request_id=self.request_id,
+            token_ids=[draw.token_id for draw in draws],
+            logprobs=[draw.logprobs for draw in draws if draw.logprobs is not None],
+            finish_reason=self.finish_reason,
+            stop_token_id=last if by_stop_id else None,
+            num_cached_tokens=self.num_cached_tokens,
+            scheduled_time=self.scheduled_time,
+            prompt_logprobs=self.prompt_logprobs,
+            dynamics=[draw.dynamics for draw in draws if draw.dynamics is not None],
+            embedding=None if pooled is None else pooled.tolist(),
+        )
+
+
+def failure_of(request: Request | EngineRequest, error: Exception) -> TokenOutput:
+    """End a request; the client sees the message of a `RequestError`, and only the log any other error."""
+    refused = isinstance(error, RequestError)
+    text = str(error) if refused else describe(error)
+    return TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error=text, refused=refused)

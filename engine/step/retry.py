@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..messages import EngineRequest, SamplingParams
-from .request import Request
-from .runner import SampledToken
+from .request import Request, SampledToken
 from .scheduler import ScheduledSequence
 
 Execute = Callable[[Sequence[ScheduledSequence]], list[SampledToken]]

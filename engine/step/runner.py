@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from ..messages import TokenDynamics, TokenLogprobs
+from .request import SampledToken
 from .scheduler import ScheduledSequence
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """The next token of one request."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None
-    dynamics: TokenDynamics | None = None
 
 
 class LaunchedStep(Protocol):

@@ -13,9 +13,8 @@ import numpy as np
 from pydantic import Field
 from starlette.responses import Response
 
-from ...engine.checks import check_request
 from ...engine.errors import RequestError
-from ...engine.messages import EngineRequest, SamplingParams
+from ...engine.messages import EngineRequest, SamplingParams, check_request
 from ..chat.served_model import ServedModel
 from ..chat.truncation import encode_prompts
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation

@@ -19,7 +19,6 @@ from support.configs import resolved_config
 from support.grammars import check_grammar
 from tokenizers import decoders, models, pre_tokenizers
 
-from pyllm.engine.checks import resolve_request
 from pyllm.engine.client.async_engine import RequestStream, Wakeup
 from pyllm.engine.client.output_processor import OutputProcessor
 from pyllm.engine.errors import EngineBusyError, EngineDeadError
@@ -33,6 +32,7 @@ from pyllm.engine.messages import (
     TokenDynamics,
     TokenLogprobs,
     TokenOutput,
+    resolve_request,
 )
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.app import create_app

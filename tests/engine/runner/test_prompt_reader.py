@@ -211,7 +211,7 @@ def test_a_pooled_request_has_one_output_without_tokens(make, prompts):
 
 def test_a_pooled_prompt_may_fill_the_context_and_the_cache(make):
     llm = make(num_kv_blocks=8)
-    assert llm.core.info.config.kv_capacity_tokens == MAX_LEN
+    assert llm.core.info.kv_capacity_tokens == MAX_LEN
     assert len(llm.embed([[5] * MAX_LEN])) == 1
     with pytest.raises(RequestError, match="129 tokens") as error:
         llm.embed(["fine", [5] * (MAX_LEN + 1)])
