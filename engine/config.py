@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NewType, TypeVar, get_args, get_origin, get_type_hints
 
 MAX_LOGPROBS = 20
 MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
@@ -22,25 +22,12 @@ NUMBERS = {"int": "a whole number", "float": "a number", "size": "a number of by
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 Settings = TypeVar("Settings")
+Bytes = NewType("Bytes", int)  # may also be given with a unit, such as 512MB or 2GiB
 
 
-def setting(
-    default: Any,
-    text: str,
-    kind: str = "",
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    positional: bool = False,
-    secret: bool = False,
-) -> Any:
-    """Declare a field of a settings class with its help and its inclusive bounds; `secret` hides it from the repr.
-
-    `kind` follows from the annotation, except for `size` (bytes, or a number with a unit such as 512MB or 2GiB) and
-    `json` (the text of a JSON object; in a YAML file it may also be a mapping).
-    """
-    metadata = {"text": text, "kind": kind, "low": low, "high": high, "positional": positional}
-    return field(default=default, metadata=metadata, repr=not secret)
+def setting(default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, secret: bool = False) -> Any:
+    """Declare a field of a settings class with its help and its inclusive bounds; a secret is hidden in the repr."""
+    return field(default=default, metadata={"text": text, "low": low, "high": high}, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +36,12 @@ class Setting:
 
     name: str
     type: Any
+    kind: str  # text, list, switch, int, float, size or json
     default: Any
     secret: bool
     text: str
-    kind: str  # text, list, switch, int, float, size or json
     low: float
     high: float
-    positional: bool
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -101,25 +87,24 @@ class Setting:
     def _parse_object(self, raw: Any, source: str) -> Any:
         try:
             values = json.loads(raw) if isinstance(raw, str) else raw
-            if not isinstance(values, dict):
-                raise TypeError
-            text = json.dumps(values)
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
             example = self.text[self.text.find("{") : self.text.find("}") + 1]
-            raise ValueError(f"{source} must be a JSON object such as {example}, got {raw!r:.200}.") from None
-        return text if self.type is str else from_values(self.type, values, source)
+            raise ValueError(f"{source} must be a JSON object such as {example}, got {raw!r:.200}.")
+        return from_values(SpeculativeConfig, values, source) if self.type is SpeculativeConfig else values
 
 
 def settings_of(cls: Any) -> dict[str, Setting]:
-    """The declared fields of a dataclass by name."""
+    """Return the declared fields of a dataclass by name."""
+    kinds = {bool: "switch", int: "int", float: "float", Bytes: "size", SpeculativeConfig: "json"}
     found, hints = {}, get_type_hints(cls)
     for f in dataclasses.fields(cls):
         own = hints[f.name]
         if NoneType in get_args(own):  # X | None
             own = get_args(own)[0]
-        kind = {bool: "switch", int: "int", float: "float", SpeculativeConfig: "json"}.get(own, "text")
-        kind = f.metadata["kind"] or ("list" if get_origin(own) is tuple else kind)
-        found[f.name] = Setting(f.name, own, f.default, not f.repr, **{**f.metadata, "kind": kind})
+        kind = kinds.get(own) or {tuple: "list", dict: "json"}.get(get_origin(own), "text")
+        found[f.name] = Setting(f.name, own, kind, f.default, not f.repr, **f.metadata)
     return found
 
 
@@ -133,7 +118,7 @@ def from_values(cls: type[Settings], values: Mapping[str, Any], source: str = ""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word."""
+    """Return the end of a sentence about an unknown word."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else "."
 
@@ -177,7 +162,7 @@ class EngineSettings:
     max_model_len: int | None = setting(None, "most tokens of prompt and output (default: the model's context)", low=2)
     max_num_seqs: int | None = setting(
         None,
-        f"most sequences in a step (default: {MAX_NUM_SEQS['cpu']}, on a GPU {MAX_NUM_SEQS['cuda']})",
+        f"most sequences in a step (default: {MAX_NUM_SEQS['cpu']}; GPU: {MAX_NUM_SEQS['cuda']})",
         low=1,
         high=4096,
     )
@@ -190,12 +175,12 @@ class EngineSettings:
         "fcfs", "fcfs runs requests in order of arrival; priority runs those with the lowest priority value first"
     )
     enable_prefix_caching: bool = setting(True, "compute a prefix that prompts share only once")
-    speculative_config: SpeculativeConfig | None = setting(  # noqa: RUF009 - ruff cannot see that it is a field
+    speculative_config: SpeculativeConfig | None = setting(  # noqa: RUF009 - it is a field
         None, 'guess repeated text and verify several tokens at once, as in {"method": "ngram"}'
     )
     block_size: int = setting(16, "tokens in one block of the KV cache", low=1, high=1024)
-    kv_cache_memory_bytes: int | None = setting(
-        None, "size of the KV cache, such as 2GiB (default: from the free memory)", "size", low=1, high=2**60
+    kv_cache_memory_bytes: Bytes | None = setting(  # noqa: RUF009
+        None, "size of the KV cache, such as 2GiB (default: from the free memory)", low=1, high=2**60
     )
     gpu_memory_utilization: float = setting(
         0.92, "share of the GPU's memory to fill when the KV cache is given no size", low=0.01, high=1

@@ -30,17 +30,6 @@ Pooling = Literal["mean", "last"]
 Kernels = Literal["native", "triton", "torch"]
 
 
-BOUNDS = {
-    "temperature": (0.0, 2.0),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.01, 100.0),
-    "logprobs": (0, MAX_LOGPROBS),
-    "prompt_logprobs": (0, MAX_LOGPROBS),
-}
-
-
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Base of all messages."""
 
@@ -70,9 +59,16 @@ class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
             if not condition:
                 raise RequestError(f"{param} must be {text}, got {getattr(self, param)!r}.", param=param)
 
-        for param, (low, high) in BOUNDS.items():
-            value = getattr(self, param)
-            require(value is None or low <= value <= high, param, f"between {low:g} and {high:g}")
+        def within(low: float, high: float, *params: str) -> None:
+            for param in params:
+                value = getattr(self, param)
+                require(value is None or low <= value <= high, param, f"between {low:g} and {high:g}")
+
+        within(0.0, 2.0, "temperature")
+        within(0.0, 1.0, "min_p")
+        within(-2.0, 2.0, "presence_penalty", "frequency_penalty")
+        within(0.01, 100.0, "repetition_penalty")
+        within(0, MAX_LOGPROBS, "logprobs", "prompt_logprobs")
         most, allowed = self.max_tokens, self.allowed_token_ids
         require(most is None or most >= 0, "max_tokens", "0 or more")
         require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off) or a positive number below 2147483648")

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from ..engine.config import MAX_LOGPROBS, EngineConfig, EngineSettings, SpeculativeConfig, nearest, setting, settings_of
+from ..engine.config import MAX_LOGPROBS, EngineConfig, EngineSettings, nearest, setting, settings_of
 
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "demo"
 DEMO_NAME = "pyllm-demo"
 ENVIRONMENT_PREFIX = "PYLLM_"
-HIGH = 86400
-"""Most seconds of a timeout: a day."""
+DAY = 86400.0  # seconds
 
 
 class ConfigError(ValueError):
@@ -32,16 +31,14 @@ class ModelFlags(EngineSettings):
     """The flags of every command that runs a model."""
 
     config: str | None = setting(None, "YAML file with values for these flags")
-    model: str | None = setting(
-        None, "folder or hub id of the checkpoint (default: the bundled demo model)", positional=True
-    )
+    model: str | None = setting(None, "folder or hub id of the checkpoint (default: the bundled demo model)")
     chat_template: str | None = setting(None, "file with a Jinja chat template to use instead of the checkpoint's")
     generation_config: str = setting(
         "auto",
         "where to find generation_config.json with the sampling defaults: auto (the checkpoint), a folder, or none",
     )
-    override_generation_config: str | None = setting(
-        None, 'sampling defaults that win over that file, such as {"temperature": 0.5}; null removes one', "json"
+    override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - it is a field
+        None, 'sampling defaults that win over that file, such as {"temperature": 0.5}; null removes one'
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe messages to log")
 
@@ -58,9 +55,10 @@ class ModelFlags(EngineSettings):
                 continue
             if own.kind == "switch":
                 words.append(_option(name if value else f"no_{name}"))
+            elif own.kind == "json":
+                words += [_option(name), json.dumps(value if isinstance(value, dict) else dataclasses.asdict(value))]
             else:
-                is_object = isinstance(value, SpeculativeConfig)
-                words += [_option(name), json.dumps(dataclasses.asdict(value)) if is_object else str(value)]
+                words += [_option(name), str(value)]
         return words
 
 
@@ -93,15 +91,15 @@ class ServerConfig(ModelFlags):
     max_connections: int = setting(
         4096, "most open connections; one more replaces an idle one, or gets a 503", low=1, high=2**20
     )
-    header_timeout: float = setting(15.0, "seconds within which a request's headers must arrive", low=0.1, high=HIGH)
-    body_timeout: float = setting(30.0, "seconds within which more of a request's body must arrive", low=0.1, high=HIGH)
+    header_timeout: float = setting(15.0, "seconds within which a request's headers must arrive", low=0.1, high=DAY)
+    body_timeout: float = setting(30.0, "seconds within which more of a request's body must arrive", low=0.1, high=DAY)
     write_timeout: float = setting(
-        30.0, "seconds within which a client must read more of its answer, or generation stops", low=0.1, high=HIGH
+        30.0, "seconds within which a client must read more of its answer, or generation stops", low=0.1, high=DAY
     )
     restart_engine: int = setting(
         0, "how many times in a row a dead engine is restarted before the server exits", low=0, high=1000
     )
-    shutdown_timeout: float = setting(30.0, "seconds that running requests get to finish on SIGTERM", low=0, high=HIGH)
+    shutdown_timeout: float = setting(30.0, "seconds that running requests get to finish on SIGTERM", low=0, high=DAY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +122,7 @@ class TerminalConfig(ModelFlags):
 class GenerateConfig(TerminalConfig):
     """The flags of `pyllm generate`."""
 
-    model: str | None = setting(None, "folder or hub id of the checkpoint (default: the bundled demo model)")
-    prompt: str = setting("", "text to continue", positional=True)
+    prompt: str = setting("", "text to continue")
     chat: bool = setting(False, "put the prompt through the chat template, as a user message")
 
 
@@ -161,14 +158,15 @@ def _option(name: str) -> str:
 def _parser(cls: type[Config], program: str, description: str) -> _Parser:
     parser = _Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     engine = parser.add_argument_group("engine")
+    positional = "prompt" if "prompt" in settings_of(cls) else "model"
     for name, own in settings_of(cls).items():
         group = engine if name in settings_of(EngineSettings) else parser
         default = "on" if own.default is True else f"{own.default:g}" if isinstance(own.default, float) else own.default
         text = own.text + (f" (default: {default})" if own.default not in (None, (), "", False) else "")
         text = text.replace("%", "%%")
-        if own.positional:
+        if name == positional:
             parser.add_argument(f"_{name}", nargs="?", metavar=name.upper(), help=text)
-            if name != "model":
+            if name == "prompt":
                 continue
             text = "the same as MODEL"
         if own.kind == "switch":

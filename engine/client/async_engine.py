@@ -211,12 +211,9 @@ class AsyncEngine:
         return min(max(math.ceil(count * seconds_each), 1), 60)
 
     async def check_grammar(self, grammar: str, param: str | None = None) -> None:
-        """Return if the engine can follow a grammar.
+        """Return if the engine can follow a grammar, else raise `RequestError` about the field `param`.
 
-        Raises:
-            RequestError: it is invalid, nothing satisfies it, or it takes too long; `param` is the field at fault.
-            EngineBusyError: too many others are being compiled, or the machine is too busy.
-            EngineDeadError: the engine is dead.
+        Raises `EngineBusyError` while too many others are being compiled, and `EngineDeadError`.
         """
         if self.error is not None:
             raise EngineDeadError(self.error)
@@ -235,12 +232,8 @@ class AsyncEngine:
     ) -> RequestStream:
         """Send a request to the engine; its fields are those of `EngineRequest`, but `request_id` need not be unique.
 
-        `wakeup` is woken when there is something to `drain`, for a task that reads several streams.
-
-        Raises:
-            RequestError: the request can never run.
-            EngineBusyError: the queue is full.
-            EngineDeadError: the engine is dead.
+        `wakeup` is woken when there is something to `drain`, for a task that reads several streams. Raises
+        `RequestError` if the request can never run, `EngineBusyError` if the queue is full, and `EngineDeadError`.
         """
         if self.error is not None:
             raise EngineDeadError(self.error)

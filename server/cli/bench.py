@@ -72,6 +72,8 @@ def _first_model(base: str, api_key: str | None) -> str:
     client = Client(Target(base, "", api_key))
     try:
         return str(json.loads(run(client.get("/models")))["data"][0]["id"])
+    except OSError as error:
+        raise LoadError(f"Its /models cannot be fetched: {error}.") from None
     except (ValueError, LookupError, TypeError):
         raise LoadError("It does not list its models: name one.") from None
 

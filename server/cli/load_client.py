@@ -147,15 +147,11 @@ class Client:
             return Answer(sent, time.perf_counter(), error=f"{type(error).__name__}: {error}".rstrip(": "))
 
     async def get(self, path: str) -> bytes:
-        """Fetch what is at `path` under /v1; raise `LoadError` if that fails."""
-        try:
-            status, pieces = await self._request("GET", path, b"")
-        except OSError as error:
-            raise LoadError(f"{path} cannot be fetched: {error}.") from None
-        finally:
-            self.close()
+        """Fetch what is at `path` under /v1; raises `OSError`."""
+        status, pieces = await self._request("GET", path, b"")
+        self.close()
         if status != 200:
-            raise LoadError(f"{path} answers with status {status}.")
+            raise OSError(f"status {status}")
         return b"".join(body for _, body in pieces)
 
     async def _request(self, method: str, path: str, body: bytes) -> tuple[int, list[Piece]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ DEFAULT_FIELDS["max_new_tokens"] = "max_tokens"
 """The keys of the file that are used, and the fields of `SamplingParams` that they set."""
 
 
-def read_defaults(folder: Path, source: str = "auto", override: str | None = None) -> tuple[dict[str, Any], str]:
+def read_defaults(
+    folder: Path, source: str = "auto", override: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], str]:
     """Return the defaults as fields of `SamplingParams`, and a sentence that says where they come from.
 
     `source` is "auto" (the checkpoint's `folder`), another folder with the file, or "none" (in vLLM's words "vllm").
-    `override` is a JSON object whose values replace the file's; null removes one. Raises `ConfigError` for an unusable
+    `override` has values that replace the file's; None removes one. Raises `ConfigError` for an unusable
     flag; an unusable value of the file is ignored with a warning, since the user did not write it.
     """
     origin = f"{'the checkpoint' if source == 'auto' else source}'s {FILE}"
-    overrides = _overrides(override)
+    overrides = _overrides(override or {})
     content = _read_file(folder, source, origin) if source not in ("none", "vllm") else {}
     values = {}
     for key in DEFAULT_FIELDS:
@@ -64,10 +67,10 @@ def _read_file(folder: Path, source: str, origin: str) -> dict[str, Any]:
         return {}
 
 
-def _overrides(text: str | None) -> dict[str, Any]:
+def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the checked values of `--override-generation-config`; raises `ConfigError`."""
     values: dict[str, Any] = {}
-    for key, value in json.loads(text or "{}").items():
+    for key, value in given.items():
         flag = f"--override-generation-config has {key[:200]!r}"
         if key not in DEFAULT_FIELDS:
             near = difflib.get_close_matches(key, DEFAULT_FIELDS, n=1, cutoff=0.5)

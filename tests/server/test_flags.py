@@ -157,7 +157,7 @@ def test_a_json_flag_is_text_or_a_mapping_of_the_file(tmp_path):
         load(ServerConfig, "--override-generation-config", text),
         load(ServerConfig, PYLLM_OVERRIDE_GENERATION_CONFIG=text),
     ):
-        assert config.override_generation_config == text
+        assert config.override_generation_config == {"temperature": 0.5}
 
 
 def test_the_cap_of_logprobs_is_the_engines():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pyllm.server.flags import ConfigError
@@ -44,10 +46,10 @@ def test_the_flags_choose_the_file_of_defaults_and_win_over_it(tmp_path):
     assert values == {"min_p": 0.1}
     assert said == f"min_p = 0.1 from {other}'s generation_config.json; else OpenAI's"
     override = '{"top_k": null, "temperature": 0, "max_new_tokens": 7}'
-    values, said = read_defaults(own, "auto", override)
+    values, said = read_defaults(own, "auto", json.loads(override))
     assert values == {"temperature": 0.0, "max_tokens": 7}
     assert said == "temperature = 0.0, max_new_tokens = 7 from --override-generation-config; else OpenAI's"
-    assert read_defaults(tmp_path, "auto", '{"top_p": 0.5}')[0] == {"top_p": 0.5}
+    assert read_defaults(tmp_path, "auto", {"top_p": 0.5})[0] == {"top_p": 0.5}
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_defaults(own, str(tmp_path))
 
@@ -66,6 +68,6 @@ def test_the_flags_choose_the_file_of_defaults_and_win_over_it(tmp_path):
 )
 def test_an_unusable_override_is_refused_in_one_sentence(tmp_path, override, sentence):
     with pytest.raises(ConfigError) as caught:
-        read_defaults(tmp_path, "auto", override)
+        read_defaults(tmp_path, "auto", json.loads(override))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
