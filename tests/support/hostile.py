@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from support.checkpoints import TINY
+
+from pyllm.model.cpu.backend import available
 
 LATEST = 10.0
 """Seconds within which every answer must have come."""
@@ -240,5 +243,10 @@ CANARY = {"prompt": "The canary sings", "max_tokens": 24, "temperature": 0, "ign
 def canary(url: str) -> bytes:
     """The bytes of a greedy answer but for its id and time."""
     answer = httpx.post(f"{url}/v1/completions", json=CANARY, timeout=GIVE_UP)
-    fields = {name: value for name, value in answer.json().items() if name in ("choices", "error")}
+    fields = {name: value for name, value in comparable(answer).items() if name in ("choices", "error")}
     return json.dumps([answer.status_code, fields]).encode()
+
+
+def comparable(answer: httpx.Response) -> Any:
+    """An answer's content; on plain torch without log-probabilities, whose last bits depend on the step's shape."""
+    return json.loads(answer.text, parse_float=float if available(TINY) else lambda _: 0.0)
