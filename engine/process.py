@@ -61,7 +61,7 @@ class Outbox:
 
 
 def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> None:
-    """Step while there is work, reading messages between steps, until told to shut down or the other side closes."""
+    """Step while there is work, reading messages between steps, until `Shutdown` or the other side closes."""
     inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()  # None: the other side has closed
     decoder = msgspec.msgpack.Decoder(ToEngine)
 

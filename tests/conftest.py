@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 # Before they are imported:
-SUPPORT = ("crowds", "grammars", "hostile", "paged_runner", "responses_client", "scheduler_bench", "serving", "soak")
+SUPPORT = (
+    "async_engines", "crowds", "grammars", "hostile", "paged_runner", "responses_client", "scheduler_bench", "serving",
+    "soak",
+)  # fmt: skip
 pytest.register_assert_rewrite(*(f"support.{name}" for name in SUPPORT))
 
 import torch  # noqa: E402
