@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from e2e.conftest import FLAGS
+from support.hostile import comparable
 from support.serving import PATIENCE, ServerProcess
 
 pytestmark = pytest.mark.anyio
@@ -38,7 +39,8 @@ async def ask_others(http: httpx.AsyncClient) -> list[Any]:
     """What each of the others gets: its text, tokens and log-probabilities, or its vector."""
     answers = await asyncio.gather(*(http.post(path, json=body) for path, body in OTHERS))
     assert [answer.status_code for answer in answers] == [200] * len(OTHERS), [answer.text for answer in answers]
-    return [answer.json().get("choices") or answer.json()["data"] for answer in answers]
+    contents = map(comparable, answers)
+    return [content.get("choices") or content["data"] for content in contents]
 
 
 async def ask_bad(http: httpx.AsyncClient, kind: str, **fields: Any) -> httpx.Response:
@@ -74,7 +76,7 @@ async def test_failing_request_fails_alone_without_internals(faulty: ServerProce
         assert sign not in whole.text + streamed.text
     check_untouched(faulty)
     assert faulty.engine_pid == engine
-    assert f"Request bad-{kind}-0" in faulty.log, "the log tells who failed"
+    assert f"Request bad-{kind}-0" in faulty.log, "the log names the failed request"
 
 
 async def test_step_that_fails_once_is_retried(faulty: ServerProcess) -> None:
