@@ -21,12 +21,18 @@ class FlatStep:
     """T tokens of S sequences."""
 
     ids: Longs  # [T]; 0 for a pending token
-    pending: Longs  # [2, P], the indices of pending tokens and their rows in the last step's draws
+    pending: tuple[Longs, Longs]  # [P] each, the indices of pending tokens and their rows in the last step's draws
     positions: Longs  # [T], of each token in its own sequence
     slots: Longs  # [T], where in the pages its key and value go
     tables: Ints  # [S, B], the blocks of each sequence, padded with one of its own
-    starts: Ints  # [S + 1], the first token of each sequence, and T
+    counts: Longs  # [S], tokens of each sequence
     lengths: Longs  # [S], tokens of each sequence after this step
+
+    @property
+    def starts(self) -> Ints:
+        """The first token of each sequence, and T: int32 [S + 1]."""
+        starts: Ints = np.concatenate(([0], self.counts.cumsum())).astype(np.int32)
+        return starts
 
 
 def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep:
@@ -34,9 +40,9 @@ def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep
     requests = [sequence.request for sequence in sequences]
     begins = np.array([request.num_computed_tokens for request in requests])
     counts = np.array([sequence.num_tokens for sequence in sequences])
-    ends = counts.cumsum()
-    owners = np.repeat(np.arange(len(sequences)), counts)  # [T], the sequence of each token
-    if ends[-1] == len(requests):  # decodes alone, the most frequent step
+    owners = np.arange(len(requests))  # [T], the sequence of each token
+    if counts.sum() == len(requests):  # decodes alone, the most frequent step
+        positions = begins
         ids = np.array([request.token_ids[at] for request, at in zip(requests, begins.tolist(), strict=True)])
     else:
         tokens: list[int] = []
@@ -45,15 +51,17 @@ def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep
             tokens += request.token_ids[start : start + count]
             tokens += draft
         ids = np.array(tokens)
-    pending = np.flatnonzero(ids == PENDING_TOKEN)
-    rows = np.array([request.draw_row for request in requests])[owners[pending]]
-    ids[pending] = 0
-    held = np.array([len(request.block_ids) for request in requests])
-    blocks = np.fromiter(itertools.chain.from_iterable(r.block_ids for r in requests), np.int32, held.sum())
+        owners = owners.repeat(counts)
+        positions = np.arange(len(ids)) + (begins - (counts.cumsum() - counts))[owners]
+    indices = rows = (ids == PENDING_TOKEN).nonzero()[0]
+    if len(indices):
+        ids[indices] = 0
+        rows = np.array([requests[owner].draw_row for owner in owners[indices].tolist()])
+    held = [len(request.block_ids) for request in requests]
     # The padding is a block of the sequence's own, so that it can read nothing of another.
-    tables = np.repeat(blocks[held.cumsum() - 1][:, None], held.max(), axis=1)
-    tables[np.arange(held.max()) < held[:, None]] = blocks
-    positions = np.arange(len(ids)) + (begins - (ends - counts))[owners]
+    tables = np.empty((len(requests), max(held)), np.int32)
+    tables[:] = np.array([request.block_ids[-1] for request in requests])[:, None]
+    blocks = np.fromiter(itertools.chain.from_iterable(r.block_ids for r in requests), np.int32, sum(held))
+    tables[np.arange(max(held)) < np.array(held)[:, None]] = blocks
     slots = tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    starts = np.concatenate(([0], ends)).astype(np.int32)
-    return FlatStep(ids, np.stack((pending, rows)), positions, slots, tables, starts, begins + counts)
+    return FlatStep(ids, (indices, rows), positions, slots, tables, counts, begins + counts)

@@ -144,7 +144,7 @@ class ModelRunner:
     def prepare(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, AttentionMetadata]:
         """Make the step's token ids [T], positions [T] and attention metadata."""
         flat, device = flatten(sequences, self.config.block_size), self.model.device
-        query_lens = np.diff(flat.starts).tolist()
+        query_lens = flat.counts.tolist()
         on_device = device.type != "cpu"  # where kernels read the lengths too
         metadata = AttentionMetadata(
             query_lens=query_lens,
@@ -156,7 +156,7 @@ class ModelRunner:
             query_starts=upload(torch.from_numpy(flat.starts), device) if on_device else None,
         )
         input_ids = upload(torch.from_numpy(flat.ids), device)
-        if flat.pending.size:
-            indices, rows = upload(torch.from_numpy(flat.pending), device)
+        if len(flat.pending[0]):
+            indices, rows = (upload(torch.from_numpy(each), device) for each in flat.pending)
             input_ids.index_copy_(0, indices, self._draws.index_select(0, rows))
         return input_ids, upload(torch.from_numpy(flat.positions), device), metadata

@@ -237,7 +237,7 @@ class StepGraphs:
         if graph.mixed:
             host["starts"][: count + 1] = flat.starts
             host["starts"][count + 1 :] = tokens
-            host["last"][:count] = flat.starts[1:] - 1
+            host["last"][:count] = host["starts"][1 : count + 1] - 1
         rows = sampling_rows([sequence.request.params for sequence in sequences], flat.lengths.tolist())
         for name, column in rows.items():
             host[name][:count] = column
