@@ -31,6 +31,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/house.py
 
 ## bench: measure the throughput of the server with 1, 8 and 32 clients
 bench: .venv/installed-dev

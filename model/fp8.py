@@ -1,7 +1,7 @@
 """Keys and values in 8 bits: a sign, four bits of exponent and three of mantissa (e4m3), in half of BF16's memory.
 
 A number keeps its four leading bits from 2^-6 to 448, and fewer down to 2^-9. Nothing is measured on data: what a
-layer's keys and values are like is told by its weights, which are brought to where the format has room on both sides.
+layer's keys and values are like shows in its weights, which are brought to where the format has room on both sides.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """`values`, made on the host, on `device`; a copy to a GPU takes its turn there, and the host goes on at once."""
+    """`values`, made on the host, on `device`; a copy to a GPU takes its turn there, and the host continues at once."""
     if device.type != "cuda":
         return values.to(device)
     # From pageable memory the host would wait until the device has done all it was given before.

@@ -5,7 +5,7 @@
 
 Prompts are continued by the BF16 model, greedily; then all models read the same text, and at each generated place
 their distributions are compared: int8 weights on the CPU's compiled kernels, and FP8 keys and values in plain torch, as
-a GPU keeps them, each against BF16 on the same kernels. FP32 against BF16 is given beside it: the rounding that BF16
+a GPU keeps them, each against BF16 on the same kernels. FP32 against BF16 is given next to it: the rounding that BF16
 itself brings.
 """
 

@@ -86,7 +86,7 @@ def products(config: DeepConfig, tokens: int) -> dict[str, Any]:
 
 
 def routing(model: DeepForCausalLM, tokens: int) -> dict[str, float]:
-    """Milliseconds to choose the experts of so many tokens, in one layer."""
+    """Milliseconds to choose the experts of `count` tokens, in one layer."""
     layer = model.layers[1]
     assert isinstance(layer, DeepLayer)
     assert layer.token_to_expert is not None

@@ -3,7 +3,7 @@
     python benchmarks/cpu/structured_output.py             # 150M shape, batch 8: 0, 1 and 8 of them constrained
 
 The batches take turns, so that a busy moment of the machine meets all of them. The constrained ones follow a JSON
-schema that goes on for as long as the run. Steps in which prompts are computed are left out.
+schema that lasts as long as the run. Steps in which prompts are computed are left out.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Compiled:
 
 
 class _Device:
-    """Stands in for the driver of a GPU that is not here."""
+    """Replaces the driver of a GPU that is not installed."""
 
     def __init__(self, target: int) -> None:
         self._target = GPUTarget("cuda", target, 32)

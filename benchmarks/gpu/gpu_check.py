@@ -32,7 +32,7 @@ SERVER = (*REPLACED, "msgspec", "fastapi", "uvicorn", "uvloop", "httptools", "mi
 
 
 class _Nothing:
-    """Whatever one would want of a module that is not there, such as a progress bar that nobody sees."""
+    """Any attribute of a module that is not installed, such as an unused progress bar."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -58,9 +58,9 @@ def prepare(dry: bool) -> list[str]:
     """Make the package importable as `pyllm` whatever is installed; return which modules are missing."""
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-        mends = ROOT / "tests" / "model" / "cuda" / "conftest.py"
-        if "triton" not in sys.modules and importlib.util.find_spec("pytest") and mends.is_file():
-            spec = importlib.util.spec_from_file_location("interpreter_mends", mends)
+        fixes = ROOT / "tests" / "model" / "cuda" / "conftest.py"
+        if "triton" not in sys.modules and importlib.util.find_spec("pytest") and fixes.is_file():
+            spec = importlib.util.spec_from_file_location("interpreter_fixes", fixes)
             assert spec is not None
             assert spec.loader is not None
             spec.loader.exec_module(importlib.util.module_from_spec(spec))

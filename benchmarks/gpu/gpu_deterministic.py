@@ -71,8 +71,8 @@ def same_bits(machine: Machine, model: DeepForCausalLM, batches: list[int], leng
     for cut in cuts:
         last = texts.step([(0, *cut)])[0]
     found["same bits in odd chunks"] = torch.equal(last, alone)
-    beside = texts.step([(0, length - 1, length), (1, 0, length)])[0]
-    found["same bits beside a prompt"] = torch.equal(beside, alone)
+    mixed = texts.step([(0, length - 1, length), (1, 0, length)])[0]
+    found["same bits next to a prompt"] = torch.equal(mixed, alone)
     del texts
     machine.clear()
     return found

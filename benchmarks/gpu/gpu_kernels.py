@@ -73,7 +73,7 @@ def randomise(model: DeepForCausalLM, seed: int = 0) -> None:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that nobody wrote to is NaN, or a number that is no token."""
+    """Unwritten memory is NaN, or a number that is no token."""
 
     def poison(make: Any) -> Any:
         def made(*args: Any, **how: Any) -> Tensor:

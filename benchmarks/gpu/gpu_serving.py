@@ -1,4 +1,4 @@
-"""Goals over HTTP: a server against the engine alone, and long prompts beside streams; part of gpu_check.py."""
+"""Goals over HTTP: a server against the engine alone, and long prompts next to streams; part of gpu_check.py."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ def serving_goals(machine: Machine, quick: bool) -> list[dict[str, Any]]:
                 add("G6", f"output tokens/s over HTTP, {batch} clients", rate)
                 add("G6", f"÷ the engine alone, {batch} at once", rate / alone[batch], accept)
             found = disturbance(target, min(8, max(batches)), 32 if machine.dry else 384, prompt_len)
-            add("G11", f"p99 ITL beside prompts of {prompt_len} ÷ p50 without", found["ratio"], "2.5")
+            add("G11", f"p99 ITL next to prompts of {prompt_len} ÷ p50 without", found["ratio"], "2.5")
     return rows

@@ -56,7 +56,7 @@ class Stream(asyncio.Protocol):
             self.ended.set()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Let nobody wait for a stream that is gone."""
+        """Keep no task waiting for a stream that has ended."""
         self.started.set()
         self.ended.set()
 

@@ -2,7 +2,7 @@
 
 Both read lengths and page tables on the device, so that a captured graph serves other sequences than it was captured
 with. A sequence of length 0 is padding: nothing is written for it but zeros to its output. Softmax is FP32. Arguments
-that are parts of a step's tensors are not specialised on, or a server would compile anew for every mixture it meets.
+that are parts of a step's tensors are not specialised on, or a server would compile again for every mixture it meets.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["slots", "tables", "lengths"])
+# long: one kernel, whose parameters alone take twenty lines
 def decode_kernel(
     kqv, q_norm, k_norm, cos, sin, slots, tables, lengths, cache, out, partial, weights, eps, scale, table_stride,
     side_stride, page_stride, slot_stride, head_stride,
@@ -222,6 +223,7 @@ def combine_kernel(
     do_not_specialize=["sequences", "first_token", "table_stride"],
     do_not_specialize_on_alignment=["tables", "starts", "lengths"],
 )
+# long: one kernel, whose parameters alone take twenty lines
 def prefill_kernel(
     q, tables, starts, lengths, cache, out, scale, sequences, first_token, table_stride,
     side_stride, page_stride, slot_stride, head_stride,

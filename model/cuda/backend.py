@@ -54,7 +54,7 @@ NO_WINDOW = 1 << 30
 
 
 def available(config: DeepConfig) -> bool:
-    """Whether Triton is installed and its kernels can hold this network; says nothing of a GPU."""
+    """Whether Triton is installed and its kernels can hold this network, on any GPU."""
     group = config.num_attention_heads // config.num_key_value_heads
     return HAS_TRITON and config.head_dim <= MAX_HEAD_DIM and config.head_dim % 2 == 0 and group <= MAX_GROUP
 
@@ -77,7 +77,7 @@ class _Step:
 
 
 class _Above(NamedTuple):
-    """What the dynamics made beside their own results, for the operations that come after."""
+    """What the dynamics made in addition to their own results, for the operations that come after."""
 
     mu: Tensor
     below: Tensor
@@ -149,7 +149,7 @@ class TritonBackend(Backend):
         return self._normed(x, weight, eps, torch.float32)
 
     def _normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, mu: Tensor | None = None) -> Tensor:
-        """RMSNorm of [.., H] in `dtype`, with mu [T, H] beside it where there is one: [T, 2H]."""
+        """RMSNorm of [.., H] in `dtype`, next to mu [T, H] if there is one: [T, 2H]."""
         out = x.new_empty((*x.shape[:-1], x.shape[-1] * (1 if mu is None else 2)), dtype=dtype)
         self._norm_into(out, x, weight, eps, mu)
         return out
@@ -165,13 +165,13 @@ class TritonBackend(Backend):
         """x [T, K] times weight [N, K], both in one dtype, in FP32 or rounded to that dtype."""
         return self._small(x, weight) if self._few(len(x)) else F.linear(x, weight)
 
-    def _small(self, x: Tensor, weight: Tensor, beside: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x [T, K] times weight [N, K] -> FP32 [T, N + N2], with the columns of another such product `beside` it."""
+    def _small(self, x: Tensor, weight: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [T, K] times weight [N, K] -> FP32 [T, N + N2], next to the columns of a `second` such product."""
         (tokens, inner), n = x.shape, len(weight)
-        other, other_weight = beside or (x, weight)
+        other, other_weight = second or (x, weight)
         assert other.shape == x.shape
         assert other.dtype == x.dtype
-        n2 = len(other_weight) if beside else 0
+        n2 = len(other_weight) if second else 0
         out = x.new_empty((tokens, n + n2), dtype=torch.float32)
         if tokens == 0:
             return out
@@ -293,8 +293,8 @@ class TritonBackend(Backend):
         tokens, size = x.shape
         inner, few = len(layer.controller_v), self._few(tokens)
         if few:
-            beside = None if velocity is None else (velocity, layer.controller_v)
-            products = self._small(h, layer.dynamics_in, beside)
+            second = None if velocity is None else (velocity, layer.controller_v)
+            products = self._small(h, layer.dynamics_in, second)
             from_velocity = products[:, len(layer.dynamics_in) :]
         else:
             products = F.linear(h.to(layer.dynamics_in.dtype), layer.dynamics_in)

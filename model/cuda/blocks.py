@@ -100,7 +100,7 @@ class Blocks:
 class FixedBlocks(Blocks):
     """One shape for each operation; products take 64 tokens, the fewest of a matrix unit of sm_90.
 
-    At batch 1 most of it is padding, which is arithmetic that nobody waits for while weights are read; a prompt is
+    At batch 1 most of it is padding, which is arithmetic that costs nothing while weights are read; a prompt is
     slower by it than it could be.
     """
 

@@ -43,7 +43,7 @@ def follow(PDL: tl.constexpr):
 
 @triton.jit
 def side(x, x_stride, weight, x2, x2_stride, weight2, N: tl.constexpr, N2: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of two products beside each other is this program's.
+    """Which of two neighbouring products is this program's.
 
     Its input, that one's stride, its weight, the weight's rows [BLOCK_N], how many there are, the first one's column.
     """
@@ -75,7 +75,7 @@ def embed_kernel(ids, weight, out, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl
 def norm_kernel(
     x, weight, mu, out, eps, out_stride, H: tl.constexpr, BLOCK: tl.constexpr, MU: tl.constexpr, PDL: tl.constexpr
 ):
-    """RMSNorm of rows [H] into `out`, whose rows go on with those of `mu` where MU. Grid: (tokens,)."""
+    """RMSNorm of rows [H] into `out`, whose rows continue with those of `mu` if MU. Grid: (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
@@ -97,7 +97,7 @@ def linear_kernel(
     N: tl.constexpr, K: tl.constexpr, N2: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [T, K] times weight [N, K], and beside it x2 [T, K] times weight2 [N2, K]: out [T, N + N2].
+    """x [T, K] times weight [N, K], and next to it x2 [T, K] times weight2 [N2, K]: out [T, N + N2].
 
     Grid: (blocks of N + blocks of N2, blocks of tokens).
     """
@@ -135,6 +135,7 @@ def _control(inner, weight, bias, hidden, hidden_ok, part: tl.constexpr, H: tl.c
 
 
 @triton.jit(do_not_specialize=["tokens"])
+# long: one kernel, whose parameters alone take twenty lines
 def dynamics_kernel(
     x, h, velocity, products, from_velocity, in_bias, weight, out_bias, base, mu, below, residual, tokens, dt,
     products_stride, from_stride, below_stride, H: tl.constexpr, C: tl.constexpr, CONTEXTUAL: tl.constexpr,

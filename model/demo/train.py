@@ -317,7 +317,7 @@ def answered(data: Data, model: DeepForCausalLM, kind: str, lang: str, count: in
 
 
 def write_settings(out: Path) -> None:
-    """The chat template and defaults that go beside the weights."""
+    """The chat template and defaults that go next to the weights."""
     names = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>"}
     tokenizer_config = {
         **names, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "add_bos_token": False,
