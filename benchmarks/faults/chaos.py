@@ -1,297 +1,71 @@
-"""What abuse does to a server: a scene each, on the bundled model.
+"""What abuse does to a server with the bundled model: the scenes of `tests/e2e/test_chaos.py`, and what they measure.
 
-    python benchmarks/faults/chaos.py                         # all scenes; two minutes of them are the soak
+    python benchmarks/faults/chaos.py                         # all scenes, with a soak of two minutes
     python benchmarks/faults/chaos.py --scene soak --minutes 10
-    python benchmarks/faults/chaos.py --quick                 # a taste of each
+    python benchmarks/faults/chaos.py --quick                 # a little of each
 
-It prints a line of JSON per scene and a table behind them, and judges nothing: the tests in `tests/e2e` do.
+Prints one line of JSON per scene, then a table. A scene that fails is reported as broken.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
-import random
-import signal
-import socket
-import struct
+import os
+import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import httpx
+from xml.etree import ElementTree
 
 from pyllm.benchmarks.measure import report
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from e2e.test_hostile import CONCURRENCY, FLAGS, GROUPS
-from support.hostile import Outcome, Prober, canary, post, send_all
-from support.serving import PATIENCE, ServerProcess, is_running, posted, wait_for
-from support.soak import open_files, soak
-
-Result = dict[str, Any]
-PATH = "/v1/completions"
-
-
-@contextlib.contextmanager
-def server_of(*flags: str, exit_code: int = 0, port: int = 0) -> Any:
-    """A server of the bundled model, with its log in a folder that goes away."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ServerProcess(Path(folder) / "log", *flags, exit_code=exit_code, port=port) as server,
-    ):
-        yield server
+ROOT = Path(__file__).resolve().parents[2]
+SCENES = {
+    "hostile": "test_hostile_requests_do_not_change_an_answer",
+    "disconnects": "test_disconnects_leave_no_blocks_and_no_files",
+    "overload": "test_overload_loses_no_request",
+    "drain": "test_sigterm_lets_streams_finish",
+    "kill": "test_sigkill_frees_the_port_at_once",
+    "slowloris": "test_half_open_connections_are_closed",
+    "soak": "test_soak_leaves_no_block_and_no_error",
+}
 
 
-def completion(**fields: Any) -> bytes:
-    """The bytes of a request."""
-    return json.dumps({"prompt": "Hi", "ignore_eos": True} | fields).encode()
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """All that comes until the other side closes."""
-    data = b""
-    with contextlib.suppress(ConnectionError):
-        while piece := connection.recv(2**16):
-            data += piece
-    return data
-
-
-def hostile(quick: bool) -> Result:
-    """The requests of the test suite, one group after the other."""
-    total, same = Outcome(), True
-    with server_of(*FLAGS) as server, Prober(server.url) as prober:
-        before = canary(server.url)
-        for group, cases in GROUPS.items():
-            chosen = list(cases())[:: 10 if quick else 1]
-            outcome = send_all(server.url, chosen, CONCURRENCY.get(group, 8))
-            total.tried += outcome.tried
-            total.statuses += outcome.statuses
-            total.slowest = max(total.slowest, outcome.slowest)
-            total.faults += outcome.faults
-            same = same and canary(server.url) == before
-        tracebacks = server.log.count("Traceback")
-    return {
-        "tried": total.tried, "5xx": sum(n for status, n in total.statuses.items() if status >= 500),
-        "statuses": {str(status): n for status, n in sorted(total.statuses.items())}, "faults": len(total.faults),
-        "slowest_s": round(total.slowest[0], 2), "slowest": total.slowest[1][:80], "tracebacks": tracebacks,
-        "canary_same": same, "health_p99_s": round(prober.p99(), 3),
-    }  # fmt: skip
-
-
-async def _hang_up(server: ServerProcess, kind: str, draw: random.Random) -> None:
-    """Send a request and go away in the state that `kind` names, half of the time without a goodbye."""
-    long, regex = " x" * 900, "".join(draw.choice("abcdef") for _ in range(12)) + "(a|b){9,99}"
-    body = {
-        "in the prompt": completion(prompt=long, max_tokens=100, stream=draw.random() < 0.5),
-        "n > 1": completion(n=5, max_tokens=900, stream=draw.random() < 0.5),
-        "grammar": completion(structured_outputs={"regex": regex}, max_tokens=500),
-        "whole": completion(max_tokens=900), "queued": completion(max_tokens=900, n=8),
-    }.get(kind, completion(max_tokens=900, stream=True))  # fmt: skip
-    data = post(PATH, body).data
-    url = httpx.URL(server.url)
-    reader, writer = await asyncio.open_connection(url.host, url.port)
-    with contextlib.suppress(ConnectionError, TimeoutError):
-        writer.write(data[: draw.randrange(1, len(data))] if kind == "before the body ends" else data)
-        if kind == "stream":
-            await asyncio.wait_for(reader.read(draw.choice((1, 4000))), 2)
-        await asyncio.sleep(draw.choice((0, 0.01, 0.05, 0.2)))
-        if draw.random() < 0.5:  # a reset
-            sock: socket.socket = writer.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        writer.close()
-        await writer.wait_closed()
-
-
-def disconnects(quick: bool) -> Result:
-    """Clients that go away, 16 at a time, in every state that a request has."""
-    kinds = ["before the body ends", "queued", "in the prompt", "stream", "whole", "n > 1", "grammar"]
-    draw, count = random.Random(6), 60 if quick else 300
-    flags = ("--max-num-batched-tokens", "64", "--max-num-seqs", "12")
-    with server_of(*flags) as server:
-        for n in range(6):  # what is started when it is first needed
-            asyncio.run(_hang_up(server, "grammar", random.Random(n)))
-        time.sleep(2)
-        before, files = server.wait_until_idle(), open_files(server)
-        waiting, chosen = iter(range(count)), Counter[str]()
-
-        async def work() -> None:
-            for n in waiting:
-                chosen[kinds[n % len(kinds)]] += 1
-                await _hang_up(server, kinds[n % len(kinds)], draw)
-
-        async def run() -> None:
-            await asyncio.gather(*(work() for _ in range(16)))
-
-        with Prober(server.url) as prober:
-            asyncio.run(run())
-            since = time.monotonic()
-            after = server.wait_until_idle()
-            seconds = time.monotonic() - since
-        time.sleep(0.5)  # the last question's connection
-        leaked = open_files(server) - files
-        done = ("request_success_total", "length")
-        return {
-            "tried": count, "kinds": dict(chosen), "idle_after_s": round(seconds, 3),
-            "running": after.num_requests_running, "waiting": after.num_requests_waiting,
-            "leaked_kv_share": after.kv_cache_usage_perc - before.kv_cache_usage_perc,
-            "leaked_files": leaked, "ran_to_their_end": after.get(done, 0) - before.get(done, 0),
-            "tracebacks": server.log.count("Traceback"), "health_p99_s": round(prober.p99(), 3),
-        }  # fmt: skip
-
-
-def overload(quick: bool) -> Result:
-    """Four hundred requests in the same moment, at a server with a queue of 32."""
-    count = 100 if quick else 400
-    cases = [post(PATH, completion(prompt=f"Request {n}", max_tokens=16, stream=n % 2 == 0)) for n in range(count)]
-    with server_of("--max-num-seqs", "8", "--max-num-queued-reqs", "32") as server, Prober(server.url) as prober:
-        canary(server.url)
-        outcome = send_all(server.url, cases, concurrency=count)
-    refused = sorted(seconds for status, seconds in outcome.seconds if status == 429) or [0.0]
-    return {
-        "requests": count, "statuses": {str(status): n for status, n in sorted(outcome.statuses.items())},
-        "lost": count - len(outcome.seconds), "faults": len(outcome.faults),
-        "refusal_p50_s": round(refused[len(refused) // 2], 3), "refusal_max_s": round(refused[-1], 3),
-        "last_answer_s": round(outcome.slowest[0], 2), "health_p99_s": round(prober.p99(), 3),
-    }  # fmt: skip
-
-
-def drain(quick: bool) -> Result:
-    """SIGTERM while 16 streams run."""
-    tokens = 100 if quick else 600
-    with server_of() as server, contextlib.ExitStack() as stack:
-        engine = server.engine_pid
-        streams = [stack.enter_context(posted(server, stream=True, max_tokens=tokens)) for _ in range(16)]
-        first = [stream.recv(1) for stream in streams]
-        server.process.send_signal(signal.SIGTERM)
-        since = time.monotonic()
-        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "readiness to go")
-        unready = time.monotonic() - since
-        refused = httpx.post(f"{server.url}{PATH}", json={"prompt": "Hi"}).status_code
-        with Prober(server.url) as prober:
-            first = [head + stream.recv(2**16) for head, stream in zip(first, streams, strict=True)]
-            time.sleep(0.2 if quick else 1)
-        whole = sum(b"data: [DONE]\n\n" in head + read_all(s) for head, s in zip(first, streams, strict=True))
-        code = server.process.wait(PATIENCE)
-        seconds = time.monotonic() - since
-    return {
-        "streams": 16, "whole": whole, "refused_with": refused, "exit_code": code, "unready_after_s": round(unready, 3),
-        "ended_after_s": round(seconds, 2), "orphans": int(is_running(engine)), "health_p99_s": round(prober.p99(), 3),
-    }  # fmt: skip
-
-
-def kill(quick: bool) -> Result:
-    """SIGKILL, and the next server on the same port at once."""
-    clients, orphans, ready = [], [], []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for _ in range(1 if quick else 3):
-        with server_of(exit_code=-9, port=port) as server, contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(posted(server, stream=True)) for _ in range(4)]
-            for stream in streams:
-                stream.recv(1)
-            engine = server.engine_pid
-            server.process.kill()
-            since = time.monotonic()
-            for stream in streams:
-                read_all(stream)
-            clients.append(round(time.monotonic() - since, 3))
-            wait_for(lambda pid=engine: not is_running(pid), "the engine to end")
-            orphans.append(round(time.monotonic() - since, 3))
-            server.process.wait()
-        with server_of(port=port):
-            ready.append(round(time.monotonic() - since, 2))
-    return {
-        "kills": len(ready),
-        "clients_ended_after_s": clients,
-        "engine_ended_after_s": orphans,
-        "same_port_ready_after_s": ready,
-    }
-
-
-def slowloris(quick: bool) -> Result:
-    """A hundred connections that never finish their headers."""
-    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx: ".encode()
-    flags = ("--header-timeout", "3") if quick else ()
-    with server_of(*flags) as server, Prober(server.url) as prober, contextlib.ExitStack() as stack:
-        url = httpx.URL(server.url)
-        sockets = [stack.enter_context(socket.create_connection((url.host, url.port))) for _ in range(100)]
-        since, canaries, open_ones = time.monotonic(), [], list(sockets)
-        for connection in sockets:
-            connection.sendall(head)
-            connection.settimeout(0)
-        while open_ones and time.monotonic() < since + PATIENCE:
-            began = time.monotonic()
-            canary(server.url)
-            canaries.append(time.monotonic() - began)
-            for connection in list(open_ones):
-                with contextlib.suppress(BlockingIOError):
-                    try:
-                        connection.sendall(b"a")
-                        connection.recv(4096)
-                    except ConnectionError:
-                        pass
-                    open_ones.remove(connection)
-            time.sleep(0.2)
-        seconds = time.monotonic() - since
-    return {
-        "sockets": 100, "still_open": len(open_ones), "closed_after_s": round(seconds, 1), "canaries": len(canaries),
-        "canary_max_s": round(max(canaries), 3), "health_p99_s": round(prober.p99(), 3),
-    }  # fmt: skip
-
-
-def soaking(minutes: float) -> Result:
-    """Mixed load, and what is there behind it that was not there before."""
-    with server_of("--served-model-name", "tiny", "--max-num-seqs", "16", "--num-kv-blocks", "512") as server:
-        asyncio.run(soak(server, min(10, 20 * minutes)))
-        server.wait_until_idle()
-        with Prober(server.url) as prober:
-            found = asyncio.run(soak(server, 60 * minutes, seed=60))
-        after = server.wait_until_idle()
-    middle = len(found.files) // 2
-    return {
-        "minutes": minutes, "requests": found.statuses.total(),
-        "5xx": sum(n for status, n in found.statuses.items() if status >= 500),
-        "statuses": {str(status): n for status, n in sorted(found.statuses.items())},
-        "rss_mb": [[round(size / 1e6, 1) for size in found.memory[at][1:]] for at in (0, len(found.memory) // 2, -1)],
-        "rss_slopes_second_half_mb_per_hour": [round(slope, 1) for slope in found.slopes()],
-        "files_max": [max(found.files[:middle]), max(found.files[middle:])],
-        "p99_s": [round(found.p99(third), 3) for third in range(3)], "p99_ratio": round(found.p99(2) / found.p99(0), 2),
-        "kv_share": after.kv_cache_usage_perc, "health_p99_s": round(prober.p99(), 3),
-    }  # fmt: skip
-
-
-SCENES: dict[str, Callable[[bool], Result]] = {
-    "hostile": hostile, "disconnects": disconnects, "overload": overload, "drain": drain, "kill": kill,
-    "slowloris": slowloris,
-}  # fmt: skip
+def play(scene: str, environment: dict[str, str]) -> dict[str, Any]:
+    """Run one scene in a process of its own and return its figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.xml"
+        options = ["-m", "slow", "--timeout", "0", "-o", "junit_family=xunit1", "--junitxml", str(path)]
+        test = f"tests/e2e/test_chaos.py::{SCENES[scene]}"
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *options, test], cwd=ROOT, env=os.environ | environment,
+            stdout=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        found = ElementTree.parse(path).getroot().find(".//testcase")
+    if found is None:
+        return {"broken": "the test was not found"}
+    figures = {each.attrib["name"]: json.loads(each.attrib["value"]) for each in found.iterfind("properties/property")}
+    failures = [each.attrib["message"] for kind in ("failure", "error") for each in found.iterfind(kind)]
+    return figures | ({"broken": failures[0][-500:]} if failures else {})
 
 
 def main() -> None:
     """Play the scenes and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scene", choices=[*SCENES, "soak"], action="append", help="only this one; repeatable")
+    parser.add_argument("--scene", choices=list(SCENES), action="append", help="only this one; repeatable")
     parser.add_argument("--minutes", type=float, default=2, help="of the soak")
     parser.add_argument("--quick", action="store_true", help="less of everything, and half a minute of soak")
     args = parser.parse_args()
-    scenes = SCENES | {"soak": lambda quick: soaking(0.5 if quick else args.minutes)}
+    environment = {"CHAOS_MINUTES": str(args.minutes), "CHAOS_QUICK": "1" if args.quick else ""}
     rows = []
-    for name in args.scene or scenes:
-        try:
-            result = scenes[name](args.quick)
-        except AssertionError as error:  # of the server's end, or of a wait
-            result = {"broken": str(error)[-500:]}
-        report("chaos", {"scene": name} | result)
-        rows += [(name, key, value) for key, value in result.items()]
-    for name, key, value in rows:
-        print(f"{name:12} {key:34} {value}")
+    for scene in args.scene or SCENES:
+        result = play(scene, environment)
+        report("chaos", {"scene": scene} | result)
+        rows += [(scene, name, value) for name, value in result.items()]
+    for scene, name, value in rows:
+        print(f"{scene:12} {name:34} {value}")
 
 
 if __name__ == "__main__":
