@@ -1,0 +1,21 @@
+"""The page on the architecture names the modules that a request passes through."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from support.request_path import modules_of_a_chat
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
+SOMETIMES = {"server/http/limits.py", "engine/client/watchdog.py", "model/backend.py", "model/cpu/backend.py"}
+"""Modules that run on a timer, and one of the two backends."""
+
+
+def test_page_lists_the_modules_that_a_streamed_chat_runs_through() -> None:
+    table = PAGE.read_text(encoding="utf-8").partition("<!-- way-of-a-request -->")[2].partition("\n\n**")[0]
+    listed = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    traced = {module for modules in modules_of_a_chat().values() for module in modules}
+    assert len(listed) == len(set(listed))
+    assert set(listed) - SOMETIMES == traced - SOMETIMES
+    assert SOMETIMES & traced <= set(listed) | {"engine/client/watchdog.py"}
