@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..errors import RequestError, describe
@@ -66,7 +64,6 @@ class EngineCore:
         self.grammars = grammars or GrammarCompiler()
         self.scheduler = Scheduler(info)
         self._requests: dict[str, Request] = {}
-        self._uses_grammars = False  # whether any was ever submitted
         self._verdicts: list[GrammarVerdict] = []
         self._in_flight: InFlightStep | None = None  # until it is collected, or all of its requests have finished
         self._num_failures = 0  # consecutive steps that ran out of memory
@@ -78,7 +75,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step has anything to do."""
-        return self.scheduler.has_work or (self._uses_grammars and self.grammars.has_ready)
+        return self.scheduler.has_work or self.grammars.has_ready
 
     @property
     def has_requests(self) -> bool:
@@ -103,13 +100,11 @@ class EngineCore:
             self.scheduler.add(request)
         else:
             request.status = RequestStatus.COMPILING
-            self._uses_grammars = True
             self.grammars.submit(request, message.params.grammar, ignore_eos=message.params.ignore_eos)
         self._requests[request.request_id] = request
 
     def check_grammar(self, check: CheckGrammar) -> None:
         """Compile a grammar; a later step's outputs have the verdict."""
-        self._uses_grammars = True
         self.grammars.submit(check, check.grammar)
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -124,7 +119,7 @@ class EngineCore:
     def step(self) -> StepOutputs:
         """Schedule, compute and sample once; return what this step, or the previous one, added to each request."""
         started = time.perf_counter()
-        outputs = self._admit_compiled() if self._uses_grammars else []
+        outputs = self._admit_compiled()
         planned = self._plan(outputs)
         try:
             outputs += self._compute(planned)
@@ -249,43 +244,41 @@ class EngineCore:
     def _collect(self) -> list[TokenOutput]:
         """Read the in-flight step, if there is one."""
         step, self._in_flight = self._in_flight, None
+        return [] if step is None else self._update(step.sequences, step.launched.read(), step.ends)
+
+    def _update(
+        self, sequences: list[ScheduledSequence], sampled: list[SampledToken], ends: list[int] | None = None
+    ) -> list[TokenOutput]:
+        """Add a computed step's tokens to its requests; an error ends only its request.
+
+        `ends` are those of a step that was in flight, whose tokens are pending.
+        """
         outputs: list[TokenOutput] = []
-        if step is None:
-            return outputs
-        draws = iter(step.launched.read())
-        for sequence, end in zip(step.sequences, step.ends, strict=True):
-            draw = next(draws) if sequence.samples else None
-            outputs += self._apply(sequence.request, partial(self._resolve, sequence.request, end, draw))
+        first = 0
+        for index, sequence in enumerate(sequences):
+            request = sequence.request
+            draws = sampled[first : first + 1 + len(sequence.draft)] if sequence.samples else []
+            first += len(draws)
+            if request.status is RequestStatus.FINISHED:  # it finished or was aborted while the step was computed
+                continue
+            try:
+                output = self._advance(sequence, draws) if ends is None else self._resolve(request, ends[index], draws)
+            except Exception as error:
+                outputs.append(self._fail(request, error))
+                continue
+            if output is not None:
+                outputs.append(output)
+            if request.finish_reason is not None:
+                self._finish(request)
         return outputs
 
-    def _update(self, sequences: list[ScheduledSequence], sampled: list[SampledToken]) -> list[TokenOutput]:
-        """Add a finished step's tokens to its requests."""
-        draws = iter(sampled)
-        outputs: list[TokenOutput] = []
-        for sequence in sequences:
-            own = list(itertools.islice(draws, 1 + len(sequence.draft))) if sequence.samples else []
-            outputs += self._apply(sequence.request, partial(self._advance, sequence, own))
-        return outputs
-
-    def _apply(self, request: Request, work: Callable[[], TokenOutput | None]) -> list[TokenOutput]:
-        """Do a step's work on a request; an error ends only that request."""
-        if request.status is RequestStatus.FINISHED:  # it finished or was aborted while the step was computed
-            return []
-        try:
-            output = work()
-        except Exception as error:
-            return [self._fail(request, error)]
-        if request.finish_reason is not None:
-            self._finish(request)
-        return [] if output is None else [output]
-
-    def _resolve(self, request: Request, end: int, draw: SampledToken | None) -> TokenOutput | None:
+    def _resolve(self, request: Request, end: int, draws: list[SampledToken]) -> TokenOutput | None:
         """Replace the pending token at `end`, if the step drew one."""
         self.scheduler.kv_cache.cache_blocks(request, end)
-        if draw is None:
+        if not draws:
             return None
-        request.resolve(end, draw.token_id)
-        return request.output([draw])
+        request.resolve(end, draws[0].token_id)
+        return request.output(draws)
 
     def _advance(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput | None:
         """Count a sequence's tokens as computed and append those drawn: the first, and one for each accepted draft."""
@@ -293,8 +286,7 @@ class EngineCore:
         if not draws:
             self.scheduler.kv_cache.advance(request, sequence.num_tokens)
             if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
-                request.finish_reason = "length" if request.pooling is None else "stop"
-                return request.output([])
+                return self._finish_prompt(request)
             return None
         request.append(draws[0].token_id)
         kept = 1
@@ -314,6 +306,14 @@ class EngineCore:
         if request.reads_prompt:
             request.reads_prompt, request.prompt_logprobs = False, []
         return output
+
+    def _finish_prompt(self, request: Request) -> TokenOutput:
+        """End a request that generates nothing when its prompt is computed."""
+        request.finish_reason = "length" if request.pooling is None else "stop"
+        if request.pooled is None:
+            return request.output([])
+        pooled = request.pooled / request.num_prompt_tokens if request.pooling == "mean" else request.pooled
+        return request.output([], pooled.tolist())
 
     def _drop_finished_step(self) -> None:
         """Do not wait for an in-flight step whose requests have all finished."""

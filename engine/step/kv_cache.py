@@ -139,9 +139,9 @@ class KVCacheManager:
 
     def allocate(self, request: Request, num_more: int = 0) -> bool:
         """Allocate blocks for all tokens of `request` and `num_more`; change nothing and return False if too few."""
-        needed = -(-(request.num_tokens + num_more) // self.block_size) - len(request.block_ids)
-        if needed > 0:
-            blocks = self.pool.allocate(needed)
+        num_tokens = len(request.token_ids) + num_more
+        if num_tokens > len(request.block_ids) * self.block_size:
+            blocks = self.pool.allocate(-(-num_tokens // self.block_size) - len(request.block_ids))
             if blocks is None:
                 return False
             request.block_ids.extend(blocks)

@@ -154,13 +154,10 @@ class Request:
         if self.finish_reason is not None:
             del self.token_ids[index + 1 :]
 
-    def output(self, draws: list[SampledToken]) -> TokenOutput:
+    def output(self, draws: list[SampledToken], embedding: list[float] | None = None) -> TokenOutput:
         """Report its new tokens, and what was read of its prompt."""
         last = draws[-1].token_id if draws else None
         by_stop_id = self.finish_reason == "stop" and last in self.stop_token_ids
-        pooled = self.pooled
-        if pooled is not None and self.pooling == "mean":
-            pooled = pooled / self.num_prompt_tokens
         return TokenOutput(
             request_id=self.request_id,
             token_ids=[draw.token_id for draw in draws],
@@ -171,7 +168,7 @@ class Request:
             scheduled_time=self.scheduled_time,
             prompt_logprobs=self.prompt_logprobs,
             dynamics=[draw.dynamics for draw in draws if draw.dynamics is not None],
-            embedding=None if pooled is None else pooled.tolist(),
+            embedding=embedding,
         )
 
 

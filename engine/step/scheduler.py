@@ -114,19 +114,21 @@ class Scheduler:
             elif request.drafter is not None:
                 draft = self._draft(request, request.drafter, budget)
                 budget -= len(draft)
-            sequence = self._sequence(request, start, count, draft)
-            (decodes if sequence.num_tokens == 1 else chunks).append(sequence)
+            samples = start + count == end and request.generates
+            count += len(draft)
+            (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, samples, draft))
         # A step that preempted a request admits none: the freed blocks are for the running requests.
         while budget and self.waiting and self.num_preemptions == preemptions:
             request = self.waiting[0]
             prefix = self.kv_cache.find_prefix(request)
-            start = len(prefix) * self.kv_cache.block_size
-            count = self._chunk(start, request.num_tokens, budget)
+            start, end = len(prefix) * self.kv_cache.block_size, request.num_tokens
+            count = self._chunk(start, end, budget)
             if not count or not self._fits(request, prefix):
                 break
             self._admit(request, prefix)
             budget -= count
-            (decodes if count == 1 else chunks).append(self._sequence(request, start, count))
+            samples = start + count == end and request.generates
+            (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, samples))
         self._ahead = False
         return decodes + chunks
 
@@ -183,11 +185,6 @@ class Scheduler:
         if end - start <= budget:
             return end - start
         return max(0, (start + budget) // self.chunk_multiple * self.chunk_multiple - start)
-
-    @staticmethod
-    def _sequence(request: Request, start: int, count: int, draft: Sequence[int] = ()) -> ScheduledSequence:
-        samples = start + count == request.num_tokens and request.generates
-        return ScheduledSequence(request, count + len(draft), samples, draft)
 
     def _preempt_for_priority(self) -> None:
         """Preempt running requests of lower rank than the first in the queue until it fits.
