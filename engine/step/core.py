@@ -283,7 +283,7 @@ class EngineCore:
     def _advance(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput | None:
         """Count a sequence's tokens as computed and append those drawn: the first, and one for each accepted draft."""
         request, draft = sequence.request, sequence.draft
-        if not draws:
+        if not sequence.samples:
             self.scheduler.kv_cache.advance(request, sequence.num_tokens)
             if not request.generates and request.num_computed_tokens == request.num_prompt_tokens:
                 return self._finish_prompt(request)
