@@ -62,6 +62,7 @@ class EngineCore:
         self.runner = runner
         self.expert_stats = expert_stats
         self.grammars = grammars or GrammarCompiler()
+        self._uses_grammars = False  # whether any was ever submitted
         self.scheduler = Scheduler(info)
         self._requests: dict[str, Request] = {}
         self._verdicts: list[GrammarVerdict] = []
@@ -75,7 +76,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step has anything to do."""
-        return self.scheduler.has_work or self.grammars.has_ready
+        return self.scheduler.has_work or (self._uses_grammars and self.grammars.has_ready)
 
     @property
     def has_requests(self) -> bool:
@@ -100,11 +101,13 @@ class EngineCore:
             self.scheduler.add(request)
         else:
             request.status = RequestStatus.COMPILING
+            self._uses_grammars = True
             self.grammars.submit(request, message.params.grammar, ignore_eos=message.params.ignore_eos)
         self._requests[request.request_id] = request
 
     def check_grammar(self, check: CheckGrammar) -> None:
         """Compile a grammar; a later step's outputs have the verdict."""
+        self._uses_grammars = True
         self.grammars.submit(check, check.grammar)
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -119,7 +122,7 @@ class EngineCore:
     def step(self) -> StepOutputs:
         """Schedule, compute and sample once; return what this step, or the previous one, added to each request."""
         started = time.perf_counter()
-        outputs = self._admit_compiled()
+        outputs = self._admit_compiled() if self._uses_grammars else []
         planned = self._plan(outputs)
         try:
             outputs += self._compute(planned)
