@@ -118,7 +118,7 @@ def from_values(cls: type[Settings], values: Mapping[str, Any], source: str = ""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence about an unknown word."""
+    """Return the end of an error message: `; did you mean X?` for the closest known word, else a full stop."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else "."
 
@@ -139,7 +139,9 @@ class SpeculativeConfig:
     method: Literal["ngram"] = setting("ngram", "ngram looks for the last tokens earlier in the sequence")
     num_speculative_tokens: int = setting(4, "most tokens of one guess", low=1, high=16)
     prompt_lookup_min: int = setting(3, "fewest tokens that must have occurred before", low=1, high=16)
-    prompt_lookup_max: int = setting(4, "most tokens that must have; longer runs are tried first", low=1, high=16)
+    prompt_lookup_max: int = setting(
+        4, "most tokens that must have occurred before; longer matches are tried first", low=1, high=16
+    )
     disable_by_batch_size: int = setting(
         4, "most decoding sequences in a step that guesses: with more, a guess costs as much as it saves", low=1
     )
@@ -200,7 +202,9 @@ class EngineConfig(EngineSettings):
     """All that an engine needs to start."""
 
     model: str = setting(dataclasses.MISSING, "folder of the checkpoint")
-    overlap_scheduling: bool | None = setting(None, "launch a step before the one before it is read (None: on a GPU)")
+    overlap_scheduling: bool | None = setting(
+        None, "launch each step before reading the previous one's results (None: on a GPU)"
+    )
     quiet: bool = setting(False, "no progress bar while loading")
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
 """The operations that differ by device, in plain torch: the reference, and what runs on any device.
 
-The network calls nothing device-specific but the methods of `Backend`, each as large as one device can do well at once.
-A device is a subclass that overrides what it does faster; tests compare its results with the ones here. Element-wise
-arithmetic, norms and softmax are FP32; products run in the weights' dtype.
+The network calls nothing device-specific but the methods of `Backend`, each as much work as a device can do well in one
+operation. A device is a subclass that overrides what it does faster; tests compare its results with the ones here.
+Element-wise arithmetic, norms and softmax are FP32; products run in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class AttentionMetadata:
     """Where the flat tokens of one step belong.
 
     A step holds S sequences, one after the other: first `num_decodes` sequences with one token each, then the rest with
-    any number of tokens (prefill chunks). In a captured graph the lists describe the capture, and the tensors each
-    replay. A sequence of length 0 is padding.
+    any number of tokens (prefill chunks). In a captured graph, the lists keep the values of the capture, and the
+    tensors hold those of each replay. A sequence of length 0 is padding.
     """
 
     query_lens: list[int]  # tokens of each sequence in this step, summing to T
@@ -85,7 +85,7 @@ class Backend:
     """
 
     prefill_multiple = PREFILL_BLOCK
-    """A prompt cut at multiples of this gives its tokens the same last bits as an uncut one."""
+    """Cutting a prompt at multiples of this leaves its tokens' results identical to the last bit."""
     capturable = False
     """Whether a whole step can be captured in a graph: no operation waits for the device, all lengths are read there,
     and rows with negative token ids, negative slots and length 0 are skipped."""
@@ -120,9 +120,9 @@ class Backend:
         """Mu-guided causal attention with grouped queries, QK-norm and rotary positions; writes K and V to their pages.
 
         x [T, H] is the residual stream, mu [T, H] the mu of the layer below, if there is one. `cache` is the pages of
-        all layers [layers, 2, blocks, block_size, KV, D], in the weights' dtype or FP8: then every token, new ones
-        included, is read as FP8 stored it. Without a cache, tokens attend to this step's tokens only. Query head h
-        reads KV head h // (heads / KV). Returns FP32 [T, H], to be added to the residual stream.
+        all layers [layers, 2, blocks, block_size, KV, D], in the weights' dtype or in FP8. With FP8, all tokens, even
+        this step's, are read back from their FP8 form. Without a cache, tokens attend to this step's tokens only. Query
+        head h reads KV head h // (heads / KV). Returns FP32 [T, H], to be added to the residual stream.
         """
         config = layer.config
         a = self.rms_norm(x, layer.input_norm, config.rms_norm_eps)

@@ -1,7 +1,8 @@
 """The parameters of one layer, stacked so that each input is multiplied once.
 
 A tensor that the checkpoint's era lacks is None. Large matrices are [out, in] in the model's dtype; norms, biases and
-the router are FP32 in every mode. The equations are `DeepNetwork.forward` and the operations in `Backend`.
+the router are FP32 in every mode. The equations are `DeepNetwork.forward` and the operations in `Backend`;
+`Backend.route` chooses the experts.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from .watchdog import wait_for_hang
 if TYPE_CHECKING:
     from ...model.tokenizer import Tokenizer
 
-EXIT_SECONDS = 1.0  # how long an engine that has closed its socket gets to exit, to learn its exit code
+EXIT_SECONDS = 1.0  # how long to wait for an engine that has closed its socket to exit
 
 
 class Wakeup:
@@ -147,7 +147,9 @@ class AsyncEngine:
         self._grammars = GrammarChecks(pipe.send)
         self._config = config
         self._tokenizer = tokenizer
-        self._completions: deque[float] = deque(maxlen=64)  # times of the last ones since the engine was idle
+        self._completions: deque[float] = deque(
+            maxlen=64
+        )  # when the latest requests finished, since the last idle time
         self._num_running = info.config.max_num_seqs  # requests that can run in the next step, while others wait
         self._seeds = random.Random(config.seed)
         self._serial = itertools.count()
@@ -252,7 +254,7 @@ class AsyncEngine:
         return stream
 
     async def wait_dead(self) -> str:
-        """Return, with the reason, when the engine has died by itself."""
+        """Wait until the engine dies without being shut down; return the reason."""
         await self._died.wait()
         return self.error or ""
 
@@ -289,7 +291,7 @@ class AsyncEngine:
             # After any exception here, outputs can be lost, so the engine counts as dead.
             reason = f"The engine's messages could not be handled ({fault!r})."
         else:
-            self.error = "The engine process has exited."  # known at once; the code, when it has been waited for
+            self.error = "The engine process has exited."  # set at once; the exit code is known only after the wait
             code = await asyncio.to_thread(self._process.end, EXIT_SECONDS)
             reason = "The server is shutting down." if self._closing else f"The engine process exited with code {code}."
         hang.cancel()

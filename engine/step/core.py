@@ -30,7 +30,7 @@ OUT_OF_MEMORY = RuntimeError(
     "--kv-cache-memory-bytes or --max-num-batched-tokens."
 )
 EXPERT_SECONDS = 1.0
-"""How often the expert counts are reported while the engine works; they also are when it becomes idle."""
+"""Seconds between reports of the expert counts while the engine works; it also reports when it becomes idle."""
 
 
 class InFlightStep(NamedTuple):

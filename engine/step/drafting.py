@@ -1,7 +1,8 @@
 """Drafts of a sequence's next tokens, found in the sequence itself: prompt lookup (Saxena 2023).
 
 If the last few tokens have occurred before, what followed them then is a good guess of what follows now: in code,
-quotations and tables. The network verifies a whole draft in one step. A token's draw depends on its seed and position
+quotations and tables. The network computes a whole draft in one step, and
+`EngineCore._advance` accepts or rejects its tokens. A token's draw depends on its seed and position
 alone, so drafts change when tokens are drawn, never which.
 """
 

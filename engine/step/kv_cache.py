@@ -52,7 +52,7 @@ class BlockPool:
         self._holders[block] += 1
 
     def free(self, blocks: list[int]) -> None:
-        """Release blocks, the first to be evicted in front; raise `ValueError` if one is not held."""
+        """Release blocks, given in the order in which to evict them; raise `ValueError` if one is not held."""
         for block in blocks:
             if not self._holders[block]:
                 raise ValueError(f"KV block {block} is freed twice")
@@ -72,7 +72,7 @@ class BlockPool:
         return self._holders[block] > 0
 
     def cache_block(self, block: int, block_hash: bytes) -> None:
-        """Let a held block be found, unless another one with the same content already is."""
+        """Register a held block under its hash, unless a block with the same content is registered."""
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
@@ -110,8 +110,8 @@ class KVCacheManager:
     def find_prefix(self, request: Request) -> list[int]:
         """Return the cached blocks of the longest known prefix of a waiting request, without holding them.
 
-        They never contain its last token, whose result is sampled from. A request that reads its prompt's hidden
-        states finds nothing, because blocks do not contain them.
+        They never include its last token, which must be computed to sample the next one. A request that reads its
+        prompt's hidden states finds nothing, because blocks do not contain them.
         """
         blocks: list[int] = []
         if self.enable_prefix_caching and not request.reads_prompt:
@@ -153,7 +153,7 @@ class KVCacheManager:
         self.cache_blocks(request, request.num_computed_tokens)
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
-        """Let the full blocks of the first `num_tokens`, which must be computed and known, be found."""
+        """Register the full blocks of the first `num_tokens`, which must be computed and known."""
         full = num_tokens // self.block_size
         if full > request.num_cached_blocks and self.enable_prefix_caching:
             hashes = self._hashes(request, full)
@@ -162,7 +162,7 @@ class KVCacheManager:
             request.num_cached_blocks = full
 
     def free(self, request: Request) -> None:
-        """Free all blocks of `request`, so that none of its tokens is computed any more."""
+        """Free all blocks of `request`; none of its tokens counts as computed afterwards."""
         # The last block first: a sequence's head is evicted last, because the rest cannot be found without it.
         self.pool.free(request.block_ids[::-1])
         request.block_ids.clear()

@@ -7,7 +7,7 @@ some of them, within a budget of tokens. The rules, in this order:
   rank, so the first in the queue waits only for running requests.
 - Every running sequence that needs a single token (a decode) is in the step. Prompts share the rest of the budget, by
   rank, in chunks if need be. In a step with decodes they get at most `max_num_prefill_tokens` (in proportion more if
-  there are many), so that arriving prompts slow running streams down only so far.
+  there are many), which limits how much arriving prompts slow down running streams.
 - A request is admitted when there are blocks for all its tokens, and one more for each running sequence.
 - If the blocks run out all the same, the running request of lowest rank is preempted and later computed from scratch,
   so that the one of highest rank advances in every step.
@@ -40,7 +40,7 @@ class ScheduledSequence(NamedTuple):
 
     request: Request
     num_tokens: int
-    samples: bool  # they reach the request's end, so that its next token is drawn
+    samples: bool  # they include the request's last token, so its next one is drawn
     draft: Sequence[int] = ()  # the last of them, which are only guessed: a token is drawn after each
 
 
@@ -57,8 +57,8 @@ class Scheduler:
             config.num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self.policy = config.scheduling_policy
-        # A chunk that is not a prompt's last ends at a multiple of this position, so that the same blocks of queries
-        # are computed however busy the engine is; unless the budget is too small for that and all decodes.
+        # All but a prompt's last chunk end at multiples of this, so that its queries fall into the same blocks however
+        # busy the engine is. If the budget cannot hold such a chunk and all decodes, chunks may end anywhere.
         fits = config.max_num_seqs + info.chunk_multiple <= config.max_num_batched_tokens
         self.chunk_multiple = info.chunk_multiple if fits else 1
         self.max_num_seqs = config.max_num_seqs
@@ -88,8 +88,9 @@ class Scheduler:
         """Choose the next step's sequences, those with a single token first, and allocate their blocks.
 
         With `ahead`, this is the step after the one in flight, whose tokens count as drawn. Nothing is computed for a
-        request whose last token by `max_tokens` is pending. Because the in-flight step may finish requests, none is
-        preempted: raises `PreemptionNeeded`. Blocks allocated by then are used when the step is planned again.
+        request whose last token by `max_tokens` is pending. If a request would have to be
+        preempted, raises `PreemptionNeeded` instead, because the in-flight step may free blocks by finishing requests;
+        blocks already allocated are kept for the next attempt.
         """
         self._ahead = ahead
         self._preempt_for_priority()
@@ -189,7 +190,7 @@ class Scheduler:
     def _preempt_for_priority(self) -> None:
         """Preempt running requests of lower rank than the first in the queue until it fits.
 
-        First come, first served, there are none: waiting requests came after the running ones.
+        First come, first served, there is nothing to preempt: running requests arrived before waiting ones.
         """
         if not self.waiting or not self.running or self.running[-1].rank < self.waiting[0].rank:
             return

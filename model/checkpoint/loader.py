@@ -67,7 +67,7 @@ def load_checkpoint(
     seed: int = 0,  # of the dummy weights
     progress: bool = True,  # show a bar on stderr if loading takes long and stderr is a terminal
 ) -> tuple[Network, LoadReport]:
-    """Make the network of a checkpoint and fill it, in the model's memory and at most one layer more.
+    """Build a checkpoint's network and fill it, using at most one layer's memory beyond the model's own.
 
     The format "dummy" reads only `config.json` and fills the newest network of its sizes at random. Raises
     `CheckpointError` for a file that is missing, damaged or does not fit.

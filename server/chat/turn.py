@@ -73,7 +73,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
         max_tokens = min(default, max(model.engine.info.config.max_model_len - len(prompt), 1))
     grammar = await _grammar(conversation, tools, model)
-    # The plain text that ends a turn may occur inside an answer whose grammar determines its end.
+    # A grammar determines the answer's end, and the plain text that ends a turn may occur inside it.
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
     turn_ends = model.template.stop_strings if is_free else ()
     params = await off_loop_if_large(
@@ -150,7 +150,7 @@ def _check_template_options(conversation: Conversation, template: ChatTemplate) 
 
 
 def _written(messages: Sequence[Message], model: ServedModel, tools: ToolOptions | None) -> Sequence[Message]:
-    """Return the messages with what the chat template does not write by itself as text."""
+    """Return the messages, with tools, calls and results written as text if the template cannot render them."""
     if tools and not model.template.knows_tools:
         first, text = messages[0], tools.describe()
         if first.role in ("system", "developer"):

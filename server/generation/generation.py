@@ -86,7 +86,7 @@ class Generation:
         self._streams: list[RequestStream] = []
         self.wakeup = Wakeup()
         self._running = len(self.choices)
-        salt = context.cache_owner + (cache_salt or "") or None  # all owners' names have the same length
+        salt = context.cache_owner + (cache_salt or "") or None  # unambiguous: all owners' names have the same length
         try:
             for index, choice in enumerate(self.choices):
                 own = params[index // n]
@@ -113,7 +113,7 @@ class Generation:
 
     @property
     def unread(self) -> int:
-        """Tokens that wait to be read; one with candidates counts as many times as it has entries."""
+        """Tokens that wait to be read; one with log-probabilities counts once, plus once per candidate."""
         return (1 + (self.params.logprobs or 0)) * sum(stream.unread for stream in self._streams)
 
     def seconds_to(self, moment: float) -> float | None:
@@ -126,7 +126,7 @@ class Generation:
         return self._running > 0
 
     def drain(self) -> Iterator[tuple[int, RequestOutput]]:
-        """Yield the choice's index and the output of all that has arrived; raises the failure of a sequence."""
+        """Yield every output that has arrived, with its choice's index; raise if a sequence failed."""
         for index, stream in enumerate(self._streams):
             for output in stream.drain():
                 self._record(index, output)
@@ -216,7 +216,7 @@ class Generation:
 def _check_size(
     engine: AsyncEngine, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int, streams: bool
 ) -> None:
-    """Raise `RequestError` or `EngineBusyError` for more sequences, or more about them, than there is memory for."""
+    """Raise `RequestError` or `EngineBusyError` for more sequences, or data about them, than memory allows."""
     count, info = len(prompts) * n, engine.info
     if count > MAX_SEQUENCES:
         message = f"Too many sequences: {len(prompts)} prompts with n = {n} make {count}, at most {MAX_SEQUENCES}."

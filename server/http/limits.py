@@ -1,4 +1,7 @@
-"""Limits on HTTP connections: how many, and how slow their clients may be. Knows neither sockets nor HTTP."""
+"""Limits on HTTP connections: how many, and how slow their clients may be. Knows neither sockets nor HTTP.
+
+A full request queue is answered with a 429 by `AsyncEngine.check_room`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from ..flags import ServerConfig
 logger = logging.getLogger("pyllm.server")
 
 MIN_PROGRESS = 4096
-"""Bytes of a body or an answer that a slow client must send or take within the timeout to be given it again."""
+"""A slow client that sends or takes at least this many bytes within the timeout gets a new timeout."""
 MIN_IDLE_SECONDS = 0.5
-"""A connection that has been idle for less is not evicted: the request of a new one may be on its way."""
+"""A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
 SPARE_FILES = 128
 """Open files of this process that are not connections."""
@@ -56,7 +59,7 @@ class Wait(NamedTuple):
     """What a connection waits for its client to do."""
 
     phase: Literal["header", "body", "write"]
-    mark: object  # another one as soon as the client has done so
+    mark: object  # a different object once the client has done it
     progress: int = 0  # bytes so far, where the client may take longer as long as it makes progress
 
 

@@ -15,7 +15,7 @@ from .limits import ConnectionMonitor, ProgressTimer, Wait
 
 MAX_HEADER_BYTES = 64 * 2**10
 PIECE_BYTES = 16 * 2**10
-"""Headers are measured in pieces of this size, so they may exceed their limit by as much."""
+"""Header size is checked once a piece, so headers can exceed the limit by up to one piece."""
 MAX_UNREAD = 65536
 """Tokens that a client may be behind its stream; those with log-probabilities count more."""
 
@@ -23,7 +23,7 @@ MAX_UNREAD = 65536
 class _Transport:
     """A transport that drops what is written after the connection has ended.
 
-    Answers hear of the end a moment later and may write once more, for which uvloop's transport raises an error.
+    A response learns of the disconnect slightly late and may write once more; uvloop's transport would raise then.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -97,7 +97,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.send_400_response("Invalid HTTP request received.")
 
     def _ignore_upgrade(self) -> None:
-        """Restart a request that offers to switch protocols without the offer, to answer it in HTTP/1.1.
+        """Parse the request again without its `Upgrade` header, so that it is answered in HTTP/1.1.
 
         Java's client offers so with every request. The parser would read the body as that other protocol, so a new
         parser gets the headers without the offer, and then the body. CONNECT raises `HttpParserUpgrade` once more.
@@ -137,7 +137,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._disconnect()
 
     def _disconnect(self) -> None:
-        """Keep the requests that are answered, or wait to be, from writing any more."""
+        """Stop requests that are being answered, or are waiting to be, from writing."""
         for cycle in (self._answering, self.cycle, *(queued for queued, _ in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
@@ -152,7 +152,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(ApiError(400, msg, code="invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Send an error without a request and close; in the middle of an answer only close.
+        """Send an error response and close the connection; if an answer is already half sent, only close.
 
         If complete requests are still to be answered, they are answered first, and nothing more is read.
         """
@@ -181,7 +181,7 @@ class HttpProtocol(HttpToolsProtocol):
         return self.cycle is not None and self.cycle.response_complete and not self._in_header
 
     def _awaited(self) -> Wait | None:
-        """Return what the client must do next; None if the connection does not wait for it."""
+        """Return what the connection is waiting for the client to do, or None if it is not waiting for it."""
         unsent = self.transport.get_write_buffer_size()
         if self.flow.write_paused or (self.transport.is_closing() and unsent):
             return Wait("write", self._resumed, -unsent)
@@ -190,7 +190,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.cycle is None or self._in_header:
             return Wait("header", self.scope)
         if self.cycle.more_body:
-            # While too much waits to be parsed, the server does not read. After an early answer, the rest is ignored.
+            # While reading is paused, the delay is the server's. After an early answer, the rest is no progress.
             progress = 0 if self._is_answered else self._received
             return None if self.flow.read_paused else Wait("body", self.cycle, progress)
         if self.cycle.response_complete and self.timeout_keep_alive_task is None:
@@ -221,7 +221,7 @@ class HttpProtocol(HttpToolsProtocol):
         return reason
 
     def close_idle(self) -> bool:
-        """Close the connection unless something is left to send; HTTPS would wait for the client to confirm."""
+        """Abort the connection unless something is left to send; closing HTTPS would wait for the client."""
         if self.transport.get_write_buffer_size():
             return False
         self.transport.abort()

@@ -12,7 +12,7 @@ SOMETIMES = {"server/http/limits.py", "engine/client/watchdog.py", "model/backen
 """Modules that run on a timer, and one of the two backends."""
 
 
-def test_page_lists_the_modules_that_a_streamed_chat_runs_through() -> None:
+def test_page_lists_the_modules_of_a_streamed_chat() -> None:
     table = PAGE.read_text(encoding="utf-8").partition("<!-- way-of-a-request -->")[2].partition("\n\n**")[0]
     listed = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     traced = {module for modules in modules_of_a_chat().values() for module in modules}
