@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
-from support.checkpoints import TINY, byte_tokenizer
+from support.checkpoints import byte_tokenizer
+from support.hostile import same
 from support.serving import ServerProcess
 
 from pyllm.model import DeepForCausalLM
-from pyllm.model.cpu.backend import available
 from pyllm.model.network import AttentionMetadata
 
 TEXTS = ["Once upon a time", "Il était une fois", "a", "A long one. " * 30]
@@ -53,11 +53,6 @@ def test_vectors_are_the_normalised_hidden_states(
         pooled = states[text][-1] if pooling == "last" else states[text].mean(axis=0)
         assert vector == pytest.approx(pooled / np.linalg.norm(pooled), abs=1e-4)
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
-
-
-def same(vector: list[float]) -> Any:
-    """What must equal the vector: its bits, or its numbers on plain torch, which rounds by the shape of a step."""
-    return vector if available(TINY) else pytest.approx(vector, abs=1e-5)
 
 
 def test_equal_inputs_have_equal_vectors(client: OpenAI) -> None:

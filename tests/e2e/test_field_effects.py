@@ -97,7 +97,10 @@ def said(answer: httpx.Response) -> Any:
     return [without_ids(json.loads(line)) for line in lines]
 
 
-def differ(http: httpx.Client, path: str, one: dict[str, Any], other: dict[str, Any]) -> None:
+def differ(http: httpx.Client, path: str, one: dict[str, Any], other: dict[str, Any], *more: dict[str, Any]) -> None:
+    """The two answers differ; so do those of each further pair."""
+    if more:
+        differ(http, path, *more)
     answers = [http.post(path, json=BASES[path] | fields) for fields in (one, other)]
     assert any(answer.status_code == 200 for answer in answers), [answer.text for answer in answers]
     again = http.post(path, json=BASES[path] | one)

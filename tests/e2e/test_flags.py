@@ -125,7 +125,7 @@ def test_keys_that_cannot_serve_https_are_refused(pair: tuple[Path, Path], tmp_p
 
 
 def test_determinism_is_refused_where_plain_torch_would_compute() -> None:
-    assert "--deterministic needs the CPU's compiled kernels" in refusal("--deterministic", PYLLM_NATIVE="0")
+    assert "--deterministic needs the compiled CPU kernels" in refusal("--deterministic", PYLLM_NATIVE="0")
 
 
 def test_defaults_that_cannot_be_used_are_refused() -> None:

@@ -12,6 +12,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
+from support.hostile import same
 from support.serving import PATIENCE, ServerProcess
 
 
@@ -145,10 +146,10 @@ def test_documents_and_a_query_are_embedded(connection: dict[str, Any]) -> None:
     red, green = embeddings.embed_documents(["red", "green"])
     assert math.hypot(*red) == pytest.approx(1, abs=1e-4)
     assert red != green
-    assert embeddings.embed_query("red") == red
+    assert embeddings.embed_query("red") == same(red)
 
     async def query() -> list[float]:
         async with openai.DefaultAsyncHttpxClient() as client:
             return await OpenAIEmbeddings(**options, http_async_client=client).aembed_query("red")
 
-    assert asyncio.run(query()) == red
+    assert asyncio.run(query()) == same(red)

@@ -222,7 +222,7 @@ def test_the_api_process_keeps_nothing_of_a_request(checkpoint: Path) -> None:
 
     async def run() -> None:
         listeners = serve._bind("127.0.0.1", 0)
-        server = asyncio.create_task(serve._ServerProcess(config, EngineProcess(), listeners).run())
+        server = asyncio.create_task(serve._ServerProcess(config, EngineProcess(), listeners, None).run())
         try:
             await load(f"http://127.0.0.1:{listeners[0].getsockname()[1]}")
         finally:

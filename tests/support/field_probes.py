@@ -197,17 +197,17 @@ NESTED: dict[str, Nested] = {
     "StructuredOutputs.choice": (CHAT, {"structured_outputs": {"choice": ["a"]}}, {}),
     "StructuredOutputs.grammar": (CHAT, {"structured_outputs": {"grammar": 'start: "a"'}}, {}),
     "TextPart.text": (CHAT, *({"messages": [user([{"type": "text", "text": t}])]} for t in "ab")),
-    "InstructionMessage.role": (
+    "TextMessage.role": (
         CHAT, *({"messages": [{"role": role, "content": "a"}, user("Hi")]} for role in ("system", "user"))
     ),
-    "InstructionMessage.content": (
-        CHAT, *({"messages": [{"role": "system", "content": t}, user("Hi")]} for t in "ab")
+    "TextMessage.content": (
+        CHAT, *({"messages": [user(t)]} for t in "ab"),
+        *({"messages": [{"role": "system", "content": t}, user("Hi")]} for t in "ab")
     ),
-    "InstructionMessage.name": (
-        CHAT, *({"messages": [{"role": "system", "content": "a", "name": t}, user("Hi")]} for t in "ab")
+    "TextMessage.name": (
+        CHAT, *({"messages": [user("a", name=t)]} for t in "ab"),
+        *({"messages": [{"role": "system", "content": "a", "name": t}, user("Hi")]} for t in "ab")
     ),
-    "UserMessage.content": (CHAT, *({"messages": [user(t)]} for t in "ab")),
-    "UserMessage.name": (CHAT, *({"messages": [user("a", name=t)]} for t in "ab")),
     "AssistantMessage.content": (
         CHAT, *({"messages": [user("Hi"), {"role": "assistant", "content": t}]} for t in "ab")
     ),
@@ -331,6 +331,10 @@ NESTED: dict[str, Nested] = {
         *({"tools": [custom(), custom(name="g")], "max_tokens": 90, "tool_choice": {"type": "tool", "name": t}}
           for t in "fg"),
     ),
+    "ToolChoiceAny.type": (
+        MESSAGES, *({"tools": [custom(input_schema=SCHEMA)], "max_tokens": 900, "seed": 1, "tool_choice": {"type": t}}
+                    for t in ("auto", "any")),
+    ),
     "ToolChoiceAny.disable_parallel_tool_use": (
         MESSAGES, *({"tools": [custom(input_schema=SCHEMA)], "max_tokens": 900, "seed": 1, "tool_choice":
                      {"type": "any", "disable_parallel_tool_use": one}} for one in (False, True)),
@@ -358,9 +362,9 @@ BOOKKEEPING = {
     "InputMessage.id", "InputMessage.status", "InputCall.id", "InputCall.status",
     "InputCallOutput.id", "InputCallOutput.status",
     # Only with a choice of auto, where what a model does is its own affair.
-    "ToolChoiceAuto.disable_parallel_tool_use", "ToolChoiceTool.disable_parallel_tool_use",
+    "ToolChoiceTool.disable_parallel_tool_use",
     # What another model thought is left out of the prompt.
-    "ThinkingBlock.thinking", "ThinkingBlock.signature", "RedactedThinkingBlock.data",
+    "ThinkingBlock.thinking", "ThinkingBlock.signature", "RedactedThinking.data",
 }  # fmt: skip
 """Accepted and without effect, and docs/api.md says so."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import pytest
 from support.checkpoints import TINY
 
 from pyllm.model.cpu.backend import available
@@ -250,3 +251,8 @@ def canary(url: str) -> bytes:
 def comparable(answer: httpx.Response) -> Any:
     """An answer's content; on plain torch without log-probabilities, whose last bits depend on the step's shape."""
     return json.loads(answer.text, parse_float=float if available(TINY) else lambda _: 0.0)
+
+
+def same(vector: list[float]) -> Any:
+    """What must equal the vector: its bits, or its numbers on plain torch, which rounds by the shape of a step."""
+    return vector if available(TINY) else pytest.approx(vector, abs=1e-5)
