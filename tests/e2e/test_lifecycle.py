@@ -35,7 +35,7 @@ async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint:
     tokens = 2000
     body = {"prompt": "Hi", "max_tokens": tokens, "ignore_eos": True}
     streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
-    with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32") as server:
+    with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32", "--shutdown-timeout", "200") as server:
         engine = server.engine_pid
         async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as http:
             started = asyncio.Semaphore(0)
