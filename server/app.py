@@ -37,9 +37,8 @@ from .api.responses.store import add_store_routes
 from .api.responses.wire import ResponseEvent, ResponseObject, ResponseRequest
 from .api.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest, detokenize, tokenize
 from .http.body import read_body
-from .http.context import RequestContext
-from .http.errors import ApiError, JsonResponse, error_response, to_api_error, unavailable
-from .http.middleware import RequestMiddleware
+from .http.errors import ApiError, JsonResponse, to_api_error, unavailable
+from .http.middleware import RequestContext, RequestMiddleware, error_response
 from .service import Service
 
 REFERENCE = "#/components/schemas/{model}"

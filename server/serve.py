@@ -28,7 +28,7 @@ from .app import create_app
 from .chat.served_model import ServedModel, load
 from .flags import ConfigError, ServerConfig
 from .generation.tracing import Tracing
-from .http.limits import ConnectionLimits, ConnectionMonitor
+from .http.connection_limits import ConnectionLimits, ConnectionMonitor
 from .http.protocol import HttpProtocol
 from .restarts import Restarts
 from .service import Service
@@ -153,11 +153,11 @@ class _ServerProcess:
         self._process = process
         self._sockets = sockets
         self._service = Service(config, tracing=tracing)
-        protocol = functools.partial(HttpProtocol, monitor=ConnectionMonitor(ConnectionLimits.from_config(config)))
+        self._monitor = ConnectionMonitor(ConnectionLimits.from_config(config))
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(self._service), uds=config.uds,
-                http=protocol, ws="none",  # type: ignore[arg-type]  # it is only called
+                http=functools.partial(HttpProtocol, monitor=self._monitor), ws="none",  # type: ignore[arg-type]  # it is only called
                 ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile, lifespan="off",
                 log_config=None, access_log=False, server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
@@ -173,6 +173,8 @@ class _ServerProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         http = loop.create_task(self._http.serve(sockets=self._sockets or None))
+        connections: Any = self._http.server_state.connections  # each is an `HttpProtocol`
+        self._monitor.watch(connections)
         try:
             model = await self._load(http)
             if model is None:

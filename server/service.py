@@ -11,9 +11,8 @@ from .chat.served_model import ServedModel
 from .flags import ServerConfig
 from .generation.tracing import Tracing
 from .http.budget import BodyBudget
-from .http.context import RequestContext
 from .http.errors import unavailable
-from .http.middleware import PROBES
+from .http.middleware import PROBES, RequestContext
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ PLANTED = {
     "rooms of model": ("model/network.py", "from .cpu import backend"),
     "endpoints are independent": ("server/api/completions.py", "from . import tokenize"),
     "no torch in server and engine client": ("engine/client/pipe.py", "import torch"),
-    "no circles": ("server/http/budget.py", "from . import context"),
+    "no circles": ("server/http/budget.py", "from . import middleware"),
 }
 """For each contract, a file and an import that breaks it."""
 _spec = importlib.util.spec_from_file_location("house", ROOT / ".ci" / "house.py")

@@ -20,8 +20,8 @@ from ..generation.generation import Choice, Generation
 from ..generation.streaming import EventStream
 from ..generation.token_details import chat_logprobs, show_prompt_logprobs
 from ..http.body import off_loop_if_large
-from ..http.context import RequestContext
 from ..http.errors import JsonResponse, encode_json
+from ..http.middleware import RequestContext
 from .chat_input import Messages, TemplateOptions, ToolCall, read_chat
 from .chunks import Chunks, join_fields, show_details
 from .fields import (

@@ -21,8 +21,8 @@ from ..generation.generation import MAX_SEQUENCES, Choice, Generation
 from ..generation.streaming import EventStream
 from ..generation.token_details import LegacyLogprobs, show_prompt_logprobs
 from ..http.body import off_loop_if_large
-from ..http.context import RequestContext
 from ..http.errors import JsonResponse, encode_json
+from ..http.middleware import RequestContext
 from .chunks import Chunks, join_fields, show_details
 from .fields import (
     MAX_INT,

@@ -18,8 +18,8 @@ from ...engine.messages import EngineRequest, SamplingParams, check_request
 from ..chat.served_model import ServedModel
 from ..chat.truncation import encode_prompts
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation
-from ..http.context import RequestContext
 from ..http.errors import JsonResponse
+from ..http.middleware import RequestContext
 from .fields import MAX_INT, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048

@@ -20,7 +20,7 @@ from ..chat.structured import (
     regex_grammar,
 )
 from ..generation.generation import MAX_SEQUENCES, Generation
-from ..http.context import RequestContext
+from ..http.middleware import RequestContext
 
 MAX_TEXT = 4 * 2**20
 MAX_IDS = 2**20

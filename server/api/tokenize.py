@@ -12,8 +12,8 @@ from ...engine.errors import RequestError
 from ..chat.served_model import ServedModel
 from ..chat.turn import prepare_turn
 from ..http.body import off_loop_if_large
-from ..http.context import RequestContext
 from ..http.errors import JsonResponse
+from ..http.middleware import RequestContext
 from .chat_input import Messages, TemplateOptions, read_chat
 from .fields import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 

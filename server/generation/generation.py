@@ -15,8 +15,8 @@ from ...engine.client.async_engine import AsyncEngine, RequestStream, Wakeup
 from ...engine.client.output_processor import RequestOutput, RequestTimes
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import Pooling, SamplingParams, TokenDynamics, TokenLogprobs
-from ..http.context import RequestContext
 from ..http.errors import ApiError, unavailable
+from ..http.middleware import RequestContext
 from .metrics import Metrics
 
 MAX_SEQUENCES = 1024

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from ... import __version__
 from ..flags import ConfigError
-from ..http.context import RequestContext
+from ..http.middleware import RequestContext
 from .generation import Generation
 
 if TYPE_CHECKING:

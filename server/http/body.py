@@ -19,8 +19,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from .budget import MAX_BODY_BYTES
-from .context import RequestContext
 from .errors import ApiError, shorten
+from .middleware import RequestContext
 
 LARGE_BODY_BYTES = 64 * 2**10
 MAX_CONTAINERS = 2**18

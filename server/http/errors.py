@@ -1,4 +1,4 @@
-"""The one place where failures become HTTP answers, in OpenAI's format or in Anthropic's."""
+"""The one place where failures become errors of HTTP, in OpenAI's format or in Anthropic's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ...engine.errors import EngineBusyError, EngineDeadError, RequestError
-from .context import RequestContext
 
 logger = logging.getLogger("pyllm.server")
 
@@ -98,9 +97,3 @@ def to_api_error(error: Exception, request_id: str = "-") -> ApiError:
             return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
     logger.error("A request failed because of an internal error. id=%s", request_id, exc_info=error)
     return ApiError(500, "The server failed to answer this request.", code="internal_error")
-
-
-def error_response(error: ApiError, context: RequestContext | None = None) -> JsonResponse:
-    """Make the HTTP answer for a failed request."""
-    body = error.anthropic_body(context.request_id) if context and context.is_anthropic else error.body
-    return JsonResponse(body, status_code=error.status, headers=error.headers)

@@ -9,9 +9,9 @@ from typing import Any, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from .context import CONTEXT, RequestContext
+from .connection_limits import ConnectionMonitor, ProgressTimer, Wait
 from .errors import ApiError, encode_json, unavailable
-from .limits import ConnectionMonitor, ProgressTimer, Wait
+from .middleware import CONTEXT, RequestContext
 
 MAX_HEADER_BYTES = 64 * 2**10
 PIECE_BYTES = 16 * 2**10
@@ -57,7 +57,6 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept a connection, in place of an idle one if necessary, or refuse it."""
         super().connection_made(cast(asyncio.Transport, _Transport(transport)))
-        self._monitor.watch(self.connections)
         now = self.loop.time()
         if len(self.connections) > self._monitor.limits.connections and not self._monitor.evict_idle(now):
             self._refuse(unavailable("The server has too many connections.", "too_many_connections"))

@@ -19,8 +19,8 @@ from ...chat.turn import Turn, prepare_turn, read_turn
 from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventStream, EventWriter
 from ...http.body import off_loop_if_large
-from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json
+from ...http.middleware import RequestContext
 from ..fields import MAX_INT, read_sampling, start_generation
 from .wire import (
     AssistantTurn,

@@ -18,8 +18,8 @@ from ...chat.turn import Turn, prepare_turn
 from ...generation.streaming import EventStream
 from ...http.body import LARGE_BODY_BYTES, is_large, off_loop_if_large
 from ...http.budget import MAX_BODY_BYTES
-from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
+from ...http.middleware import RequestContext
 from ..fields import MAX_TOOLS, read_format, read_sampling, start_generation
 from .events import Item, ResponseWriter, new_id
 from .store import ResponseStore, StoredResponse, decode_items

@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...http.body import LARGE_BODY_BYTES, is_large, off_loop_if_large
-from ...http.context import RequestContext
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
+from ...http.middleware import RequestContext
 from .wire import DeletedResponse, InputItemList, ResponseObject
 
 MAX_RESPONSES = 4096

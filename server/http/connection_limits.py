@@ -102,19 +102,12 @@ class ConnectionMonitor:
         self.idle: dict[Connection, float] = {}
         """Connections between two requests or before the first, and since when; the longest idle comes first."""
         self._closed: Counter[str] = Counter()
-        self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, connections: Collection[Connection]) -> None:
-        """Sweep from now until no connection is left."""
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self.limits.sweep_interval, self._on_timer, connections)
-
-    def _on_timer(self, connections: Collection[Connection]) -> None:
-        self._timer = None
-        self.sweep(connections, asyncio.get_running_loop().time())
-        if connections:
-            self.watch(connections)
+        """Sweep from now on, as long as the event loop runs."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.limits.sweep_interval, self.watch, connections)
+        self.sweep(connections, loop.time())
 
     def sweep(self, connections: Collection[Connection], now: float) -> None:
         """Close the connections whose clients are too slow, and log how many were closed since the last sweep."""

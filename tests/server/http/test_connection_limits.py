@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from pyllm.server.flags import ServerConfig
-from pyllm.server.http.limits import (
+from pyllm.server.http.connection_limits import (
     MAX_EVICTION_TRIES,
     MIN_IDLE_SECONDS,
     MIN_PROGRESS,
