@@ -24,20 +24,9 @@ from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
 from .chat_input import Messages, TemplateOptions, ToolCall, read_chat
 from .chunks import Chunks, join_fields, show_details
-from .fields import (
-    MAX_INT,
-    MAX_TOOLS,
-    ChoiceDetails,
-    GenerationRequest,
-    PromptLogprob,
-    SchemaName,
-    StrictModel,
-    TokenLogprob,
-    Usage,
-    read_response_format,
-    read_sampling,
-    start_generation,
-)
+from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, TokenLogprob, Usage
+from .reading import read_response_format, read_sampling, start_generation
+from .types import MAX_INT, MAX_TOOLS, SchemaName, StrictModel
 
 
 class FunctionName(StrictModel):

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from ..chat import conversation as neutral
 from ..chat.conversation import BETWEEN_PARTS, Conversation
-from .fields import MAX_TOOLS, Description, GiveWay, JsonSchema, Name, SchemaName, StrictModel, Text
+from .reading import GiveWay
+from .types import MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StrictModel, Text
 
 
 class TextPart(StrictModel):

@@ -24,21 +24,9 @@ from ..http.body import off_loop_if_large
 from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
 from .chunks import Chunks, join_fields, show_details
-from .fields import (
-    MAX_INT,
-    MAX_PROMPTS,
-    ChoiceDetails,
-    FinishReason,
-    GenerationRequest,
-    PromptLogprob,
-    StrictModel,
-    Text,
-    TokenIds,
-    Usage,
-    read_response_format,
-    read_sampling,
-    start_generation,
-)
+from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, Usage
+from .reading import read_response_format, read_sampling, start_generation
+from .types import MAX_INT, MAX_PROMPTS, StrictModel, Text, TokenIds
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -72,7 +60,7 @@ class CompletionChoice(ChoiceDetails):
 
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: Literal["stop", "length"] | None
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     prompt_token_ids: list[int] | None = None
 

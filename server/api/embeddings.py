@@ -20,7 +20,7 @@ from ..chat.truncation import encode_prompts
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation
 from ..http.errors import JsonResponse
 from ..http.middleware import RequestContext
-from .fields import MAX_INT, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
+from .types import MAX_INT, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048
 LARGE_ANSWER = 2**16  # numbers; an answer with at least this many is encoded off the event loop

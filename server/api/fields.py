@@ -1,34 +1,15 @@
-"""What endpoints share: types with their bounds, the fields of requests for text, token counts and errors."""
+"""The wire models that endpoints share: the fields of requests for text, token counts and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from ...engine.errors import RequestError
-from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
-from ..chat.conversation import AnswerFormat, Sampling
-from ..chat.served_model import ServedModel
-from ..chat.structured import (
-    MAX_CHOICES,
-    choice_grammar,
-    json_object_grammar,
-    json_schema_grammar,
-    lark_grammar,
-    regex_grammar,
-)
-from ..generation.generation import MAX_SEQUENCES, Generation
-from ..http.middleware import RequestContext
-
-MAX_TEXT = 4 * 2**20
-MAX_IDS = 2**20
-MAX_INT = 2**31 - 1
-MAX_PROMPTS = 256
-MAX_BAD_WORDS = 128
-MAX_TOOLS = 128
-LOGPROB_FIELDS = ("logprobs", "top_logprobs", "prompt_logprobs")
+from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from ..chat.structured import MAX_CHOICES
+from ..generation.generation import MAX_SEQUENCES
+from .types import MAX_INT, JsonSchema, KeptTokens, Name, Priority, SchemaName, StopText, StrictModel, TokenId, TokenIds
 
 # OpenAI's fields that this server does not support, with the values that have no effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -43,33 +24,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-Name = Annotated[str, StringConstraints(max_length=512)]
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-Salt = Annotated[str, StringConstraints(min_length=1, max_length=128)]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
 TokenIdText = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_LOGIT_BIAS)]
-BadWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-BadWords = Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)]
+LogitBias = Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)]
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+BadWords = Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]], Field(max_length=128)]
 Grammar = Annotated[str, StringConstraints(min_length=1, max_length=2**16)]
-SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-Description = Annotated[str, StringConstraints(max_length=2**16)]
-JsonSchema = dict[str, Any]
-Priority = Annotated[
-    int | None, Field(ge=-(2**31), le=MAX_INT, description="Lower goes first, under policy `priority`.")
-]
-KeptTokens = Annotated[int | None, Field(ge=-1, le=MAX_INT, description="Keep the last N tokens; -1: all that fit.")]
-GiveWay = BeforeValidator(lambda value: value)
-"""Lets other threads run while the items of a long list are checked; without any Python code, that is one step."""
-
-
-class StrictModel(BaseModel):
-    """A model without unknown fields, conversions or infinities."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(StrictModel):
@@ -177,79 +136,6 @@ class GenerationRequest(OpenAIRequest):
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
 
-GRAMMARS: dict[str, Callable[..., str]] = {
-    "json_schema": json_schema_grammar,
-    "regex": regex_grammar,
-    "choice": choice_grammar,
-    "grammar": lark_grammar,
-}
-"""Makes the grammar of each kind of structured output."""
-SAMPLING_FIELDS = {*SamplingParams.__struct_fields__} - {"max_tokens", "logprobs", "grammar"}
-
-
-def read_sampling(body: SamplingRequest, model: ServedModel) -> Sampling:
-    """Return what a request sets of `SamplingParams`; raises `RequestError`."""
-    if getattr(body, "stream_options", None) is not None and not body.stream:
-        raise RequestError("stream_options needs stream to be true.", param="stream_options")
-    for name in LOGPROB_FIELDS:
-        value, most = getattr(body, name, None), model.flags.max_logprobs
-        if value is not None and value is not True and value > most:
-            raise RequestError(f"{name} must be at most {most} on this server, got {value}.", param=name)
-    values = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name, None)) is not None}
-    if isinstance(stop := values.get("stop"), str):
-        values["stop"] = [stop]
-    if "logit_bias" in values:
-        values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
-    if "allowed_token_ids" in values:
-        values["allowed_token_ids"] = sorted({*values["allowed_token_ids"]})
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def start_generation(
-    context: RequestContext,
-    body: SamplingRequest,
-    model: ServedModel,
-    prompts: list[list[int]],
-    params: Sequence[SamplingParams],
-    field: str,
-) -> Generation:
-    """Submit the prompts; an error calls them `field`. Raises as `Generation` does."""
-    return Generation(
-        model.engine, model.metrics, context, prompts, params, field=field, n=getattr(body, "n", None) or 1,
-        priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),
-    )  # fmt: skip
-
-
-def read_format(
-    wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
-    outputs: StructuredOutputs | None,
-    field: str,
-    schema_field: str,
-) -> AnswerFormat | None:
-    """Return the format that a request asks for in `field` or in structured_outputs; raises `RequestError`."""
-    if wanted is None or isinstance(wanted, TextFormat):
-        return None if outputs is None else _structured_format(outputs)
-    if outputs is not None:
-        raise RequestError(f"structured_outputs and {field} cannot both be given.", param="structured_outputs")
-    if isinstance(wanted, JsonObjectFormat):
-        return AnswerFormat(json_object_grammar(), field, field)
-    grammar = json_schema_grammar(wanted.json_schema, wanted.strict is True, schema_field)
-    return AnswerFormat(grammar, field, schema_field)
-
-
-def read_response_format(body: GenerationRequest) -> AnswerFormat | None:
-    """Return the format of a chat or completion; raises `RequestError`."""
-    form, field = body.response_format, "response_format"
-    wanted = form.json_schema if isinstance(form, JsonSchemaResponseFormat) else form
-    return read_format(wanted, body.structured_outputs, field, f"{field}.json_schema.schema")
-
-
-def _structured_format(outputs: StructuredOutputs) -> AnswerFormat:
-    ((kind, value),) = ((name, value) for name, value in outputs if value is not None)
-    field = f"structured_outputs.{kind}".removesuffix("_schema")
-    return AnswerFormat(GRAMMARS[kind](value, param=field), "structured_outputs", field)
-
-
 class PromptTokensDetails(StrictModel):
     """How many of the prompt's tokens came from the prefix cache."""
 
@@ -311,9 +197,6 @@ class ChoiceDetails(StrictModel):
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
     dynamics: list[TokenDynamics] | None = None
-
-
-FinishReason = Literal["stop", "length"]
 
 
 class ErrorBody(StrictModel):

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ..chat.served_model import ServedModel
 from ..http.errors import JsonResponse
-from .fields import StrictModel
+from .types import StrictModel
 
 
 class ModelCard(StrictModel):

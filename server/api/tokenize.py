@@ -15,7 +15,7 @@ from ..http.body import off_loop_if_large
 from ..http.errors import JsonResponse
 from ..http.middleware import RequestContext
 from .chat_input import Messages, TemplateOptions, read_chat
-from .fields import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
+from .types import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 
 LARGE_IDS = 4000
 """At least so many token ids are converted to text off the event loop."""

@@ -21,25 +21,15 @@ from ...generation.streaming import EventStream, EventWriter
 from ...http.body import off_loop_if_large
 from ...http.errors import ApiError, JsonResponse, encode_json
 from ...http.middleware import RequestContext
-from ..fields import MAX_INT, read_sampling, start_generation
-from .wire import (
-    AssistantTurn,
-    CountTokensRequest,
-    MessagesRequest,
-    MessagesToolChoice,
-    OutputConfig,
-    SystemTurn,
-    TextBlock,
-    ToolChoiceTool,
-    ToolResultBlock,
-    ToolUseBlock,
-)
+from ..reading import read_sampling, start_generation
+from ..types import MAX_INT
+from . import wire
 
 MODES: dict[str, Literal["auto", "required", "none", "named"]]
 MODES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 
 
-async def create_message(context: RequestContext, body: MessagesRequest, model: ServedModel) -> Response:
+async def create_message(context: RequestContext, body: wire.MessagesRequest, model: ServedModel) -> Response:
     """Answer with a message, whole or as a stream; a request that is refused gets no stream."""
     sampling = {**read_sampling(body, model), "stop": tuple(body.stop_sequences or ())}
     read = await off_loop_if_large(read_conversation, body, sampling=sampling, max_tokens=body.max_tokens)
@@ -57,13 +47,13 @@ async def create_message(context: RequestContext, body: MessagesRequest, model: 
     return JsonResponse(head | {"content": content} | end | {"usage": usage})
 
 
-async def count_tokens(_: RequestContext, body: CountTokensRequest, model: ServedModel) -> Response:
+async def count_tokens(_: RequestContext, body: wire.CountTokensRequest, model: ServedModel) -> Response:
     """Count the tokens of a message's prompt, even if it is longer than the context."""
     turn = await prepare_turn(await off_loop_if_large(read_conversation, body, keep_tokens=MAX_INT), model)
     return JsonResponse({"input_tokens": len(turn.prompt)})
 
 
-def read_conversation(body: CountTokensRequest, **more: Any) -> Conversation:
+def read_conversation(body: wire.CountTokensRequest, **more: Any) -> Conversation:
     """Return the conversation that a request asks for, with `more` of its fields; raises `RequestError`."""
     messages = list(_join_turns(_split_turns(body)))
     if messages[-1].calls:
@@ -82,26 +72,26 @@ def read_conversation(body: CountTokensRequest, **more: Any) -> Conversation:
     )
 
 
-def _split_turns(body: CountTokensRequest) -> Iterator[Message]:
+def _split_turns(body: wire.CountTokensRequest) -> Iterator[Message]:
     """Yield a message for each block of the turns, and one for each system prompt."""
     if body.system:
         yield Message("system", _text(body.system))
     for position, turn in enumerate(body.messages):
-        if isinstance(turn, SystemTurn):
+        if isinstance(turn, wire.SystemTurn):
             yield Message("system", _text(turn.content))
             continue
-        if isinstance(turn, AssistantTurn):
+        if isinstance(turn, wire.AssistantTurn):
             yield Message("assistant", None)  # a turn without blocks is one too
         for number, block in enumerate([turn.content] if isinstance(turn.content, str) else turn.content):
             match block:
                 case str():
                     yield Message(turn.role, block)
-                case TextBlock():
+                case wire.TextBlock():
                     yield Message(turn.role, block.text)
-                case ToolUseBlock():
+                case wire.ToolUseBlock():
                     call = ToolCall(block.id, block.name, encode_json(block.input).decode())
                     yield Message("assistant", None, (call,))
-                case ToolResultBlock():
+                case wire.ToolResultBlock():
                     text = ("Error: " if block.is_error else "") + _text(block.content or "")
                     field = f"messages[{position}].content[{number}].tool_use_id"
                     yield Message("tool", text, call_id=block.tool_use_id, call_id_field=field)
@@ -118,17 +108,17 @@ def _join_turns(messages: Iterable[Message]) -> Iterator[Message]:
         yield Message(role, text, tuple(chain.from_iterable(message.calls for message in joined)))
 
 
-def _text(content: str | list[TextBlock]) -> str:
+def _text(content: str | list[wire.TextBlock]) -> str:
     return content if isinstance(content, str) else BETWEEN_PARTS.join(block.text for block in content)
 
 
-def _tool_choice(choice: MessagesToolChoice | None) -> ToolChoice:
+def _tool_choice(choice: wire.MessagesToolChoice | None) -> ToolChoice:
     if choice is None:
         return ToolChoice()
-    return ToolChoice(MODES[choice.type], (choice.name,) if isinstance(choice, ToolChoiceTool) else None)
+    return ToolChoice(MODES[choice.type], (choice.name,) if isinstance(choice, wire.ToolChoiceTool) else None)
 
 
-def _answer_format(config: OutputConfig | None) -> AnswerFormat | None:
+def _answer_format(config: wire.OutputConfig | None) -> AnswerFormat | None:
     if config is None or config.format is None:
         return None
     field = "output_config.format.schema"
@@ -145,14 +135,14 @@ def token_counts(choice: Choice) -> dict[str, int]:
     }
 
 
-def ending(body: MessagesRequest, choice: Choice, reason: str, has_calls: bool) -> dict[str, str | None]:
+def ending(body: wire.MessagesRequest, choice: Choice, reason: str, has_calls: bool) -> dict[str, str | None]:
     """Return why the answer ended; the end of a turn in plain text is a stop sequence only if the request names it."""
     if choice.finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     if isinstance(choice.stop_reason, str) and choice.stop_reason in (body.stop_sequences or ()):
         return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
     # OpenAI says "stop" after a call that was forced by name.
-    called = reason == "tool_calls" or (has_calls and isinstance(body.tool_choice, ToolChoiceTool))
+    called = reason == "tool_calls" or (has_calls and isinstance(body.tool_choice, wire.ToolChoiceTool))
     return {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
 
 
@@ -177,7 +167,7 @@ class MessageEvents(EventWriter):
     """Writes Anthropic's events; the start waits for the first token, when the number of cached tokens is known."""
 
     def __init__(
-        self, head: dict[str, Any], request_id: str, generation: Generation, turn: Turn, body: MessagesRequest
+        self, head: dict[str, Any], request_id: str, generation: Generation, turn: Turn, body: wire.MessagesRequest
     ) -> None:
         """`head` has the fields of the message that are known at the start."""
         self._head = head

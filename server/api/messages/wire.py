@@ -6,20 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, RootModel
 
-from ..fields import (
-    MAX_INT,
-    MAX_TOOLS,
-    Description,
-    ErrorBody,
-    GiveWay,
-    JsonSchema,
-    Name,
-    SamplingRequest,
-    SchemaName,
-    StopText,
-    StrictModel,
-    Text,
-)
+from ..fields import ErrorBody, SamplingRequest
+from ..reading import GiveWay
+from ..types import MAX_INT, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StopText, StrictModel, Text
 
 
 def _refuse(value: Any) -> None:

@@ -20,23 +20,15 @@ from ...http.body import LARGE_BODY_BYTES, is_large, off_loop_if_large
 from ...http.budget import MAX_BODY_BYTES
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
 from ...http.middleware import RequestContext
-from ..fields import MAX_TOOLS, read_format, read_sampling, start_generation
+from ..reading import read_format, read_sampling, start_generation
+from ..types import MAX_TOOLS
+from . import wire
 from .events import Item, ResponseWriter, new_id
 from .store import ResponseStore, StoredResponse, decode_items
-from .wire import (
-    MAX_ITEMS,
-    AllowedFunctions,
-    FunctionChoice,
-    InputCall,
-    InputCallOutput,
-    InputMessage,
-    ItemReference,
-    ResponseRequest,
-)  # fmt: skip
 
 
 async def create_response(
-    context: RequestContext, body: ResponseRequest, model: ServedModel, store: ResponseStore
+    context: RequestContext, body: wire.ResponseRequest, model: ServedModel, store: ResponseStore
 ) -> Response:
     """Answer input items, whole or as a stream; a request is refused before its stream begins."""
     sources = find_sources(body, store, context.owner)
@@ -67,7 +59,7 @@ class Sources:
     size: int  # bytes to read
 
 
-def find_sources(body: ResponseRequest, store: ResponseStore, owner: str = "") -> Sources:
+def find_sources(body: wire.ResponseRequest, store: ResponseStore, owner: str = "") -> Sources:
     """Find the stored responses; raise `ApiError` or `RequestError` for missing ones, and beyond MAX_BODY_BYTES."""
     if body.input is None and body.previous_response_id is None:
         raise ApiError(400, "Missing required parameter: input.", param="input", code="missing_required_parameter")
@@ -81,7 +73,7 @@ def find_sources(body: ResponseRequest, store: ResponseStore, owner: str = "") -
     holders: dict[str, StoredResponse] = {}
     counted: set[str] = set()
     for position, item in enumerate(body.input if isinstance(body.input, list) else ()):
-        if not isinstance(item, ItemReference):
+        if not isinstance(item, wire.ItemReference):
             continue
         param = f"input[{position}].id"
         if (holder := store.find_holder(item.id, owner)) is None:
@@ -101,24 +93,24 @@ def _check_size(size: int, param: str) -> None:
         raise RequestError(f"The earlier items have {size} bytes, at most {MAX_BODY_BYTES}.", param=param)
 
 
-def _read(body: ResponseRequest, sources: Sources, model: ServedModel) -> tuple[Conversation, bytes]:
+def _read(body: wire.ResponseRequest, sources: Sources, model: ServedModel) -> tuple[Conversation, bytes]:
     """Return the conversation that a request asks for, and its items in JSON for the store."""
     items = read_items(body, sources)
     encoded = b"" if body.store is False else b"[%s]" % b",".join(map(encode_json, items))
     return read_conversation(body, to_messages(items), model), encoded
 
 
-def read_items(body: ResponseRequest, sources: Sources) -> list[Item]:
+def read_items(body: wire.ResponseRequest, sources: Sources) -> list[Item]:
     """Return everything that the model reads except the instructions."""
     items: list[Item] = []
     if sources.previous is not None:
         _, input_, output = sources.previous.read()
         items += decode_items(input_) + decode_items(output)
     if isinstance(body.input, str):
-        return [*items, _complete(InputMessage(role="user", content=body.input))]
+        return [*items, _complete(wire.InputMessage(role="user", content=body.input))]
     decoded: dict[str, Item] = {}
     for item in body.input or ():
-        if isinstance(item, ItemReference):
+        if isinstance(item, wire.ItemReference):
             if item.id not in decoded:
                 decoded |= {found["id"]: found for found in decode_items(sources.holders[item.id].read().output)}
             items.append(decoded[item.id])
@@ -127,12 +119,12 @@ def read_items(body: ResponseRequest, sources: Sources) -> list[Item]:
     return items
 
 
-def _complete(item: InputMessage | InputCall | InputCallOutput) -> Item:
+def _complete(item: wire.InputMessage | wire.InputCall | wire.InputCallOutput) -> Item:
     """Return an item as it is stored and listed."""
     kind = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}[item.type]
     shown: Item = item.model_dump(exclude_none=True, exclude={"content"})
     shown |= {"id": item.id or new_id(kind), "status": item.status or "completed"}
-    if isinstance(item, InputMessage):
+    if isinstance(item, wire.InputMessage):
         assistant = {"type": "output_text", "annotations": [], "logprobs": []}
         part = assistant if item.role == "assistant" else {"type": "input_text"}
         texts = [item.content] if isinstance(item.content, str) else [part.text for part in item.content]
@@ -165,12 +157,12 @@ def _join(parts: list[dict[str, Any]]) -> str:
     return BETWEEN_PARTS.join(part["text"] for part in parts)
 
 
-def read_conversation(body: ResponseRequest, messages: list[Message], model: ServedModel) -> Conversation:
+def read_conversation(body: wire.ResponseRequest, messages: list[Message], model: ServedModel) -> Conversation:
     """Return the conversation that a request asks for; raises `RequestError`."""
     if body.instructions is not None:
         messages = [Message("system", body.instructions), *messages]
-    if not 1 <= len(messages) <= MAX_ITEMS:
-        count = f"{len(messages)} messages with those of earlier responses, at most {MAX_ITEMS}"
+    if not 1 <= len(messages) <= wire.MAX_ITEMS:
+        count = f"{len(messages)} messages with those of earlier responses, at most {wire.MAX_ITEMS}"
         raise RequestError(f"input has {count if messages else 'no items'}.", param="input")
     logprobs = (body.top_logprobs or 0) if body.include or body.top_logprobs else None
     wanted = body.text.format if body.text else None
@@ -191,17 +183,17 @@ def read_conversation(body: ResponseRequest, messages: list[Message], model: Ser
     )
 
 
-def _tool_choice(body: ResponseRequest) -> ToolChoice:
+def _tool_choice(body: wire.ResponseRequest) -> ToolChoice:
     match body.tool_choice:
-        case FunctionChoice(name=name):
+        case wire.FunctionChoice(name=name):
             return ToolChoice("named", (name,))
-        case AllowedFunctions(mode=mode, tools=functions):
+        case wire.AllowedFunctions(mode=mode, tools=functions):
             return ToolChoice(mode, tuple(function.name for function in functions))
         case choice:
             return ToolChoice(choice or "auto")
 
 
-def _describe(body: ResponseRequest, turn: Turn) -> dict[str, Any]:
+def _describe(body: wire.ResponseRequest, turn: Turn) -> dict[str, Any]:
     """Return the response object before it has any output: the request's options, or their defaults."""
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
     choice = body.tool_choice

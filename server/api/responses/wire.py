@@ -7,21 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ....engine.messages import MAX_LOGPROBS
-from ..fields import (
-    MAX_INT,
-    MAX_TOOLS,
-    Description,
-    JsonObjectFormat,
-    JsonSchema,
-    JsonSchemaFormat,
-    Name,
-    OpenAIRequest,
-    SchemaName,
-    StrictModel,
-    Text,
-    TextFormat,
-    TokenLogprob,
-)
+from ..fields import JsonObjectFormat, JsonSchemaFormat, OpenAIRequest, TextFormat, TokenLogprob
+from ..types import MAX_INT, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StrictModel, Text
 
 MAX_ITEMS = 4096
 Status = Literal["in_progress", "completed", "incomplete"]

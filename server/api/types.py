@@ -1,0 +1,31 @@
+"""Types with their bounds, for the fields of wire models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_IDS = 2**20
+MAX_INT = 2**31 - 1
+MAX_PROMPTS = 256
+MAX_TOOLS = 128
+
+Name = Annotated[str, StringConstraints(max_length=512)]
+Text = Annotated[str, StringConstraints(max_length=4 * 2**20)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
+SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Description = Annotated[str, StringConstraints(max_length=2**16)]
+JsonSchema = dict[str, Any]
+Priority = Annotated[
+    int | None, Field(ge=-(2**31), le=MAX_INT, description="Lower goes first, under policy `priority`.")
+]
+KeptTokens = Annotated[int | None, Field(ge=-1, le=MAX_INT, description="Keep the last N tokens; -1: all that fit.")]
+
+
+class StrictModel(BaseModel):
+    """A model without unknown fields, conversions or infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
