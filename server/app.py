@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,7 +19,7 @@ from .. import __version__
 from .api.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, create_chat_completion
 from .api.completions import Completion, CompletionRequest, create_completion
 from .api.embeddings import EmbeddingList, EmbeddingRequest, create_embedding
-from .api.fields import UNSUPPORTED, ErrorAnswer
+from .api.fields import ErrorAnswer
 from .api.messages.route import count_tokens, create_message
 from .api.messages.wire import (
     CountTokensRequest,
@@ -36,10 +35,9 @@ from .api.responses.route import create_response
 from .api.responses.store import add_store_routes
 from .api.responses.wire import ResponseEvent, ResponseObject, ResponseRequest
 from .api.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest, detokenize, tokenize
-from .http.body import read_body
 from .http.errors import ApiError, JsonResponse, to_api_error, unavailable
 from .http.middleware import RequestContext, RequestMiddleware, error_response
-from .service import Service
+from .service import Endpoint, Service
 
 REFERENCE = "#/components/schemas/{model}"
 
@@ -113,19 +111,6 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A route that takes a JSON body."""
-
-    path: str
-    body: type[BaseModel]
-    handle: Callable[..., Awaitable[Response]]  # answers a checked body; its docstring describes the route
-    answer: type[BaseModel]
-    chunk: type[BaseModel] | None = None  # one event of a stream
-    error: type[BaseModel] = ErrorAnswer
-    uses_store: bool = False  # whether `handle` also takes the store of responses
-
-
 ENDPOINTS = (
     Endpoint(
         "/v1/chat/completions", ChatCompletionRequest, create_chat_completion, ChatCompletion, ChatCompletionChunk
@@ -142,18 +127,7 @@ ENDPOINTS = (
 
 
 def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
-    async def route(request: Request) -> Response:
-        model, context = service.ready_model(), RequestContext.of(request.scope)
-        try:
-            body: Any = await read_body(request, endpoint.body, UNSUPPORTED)
-            context.model = body.model
-            body.model = model.check_name(body.model)
-            shared = (service.responses,) if endpoint.uses_store else ()
-            return await endpoint.handle(context, body, model, *shared)
-        finally:
-            context.release()
-
-    # FastAPI does not know the body's schema, because the route reads the body itself.
+    # FastAPI does not know the body's schema, because the service reads the body itself.
     reference = {"$ref": REFERENCE.format(model=endpoint.body.__name__)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
     if endpoint.chunk is not None:
@@ -164,8 +138,9 @@ def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
         extra["responses"] = {"200": {"content": {"text/event-stream": {"schema": event}}}}
     name = endpoint.handle.__name__
     app.add_api_route(
-        endpoint.path, route, methods=["POST"], response_model=endpoint.answer, openapi_extra=extra, name=name,
-        operation_id=name, description=endpoint.handle.__doc__, responses=_error_schemas(endpoint.error),
+        endpoint.path, partial(service.answer, endpoint), methods=["POST"], response_model=endpoint.answer, name=name,
+        operation_id=name, description=endpoint.handle.__doc__, openapi_extra=extra,
+        responses=_error_schemas(endpoint.error),
     )  # fmt: skip
 
 

@@ -1,18 +1,38 @@
-"""The state that all requests of a server share."""
+"""The state that all requests of a server share, and the way from a body to its endpoint's answer."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .api.fields import UNSUPPORTED, ErrorAnswer
 from .api.responses.store import ResponseStore
 from .chat.served_model import ServedModel
 from .flags import ServerConfig
 from .generation.tracing import Tracing
+from .http.body import read_body
 from .http.budget import BodyBudget
 from .http.errors import unavailable
 from .http.middleware import PROBES, RequestContext
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A route that takes a JSON body."""
+
+    path: str
+    body: type[BaseModel]
+    handle: Callable[..., Awaitable[Response]]  # answers a checked body; its docstring describes the route
+    answer: type[BaseModel]
+    chunk: type[BaseModel] | None = None  # one event of a stream
+    error: type[BaseModel] = ErrorAnswer
+    uses_store: bool = False  # whether `handle` also takes the store of responses
 
 
 @dataclass(slots=True)
@@ -64,3 +84,18 @@ class Service:
         if not self.alive:
             raise unavailable("The engine has stopped and cannot serve requests.", "engine_dead")
         return self.model
+
+    async def answer(self, endpoint: Endpoint, request: Request) -> Response:
+        """Read and check the body of a request, and answer it."""
+        model, context = self.ready_model(), RequestContext.of(request.scope)
+        try:
+            body: Any = await read_body(request, endpoint.body, UNSUPPORTED)
+            context.model = body.model
+            if body.model is None:
+                body.model = model.names[0]
+            elif body.model not in model.names:
+                raise model.not_found(body.model)
+            shared = (self.responses,) if endpoint.uses_store else ()
+            return await endpoint.handle(context, body, model, *shared)
+        finally:
+            context.release()

@@ -17,6 +17,7 @@ from ...engine.messages import MAX_LOGPROBS, SamplingParams, TokenLogprobs
 from ...model.tokenizer import Tokenizer
 from ..chat.served_model import ServedModel
 from ..chat.truncation import encode_prompts
+from ..chat.turn import sampling_params
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation
 from ..generation.streaming import EventStream
 from ..generation.token_details import LegacyLogprobs, show_prompt_logprobs
@@ -114,7 +115,7 @@ async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams
         sampling["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     grammar = None if wanted is None else wanted.grammar
-    return await off_loop_if_large(model.sampling_params, sampling, max_tokens=max_tokens, grammar=grammar)
+    return await off_loop_if_large(sampling_params, sampling, model, max_tokens=max_tokens, grammar=grammar)
 
 
 def _fitted(params: SamplingParams, prompt: list[int], body: CompletionRequest, model: ServedModel) -> SamplingParams:

@@ -47,4 +47,6 @@ def add_model_routes(app: FastAPI, ready_model: Callable[[], ServedModel]) -> No
     async def get_model(name: str) -> Response:
         """One served model; a name may contain slashes."""
         model = ready_model()
-        return JsonResponse(card(model, model.check_name(name)))
+        if name not in model.names:
+            raise model.not_found(name)
+        return JsonResponse(card(model, name))

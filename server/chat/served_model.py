@@ -6,24 +6,20 @@ import asyncio
 import difflib
 import logging
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...engine.client.async_engine import AsyncEngine
 from ...engine.client.launch import EngineProcess
 from ...engine.errors import RequestError
-from ...engine.messages import SamplingParams
 from ...model.checkpoint.hub import resolve_model
 from ...model.tokenizer import Tokenizer
 from ..flags import DEMO_FOLDER, DEMO_NAME, ConfigError, ModelFlags, ServerConfig
 from ..generation.defaults import read_defaults
 from ..generation.metrics import Metrics
 from ..http.body import is_large, off_loop
-from ..http.errors import ApiError, encode_json, shorten
-from .conversation import Message, Sampling
+from ..http.errors import ApiError, shorten
 from .template import ChatTemplate
 from .tool_calls import FORMATS, ToolCallFormat, detect_format
 
@@ -31,8 +27,6 @@ logger = logging.getLogger("pyllm.server")
 
 LARGE_TEXT = 4000
 """Characters from which text is tokenised off the event loop."""
-LARGE_CHAT = 50
-"""Messages from which a chat is rendered off the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,62 +44,24 @@ class ServedModel:
     flags: ServerConfig
     tool_format: ToolCallFormat = FORMATS["hermes"]  # of calls in the model's text
 
-    def check_name(self, name: str | None) -> str:
-        """Return the name to answer with; raise `ApiError` 404 for a model that is not served."""
-        if name is not None and name not in self.names:
-            message = f"The model {shorten(name)!r} does not exist; this server has {self.names[0]!r}."
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return name or self.names[0]
-
-    def sampling_params(
-        self, sampling: Sampling, *, max_tokens: int | None, grammar: str | None, turn_ends: tuple[str, ...] = ()
-    ) -> SamplingParams:
-        """Join a request's fields with the model's defaults; raises `RequestError`.
-
-        `turn_ends` are strings that end a turn like an end-of-sequence id, so `ignore_eos` ignores them too.
-        """
-        values: dict[str, Any] = {**self.defaults, **sampling, "max_tokens": max_tokens, "grammar": grammar}
-        if "bad_words" in values:
-            values["bad_words"] = tuple(self._spellings(values["bad_words"]))
-        if not values.get("ignore_eos"):
-            values["stop"] = values.get("stop", ()) + turn_ends
-        return SamplingParams(**values)
-
-    def _spellings(self, words: Sequence[str]) -> Iterator[tuple[int, ...]]:
-        """Yield the token ids of each word at the start of a text and after a space."""
-        for word in words:
-            ids = {tuple(self.tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
-            yield from sorted(spelling for spelling in ids if spelling)
+    def not_found(self, name: str) -> ApiError:
+        """Return the error for a request that names another model."""
+        message = f"The model {shorten(name)!r} does not exist; this server has {self.names[0]!r}."
+        return ApiError(404, message, param="model", code="model_not_found")
 
     async def encode(self, text: str, *, add_bos: bool, any_length: bool = False) -> list[int]:
         """Tokenise plain text; raises `RequestError` if it cannot fit the context, unless `any_length`."""
-        small = len(text) < LARGE_TEXT if any_length else self._is_small(len(text), "prompt")
-        if small and not is_large.get():
+        if not any_length and len(text) // self.longest_token > self.engine.info.config.max_model_len:
+            raise self.too_long(len(text), "prompt")
+        if len(text) < LARGE_TEXT and not is_large.get():
             return self.tokenizer.encode(text, add_bos=add_bos)
         return await off_loop(self.tokenizer.encode, text, add_bos=add_bos)
 
-    async def render(
-        self, messages: Sequence[Message], *, field: str = "messages", any_length: bool = False, **options: Any
-    ) -> list[int]:
-        """Render messages through the chat template and tokenise them; raises `ChatTemplateError` or `RequestError`.
-
-        `options` are those of `ChatTemplate.render`; `any_length` accepts messages that cannot fit the context; an
-        error calls the messages `field`.
-        """
-        render = partial(self.template.render, messages, **options)
-        if not any_length:
-            self._is_small(sum(len(message.text or "") for message in messages), field)
-        if is_large.get() or len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT:
-            return await off_loop(render)
-        return render()
-
-    def _is_small(self, characters: int, param: str) -> bool:
-        """Whether to tokenise text on the event loop; raises `RequestError` if it cannot fit the context."""
+    def too_long(self, characters: int, param: str) -> RequestError:
+        """Return the error for a prompt of so many characters that it cannot fit the context."""
         fewest, limit = characters // self.longest_token, self.engine.info.config.max_model_len
-        if fewest > limit:
-            message = f"This model's context is {limit} tokens, but the prompt has at least {fewest} tokens."
-            raise RequestError(message, param=param, code="context_length_exceeded")
-        return characters < LARGE_TEXT
+        message = f"This model's context is {limit} tokens, but the prompt has at least {fewest} tokens."
+        return RequestError(message, param=param, code="context_length_exceeded")
 
 
 async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, ...] = ()) -> ServedModel:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -26,22 +26,14 @@ Part = str | CallPiece
 """New content of a turn, or a piece of one of its calls."""
 
 
-class TurnReader:
-    """Reads one choice's text as it arrives. This one knows no tools, so everything is content.
+class TurnReader(Protocol):
+    """Reads one choice's text as it arrives; the parts add up to the same turn wherever the text is cut."""
 
-    The parts add up to the same turn wherever the text is cut.
-    """
+    finish_reason: str  # what to report when the engine says "stop"; final after `finish`
 
-    finish_reason: str = "stop"
-    """What to report when the engine says "stop"; final after `finish`."""
+    def feed(self, text: str) -> list[Part]: ...  # reads more text
 
-    def feed(self, text: str) -> list[Part]:
-        """Read more text."""
-        return [text] if text else []
-
-    def finish(self) -> list[Part]:
-        """Return what was held back, since the text has ended."""
-        return []
+    def finish(self) -> list[Part]: ...  # returns what was held back, since the text has ended
 
 
 # Patterns of characters that may be repeated: white space, characters of a JSON string, and those between bare calls.
@@ -118,7 +110,7 @@ def detect_format(template: str) -> str:
     return "hermes"
 
 
-class CallReader(TurnReader):
+class CallReader:
     """Finds calls of known functions; all other text is content, and none is lost.
 
     A call is recognised once its function's name is complete and its arguments have begun. From then on the arguments
@@ -129,6 +121,7 @@ class CallReader(TurnReader):
 
     def __init__(self, format_: ToolCallFormat, functions: Collection[str], finish_reason: str = "tool_calls") -> None:
         """`finish_reason` is reported for a turn that ends with complete calls."""
+        self.finish_reason = "stop"
         self._format = format_
         self._functions = functions
         self._reason = finish_reason

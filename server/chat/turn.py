@@ -1,22 +1,27 @@
-"""One turn of a conversation: the prompt and grammar for the engine, and what the generated text means."""
+"""One turn of a conversation: the prompt and parameters for the engine, and what the generated text means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from ...engine.errors import RequestError
 from ...engine.messages import SamplingParams
-from ..http.body import off_loop_if_large
+from ...model.tokenizer import Tokenizer
+from ..http.body import is_large, off_loop, off_loop_if_large
 from ..http.errors import encode_json, shorten
-from .conversation import Conversation, Message, ToolCall
-from .served_model import ServedModel
+from .conversation import Conversation, Message, Sampling, ToolCall, ToolChoice
+from .served_model import LARGE_TEXT, ServedModel
 from .template import MAX_DEPTH, ChatTemplate, ChatTemplateError, is_deeper
-from .tool_calls import ToolCallFormat, TurnReader
+from .tool_calls import Part, ToolCallFormat, TurnReader
 from .tool_choice import ToolOptions, read_tools
 from .truncation import render_newest, truncate_prompt
 
 MAX_VARIABLE_BYTES = 2**14
+LARGE_CHAT = 50
+"""Messages from which a chat is rendered off the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +32,20 @@ class Turn:
     params: SamplingParams
     reader: Callable[[], TurnReader]  # makes a reader for one choice
     must_call: bool = False  # the turn consists of nothing but tool calls
+
+
+class PlainReader:
+    """Reads one choice of a turn without tools: everything is content."""
+
+    finish_reason = "stop"
+
+    def feed(self, text: str) -> list[Part]:
+        """Return the text."""
+        return [text] if text else []
+
+    def finish(self) -> list[Part]:
+        """Return nothing, since nothing is held back."""
+        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +84,7 @@ def read_turn(reader: TurnReader, text: str) -> ParsedTurn:
 
 async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     """Render, tokenise and check a conversation; raises `RequestError`."""
-    tools = await off_loop_if_large(read_tools, conversation, model.tool_format)
+    tools = await off_loop_if_large(_tools, conversation, model)
     max_tokens = conversation.max_tokens
     prompt = await _render(conversation, model, tools)
     if conversation.keep_tokens is not None:
@@ -77,10 +96,40 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
     turn_ends = model.template.stop_strings if is_free else ()
     params = await off_loop_if_large(
-        model.sampling_params, conversation.sampling, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends
+        sampling_params, conversation.sampling, model, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends
     )
-    reader, must_call = (TurnReader, False) if tools is None else (tools.reader, tools.mode != "auto")
+    reader, must_call = (PlainReader, False) if tools is None else (tools.reader, tools.mode != "auto")
     return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call)
+
+
+def _tools(conversation: Conversation, model: ServedModel) -> ToolOptions | None:
+    has_results = any(message.call_id is not None for message in conversation.messages)
+    if conversation.tools or has_results or conversation.tool_choice != ToolChoice():
+        return read_tools(conversation, model.tool_format)
+    return None
+
+
+def sampling_params(
+    sampling: Sampling, model: ServedModel, *, max_tokens: int | None, grammar: str | None,
+    turn_ends: tuple[str, ...] = (),
+) -> SamplingParams:  # fmt: skip
+    """Join a request's fields with the model's defaults; raises `RequestError`.
+
+    `turn_ends` are strings that end a turn like an end-of-sequence id, so `ignore_eos` ignores them too.
+    """
+    values: dict[str, Any] = {**model.defaults, **sampling, "max_tokens": max_tokens, "grammar": grammar}
+    if "bad_words" in values:
+        values["bad_words"] = tuple(_spellings(values["bad_words"], model.tokenizer))
+    if not values.get("ignore_eos"):
+        values["stop"] = values.get("stop", ()) + turn_ends
+    return SamplingParams(**values)
+
+
+def _spellings(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
+    """Yield the token ids of each word at the start of a text and after a space."""
+    for word in words:
+        ids = {tuple(tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
+        yield from sorted(spelling for spelling in ids if spelling)
 
 
 async def _grammar(conversation: Conversation, tools: ToolOptions | None, model: ServedModel) -> str | None:
@@ -112,22 +161,27 @@ async def _grammar(conversation: Conversation, tools: ToolOptions | None, model:
 async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> list[int]:
     """Return the prompt, without the messages that do not fit and may be dropped."""
     await off_loop_if_large(_check_template_options, conversation, model.template)
+    context = model.engine.info.config.max_model_len
+    options: dict[str, Any] = {
+        "tools": tools.tools if tools else None,
+        "add_generation_prompt": conversation.add_generation_prompt,
+        "continue_final_message": conversation.continue_final_message,
+        "variables": conversation.template_variables,
+    }
 
     async def render(messages: Sequence[Message]) -> list[int]:
-        return await model.render(
-            await off_loop_if_large(_written, messages, model, tools),
-            field=conversation.messages_field,
-            any_length=conversation.keep_tokens is not None,
-            tools=tools.tools if tools else None,
-            add_generation_prompt=conversation.add_generation_prompt,
-            continue_final_message=conversation.continue_final_message,
-            variables=conversation.template_variables,
-        )
+        messages = await off_loop_if_large(_written, messages, model, tools)
+        characters = sum(len(message.text or "") for message in messages)
+        if conversation.keep_tokens is None and characters // model.longest_token > context:
+            raise model.too_long(characters, conversation.messages_field)
+        is_long = len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT
+        work = partial(model.template.render, messages, **options)
+        return await off_loop(work) if is_large.get() or is_long else work()
 
     try:
         if conversation.keep_messages is None:
             return await render(conversation.messages)
-        room = model.engine.info.config.max_model_len - (conversation.max_tokens or 1)
+        room = context - (conversation.max_tokens or 1)
         return await render_newest(conversation.messages, conversation.keep_messages, room, render)
     except ChatTemplateError as error:
         error.param = conversation.messages_field

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pyllm.server.api.messages import route as module
 from pyllm.server.api.messages.wire import CountTokensRequest, MessageAnswer, MessageEvent, TokenCount
 from pyllm.server.chat.template import ChatTemplate
-from pyllm.server.chat.tool_calls import CallPiece, Part, TurnReader
-from pyllm.server.chat.turn import Turn
+from pyllm.server.chat.tool_calls import CallPiece, Part
+from pyllm.server.chat.turn import PlainReader, Turn
 
 Harness = Any  # of conftest.py
 
@@ -106,7 +106,7 @@ def shown(harness: Harness, **fields: Any) -> tuple[list[dict[str, Any]], Any]:
     return json.loads(messages), json.loads(tools)
 
 
-class ScriptedReader(TurnReader):
+class ScriptedReader(PlainReader):
     """Reads `<name{json}>` as calls, one character at a time."""
 
     finish_reason = "tool_calls"

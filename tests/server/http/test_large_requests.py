@@ -11,13 +11,12 @@ from pyllm.server.api.messages import route as messages
 from pyllm.server.api.responses import route as responses
 from pyllm.server.api.responses import store as response_store
 from pyllm.server.chat import tool_choice, turn
-from pyllm.server.chat.served_model import ServedModel
 from pyllm.server.chat.template import ChatTemplate, is_deeper
 from pyllm.server.http import body as bodies
 
 HI = [{"role": "user", "content": "Hi"}]
-TURN = [(turn, name) for name in ("read_tools", "_check_template_options", "_written")]
-TURN += [(tool_choice, "is_deeper"), (bodies, "parse_body"), (ChatTemplate, "render"), (ServedModel, "sampling_params")]
+TURN = [(turn, name) for name in ("read_tools", "_check_template_options", "_written", "sampling_params")]
+TURN += [(tool_choice, "is_deeper"), (bodies, "parse_body"), (ChatTemplate, "render")]
 CHAT = (
     "/v1/chat/completions",
     {"messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]},
@@ -33,7 +32,7 @@ RESPONSES = (
     {"input": "Hi", "tools": [{"type": "function", "name": "f"}]},
     [*TURN, (responses, "read_items"), (responses, "read_conversation"), (responses, "_describe")],
 )
-READING = [(completions, "read_response_format"), (completions, "read_sampling"), (ServedModel, "sampling_params")]
+READING = [(completions, name) for name in ("read_response_format", "read_sampling", "sampling_params")]
 COMPLETIONS = ("/v1/completions", {"prompt": "Hi"}, [(bodies, "parse_body"), *READING])
 
 
