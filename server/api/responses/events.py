@@ -6,7 +6,7 @@ import codecs
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ....engine.client.output_processor import RequestOutput
@@ -14,7 +14,7 @@ from ....engine.messages import TokenLogprobs
 from ....model.tokenizer import Tokenizer
 from ...chat.tool_calls import CallPiece, Part
 from ...chat.turn import Turn
-from ...generation.generation import Generation
+from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventWriter
 from ...generation.token_details import chat_logprobs
 from ...http.errors import ApiError, encode_json
@@ -63,17 +63,13 @@ class ResponseWriter(EventWriter):
         """Return the response before it has any output."""
         return self._event("created", response=self.response) + self._event("in_progress", response=self.response)
 
-    def piece(self, index: int, output: RequestOutput) -> bytes:
+    def piece(self, index: int, output: RequestOutput | Choice) -> bytes:
         """Write new text."""
-        return self.write(output.text, output.logprobs)
-
-    def write(self, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes:
-        """Write more text, with the log-probabilities of its tokens."""
-        for position in logprobs:
+        for position in output.logprobs:
             self._ahead.append((self._tokens_end, position))
             if position.token_id not in self._hidden:
                 self._tokens_end += len(self._decoder.decode(self._tokenizer.token_bytes(position.token_id)))
-        return self._write(self._reader.feed(text))
+        return self._write(self._reader.feed(output.text))
 
     def closing(self) -> bytes:
         """Write the text that the reader held back, and end the response."""

@@ -26,6 +26,11 @@ from . import wire
 from .events import Item, ResponseWriter, new_id
 from .store import ResponseStore, StoredResponse, decode_items
 
+# The fields that a response gets at its end, that it repeats from its request, and that always have the same value.
+UNDECIDED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
+REPEATED = ("model", "instructions", "previous_response_id", "max_output_tokens", "user", "safety_identifier")
+FIXED = {"background": False, "max_tool_calls": None, "reasoning": {"effort": "none", "summary": None}}
+
 
 async def create_response(
     context: RequestContext, body: wire.ResponseRequest, model: ServedModel, store: ResponseStore
@@ -44,8 +49,7 @@ async def create_response(
     if body.stream:
         return EventStream(generation, writer, model.flags.sse_keep_alive_interval)
     await generation.collect()
-    (choice,) = generation.choices
-    writer.write(choice.text, choice.logprobs)
+    writer.piece(0, generation.choices[0])
     writer.closing()
     return JsonResponse(writer.response)
 
@@ -195,37 +199,22 @@ def _tool_choice(body: wire.ResponseRequest) -> ToolChoice:
 
 def _describe(body: wire.ResponseRequest, turn: Turn) -> dict[str, Any]:
     """Return the response object before it has any output: the request's options, or their defaults."""
+    head = {"id": new_id("resp"), "object": "response", "created_at": int(time.time()), "status": "in_progress"}
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
     choice = body.tool_choice
-    return {
-        "id": new_id("resp"),
-        "object": "response",
-        "created_at": int(time.time()),
-        "completed_at": None,
-        "status": "in_progress",
-        "error": None,
-        "incomplete_details": None,
+    options = {
         "output": [],
-        "usage": None,
-        "model": body.model,
-        "instructions": body.instructions,
-        "previous_response_id": body.previous_response_id,
         "store": body.store is not False,
-        "background": False,
         "temperature": turn.params.temperature,
         "top_p": turn.params.top_p,
-        "max_output_tokens": body.max_output_tokens,
-        "max_tool_calls": None,
         "truncation": body.truncation or "disabled",
         "tools": msgspec.Raw(encode_json([dict(tool) for tool in body.tools or ()])),
         "tool_choice": (choice or "auto") if choice is None or isinstance(choice, str) else choice.model_dump(),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "text": {"format": {"type": "text"}, "verbosity": "medium"} | text,
         "top_logprobs": body.top_logprobs or 0,
-        "reasoning": {"effort": "none", "summary": None},
         "metadata": body.metadata or {},
-        "user": body.user,
-        "safety_identifier": body.safety_identifier,
         "prompt_cache_key": body.prompt_cache_key,
         "service_tier": "default",
     }
+    return head | UNDECIDED | {name: getattr(body, name) for name in REPEATED} | options | FIXED

@@ -22,33 +22,24 @@ from .wire import DeletedResponse, InputItemList, ResponseObject
 MAX_RESPONSES = 4096
 MAX_STORE_BYTES = 64 * 2**20
 MAX_PAGE = 100
-COMPRESS_UP_TO = 64 * 2**10
-"""Bytes of the largest responses that are compressed: larger ones would block the event loop for too long."""
+COMPRESS_UP_TO = 64 * 2**10  # bytes; to compress larger responses would block the event loop for too long
 DICTIONARY = (
     b'[{"type":"message","role":"user","content":[{"type":"input_text","text":"'
-    b'{"id":"resp_","object":"response","created_at":,"completed_at":null,"status":"completed","error":null,'
-    b'"incomplete_details":{"reason":"max_output_tokens"}null,"output":[{"id":"msg_","type":"message","role":"assistant",'
-    b'"status":"incomplete","content":[{"type":"output_text","text":"","annotations":[],"logprobs":[]}]}],"usage":'
-    b'{"input_tokens":,"input_tokens_details":{"cached_tokens":0,"cache_write_tokens":0},"output_tokens":,'
-    b'"output_tokens_details":{"reasoning_tokens":0},"total_tokens":},"model":"","instructions":null,'
-    b'"previous_response_id":null,"store":true,"background":false,"temperature":1.0,"top_p":1.0,'
-    b'"max_output_tokens":null,"max_tool_calls":null,"truncation":"disabled","tools":[],"tool_choice":"auto",'
-    b'"parallel_tool_calls":true,"text":{"format":{"type":"text"},"verbosity":"medium"},"top_logprobs":0,'
-    b'"reasoning":{"effort":"none","summary":null},"metadata":{},"user":null,"safety_identifier":null,'
-    b'"prompt_cache_key":null,"service_tier":"default"}'
+    b'{"id":"resp_","object":"response","created_at":,"status":"completed","completed_at":null,"error":null,'
+    b'"incomplete_details":{"reason":"max_output_tokens"}null,"usage":{"input_tokens":,"input_tokens_details":'
+    b'{"cached_tokens":0,"cache_write_tokens":0},"output_tokens":,"output_tokens_details":{"reasoning_tokens":0},'
+    b'"total_tokens":},"model":"","instructions":null,"previous_response_id":null,"max_output_tokens":null,"user":null,'
+    b'"safety_identifier":null,"output":[{"id":"msg_","type":"message","role":"assistant","status":"incomplete",'
+    b'"content":[{"type":"output_text","text":"","annotations":[],"logprobs":[]}]}],"store":true,"temperature":1.0,'
+    b'"top_p":1.0,"truncation":"disabled","tools":[],"tool_choice":"auto","parallel_tool_calls":true,"text":{"format":'
+    b'{"type":"text"},"verbosity":"medium"},"top_logprobs":0,"metadata":{},"prompt_cache_key":null,'
+    b'"service_tier":"default","background":false,"max_tool_calls":null,"reasoning":{"effort":"none","summary":null}}'
 )
 """Text that most responses share, so that a compressed one only refers to it."""
 
 Item = dict[str, Any]
 _decode = msgspec.json.Decoder().decode
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
-
-
-class _Identified(msgspec.Struct):
-    id: str
-
-
-_decode_id = msgspec.json.Decoder(_Identified).decode
 
 
 def decode_items(data: memoryview) -> list[Item]:
@@ -135,13 +126,6 @@ class ResponseStore:
         """Return the response that has this output item."""
         return self.find(self._holders.get(item_id, ""), owner)
 
-    def get(self, response_id: str, owner: str = "") -> StoredResponse:
-        """Return a response of this owner; raise `ApiError` 404 if there is none."""
-        if (stored := self.find(response_id, owner)) is None:
-            message = f"Response with id {shorten(response_id)!r} not found."
-            raise ApiError(404, message, param="response_id", code="response_not_found")
-        return stored
-
     def remove(self, response_id: str) -> None:
         """Delete a stored response."""
         stored = self._stored.pop(response_id)
@@ -155,7 +139,10 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
     path = "/v1/responses/{response_id}"
 
     def find(response_id: str, request: Request) -> StoredResponse:
-        return store.get(response_id, RequestContext.of(request.scope).owner)
+        if (stored := store.find(response_id, RequestContext.of(request.scope).owner)) is None:
+            message = f"Response with id {shorten(response_id)!r} not found."
+            raise ApiError(404, message, param="response_id", code="response_not_found")
+        return stored
 
     @app.get(path, response_model=ResponseObject)
     async def get_response(response_id: str, request: Request) -> Response:
@@ -224,10 +211,10 @@ def _page(data: memoryview, newest_first: bool, after: str | None, limit: int) -
         items.reverse()
     first = 0
     if after is not None:
-        first = next((n for n, item in enumerate(items, 1) if _decode_id(item).id == after), 0)
+        first = next((n for n, item in enumerate(items, 1) if _decode(item)["id"] == after), 0)
         if not first:
             raise ApiError(400, f"There is no item {shorten(after)!r}.", param="after", code="invalid_value")
     page = items[first : first + limit]
-    first_id, last_id = (_decode_id(page[n]).id if page else None for n in (0, -1))
+    first_id, last_id = (_decode(page[n])["id"] if page else None for n in (0, -1))
     more = first + len(page) < len(items)
     return {"object": "list", "data": page, "first_id": first_id, "last_id": last_id, "has_more": more}

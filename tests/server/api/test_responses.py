@@ -271,7 +271,8 @@ def outputs(harness):
         writer = ResponseWriter({"id": "resp_1", "output": []}, turn, generation, harness.tokenizer, stored.append)
         for piece in pieces:
             ids = harness.tokenizer.encode(piece)
-            writer.write(piece, [TokenLogprobs(token_id=id_, logprob=-1.0, top=[]) for id_ in ids])
+            logprobs = [TokenLogprobs(token_id=id_, logprob=-1.0, top=[]) for id_ in ids]
+            writer.piece(0, SimpleNamespace(text=piece, logprobs=logprobs))
         writer.closing()
         assert stored == [writer.response]
         return without_ids(writer.response["output"])

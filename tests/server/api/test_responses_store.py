@@ -211,14 +211,14 @@ def test_a_stored_response_takes_less_memory_than_its_json(create):
     assert len(store) == count
     assert taken < 0.3 * size + 600, "what Python needs for names and objects takes a part too"
     assert store.size / count < 0.3 * size
-    assert json.loads(bytes(store.get("resp_7").read().response))["output"][0]["id"] == "msg_7"
+    assert json.loads(bytes(store.find("resp_7").read().response))["output"][0]["id"] == "msg_7"
 
 
 @pytest.mark.parametrize("size", [10, COMPRESS_UP_TO])
 def test_a_stored_response_is_read_whole_compressed_or_not(size):
     store, items = ResponseStore(), [{"id": "msg_1", "text": "ü" * size}]
     store.put({"id": "resp_1", "output": items, "usage": None}, b'[{"content":"Hi"}]')
-    stored = store.get("resp_1")
+    stored = store.find("resp_1")
     response, input_, output = stored.read()
     assert json.loads(bytes(response)) == {"id": "resp_1", "output": items, "usage": None}
     assert decode_items(input_) == [{"content": "Hi"}]

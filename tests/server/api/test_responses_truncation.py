@@ -70,7 +70,7 @@ def test_truncation_reads_once_and_renders_little_too_much(create, harness, monk
 
 def test_too_many_items_or_calls_together_are_refused(create, monkeypatch):
     first = create(input="One")
-    monkeypatch.setattr(responses, "MAX_ITEMS", 2)
+    monkeypatch.setattr(responses.wire, "MAX_ITEMS", 2)
     assert create(400, input="Two", previous_response_id=first["id"])["param"] == "input"
     call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
     assert create(400, input=[call] * 129)["param"] == "input"
