@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pyllm.server")
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds before a restart: they double from the first to the longest."""
-HEALTHY_SECONDS = 600.0
-"""After this time without a failure, all restarts are available again."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a restart: they double from the first to the longest
+HEALTHY_SECONDS = 600.0  # without a failure, after which all restarts are available again
 
 
 class Restarts:

@@ -36,14 +36,11 @@ from .service import Service
 logger = logging.getLogger("pyllm.server")
 
 KEEP_ALIVE_SECONDS = 60
-UNSENT_BYTES = 128 * 2**10
-"""What the system buffers of an answer: if it took more, slow clients would look like fast ones."""
-LAST_ERRORS_SECONDS = 2.0
-"""Time to send the errors of the requests that still run when the server stops."""
-TLS_CLOSE_SECONDS = 1.0
-"""Time allowed for the peer's TLS close_notify. Many never send it, and keep their connection open until then."""
+UNSENT_BYTES = 128 * 2**10  # that the system buffers of an answer: with more, slow clients would look like fast ones
+LAST_ERRORS_SECONDS = 2.0  # to send the errors of the requests that still run when the server stops
+TLS_CLOSE_SECONDS = 1.0  # for the peer's TLS close_notify: many never send it, and stay connected until then
+# OpenSSL's reasons for a key and a certificate that do not belong together.
 MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
-"""OpenSSL's reasons for a key and a certificate that do not belong together."""
 KERNELS = {"native": "compiled kernels", "triton": "Triton kernels", "torch": "plain torch"}
 
 

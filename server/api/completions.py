@@ -137,8 +137,8 @@ class ChoiceWriter:
     def __init__(
         self, body: CompletionRequest, choice: Choice, tokenizer: Tokenizer, skip_special_tokens: bool
     ) -> None:
+        self.prompt_due = bool(body.echo or body.return_token_ids or body.prompt_logprobs is not None)
         self._body = body
-        self._echo_due = bool(body.echo)
         self._choice = choice
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
@@ -147,8 +147,7 @@ class ChoiceWriter:
     def write(self, text: str, positions: Sequence[TokenLogprobs]) -> tuple[str, dict[str, Any] | None]:
         """Return the next piece of text and its log-probabilities, or None if they were not requested."""
         count, before = self._body.logprobs, {}
-        if self._echo_due:
-            self._echo_due = False
+        if self.prompt_due and self._body.echo:
             prompt = self._choice.prompt_token_ids
             text = self._tokenizer.decode(prompt, self._skip) + text
             if count is not None:
@@ -159,7 +158,8 @@ class ChoiceWriter:
         return text, {name: before[name] + shown[name] for name in shown} if before else shown
 
     def prompt_fields(self) -> dict[str, Any]:
-        """Return the requested details of the prompt's tokens."""
+        """Return the requested details of the prompt's tokens, once."""
+        self.prompt_due = False
         fields: dict[str, Any] = {}
         prompt, count = self._choice.prompt_token_ids, self._body.prompt_logprobs
         if self._body.return_token_ids:
@@ -191,21 +191,19 @@ class CompletionChunks(Chunks):
     ) -> None:
         super().__init__(head, generation, tokenizer, body)
         self._writers = writers
-        shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
-        self._prompt_due = set(range(len(writers))) if shows_prompt else set()
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """Return new text with its tokens."""
-        text, logprobs = self._writers[index].write(output.text, output.logprobs)
+        writer = self._writers[index]
+        text, logprobs = writer.write(output.text, output.logprobs)
         details = self.details(output)
-        if index in self._prompt_due:
-            self._prompt_due.remove(index)
-            details += join_fields(self._writers[index].prompt_fields())
+        if writer.prompt_due:
+            details += join_fields(writer.prompt_fields())
         return self.chunk(index, encode_json(text), logprobs=encode_json(logprobs), choice_fields=details)
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """Return the last chunk of a choice, after the prompt's details if no text has brought them."""
         before = b""
-        if index in self._prompt_due:
+        if self._writers[index].prompt_due:
             before = self.piece(index, msgspec.structs.replace(output, text="", token_ids=[], logprobs=[], dynamics=[]))
         return before + super().ending(index, output)

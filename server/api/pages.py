@@ -16,8 +16,8 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 STATIC = Path(__file__).parent / "static"
-ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css")
-"""The script and style of the API reference: the only files used of the package fastapi-offline."""
+ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the API reference: all that is used of fastapi-offline
+NO_SNIFFING = {"x-content-type-options": "nosniff"}
 PAGE_PATHS = frozenset({"/", "/docs", "/openapi.json", *(f"/docs/{name}" for name in ASSETS)})
 """They need no key: they hold no data, and a browser that opens a page cannot send one."""
 
@@ -32,7 +32,7 @@ def add_page_routes(app: FastAPI) -> None:
 
 async def _asset(path: Path, request: Request) -> Response:
     # One for each request: some versions of Starlette write a range's headers into the response itself.
-    return FileResponse(path, headers={"x-content-type-options": "nosniff"})
+    return FileResponse(path, headers=NO_SNIFFING)
 
 
 def _page(name: str) -> HTMLResponse:
@@ -44,13 +44,8 @@ def _page(name: str) -> HTMLResponse:
         f"default-src 'none'; script-src 'self' {scripts}; style-src {styles}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    headers = {
-        "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
-    }
-    return HTMLResponse(text, headers=headers)
+    headers = NO_SNIFFING | {"referrer-policy": "no-referrer", "cache-control": "no-cache"}
+    return HTMLResponse(text, headers=headers | {"content-security-policy": policy})
 
 
 def _hashes(text: str, tag: str) -> str:

@@ -17,8 +17,7 @@ from ..http.middleware import RequestContext
 from .chat_input import Messages, TemplateOptions, read_chat
 from .types import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 
-LARGE_IDS = 4000
-"""At least so many token ids are converted to text off the event loop."""
+LARGE_IDS = 4000  # this many token ids or more are converted to text off the event loop
 
 
 class TokenizeRequest(TemplateOptions):

@@ -15,8 +15,7 @@ from ...engine.errors import RequestError
 from ..http.errors import shorten
 
 MAX_SCHEMA_BYTES = 256 << 10
-MAX_GRAMMAR_BYTES = 64 << 10
-"""Of a regular expression, a Lark grammar, or all choices together."""
+MAX_GRAMMAR_BYTES = 64 << 10  # of a regular expression, a Lark grammar, or all choices together
 MAX_CHOICES = 2000
 MAX_DEPTH = 64
 MAX_NODES = 20_000

@@ -37,11 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _help() -> str:
-    lines = ["usage: pyllm COMMAND [OPTIONS]", ""]
-    lines += [f"  {name:<10}{description}" for name, (*_, description) in COMMANDS.items()]
-    return "\n".join(
-        [*lines, "", "`pyllm COMMAND --help` lists a command's options, `pyllm --version` prints the version."]
-    )
+    commands = "\n".join(f"  {name:<10}{description}" for name, (*_, description) in COMMANDS.items())
+    end = "`pyllm COMMAND --help` lists a command's options, `pyllm --version` prints the version."
+    return f"usage: pyllm COMMAND [OPTIONS]\n\n{commands}\n\n{end}"
 
 
 def _run(command: str, words: list[str]) -> int:
