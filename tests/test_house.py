@@ -20,7 +20,7 @@ PLANTED = {
     "rooms of engine": ("engine/step/scheduler.py", "from ..runner import model_runner"),
     "rooms of model": ("model/network.py", "from .cpu import backend"),
     "endpoints are independent": ("server/api/completions.py", "from . import tokenize"),
-    "no torch in server and engine client": ("engine/client/pipe.py", "import torch"),
+    "no torch in server and engine client": ("engine/client/watchdog.py", "import torch"),
     "no circles": ("server/http/budget.py", "from . import middleware"),
 }
 """For each contract, a file and an import that breaks it."""

@@ -9,13 +9,14 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
 from ..config import EngineConfig
 from ..errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError, describe
 from ..messages import (
+    LENGTH_BYTES,
     Abort,
     Alive,
     EngineInfo,
@@ -28,103 +29,73 @@ from ..messages import (
     StartFailed,
     StepOutputs,
     TokenOutput,
+    encode_frame,
     resolve_request,
 )
 from .grammar_checks import GrammarChecks
 from .launch import EngineProcess
-from .output_processor import OutputProcessor, RequestOutput
-from .pipe import Pipe
+from .output_processor import OutputProcessor, RequestStream, Wakeup
 from .watchdog import wait_for_hang
 
 if TYPE_CHECKING:
     from ...model.tokenizer import Tokenizer
 
+_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 EXIT_SECONDS = 1.0  # how long to wait for an engine that has closed its socket to exit
 
 
-class Wakeup:
-    """An event that streams set and one task waits for: cheaper than `asyncio.Event`, which serves several."""
+class Pipe(asyncio.Protocol):
+    """Calls `on_message` with each message from the engine as it arrives; what that raises closes the pipe."""
 
-    __slots__ = ("_loop", "_pending", "_waiter")
+    def __init__(self, on_message: Callable[[FromEngine], None]) -> None:
+        self.on_message = on_message
+        self.num_received = 0  # how often data has arrived
+        # Done, with an exception or None, when no more messages can arrive.
+        self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._pending = False
-        self._waiter: asyncio.Future[None] | None = None
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport to write to."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
 
-    def wake(self) -> None:
-        """Wake the waiting task, or the next one to wait."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-        else:
-            self._pending = True
+    def data_received(self, data: bytes) -> None:
+        """Handle the messages that are complete by now."""
+        self.num_received += 1
+        self._buffer += data
+        start = 0
+        try:
+            while (body := start + LENGTH_BYTES) <= len(self._buffer):
+                end = body + int.from_bytes(self._buffer[start:body], "little")
+                if end > len(self._buffer):
+                    break
+                message = _decoder.decode(self._buffer[body:end])
+                start = end
+                self.on_message(message)
+        except Exception as error:
+            self._end(error)
+            self.close()
+        del self._buffer[:start]
 
-    def wait(self) -> asyncio.Future[None]:
-        """Return a future that is done once `wake` has been called since the last wait."""
-        self._waiter = waiter = self._loop.create_future()
-        if self._pending:
-            waiter.set_result(None)
-        self._pending = False
-        return waiter
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Note that the engine has closed its end."""
+        self._transport = None
+        self._end(None)
 
+    def _end(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(error)
 
-class RequestStream:
-    """The outputs of one request, as they arrive: `async for output in stream`.
+    def send(self, message: msgspec.Struct) -> None:
+        """Send a message, or drop it if the engine has closed its end."""
+        if self._transport is not None:
+            self._transport.write(encode_frame(message))
 
-    Iteration ends after the output with a `finish_reason`, and raises `EngineDeadError` if the engine dies first.
-    To stop reading earlier, call `abort`. One task can read several streams that share one `Wakeup`.
-    """
-
-    def __init__(self, engine: AsyncEngine, wire_id: str, wakeup: Wakeup) -> None:
-        self._engine = engine
-        self._wire_id = wire_id
-        self._wakeup = wakeup
-        self._outputs: list[RequestOutput] = []
-        self._finished = False
-        self._dead: str | None = None
-
-    @property
-    def unread(self) -> int:
-        """Tokens that have arrived and not been read."""
-        return sum(len(output.token_ids) for output in self._outputs)
-
-    def drain(self) -> list[RequestOutput]:
-        """Return all unread outputs at once; raise `EngineDeadError` if there are none and the engine is dead."""
-        if not self._outputs and self._dead is not None:
-            raise EngineDeadError(self._dead)
-        outputs, self._outputs = self._outputs, []
-        if outputs and self._dead is not None:
-            self._wakeup.wake()  # the next drain raises
-        return outputs
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        while not self._outputs:
-            if self._dead is not None:
-                raise EngineDeadError(self._dead)
-            if self._finished:
-                raise StopAsyncIteration
-            await self._wakeup.wait()
-        return self._outputs.pop(0)
-
-    def abort(self) -> None:
-        """Stop generating; does nothing if the request has finished."""
-        if not self._finished:
-            self._finished = True
-            self._wakeup.wake()
-            self._engine._forget(self._wire_id)
-
-    def _put(self, output: RequestOutput) -> None:
-        self._outputs.append(output)
-        self._finished = output.finish_reason is not None
-        self._wakeup.wake()
-
-    def _die(self, reason: str) -> None:
-        self._dead = reason
-        self._finished = True
-        self._wakeup.wake()
+    def close(self) -> None:
+        """Close the socket and drop what is not sent yet."""
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
 
 
 class AsyncEngine:
@@ -147,9 +118,8 @@ class AsyncEngine:
         self._grammars = GrammarChecks(pipe.send)
         self._config = config
         self._tokenizer = tokenizer
-        self._completions: deque[float] = deque(
-            maxlen=64
-        )  # when the latest requests finished, since the last idle time
+        # When the latest requests finished, since the last idle time.
+        self._completions: deque[float] = deque(maxlen=64)
         self._num_running = info.config.max_num_seqs  # requests that can run in the next step, while others wait
         self._seeds = random.Random(config.seed)
         self._serial = itertools.count()
@@ -247,7 +217,7 @@ class AsyncEngine:
             priority=priority, cache_salt=cache_salt, pooling=pooling,
         )  # fmt: skip
         message = resolve_request(message, self.info, self._seeds)
-        stream = RequestStream(self, wire_id, wakeup or Wakeup())
+        stream = RequestStream(wire_id, wakeup or Wakeup(), self._forget)
         self._processor.add(wire_id, len(prompt_token_ids), message.params)
         self._streams[wire_id] = stream
         self._pipe.send(message)

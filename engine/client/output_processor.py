@@ -1,16 +1,18 @@
-"""Turns the engine's tokens into text: incremental detokenization, stop strings and how a request ends."""
+"""Turns the engine's tokens into text, finds stop strings, and keeps each request's outputs until they are read."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
 
 from ...model.tokenizer import DecodeStream, Tokenizer
+from ..errors import EngineDeadError
 from ..messages import FinishReason, SamplingParams, TokenDynamics, TokenLogprobs, TokenOutput
 
 logger = logging.getLogger("pyllm.engine")
@@ -200,3 +202,88 @@ class OutputProcessor:
         """End a request from this side, because of an `error` if given; return None if it has already finished."""
         reason: FinishReason = "abort" if error is None else "error"
         return self.process(TokenOutput(request_id=request_id, token_ids=[], finish_reason=reason, error=error))
+
+
+class Wakeup:
+    """An event that streams set and one task waits for: cheaper than `asyncio.Event`, which serves several."""
+
+    __slots__ = ("_loop", "_pending", "_waiter")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pending = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """Wake the waiting task, or the next one to wait."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        else:
+            self._pending = True
+
+    def wait(self) -> asyncio.Future[None]:
+        """Return a future that is done once `wake` has been called since the last wait."""
+        self._waiter = waiter = self._loop.create_future()
+        if self._pending:
+            waiter.set_result(None)
+        self._pending = False
+        return waiter
+
+
+class RequestStream:
+    """The outputs of one request, as they arrive: `async for output in stream`.
+
+    Iteration ends after the output with a `finish_reason`, and raises `EngineDeadError` if the engine dies first.
+    To stop reading earlier, call `abort`. One task can read several streams that share one `Wakeup`.
+    """
+
+    def __init__(self, wire_id: str, wakeup: Wakeup, forget: Callable[[str], None]) -> None:
+        self._wire_id = wire_id
+        self._wakeup = wakeup
+        self._forget = forget  # called with the id when the reader aborts the request
+        self._outputs: list[RequestOutput] = []
+        self._finished = False
+        self._dead: str | None = None
+
+    @property
+    def unread(self) -> int:
+        """Tokens that have arrived and not been read."""
+        return sum(len(output.token_ids) for output in self._outputs)
+
+    def drain(self) -> list[RequestOutput]:
+        """Return all unread outputs at once; raise `EngineDeadError` if there are none and the engine is dead."""
+        if not self._outputs and self._dead is not None:
+            raise EngineDeadError(self._dead)
+        outputs, self._outputs = self._outputs, []
+        if outputs and self._dead is not None:
+            self._wakeup.wake()  # the next drain raises
+        return outputs
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._outputs:
+            if self._dead is not None:
+                raise EngineDeadError(self._dead)
+            if self._finished:
+                raise StopAsyncIteration
+            await self._wakeup.wait()
+        return self._outputs.pop(0)
+
+    def abort(self) -> None:
+        """Stop generating; does nothing if the request has finished."""
+        if not self._finished:
+            self._finished = True
+            self._wakeup.wake()
+            self._forget(self._wire_id)
+
+    def _put(self, output: RequestOutput) -> None:
+        self._outputs.append(output)
+        self._finished = output.finish_reason is not None
+        self._wakeup.wake()
+
+    def _die(self, reason: str) -> None:
+        self._dead = reason
+        self._finished = True
+        self._wakeup.wake()

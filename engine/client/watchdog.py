@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Protocol
 
 from ..messages import Ping
-from .pipe import Pipe
 
 CHECKS = 30  # how often the engine is checked within the timeout
+
+
+class Pipe(Protocol):
+    """What the watchdog needs of the socket to the engine."""
+
+    num_received: int  # how often data has arrived
+
+    def send(self, message: Ping) -> None: ...
 
 
 async def wait_for_hang(pipe: Pipe, timeout: float) -> None:  # noqa: ASYNC109 - it returns when the time is up

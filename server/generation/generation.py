@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect
 
-from ...engine.client.async_engine import AsyncEngine, RequestStream, Wakeup
-from ...engine.client.output_processor import RequestOutput, RequestTimes
+from ...engine.client.async_engine import AsyncEngine
+from ...engine.client.output_processor import RequestOutput, RequestStream, RequestTimes, Wakeup
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import Pooling, SamplingParams, TokenDynamics, TokenLogprobs
 from ..http.errors import ApiError, unavailable

@@ -19,8 +19,7 @@ from support.configs import resolved_config
 from support.grammars import check_grammar
 from tokenizers import decoders, models, pre_tokenizers
 
-from pyllm.engine.client.async_engine import RequestStream, Wakeup
-from pyllm.engine.client.output_processor import OutputProcessor
+from pyllm.engine.client.output_processor import OutputProcessor, RequestStream, Wakeup
 from pyllm.engine.errors import EngineBusyError, EngineDeadError
 from pyllm.engine.messages import (
     EngineInfo,
@@ -126,7 +125,7 @@ class ScriptedEngine:
         self.requests.append((request_id, prompt_token_ids, params))
         self.extras.append((priority, cache_salt))
         self.running.add(request_id)
-        stream = RequestStream(self, request_id, wakeup or Wakeup())  # type: ignore[arg-type]
+        stream = RequestStream(request_id, wakeup or Wakeup(), self._forget)
         self._tasks.append(asyncio.get_running_loop().create_task(self._answer(stream, message)))
         return stream
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyllm import SamplingParams
-from pyllm.engine.client.async_engine import AsyncEngine, RequestStream
-from pyllm.engine.client.output_processor import RequestOutput
+from pyllm.engine.client.async_engine import AsyncEngine
+from pyllm.engine.client.output_processor import RequestOutput, RequestStream
 from pyllm.engine.config import EngineConfig
 from pyllm.model.tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ from support.async_engines import ENDLESS, config, read, start, until
 from support.checkpoints import TINY
 
 from pyllm import LLM, SamplingParams
-from pyllm.engine.client.async_engine import AsyncEngine, Wakeup
-from pyllm.engine.client.output_processor import RequestOutput
+from pyllm.engine.client.async_engine import AsyncEngine
+from pyllm.engine.client.output_processor import RequestOutput, Wakeup
 from pyllm.engine.errors import EngineBusyError, RequestError
 from pyllm.model.cpu.backend import available
 from pyllm.model.tokenizer import Tokenizer

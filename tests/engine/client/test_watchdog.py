@@ -36,7 +36,7 @@ def anyio_backend() -> str:
 
 async def test_silence_after_a_ping_is_a_hang():
     pipe, started = Pipe(), time.monotonic()
-    await asyncio.wait_for(wait_for_hang(pipe, TIMEOUT), 30)  # type: ignore[arg-type]
+    await asyncio.wait_for(wait_for_hang(pipe, TIMEOUT), 30)
     assert time.monotonic() - started > 0.9 * TIMEOUT * (watchdog.CHECKS - 1) / watchdog.CHECKS
     assert pipe.sent == [Ping()]
 
@@ -44,13 +44,13 @@ async def test_silence_after_a_ping_is_a_hang():
 async def test_answered_pings_are_no_hang():
     pipe = Pipe(lambda: True)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(wait_for_hang(pipe, TIMEOUT), 3 * TIMEOUT)  # type: ignore[arg-type]
+        await asyncio.wait_for(wait_for_hang(pipe, TIMEOUT), 3 * TIMEOUT)
     assert len(pipe.sent) > 1
 
 
 async def test_progress_in_a_long_step_is_no_hang():
     pipe = Pipe()
-    hang = asyncio.create_task(wait_for_hang(pipe, TIMEOUT))  # type: ignore[arg-type]
+    hang = asyncio.create_task(wait_for_hang(pipe, TIMEOUT))
     for _ in range(12):
         await asyncio.sleep(TIMEOUT / 4)
         pipe.num_received += 1
@@ -60,7 +60,7 @@ async def test_progress_in_a_long_step_is_no_hang():
 
 async def test_a_pause_of_the_client_is_no_hang():
     pipe = Pipe(lambda: True)
-    hang = asyncio.create_task(wait_for_hang(pipe, TIMEOUT))  # type: ignore[arg-type]
+    hang = asyncio.create_task(wait_for_hang(pipe, TIMEOUT))
     await asyncio.sleep(TIMEOUT / 2)
     time.sleep(3 * TIMEOUT)  # noqa: ASYNC251 - nothing runs meanwhile, as on a machine that swaps
     await asyncio.sleep(TIMEOUT / 2)
