@@ -1,11 +1,13 @@
-"""One HTTP request's sequences in the engine: submitted together, read as one stream, aborted together."""
+"""One HTTP request's sequences in the engine: submitted, read as one stream, counted and aborted together."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -14,10 +16,9 @@ from starlette.requests import ClientDisconnect
 from ...engine.client.async_engine import AsyncEngine
 from ...engine.client.output_processor import RequestOutput, RequestStream, RequestTimes, Wakeup
 from ...engine.errors import EngineDeadError, RequestError
-from ...engine.messages import Pooling, SamplingParams, TokenDynamics, TokenLogprobs
+from ...engine.messages import EngineStats, Pooling, SamplingParams, StepOutputs, TokenDynamics, TokenLogprobs
 from ..http.errors import ApiError, unavailable
 from ..http.middleware import RequestContext
-from .metrics import Metrics
 
 MAX_SEQUENCES = 1024
 MAX_LISTED_IDS = 2**22
@@ -51,13 +52,68 @@ class Choice:
         return "".join(self.pieces)
 
 
+class Histogram:
+    """Counts values in buckets, ten times as fast as prometheus_client's: one is updated at every token."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count `value`, `count` times."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+
+class Counts:
+    """What a served model has done so far; `Metrics` names and exposes it."""
+
+    def __init__(self, model_name: str, histograms: Sequence[Histogram]) -> None:
+        """Take one histogram for each row of `metrics.HISTOGRAMS`."""
+        self.model_name = model_name
+        self.num_prompt_tokens = self.num_generation_tokens = 0
+        self.responses: dict[int, int] = {}  # by HTTP status
+        # By finish reason. Each starts at 0, so that the first of its kind shows in a rate.
+        self.finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        self.experts = EngineStats()  # the last ones that had counts of experts
+        self.histograms = histograms
+        self.time_to_first_token, self.inter_token_latency, self._request_latency = histograms[:3]
+        self._phases = histograms[3:6]  # each between two moments of `RequestTimes`
+        self._lengths = histograms[6:8]
+        self._step_tokens, self._step_seconds = histograms[8:]
+
+    def on_step(self, outputs: StepOutputs) -> None:
+        """Count an engine step; messages without a step (a refusal, an abort) do not count."""
+        stats = outputs.stats
+        if stats.expert_tokens is not None:
+            self.experts = stats
+        if stats.step_tokens:
+            self._step_seconds.observe(stats.step_seconds)
+            self._step_tokens.observe(stats.step_tokens)
+
+    def on_answer(self, status: int) -> None:
+        """Count an HTTP response."""
+        self.responses[status] = self.responses.get(status, 0) + 1
+
+    def on_finish(self, reason: str, seconds: float, times: RequestTimes, prompt_tokens: int, tokens: int) -> None:
+        """Count a sequence that ended `seconds` after its arrival, and the phases that it reached."""
+        self.finished[reason] += 1
+        self._request_latency.observe(seconds)
+        for length, count in zip(self._lengths, (prompt_tokens, tokens), strict=True):
+            length.observe(count)
+        for phase, (begin, end) in zip(self._phases, pairwise(times), strict=True):
+            if 0 < begin < end:
+                phase.observe(end - begin)
+
+
 class Generation:
     """The sequences of one request: `n` for each prompt, in the order of the response's choices."""
 
     def __init__(
         self,
         engine: AsyncEngine,
-        metrics: Metrics,
+        counts: Counts,
         context: RequestContext,
         prompts: list[list[int]],
         params: Sequence[SamplingParams],
@@ -75,12 +131,12 @@ class Generation:
         """
         _check_size(engine, prompts, params, field, n, streams)
         self._engine = engine
-        self._metrics = metrics
+        self._counts = counts
         self.context = context
         self._arrival = context.arrival
         self.n = n
         self.params = params[0]
-        self.model_name = metrics.model_name
+        self.model_name = counts.model_name
         self.with_logprobs = self.params.logprobs is not None
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
@@ -134,15 +190,15 @@ class Generation:
 
     def _record(self, index: int, output: RequestOutput) -> None:
         """Update counts and times, and raise if the sequence failed."""
-        choice, times, metrics = self.choices[index], output.times, self._metrics
+        choice, times, counts = self.choices[index], output.times, self._counts
         new_tokens = output.num_output_tokens - choice.num_output_tokens
         if times.scheduled and not choice.times.scheduled and index % self.n == 0:  # each prompt once, as in `usage`
-            metrics.num_prompt_tokens += output.num_prompt_tokens
+            counts.num_prompt_tokens += output.num_prompt_tokens
         if new_tokens and not choice.num_output_tokens:
-            metrics.time_to_first_token.observe(times.first_token - self._arrival)
+            counts.time_to_first_token.observe(times.first_token - self._arrival)
         elif new_tokens:
-            metrics.inter_token_latency.observe((times.last_token - choice.times.last_token) / new_tokens, new_tokens)
-        metrics.num_generation_tokens += new_tokens
+            counts.inter_token_latency.observe((times.last_token - choice.times.last_token) / new_tokens, new_tokens)
+        counts.num_generation_tokens += new_tokens
         choice.num_output_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
         choice.times = times
@@ -165,7 +221,7 @@ class Generation:
         self._running -= 1
         seconds = time.monotonic() - self._arrival
         lengths = len(choice.prompt_token_ids), choice.num_output_tokens
-        self._metrics.on_finish(reason, seconds, choice.times, *lengths)
+        self._counts.on_finish(reason, seconds, choice.times, *lengths)
 
     async def collect(self) -> None:
         """Run to the end and keep everything in `choices`; raises `ClientDisconnect` as soon as the client is gone."""

@@ -1,19 +1,19 @@
-"""The server's metrics: each is defined here and only here, with vLLM's names and buckets where vLLM has it."""
+"""The server's metrics: each gets its name here and only here, with vLLM's names and buckets where vLLM has it."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, zip_longest
 
 import msgspec
-from prometheus_client import Counter, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from ...engine.client.output_processor import RequestTimes
-from ...engine.messages import EngineStats, StepOutputs
+from ...engine.messages import EngineStats
+from .generation import Counts, Histogram
 
 PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
 NOT_IN_VLLM = frozenset(
@@ -25,7 +25,6 @@ ENGINE_COUNTS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits",
 LABEL = "model_name"
 Family = GaugeMetricFamily | CounterMetricFamily
 Rows = Iterable[tuple[tuple[int, ...], float]]  # the values of the labels, and the metric's value for them
-REASONS = ("stop", "length", "abort", "error")
 FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
                        20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
 TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -49,7 +48,7 @@ HISTOGRAMS = (
 )
 
 
-class Metrics(Collector):
+class Metrics(Counts, Collector):
     """The metrics of one served model.
 
     `stats` returns the engine's latest state. Counts continue when a new engine replaces a dead one. With `vllm_names`,
@@ -57,23 +56,12 @@ class Metrics(Collector):
     """
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool = False) -> None:
-        self.model_name = model_name
+        super().__init__(model_name, [Histogram(buckets) for *_, buckets in HISTOGRAMS])
         self._vllm_names = vllm_names
         self._stats = stats
         self._previous = EngineStats()  # totals of the engines before this one
-        self._experts = EngineStats()  # the last ones that had counts of experts
         self._num_restarts = 0
-        self._responses: dict[int, int] = {}
-        self.num_prompt_tokens = self.num_generation_tokens = 0
-        self._histograms = [Histogram(model_name, PREFIX + name, text, buckets) for name, text, buckets in HISTOGRAMS]
-        self.time_to_first_token, self.inter_token_latency, self.request_latency = self._histograms[:3]
-        self._phases = self._histograms[3:6]  # each between two moments of `RequestTimes`
-        self._lengths = self._histograms[6:8]
-        self._step_tokens, self._step_seconds = self._histograms[8:]
-        labels = [LABEL, "finished_reason"]
-        self._success = Counter(PREFIX + "request_success", "Sequences that ended.", labels, registry=None)
-        # Every reason starts at 0, so that the first of its kind shows in a rate.
-        self._finished = {reason: self._success.labels(model_name, reason) for reason in REASONS}
+        self._created = time.time()
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric under its own name."""
@@ -99,7 +87,7 @@ class Metrics(Collector):
         rows: Rows = (((n,), count) for n, count in enumerate(accepted))
         text = "Draft tokens accepted, by position in their draft."
         yield self._family(counter, "pyllm:spec_decode_num_accepted_tokens_per_pos", text, rows, "position")
-        rows = (((status,), count) for status, count in sorted(self._responses.items()))
+        rows = (((status,), count) for status, count in sorted(self.responses.items()))
         text = "Responses by HTTP status, except to probes; 499: the client left first."
         yield self._family(counter, "pyllm:http_responses", text, rows, "status")
         layers = enumerate(now.expert_tokens or ())
@@ -108,9 +96,16 @@ class Metrics(Collector):
         rows = (((layer,), count) for layer, count in enumerate(now.expert_reroutes or ()))
         text = "Tokens that mu sent to another expert than their id's."
         yield self._family(counter, "pyllm:expert_reroutes", text, rows, "layer")
-        for histogram in self._histograms:
-            yield histogram.family()
-        yield from self._success.collect()
+        for (name, text, _), histogram in zip(HISTOGRAMS, self.histograms, strict=True):
+            bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
+            buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+            shown = HistogramMetricFamily(PREFIX + name, text, labels=[LABEL])
+            shown.add_metric([self.model_name], buckets=buckets, sum_value=histogram.sum)
+            yield shown
+        success = counter(PREFIX + "request_success", "Sequences that ended.", labels=[LABEL, "finished_reason"])
+        for reason, count in self.finished.items():
+            success.add_metric([self.model_name, reason], count, created=self._created)
+        yield success
 
     def _family(self, kind: type[Family], name: str, text: str, rows: Rows, *labels: str) -> Metric:
         """Return a metric with one value for each combination of its labels."""
@@ -121,12 +116,12 @@ class Metrics(Collector):
 
     def follow(self, stats: Callable[[], EngineStats]) -> None:
         """Continue with a new engine, whose own counts start at 0."""
-        self._previous, self._stats, self._experts = self._totals(), stats, EngineStats()
+        self._previous, self._stats, self.experts = self._totals(), stats, EngineStats()
         self._num_restarts += 1
 
     def _totals(self) -> EngineStats:
         """Return the engine's latest state, with the counts of all engines so far."""
-        now, previous, experts = self._stats(), self._previous, self._experts
+        now, previous, experts = self._stats(), self._previous, self.experts
         no_experts: list[int] = []
         rows = zip_longest(previous.expert_tokens or (), experts.expert_tokens or (), fillvalue=no_experts)
         return msgspec.structs.replace(
@@ -137,29 +132,6 @@ class Metrics(Collector):
             expert_reroutes=_sums(previous.expert_reroutes or (), experts.expert_reroutes or ()),
         )
 
-    def on_step(self, outputs: StepOutputs) -> None:
-        """Count an engine step; messages without a step (a refusal, an abort) do not count."""
-        stats = outputs.stats
-        if stats.expert_tokens is not None:
-            self._experts = stats
-        if stats.step_tokens:
-            self._step_seconds.observe(stats.step_seconds)
-            self._step_tokens.observe(stats.step_tokens)
-
-    def on_answer(self, status: int) -> None:
-        """Count an HTTP response."""
-        self._responses[status] = self._responses.get(status, 0) + 1
-
-    def on_finish(self, reason: str, seconds: float, times: RequestTimes, prompt_tokens: int, tokens: int) -> None:
-        """Count a sequence that ended `seconds` after its arrival, and the phases that it reached."""
-        self._finished[reason].inc()
-        self.request_latency.observe(seconds)
-        for length, count in zip(self._lengths, (prompt_tokens, tokens), strict=True):
-            length.observe(count)
-        for phase, (begin, end) in zip(self._phases, pairwise(times), strict=True):
-            if 0 < begin < end:
-                phase.observe(end - begin)
-
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self) + (generate_latest(_VllmNames(self)) if self._vllm_names else b"")
@@ -168,28 +140,6 @@ class Metrics(Collector):
 def _sums(first: Sequence[int], second: Sequence[int]) -> list[int]:
     """Add two lists item by item; the shorter one is padded with 0."""
     return [sum(pair) for pair in zip_longest(first, second, fillvalue=0)]
-
-
-class Histogram:
-    """A histogram for one thread, ten times as fast as prometheus_client's: one is updated at every token."""
-
-    def __init__(self, model_name: str, name: str, text: str, buckets: tuple[float, ...]) -> None:
-        self._model_name, self._name, self._text, self._bounds = model_name, name, text, buckets
-        self._counts = [0] * (len(buckets) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, count: int = 1) -> None:
-        """Count `value`, `count` times."""
-        self._counts[bisect_left(self._bounds, value)] += count
-        self._sum += value * count
-
-    def family(self) -> HistogramMetricFamily:
-        """Return the counts as a metric."""
-        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-        family = HistogramMetricFamily(self._name, self._text, labels=[LABEL])
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        family.add_metric([self._model_name], buckets=buckets, sum_value=self._sum)
-        return family
 
 
 class _VllmNames(Collector):
