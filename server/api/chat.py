@@ -17,15 +17,21 @@ from ..chat.served_model import ServedModel
 from ..chat.tool_calls import Part
 from ..chat.turn import Turn, prepare_turn, read_turn
 from ..generation.generation import Choice, Generation
-from ..generation.streaming import EventStream
+from ..generation.streaming import Chunks, EventStream, join_fields, show_details
 from ..generation.token_details import chat_logprobs, show_prompt_logprobs
 from ..http.body import off_loop_if_large
 from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
-from .chat_input import Messages, TemplateOptions, ToolCall, read_chat
-from .chunks import Chunks, join_fields, show_details
 from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, TokenLogprob, Usage
-from .reading import read_response_format, read_sampling, start_generation
+from .reading import (
+    Messages,
+    TemplateOptions,
+    ToolCall,
+    read_chat,
+    read_response_format,
+    read_sampling,
+    start_generation,
+)
 from .types import MAX_INT, MAX_TOOLS, SchemaName, StrictModel
 
 

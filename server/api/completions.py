@@ -19,12 +19,11 @@ from ..chat.served_model import ServedModel
 from ..chat.truncation import encode_prompts
 from ..chat.turn import sampling_params
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation
-from ..generation.streaming import EventStream
+from ..generation.streaming import Chunks, EventStream, join_fields, show_details
 from ..generation.token_details import LegacyLogprobs, show_prompt_logprobs
 from ..http.body import off_loop_if_large
 from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
-from .chunks import Chunks, join_fields, show_details
 from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, Usage
 from .reading import read_response_format, read_sampling, start_generation
 from .types import MAX_INT, MAX_PROMPTS, StrictModel, Text, TokenIds

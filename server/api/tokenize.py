@@ -14,7 +14,7 @@ from ..chat.turn import prepare_turn
 from ..http.body import off_loop_if_large
 from ..http.errors import JsonResponse
 from ..http.middleware import RequestContext
-from .chat_input import Messages, TemplateOptions, read_chat
+from .reading import Messages, TemplateOptions, read_chat
 from .types import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 
 LARGE_IDS = 4000  # this many token ids or more are converted to text off the event loop
