@@ -128,7 +128,7 @@ class Backend:
         a = self.rms_norm(x, layer.input_norm, config.rms_norm_eps)
         if mu is not None and layer.kqv_proj.shape[1] > a.shape[1]:
             a = torch.cat((a, mu), dim=-1)
-        kqv = self.linear(a, layer.kqv_proj).unflatten(-1, (-1, config.head_dim))
+        kqv = self.linear(a, layer.kqv_proj).unflatten(-1, (-1, layer.head_dim))
         kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
         k, q, v = kqv.split((kv_heads, heads, kv_heads), dim=1)  # [T, heads, D] each
         if layer.q_norm is not None and layer.k_norm is not None:

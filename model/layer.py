@@ -28,7 +28,8 @@ class DeepLayer(nn.Module):
         self.contextual_mu = arch.contextual_mu
         self._dtype, self._device = dtype, device
 
-        hidden, head_dim = config.hidden_size, config.head_dim
+        hidden = config.hidden_size
+        head_dim = self.head_dim = config.head_dim
         kv_size, q_size = config.num_key_value_heads * head_dim, config.num_attention_heads * head_dim
         # The first layer of a network with dynamics has no mu from below.
         takes_mu = arch.mu_attention and (index > 0 or arch.mu_guidance)

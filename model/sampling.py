@@ -7,17 +7,41 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .draw_params import DrawParams
-from .transfer import upload
 
 FIRST_CANDIDATES = 128
 _MASK_53 = (1 << 53) - 1
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """`values`, made on the host, on `device`; a copy to a GPU takes its turn there, and the host continues at once."""
+    if device.type != "cuda":
+        return values.to(device)
+    # From pageable memory the host would wait until the device has done all it was given before.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def download(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy `values` to the host; what is returned waits for that, and gives the copy."""
+    if values.device.type != "cuda":
+        copy = values.clone()
+        return lambda: copy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return host
+
+    return wait
 
 
 def sampling_rows(params: Sequence[DrawParams], positions: Sequence[int]) -> dict[str, Sequence[float]]:

@@ -12,8 +12,7 @@ from torch import Tensor
 from ...model.backend import AttentionMetadata
 from ...model.fp8 import FP8
 from ...model.network import DeepNetwork
-from ...model.sampling import SamplingBatch
-from ...model.transfer import download, upload
+from ...model.sampling import SamplingBatch, download, upload
 from ..config import ResolvedConfig
 from ..grammar.state import MaskMaker
 from ..messages import TokenDynamics

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from ...model.backend import AttentionMetadata
 from ...model.network import DeepNetwork, LayerState
-from ...model.sampling import SamplingBatch, sampling_rows
-from ...model.transfer import upload
+from ...model.sampling import SamplingBatch, sampling_rows, upload
 from ..step.scheduler import ScheduledSequence
 from .expert_stats import ExpertStats
 from .flat_step import flatten

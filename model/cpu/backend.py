@@ -136,7 +136,7 @@ class NativeBackend(Backend):
         if self._uncached is None or self._uncached[0] is not metadata:
             config, lengths = layer.config, metadata.seq_lens
             longest = max(lengths)
-            shape = (1, 2, len(lengths), longest, config.num_key_value_heads, config.head_dim)
+            shape = (1, 2, len(lengths), longest, config.num_key_value_heads, layer.head_dim)
             cache = self.new_kv_cache(shape, layer.o_proj.dtype, torch.device("cpu"))
             tables = torch.arange(len(lengths), dtype=torch.int32)[:, None]
             slots = torch.cat([n * longest + torch.arange(length) for n, length in enumerate(lengths)])

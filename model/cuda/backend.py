@@ -241,7 +241,7 @@ class TritonBackend(Backend):
     ) -> Tensor:
         """Attention over the pages of one layer [2, blocks, block_size, KV, D]: kqv [T, ..] -> [T, heads * D]."""
         config, tokens = layer.config, len(kqv)
-        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, layer.head_dim
         out = kqv.new_empty((tokens, heads * size), dtype=layer.o_proj.dtype)
         q_norm, k_norm = layer.q_norm, layer.k_norm
         norms = (kqv, kqv) if q_norm is None or k_norm is None else (q_norm, k_norm)
