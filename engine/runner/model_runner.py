@@ -1,8 +1,8 @@
-"""Turn scheduled steps into flat tensors, run the network and sample."""
+"""Turn scheduled steps into flat tensors, run the network and sample; count the work of its experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,18 +11,20 @@ from torch import Tensor
 
 from ...model.backend import AttentionMetadata
 from ...model.fp8 import FP8
-from ...model.network import DeepNetwork
+from ...model.network import DeepNetwork, LayerState
 from ...model.sampling import SamplingBatch, download, upload
 from ..config import ResolvedConfig
 from ..grammar.state import MaskMaker
 from ..messages import TokenDynamics
 from ..step.request import SampledToken
-from ..step.scheduler import ScheduledSequence
-from .expert_stats import ExpertStats
-from .flat_step import flatten
+from ..step.scheduler import ScheduledSequence, flatten
 from .prompt_reader import read_prompts
 from .sampler import Sampler
 from .step_graphs import GraphMaker, StepGraphs
+
+MAX_STEPS = 256
+MAX_TOKENS = 65536
+"""Most steps, and most tokens in them, that are collected before their experts are counted together."""
 
 
 class DeviceStep:
@@ -59,7 +61,7 @@ class ModelRunner:
     ) -> StepGraphs:
         """Record graphs, which the steps that fit use from now on; see `StepGraphs`."""
         longest = self.config.max_model_len
-        self.graphs = StepGraphs(self.model, self.kv_cache, self._draws, self.expert_stats, maker, longest)
+        self.graphs = StepGraphs(self.model, self.kv_cache, self._draws, maker, longest)
         self.graphs.capture(sizes, token_counts)
         return self.graphs
 
@@ -72,11 +74,12 @@ class ModelRunner:
         if tokens is None:
             if not requests:
                 return DeviceStep(self._draws[:0], ())
-            ends = np.cumsum([sequence.num_tokens for sequence in sequences])
-            last = upload(torch.from_numpy(ends[rows] - 1), hidden.device)
+            if len(requests) < len(hidden):
+                ends = np.cumsum([sequence.num_tokens for sequence in sequences])
+                hidden = hidden[upload(torch.from_numpy(ends[rows] - 1), hidden.device)]
             params, positions = [r.params for r in requests], [r.num_tokens for r in requests]
             batch = SamplingBatch.build(params, positions, hidden.device, full=self.model.ops.capturable)
-            tokens = self.model.ops.draw(self.model.logits(hidden[last]), batch)
+            tokens = self.model.ops.draw(self.model.logits(hidden), batch)
             self._draws[: len(tokens)].copy_(tokens)
             rows = range(len(tokens))
         for row, request in zip(rows, requests, strict=True):
@@ -89,7 +92,7 @@ class ModelRunner:
 
         A sequence's own token is followed by those drawn after each token of its draft, as if that token was right.
         """
-        if self.graphs is not None and not any(s.request.needs_tokens or s.draft for s in sequences):
+        if not any(s.request.needs_tokens or s.draft for s in sequences):
             return self.launch(sequences).read()
         ends = np.cumsum([sequence.num_tokens for sequence in sequences]).tolist()
         draws = [  # each position that is drawn for, with the guessed tokens before it
@@ -134,7 +137,10 @@ class ModelRunner:
         observed of the tokens `watched`.
         """
         if self.graphs is not None and (result := self.graphs.run(sequences)) is not None:
-            return *result, []
+            hidden, tokens, seen = result
+            if seen is not None:
+                self.expert_stats.add(seen[0], seen[1:])
+            return hidden, tokens, []
         input_ids, positions, metadata = self.prepare(sequences)
         self.expert_stats.begin(watched)
         hidden = self.model(input_ids, positions, metadata, self.kv_cache, observer=self.expert_stats)
@@ -159,3 +165,110 @@ class ModelRunner:
             indices, rows = (upload(torch.from_numpy(each), device) for each in flat.pending)
             input_ids.index_copy_(0, indices, self._draws.index_select(0, rows))
         return input_ids, upload(torch.from_numpy(flat.positions), device), metadata
+
+
+class ExpertStats:
+    """An observer of the network, between `begin` and `end` of a step: its experts' work, and single tokens' dynamics.
+
+    It counts on the network's device, and waits for the counts only when they are asked for.
+    """
+
+    def __init__(self, model: DeepNetwork) -> None:
+        layers = model.layers
+        tables = [layer.token_to_expert for layer in layers if layer.token_to_expert is not None]
+        self._shape = len(tables), model.config.experts if tables else 0
+        # [layers, vocab], the expert of each id. Mu can choose another only if there is a router.
+        routed = any(layer.router is not None for layer in layers)
+        self._own = torch.stack(tables).to(torch.uint8) if tables and routed else None
+        self._offsets = torch.arange(len(layers), device=model.device)[:, None] * self._shape[1]
+        self._counts = torch.zeros(self._shape[0] * self._shape[1], dtype=torch.int64, device=model.device)
+        self._reroutes = torch.zeros(len(layers), dtype=torch.int64, device=model.device)
+        self._steps: list[tuple[Tensor, Tensor | list[Tensor]]] = []
+        self._num_tokens = 0
+        self._experts: list[Tensor] = []
+        self._norms: list[tuple[Tensor | None, Tensor | None]] = []
+        self._rows: Tensor | None = None
+        self.on_layer: Callable[[], None] | None = None
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self._steps.clear()
+        self._num_tokens = 0
+        self._counts.zero_()
+        self._reroutes.zero_()
+
+    def begin(self, rows: Tensor | None) -> None:
+        """Expect the layers of one step; `rows` int64 [R] are the tokens to report."""
+        self._experts, self._norms, self._rows = [], [], rows
+
+    def __call__(self, state: LayerState) -> None:
+        """Observe one layer."""
+        if self.on_layer is not None:
+            self.on_layer()
+        if state.experts is not None:
+            self._experts.append(state.experts)
+        if self._rows is not None:
+            self._norms.append((_norms(state.mu, self._rows), _norms(state.velocity, self._rows)))
+
+    def end(self, input_ids: Tensor) -> list[TokenDynamics]:
+        """Count the step's tokens, int64 [T]; report those of its `rows`."""
+        if self._experts:
+            self.add(input_ids, self._experts)
+        if self._rows is None:
+            return []
+        ids = input_ids[self._rows]
+        chosen = [experts[self._rows] for experts in self._experts]
+        experts = torch.stack(chosen) if chosen else ids.new_zeros((0, len(ids)))  # [layers, R]
+        own = experts if self._own is None else self._own[:, ids]
+        rerouted = (experts != own).T.tolist()
+        mu, velocity = (_columns([pair[side] for pair in self._norms], len(ids)) for side in (0, 1))
+        return [
+            TokenDynamics(
+                input_token_id=token_id, experts=used, rerouted=rerouted[n], mu_norm=mu[n], velocity_norm=velocity[n]
+            )
+            for n, (token_id, used) in enumerate(zip(ids.tolist(), experts.T.tolist(), strict=True))
+        ]
+
+    def add(self, ids: Tensor, experts: Tensor | list[Tensor]) -> None:
+        """Count a step's tokens, int64 [T], and their experts, int64 [layers, T] or a [T] per layer."""
+        self._steps.append((ids, experts))
+        self._num_tokens += len(ids)
+        if len(self._steps) == MAX_STEPS or self._num_tokens >= MAX_TOKENS:
+            self._fold()
+
+    def count(self) -> tuple[list[list[int]], list[int]]:
+        """Return the tokens so far of each layer's experts, and each layer's rerouted tokens; empty without experts."""
+        self._fold()
+        tokens: list[list[int]] = self._counts.view(self._shape).tolist()
+        return tokens, self._reroutes.tolist() if tokens else []
+
+    @torch.inference_mode()
+    def _fold(self) -> None:
+        """Count the collected steps; many at once cost hardly more than one."""
+        if not self._steps:
+            return
+        ids = torch.cat([ids for ids, _ in self._steps])
+        layers = zip(*(experts for _, experts in self._steps), strict=True)
+        experts = torch.stack([torch.cat(layer) for layer in layers])  # [layers, T]
+        self._steps.clear()
+        self._num_tokens = 0
+        places = (experts + self._offsets).flatten()
+        self._counts.scatter_add_(0, places, torch.ones_like(places))
+        if self._own is not None:
+            self._reroutes += (experts != self._own[:, ids]).sum(dim=1)
+
+
+def _norms(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Compute Euclidean norms of some rows of [T, H]: FP32 [R]."""
+    if values is None:
+        return None
+    # A GPU's order of summation depends on the number of rows; FP64 hides that in FP32 results.
+    norms: Tensor = torch.linalg.vector_norm(values[rows], dim=-1, dtype=torch.float64).float()
+    return norms
+
+
+def _columns(layers: list[Tensor | None], rows: int) -> list[list[float]]:
+    """Turn an [R] per layer into a list per row, empty if the network lacks the value."""
+    known = [layer for layer in layers if layer is not None]
+    columns: list[list[float]] = torch.stack(known, dim=1).tolist() if known else [[]] * rows
+    return columns

@@ -24,9 +24,7 @@ from torch import Tensor
 from ...model.backend import AttentionMetadata
 from ...model.network import DeepNetwork, LayerState
 from ...model.sampling import SamplingBatch, sampling_rows, upload
-from ..step.scheduler import ScheduledSequence
-from .expert_stats import ExpertStats
-from .flat_step import flatten
+from ..step.scheduler import ScheduledSequence, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -143,14 +141,12 @@ class StepGraphs:
         model: DeepNetwork,
         kv_cache: Tensor,  # the last block absorbs padding writes, where the backend has any
         draws: Tensor,  # int64 [max_num_seqs + 1], the last step's draws and a zero
-        expert_stats: ExpertStats,
         maker: GraphMaker,
         max_model_len: int,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._draws = draws
-        self._expert_stats = expert_stats
         self._maker = maker
         self._most = len(draws) - 1
         self._block_size = kv_cache.shape[3]
@@ -190,11 +186,12 @@ class StepGraphs:
                     logger.warning("Graphs took too much time or memory: steps smaller than %d are padded to it", size)
                     break
 
-    def run(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor] | None:
+    def run(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Begin a step, whose pending tokens are read from the last step's draws.
 
         Returns:
-            Hidden states FP32 [T, H] and drawn tokens int64 [S], until the next step; None if no graph fits.
+            Hidden states FP32 [T, H] and drawn tokens int64 [S], until the next step; and the tokens' ids and experts,
+            int64 [1 + layers, T], if there are experts. None if no graph fits.
         """
         graph = self._graph_for(sequences)
         if graph is None:
@@ -202,10 +199,8 @@ class StepGraphs:
         num_tokens = self._fill(graph, sequences)
         graph.buffers.send()
         graph.replay()
-        if graph.seen is not None:
-            seen = graph.seen[:, :num_tokens].clone()  # it is counted later
-            self._expert_stats.add(seen[0], seen[1:])
-        return graph.hidden[:num_tokens], graph.tokens[: len(sequences)]
+        seen = None if graph.seen is None else graph.seen[:, :num_tokens].clone()  # it is counted later
+        return graph.hidden[:num_tokens], graph.tokens[: len(sequences)], seen
 
     @torch.inference_mode()
     def replay_last(self) -> None:

@@ -30,7 +30,7 @@ import torch
 from pyllm.engine import process
 from pyllm.engine.client.launch import EngineProcess
 from pyllm.engine.messages import StepOutputs
-from pyllm.engine.runner.expert_stats import ExpertStats
+from pyllm.engine.runner.model_runner import ExpertStats
 from pyllm.engine.step.core import EngineCore
 from pyllm.engine.step.request import Request, SampledToken
 from pyllm.engine.step.runner import LaunchedStep, Runner
