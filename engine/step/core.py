@@ -293,16 +293,16 @@ class EngineCore:
             return None
         request.append(draws[0].token_id)
         kept = 1
-        while kept < len(draws) and draws[kept - 1].token_id == draft[kept - 1] and not request.finish_reason:
-            request.append(draws[kept].token_id)
-            kept += 1
-        self.scheduler.kv_cache.advance(request, sequence.num_tokens - len(draws) + kept)
         if draft and request.drafter is not None:
-            request.drafter.record(num_accepted=kept - 1)
+            correct = request.drafter.verify(draft, [draw.token_id for draw in draws])
+            while kept <= correct and not request.finish_reason:
+                request.append(draws[kept].token_id)
+                kept += 1
             self._num_drafts += 1
             self._num_draft_tokens += len(draft)
             for position in range(kept - 1):
                 self._num_accepted[position] += 1
+        self.scheduler.kv_cache.advance(request, sequence.num_tokens - len(draft) - 1 + kept)
         if request.finish_reason == "error" and request.grammar is not None:  # drawn without a mask: discarded
             return failure_of(request, RequestError(request.grammar.error))
         output = request.output(draws[:kept])

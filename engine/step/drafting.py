@@ -1,8 +1,8 @@
 """Drafts of a sequence's next tokens, found in the sequence itself: prompt lookup (Saxena 2023).
 
 If the last few tokens have occurred before, what followed them then is a good guess of what follows now: in code,
-quotations and tables. The network computes a whole draft in one step, and
-`EngineCore._advance` accepts or rejects its tokens. A token's draw depends on its seed and position
+quotations and tables. The network computes a whole draft in one step, a token is drawn after each of its tokens, and
+`Drafter.verify` keeps those up to the first that was guessed wrong. A token's draw depends on its seed and position
 alone, so drafts change when tokens are drawn, never which.
 """
 
@@ -16,7 +16,7 @@ MAX_PAUSE = 64
 
 
 class Drafter:
-    """Proposes the next tokens of one sequence.
+    """Proposes the next tokens of one sequence, and verifies them once they are drawn.
 
     The position after each n-gram's last occurrence is kept, so that the cost of a proposal does not depend on the
     sequence's length. After drafts with no correct token it pauses, twice as long each time.
@@ -47,7 +47,10 @@ class Drafter:
                 return [following[n % len(following)] for n in range(min(most, self.settings.num_speculative_tokens))]
         return []
 
-    def record(self, num_accepted: int) -> None:
-        """Learn how many tokens of the last draft were correct."""
-        self._pause = 0 if num_accepted else min(max(2 * self._pause, 1), MAX_PAUSE)
+    def verify(self, draft: Sequence[int], drawn: Sequence[int]) -> int:
+        """Count the first tokens of its last draft that equal those drawn; pause if there is none."""
+        pairs = enumerate(zip(draft, drawn, strict=False))
+        correct = next((n for n, (guess, token) in pairs if guess != token), len(draft))
+        self._pause = 0 if correct else min(max(2 * self._pause, 1), MAX_PAUSE)
         self._wait = self._pause
+        return correct

@@ -37,13 +37,13 @@ def test_wrong_guesses_make_it_pause_for_longer_and_longer():
     tokens, pauses = [1, 2, 1], []
     for _ in range(4):
         assert drafter.propose(tokens, 4)
-        drafter.record(0)
+        assert drafter.verify([7, 8], [9, 8]) == 0
         pause = 0
         while not drafter.propose(tokens, 4):
             pause += 1
         pauses.append(pause)
     assert pauses == [1, 2, 4, 8]
-    drafter.record(1)
+    assert drafter.verify([7, 8], [7, 9]) == 1
     assert drafter.propose(tokens, 4)
 
 
