@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import sampling
 from .fp8 import FP8, narrow
-from .layer import DeepLayer, DynamicsLayer
+from .parameters import DeepLayer, DynamicsLayer
 
 QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
 MAX_BETA = 2.0

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .layer import DeepLayer
+from .parameters import DeepLayer
 
 FP8 = torch.float8_e4m3fn
 MAX_FP8 = 448.0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .backend import AttentionMetadata, Backend
 from .config import Architecture, CheckpointError, DeepConfig
-from .layer import DeepLayer, DynamicsLayer, GuidedLayer
+from .parameters import DeepLayer, DynamicsLayer, GuidedLayer
 
 
 class LayerState(NamedTuple):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
 PLANTED = {
-    "floors: server > engine > model": ("model/layer.py", "from ..engine import messages"),
+    "floors: server > engine > model": ("model/parameters.py", "from ..engine import messages"),
     "rooms of server": ("server/generation/generation.py", "from ..chat import turn"),
     "rooms of engine": ("engine/step/scheduler.py", "from ..runner import model_runner"),
     "rooms of model": ("model/network.py", "from .cpu import backend"),

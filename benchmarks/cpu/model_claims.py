@@ -31,8 +31,8 @@ from pyllm.model import DeepForCausalLM
 from pyllm.model.backend import AttentionMetadata, Backend
 from pyllm.model.checkpoint.loader import load_checkpoint
 from pyllm.model.config import DeepConfig
-from pyllm.model.layer import DeepLayer
 from pyllm.model.network import LayerState
+from pyllm.model.parameters import DeepLayer
 from pyllm.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from pyllm.benchmarks.gpu.gpu_kernels import PAGE, step_of
 from pyllm.benchmarks.gpu.gpu_measure import Machine
 from pyllm.model.cuda.backend import TritonBackend
 from pyllm.model.fp8 import FP8, has_fp8
-from pyllm.model.layer import DeepLayer
+from pyllm.model.parameters import DeepLayer
 
 
 @torch.inference_mode()

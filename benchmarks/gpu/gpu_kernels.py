@@ -21,7 +21,7 @@ from pyllm.model.backend import AttentionMetadata, Backend
 from pyllm.model.config import DeepConfig
 from pyllm.model.draw_params import DrawParams
 from pyllm.model.fp8 import FP8, has_fp8
-from pyllm.model.layer import DeepLayer
+from pyllm.model.parameters import DeepLayer
 
 PAGE = 16
 LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1.5e-2}

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..backend import HIGHWAY_SHARE, AttentionMetadata, Backend, Rope
 from ..config import DeepConfig
-from ..layer import DeepLayer, DynamicsLayer
 from ..network import DeepNetwork
+from ..parameters import DeepLayer, DynamicsLayer
 from .packing import Attention, Dynamics, Matrix, Mlp, Packer, Step, pointer
 
 CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"})

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import BASE_EXPERT_SCORE, MAX_BETA, MAX_VELOCITY, QK_NORM_EPS, lazy_zeros
-from ..layer import DeepLayer, DynamicsLayer, GuidedLayer
 from ..network import DeepNetwork
+from ..parameters import DeepLayer, DynamicsLayer, GuidedLayer
 
 LANES = 16
 PANELS = 4

@@ -25,8 +25,8 @@ from ..backend import (
     Backend,
 )
 from ..config import DeepConfig
-from ..layer import DeepLayer, DynamicsLayer
 from ..network import DeepNetwork
+from ..parameters import DeepLayer, DynamicsLayer
 from ..sampling import SamplingBatch
 from .blocks import BUSY, ONE_BLOCK, WIDE, Blocks, FixedBlocks, power_of_two
 

@@ -28,7 +28,7 @@ from support.checkpoint_files import (
 )
 
 from pyllm.model.checkpoint.loader import save_checkpoint
-from pyllm.model.layer import DynamicsLayer
+from pyllm.model.parameters import DynamicsLayer
 
 GOLDEN = Path(__file__).resolve().parents[3].parent / "shared" / "golden"
 

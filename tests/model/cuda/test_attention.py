@@ -13,7 +13,7 @@ from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM
 from pyllm.model.backend import Backend
 from pyllm.model.cuda import backend as cuda
 from pyllm.model.fp8 import FP8
-from pyllm.model.layer import DeepLayer
+from pyllm.model.parameters import DeepLayer
 
 SHAPES = {
     "head dim 16, two queries a head": (4, 2, 16),

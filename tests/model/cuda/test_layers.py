@@ -11,7 +11,7 @@ from support.checkpoints import TINY, random_model
 from pyllm.model import Architecture, DeepConfig, DeepForCausalLM
 from pyllm.model.backend import Backend
 from pyllm.model.cuda import backend as cuda
-from pyllm.model.layer import DeepLayer
+from pyllm.model.parameters import DeepLayer
 
 SMALL = replace(
     TINY, vocab_size=60, hidden_size=48, intermediate_size=104, num_attention_heads=2, num_key_value_heads=1,

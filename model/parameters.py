@@ -1,8 +1,7 @@
-"""The parameters of one layer, stacked so that each input is multiplied once.
+"""The parameters of one layer, stacked so that each input is multiplied once; `Backend` computes with them.
 
 A tensor that the checkpoint's era lacks is None. Large matrices are [out, in] in the model's dtype; norms, biases and
-the router are FP32 in every mode. The equations are `DeepNetwork.forward` and the operations in `Backend`;
-`Backend.route` chooses the experts.
+the router are FP32 in every mode.
 """
 
 from __future__ import annotations
