@@ -153,14 +153,11 @@ def _first_words(error: Exception) -> str:
 def _capture(runner: ModelRunner, maker: GraphMaker) -> GraphInfo | None:
     """Record steps as graphs; if that fails, log a warning and return None, because everything works without them."""
     try:
-        graphs = runner.capture(maker, token_counts=token_counts(runner.config.max_num_batched_tokens))
+        return runner.capture(maker, token_counts=token_counts(runner.config.max_num_batched_tokens))
     except RuntimeError as error:
         runner.graphs = None
         logger.warning("CUDA graphs cannot be recorded; all but very large steps are slower: %s", _first_words(error))
         return None
-    return GraphInfo(
-        sizes=tuple(graphs.sizes), mixed_sizes=tuple(graphs.mixed_sizes), seconds=graphs.seconds, bytes=graphs.bytes
-    )
 
 
 def step_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:

@@ -161,8 +161,8 @@ def engine_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[
     core = make_core(machine, model, 2 if machine.dry else 256)
     assert isinstance(core.runner, ModelRunner)
     if core.runner.graphs is not None:
-        add("graphs", "s to record all", core.runner.graphs.seconds)
-        add("graphs", "MiB of them", core.runner.graphs.bytes / 2**20)
+        add("graphs", "s to record all", core.runner.graphs.info.seconds)
+        add("graphs", "MiB of them", core.runner.graphs.info.bytes / 2**20)
     for length in lengths:
         for each, name in ((core, ""), (apart, ", only decodes as graphs")):
             times = [first_token_seconds(each, prompt(draw, config, length)) for _ in range(2 if machine.dry else 6)]

@@ -15,8 +15,9 @@ from ...model.network import DeepNetwork, LayerState
 from ...model.sampling import SamplingBatch, download, upload
 from ..config import ResolvedConfig
 from ..grammar.state import MaskMaker
-from ..messages import TokenDynamics
+from ..messages import GraphInfo, TokenDynamics
 from ..step.request import SampledToken
+from ..step.runner import LaunchedStep
 from ..step.scheduler import ScheduledSequence, flatten
 from .prompt_reader import read_prompts
 from .sampler import Sampler
@@ -25,19 +26,6 @@ from .step_graphs import GraphMaker, StepGraphs
 MAX_STEPS = 256
 MAX_TOKENS = 65536
 """Most steps, and most tokens in them, that are collected before their experts are counted together."""
-
-
-class DeviceStep:
-    """A step that the device is computing or has computed."""
-
-    def __init__(self, tokens: Tensor, rows: Sequence[int]) -> None:
-        self._wait = download(tokens)
-        self._rows = rows  # of the sampling sequences, in order
-
-    def read(self) -> list[SampledToken]:
-        """Wait for the drawn tokens."""
-        tokens = self._wait().tolist()
-        return [SampledToken(tokens[row], None) for row in self._rows]
 
 
 class ModelRunner:
@@ -58,22 +46,20 @@ class ModelRunner:
 
     def capture(
         self, maker: GraphMaker, sizes: Sequence[int] | None = None, token_counts: Sequence[int] = ()
-    ) -> StepGraphs:
+    ) -> GraphInfo:
         """Record graphs, which the steps that fit use from now on; see `StepGraphs`."""
-        longest = self.config.max_model_len
-        self.graphs = StepGraphs(self.model, self.kv_cache, self._draws, maker, longest)
-        self.graphs.capture(sizes, token_counts)
-        return self.graphs
+        self.graphs = StepGraphs(self.model, self.kv_cache, self._draws, maker, self.config.max_model_len)
+        return self.graphs.capture(sizes, token_counts)
 
     @torch.inference_mode()
-    def launch(self, sequences: Sequence[ScheduledSequence]) -> DeviceStep:
+    def launch(self, sequences: Sequence[ScheduledSequence]) -> LaunchedStep:
         """Begin a step in which no request `needs_tokens`; pending tokens are read from the last step's draws."""
         rows: Sequence[int] = [row for row, sequence in enumerate(sequences) if sequence.samples]
         requests = [sequences[row].request for row in rows]
         hidden, tokens, _ = self._forward(sequences)
         if tokens is None:
             if not requests:
-                return DeviceStep(self._draws[:0], ())
+                return list
             if len(requests) < len(hidden):
                 ends = np.cumsum([sequence.num_tokens for sequence in sequences])
                 hidden = hidden[upload(torch.from_numpy(ends[rows] - 1), hidden.device)]
@@ -84,7 +70,13 @@ class ModelRunner:
             rows = range(len(tokens))
         for row, request in zip(rows, requests, strict=True):
             request.draw_row = row
-        return DeviceStep(tokens, rows)
+        wait = download(tokens)
+
+        def read() -> list[SampledToken]:
+            drawn = wait().tolist()
+            return [SampledToken(drawn[row], None) for row in rows]
+
+        return read
 
     @torch.inference_mode()
     def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
@@ -93,7 +85,7 @@ class ModelRunner:
         A sequence's own token is followed by those drawn after each token of its draft, as if that token was right.
         """
         if not any(s.request.needs_tokens or s.draft for s in sequences):
-            return self.launch(sequences).read()
+            return self.launch(sequences)()
         ends = np.cumsum([sequence.num_tokens for sequence in sequences]).tolist()
         draws = [  # each position that is drawn for, with the guessed tokens before it
             (ends[i] - len(s.draft) - 1 + ahead, s.request, s.draft[:ahead])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from ...model.backend import AttentionMetadata
 from ...model.network import DeepNetwork, LayerState
 from ...model.sampling import SamplingBatch, sampling_rows, upload
+from ..messages import GraphInfo
 from ..step.scheduler import ScheduledSequence, flatten
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ MIXED_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 409
 ALIGNMENT = 16
 
 Step = Callable[[], None]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 class GraphMaker(Protocol):
@@ -109,7 +111,7 @@ class _Buffers:
             size += -(-count // ALIGNMENT) * ALIGNMENT
         self._host = np.zeros(size, np.uint8)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.host: dict[str, npt.NDArray[Any]] = {}
+        self.host: Arrays = {}
         self.device: dict[str, Tensor] = {}
         for name, dtype in FIELDS.items():
             self.host[name] = self._host[places[name]].view(dtype).reshape(shapes[name])
@@ -151,23 +153,17 @@ class StepGraphs:
         self._most = len(draws) - 1
         self._block_size = kv_cache.shape[3]
         self._width = -(-max_model_len // self._block_size)
+        skipped, last_block = model.ops.capturable, kv_cache.shape[2] - 1  # the kernels skip negative ids and slots
+        self._padding = {
+            "ids": -1 if skipped else 0, "slots": -1 if skipped else last_block * self._block_size, "positions": 0,
+            "sources": self._most, "last": 0, "lengths": 0, "tables": last_block, "seed": 0, "position": 0, "top_k": 0,
+            "temperature": 0.0, "top_p": 1.0, "min_p": 0.0,
+        }  # fmt: skip
         self._decodes: list[_Graph] = []  # the smallest first
         self._mixed: list[_Graph] = []
-        self.seconds = 0.0
-        self.bytes = 0
-
-    @property
-    def sizes(self) -> list[int]:
-        """Sequences of each decode graph, the smallest first."""
-        return [graph.size for graph in self._decodes]
-
-    @property
-    def mixed_sizes(self) -> list[int]:
-        """Tokens of each mixed graph, the smallest first."""
-        return [graph.size for graph in self._mixed]
 
     @torch.inference_mode()
-    def capture(self, sizes: Sequence[int] | None = None, token_counts: Sequence[int] = ()) -> None:
+    def capture(self, sizes: Sequence[int] | None = None, token_counts: Sequence[int] = ()) -> GraphInfo:
         """Record graphs, the largest first, as long as time and memory last.
 
         The sizes of decode graphs are those of `batch_sizes` by default. A backend that reads lengths on the host has
@@ -180,11 +176,14 @@ class StepGraphs:
         for graphs, wanted in kinds:
             for size in wanted:
                 graphs.insert(0, self._record(size, mixed=graphs is self._mixed))
-                self.seconds = time.monotonic() - started
-                self.bytes = self._maker.used_bytes() - before
-                if self.seconds > CAPTURE_SECONDS or self.bytes > CAPTURE_BYTES:
+                took, used = time.monotonic() - started, self._maker.used_bytes() - before
+                if took > CAPTURE_SECONDS or used > CAPTURE_BYTES:
                     logger.warning("Graphs took too much time or memory: steps smaller than %d are padded to it", size)
                     break
+        decodes, mixed = (tuple(graph.size for graph in graphs) for graphs in (self._decodes, self._mixed))
+        took, used = time.monotonic() - started, self._maker.used_bytes() - before
+        self.info = GraphInfo(sizes=decodes, mixed_sizes=mixed, seconds=took, bytes=used)
+        return self.info
 
     def run(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Begin a step, whose pending tokens are read from the last step's draws.
@@ -219,36 +218,24 @@ class StepGraphs:
         """Write a step into a graph's buffers; return its number of tokens."""
         flat, host = flatten(sequences, self._block_size), graph.buffers.host
         tokens, (count, width) = len(flat.ids), flat.tables.shape
-        self._pad(graph.buffers, tokens, count)
-        host["ids"][:tokens] = flat.ids
-        host["sources"][:tokens] = self._most
+        rows = sampling_rows([sequence.request.params for sequence in sequences], flat.lengths.tolist())
+        values = {"ids": flat.ids, "positions": flat.positions, "slots": flat.slots, "lengths": flat.lengths, **rows}
+        self._write(host, values)
         host["sources"][flat.pending[0]] = flat.pending[1]
-        host["positions"][:tokens] = flat.positions
-        host["slots"][:tokens] = flat.slots
-        host["lengths"][:count] = flat.lengths
         host["tables"][:count, :width] = flat.tables
         host["tables"][:count, width:] = flat.tables[:, -1:]
         if graph.mixed:
             host["starts"][: count + 1] = flat.starts
             host["starts"][count + 1 :] = tokens
             host["last"][:count] = host["starts"][1 : count + 1] - 1
-        rows = sampling_rows([sequence.request.params for sequence in sequences], flat.lengths.tolist())
-        for name, column in rows.items():
-            host[name][:count] = column
         return tokens
 
-    def _pad(self, buffers: _Buffers, tokens: int, sequences: int) -> None:
-        """Turn all tokens and sequences from these numbers on into padding."""
-        last_block = self._kv_cache.shape[2] - 1
-        skipped = self._model.ops.capturable  # the kernels leave out negative ids and slots
-        by_token = {"ids": -1 if skipped else 0, "sources": self._most, "positions": 0,
-                    "slots": -1 if skipped else last_block * self._block_size}  # fmt: skip
-        by_sequence = {"last": 0, "lengths": 0, "tables": last_block, "seed": 0, "position": 0, "top_k": 0,
-                       "temperature": 0.0, "top_p": 1.0, "min_p": 0.0}  # fmt: skip
-        for name, padding in by_token.items():
-            buffers.host[name][tokens:] = padding
-        for name, value in by_sequence.items():
-            buffers.host[name][sequences:] = value
+    def _write(self, host: Arrays, values: Mapping[str, Any]) -> None:
+        """Write the first entries of each input; the others become padding."""
+        for name, padding in self._padding.items():
+            given = values.get(name, ())
+            host[name][: len(given)] = given
+            host[name][len(given) :] = padding
 
     def _record(self, size: int, *, mixed: bool) -> _Graph:
         model, sequences = self._model, self._most if mixed else size
@@ -280,7 +267,7 @@ class StepGraphs:
             self._draws[:sequences].copy_(graph.tokens)
             graph.seen = torch.stack([ids, *experts]) if experts else None
 
-        self._pad(buffers, 0, 0)
+        self._write(buffers.host, {})
         buffers.host["starts"][:] = 0 if mixed else np.arange(sequences + 1)
         buffers.send()
         graph.replay = self._maker.capture(step)

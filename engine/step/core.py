@@ -247,7 +247,7 @@ class EngineCore:
     def _collect(self) -> list[TokenOutput]:
         """Read the in-flight step, if there is one."""
         step, self._in_flight = self._in_flight, None
-        return [] if step is None else self._update(step.sequences, step.launched.read(), step.ends)
+        return [] if step is None else self._update(step.sequences, step.launched(), step.ends)
 
     def _update(
         self, sequences: list[ScheduledSequence], sampled: list[SampledToken], ends: list[int] | None = None

@@ -8,12 +8,8 @@ from typing import Protocol
 from .request import SampledToken
 from .scheduler import ScheduledSequence
 
-
-class LaunchedStep(Protocol):
-    """A step that is being computed."""
-
-    def read(self) -> list[SampledToken]:
-        """Wait for it; a sampled token for each sequence that samples, in order."""
+LaunchedStep = Callable[[], list[SampledToken]]
+"""Waits for a step that is being computed; returns a sampled token for each sequence that samples, in order."""
 
 
 class Runner(Protocol):

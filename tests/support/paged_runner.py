@@ -110,7 +110,7 @@ class LaunchedStep:
         self._draws = draws
         self.is_read = False
 
-    def read(self) -> list[SampledToken]:
+    def __call__(self) -> list[SampledToken]:
         assert not self.is_read
         self.is_read = True
         return self._draws

@@ -129,7 +129,7 @@ def test_capture_stops_at_its_budget_and_batches_are_padded(plain, tiny_checkpoi
     monkeypatch.setattr(step_graphs, limit, 0)
     llm = open_llm(tiny_checkpoint)
     graphs = llm.core.runner.capture(Reruns(bytes_each=1))
-    assert graphs.sizes == [6], "the largest is first"
+    assert graphs.sizes == (6,), "the largest is first"
     assert answers(llm.generate(PROMPTS[:1], PLAIN[:1])) == answers(plain.generate(PROMPTS[:1], PLAIN[:1]))
 
 
