@@ -168,10 +168,6 @@ def _sample(vocab: int) -> None:
     triton_sampling.draw(logits, batch)
     triton_sampling.draw(logits, replace(batch, top_k=None, top_p=None, min_p=None))
     triton_sampling.logprobs(logits, batch.seed, 5)
-    history = torch.empty(8, vocab, dtype=torch.int32, device="meta")
-    slots = torch.empty(rows, dtype=torch.int32, device="meta")
-    triton_sampling.penalise(logits, history, slots, batch.temperature, batch.temperature, batch.temperature)
-    triton_sampling.remember(history, slots, batch.seed)
 
 
 def _described(function: JITFunction[Any], kernel: Any, target: int, who: str) -> Compiled:

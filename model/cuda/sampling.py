@@ -1,4 +1,4 @@
-"""Triton kernels that turn scores into tokens: penalties, the draw, log-probabilities. Nothing sorts the vocabulary.
+"""Triton kernels that turn scores into tokens: the draw and log-probabilities. Nothing sorts the vocabulary.
 
 One program works through one row, several times, and the host is asked for nothing. The smallest kept probability is
 found by its bits: a probability in [0, 1] orders as its bit pattern does, so ten passes that each settle three bits
@@ -16,8 +16,6 @@ from ..sampling import SamplingBatch
 
 VOCAB_BLOCK = 2048
 NUM_WARPS = 16
-IN_PROMPT = tl.constexpr(1 << 30)
-"""In a row's history: the token occurs in the prompt. The lower bits count it in the output."""
 
 
 @triton.jit
@@ -156,39 +154,6 @@ def logprobs_kernel(logits, chosen, of_chosen, ranks, best, ids, vocab, row_stri
         tl.store(ids + index * top + n, place.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["vocab"])
-def penalties_kernel(
-    logits, history, slots, repetition, presence, frequency, vocab, row_stride, history_stride, BLOCK: tl.constexpr
-):
-    """Repetition, presence and frequency penalties on scores [N, vocab], in place.
-
-    `history` int32 [slots, vocab] tells how often a token is in a sequence's output and whether it is in its prompt; a
-    row whose slot is negative has no penalty. Grid: (rows, blocks of the vocabulary).
-    """
-    index = tl.program_id(0)
-    slot = tl.load(slots + index).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if slot >= 0:
-        seen = tl.load(history + slot * history_stride + at, mask=at < vocab, other=0)
-        count = (seen & (IN_PROMPT - 1)).to(tl.float32)
-        place = logits + index.to(tl.int64) * row_stride + at
-        score = tl.load(place, mask=at < vocab, other=0.0)
-        strength = tl.load(repetition + index)
-        score = tl.where(seen > 0, tl.where(score > 0.0, score / strength, score * strength), score)
-        score -= tl.load(frequency + index) * count
-        score -= tl.load(presence + index) * (count > 0.0).to(tl.float32)
-        tl.store(place, score, mask=at < vocab)
-
-
-@triton.jit
-def remember_kernel(history, slots, tokens, history_stride):
-    """Counts each row's new token in its history; slots are different or negative. Grid: (rows,)."""
-    slot = tl.load(slots + tl.program_id(0)).to(tl.int64)
-    if slot >= 0:
-        place = history + slot * history_stride + tl.load(tokens + tl.program_id(0))
-        tl.store(place, tl.load(place) + 1)
-
-
 def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """What `sampling.sample` draws once penalties, bias and bans are in the scores: FP32 [N, vocab] -> int64 [N].
 
@@ -218,28 +183,3 @@ def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, 
         num_warps=NUM_WARPS,
     )  # fmt: skip
     return of_chosen, ranks, best, ids
-
-
-def penalise(
-    logits: Tensor, history: Tensor, slots: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
-) -> None:
-    """Penalties on FP32 [N, vocab], in place, from histories that stay on the device.
-
-    Args:
-        logits: the scores.
-        history: int32 [slots, vocab]: how often each token is in the output, plus 2**30 if it is in the prompt.
-        slots: int32 [N], the history of each row; negative has none.
-        repetition: FP32 [N]; 1 is none.
-        presence: FP32 [N].
-        frequency: FP32 [N].
-    """
-    rows, vocab = logits.shape
-    penalties_kernel[(rows, -(-vocab // VOCAB_BLOCK))](
-        logits, history, slots, repetition, presence, frequency, vocab, logits.stride(0), history.stride(0),
-        BLOCK=VOCAB_BLOCK,
-    )  # fmt: skip
-
-
-def remember(history: Tensor, slots: Tensor, tokens: Tensor) -> None:
-    """Count int64 tokens [N] in the histories that `penalise` reads; slots int32 [N], different or negative."""
-    remember_kernel[(len(slots),)](history, slots, tokens, history.stride(0))

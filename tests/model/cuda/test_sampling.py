@@ -1,4 +1,4 @@
-"""Drawing, log-probabilities and penalties on Triton kernels against plain torch."""
+"""Drawing and log-probabilities on Triton kernels against plain torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ def scores(rows: int) -> torch.Tensor:
 
 def batch(rows: int, **how: list[float]) -> SamplingBatch:
     lists = {"temperature": [0.9] * rows, "seed": list(range(rows)), **how}
-    token_ids = lists.pop("token_ids", ())
     params = [DrawParams(**{name: values[row] for name, values in lists.items()}) for row in range(rows)]
-    return SamplingBatch.build(params, [7 * n for n in range(rows)], torch.device("cpu"), token_ids=token_ids)
+    return SamplingBatch.build(params, [7 * n for n in range(rows)], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("how", [
@@ -60,22 +59,3 @@ def test_logprobs_ranks_and_the_most_likely():
     assert torch.allclose(best, expected[2], atol=1e-5)
     assert ids[1, :2].tolist() == [9, 2800]
     assert torch.equal(ids[[0, 2]], expected[3][[0, 2]])
-
-
-def test_penalties_from_a_history_on_the_device():
-    prompt, output = [3, 3, 9, 2500], [9, 40, 9, 2999]
-    how = {
-        "repetition_penalty": [1.0, 1.3], "presence_penalty": [0.0, 0.4], "frequency_penalty": [0.0, 0.2],
-        "temperature": [0.0, 0.0], "token_ids": [([], 0), (prompt + output, len(prompt))],
-    }  # fmt: skip
-    logits = scores(2)
-    expected = logits.clone()
-    sample(expected, batch(2, **how))
-    history = torch.zeros(4, VOCAB, dtype=torch.int32)
-    history[2, prompt] = 1 << 30
-    for token in output:
-        ours.remember(history, torch.tensor([-1, 2], dtype=torch.int32), torch.tensor([5, token]))
-    strengths = [torch.tensor(how[name]) for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")]
-    ours.penalise(logits, history, torch.tensor([-1, 2], dtype=torch.int32), *strengths)
-    assert torch.allclose(logits, expected, rtol=1e-6, atol=1e-6)
-    assert history[:2].eq(0).all()
