@@ -19,13 +19,8 @@ from torch import Tensor
 
 from . import sampling
 from .fp8 import FP8, narrow
-from .parameters import DeepLayer, DynamicsLayer
+from .parameters import BASE_EXPERT_SCORE, HIGHWAY_SHARE, MAX_BETA, MAX_VELOCITY, QK_NORM_EPS, DeepLayer, DynamicsLayer
 
-QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
-MAX_BETA = 2.0
-MAX_VELOCITY = 10.0
-BASE_EXPERT_SCORE = 10.0
-HIGHWAY_SHARE = 0.1
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 SMALL_PRODUCT = 16**3
 """Multiplications in a BF16 product up to which torch uses its own loop; above, it uses oneDNN."""

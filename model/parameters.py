@@ -1,7 +1,7 @@
-"""The parameters of one layer, stacked so that each input is multiplied once; `Backend` computes with them.
+"""The parameters of one layer, stacked so that each input is multiplied once, and the constants of its equations.
 
 A tensor that the checkpoint's era lacks is None. Large matrices are [out, in] in the model's dtype; norms, biases and
-the router are FP32 in every mode.
+the router are FP32 in every mode. `Backend` computes with them, and chooses each token's expert.
 """
 
 from __future__ import annotations
@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .config import Architecture, DeepConfig
+
+QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
+MAX_BETA = 2.0
+MAX_VELOCITY = 10.0
+BASE_EXPERT_SCORE = 10.0
+HIGHWAY_SHARE = 0.1
 
 
 class DeepLayer(nn.Module):

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import HIGHWAY_SHARE, AttentionMetadata, Backend, Rope
+from ..backend import AttentionMetadata, Backend, Rope
 from ..config import DeepConfig
 from ..network import DeepNetwork
-from ..parameters import DeepLayer, DynamicsLayer
+from ..parameters import HIGHWAY_SHARE, DeepLayer, DynamicsLayer
 from .packing import Attention, Dynamics, Matrix, Mlp, Packer, Step, pointer
 
 CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"})

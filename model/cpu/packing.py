@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend import BASE_EXPERT_SCORE, MAX_BETA, MAX_VELOCITY, QK_NORM_EPS, lazy_zeros
+from ..backend import lazy_zeros
 from ..network import DeepNetwork
-from ..parameters import DeepLayer, DynamicsLayer, GuidedLayer
+from ..parameters import BASE_EXPERT_SCORE, MAX_BETA, MAX_VELOCITY, QK_NORM_EPS, DeepLayer, DynamicsLayer, GuidedLayer
 
 LANES = 16
 PANELS = 4

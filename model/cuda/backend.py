@@ -8,25 +8,17 @@ same object computes on the CPU.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import (
-    BASE_EXPERT_SCORE,
-    HIGHWAY_SHARE,
-    MAX_BETA,
-    MAX_VELOCITY,
-    QK_NORM_EPS,
-    AttentionMetadata,
-    Backend,
-)
+from ..backend import AttentionMetadata, Backend, Rope
 from ..config import DeepConfig
 from ..network import DeepNetwork
-from ..parameters import DeepLayer, DynamicsLayer
+from ..parameters import BASE_EXPERT_SCORE, HIGHWAY_SHARE, MAX_BETA, MAX_VELOCITY, QK_NORM_EPS, DeepLayer, DynamicsLayer
 from ..sampling import SamplingBatch
 from .blocks import BUSY, ONE_BLOCK, WIDE, Blocks, FixedBlocks, power_of_two
 
@@ -63,17 +55,6 @@ def num_splits(sequences: int, kv_heads: int) -> int:
     """Runs into which decode attention cuts each sequence's keys, a power of two: as many as keep the GPU busy."""
     wanted = max(1, min(MAX_SPLITS, BUSY // max(1, sequences * kv_heads)))
     return 1 << (wanted.bit_length() - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step's metadata as the kernels read it: int32 on the device."""
-
-    tables: Tensor
-    lengths: Tensor
-    starts: Tensor | None
-    slots: Tensor
-    splits: int
 
 
 class _Above(NamedTuple):
@@ -117,7 +98,7 @@ class TritonBackend(Backend):
         self._blocks = (FixedBlocks if deterministic else Blocks)(self._exact, generation)
         overlaps = generation is not None and generation >= 9
         self._launch: dict[str, Any] = {"PDL": overlaps, "launch_pdl": overlaps}
-        self._seen: tuple[AttentionMetadata, _Step] | None = None
+        self._seen: tuple[AttentionMetadata, AttentionMetadata] | None = None
         self._above: _Above | None = None
 
     def embed(self, input_ids: Tensor, weight: Tensor) -> Tensor:
@@ -191,28 +172,22 @@ class TritonBackend(Backend):
         return out
 
     def attention(
-        self,
-        layer: DeepLayer,
-        x: Tensor,
-        mu_below: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        cache: Tensor | None,
-        metadata: AttentionMetadata,
+        self, layer: DeepLayer, x: Tensor, mu: Tensor | None, rope: Rope, cache: Tensor | None, step: AttentionMetadata
     ) -> Tensor:
         """As `Backend.attention`; the result may be in the weights' dtype. Without a cache, plain torch computes."""
         if cache is None:
-            return super().attention(layer, x, mu_below, rope, cache, metadata)
+            return super().attention(layer, x, mu, rope, cache, step)
         weight, eps, above = layer.kqv_proj, layer.config.rms_norm_eps, self._above
         takes_mu = weight.shape[1] > x.shape[1]
-        assert mu_below is not None or not takes_mu
-        if takes_mu and above is not None and above.below is mu_below:
+        assert mu is not None or not takes_mu
+        if takes_mu and above is not None and above.below is mu:
             inputs = above.stacked  # mu is in its right half already
             self._norm_into(inputs, x, layer.input_norm, eps)
         else:
-            inputs = self._normed(x, layer.input_norm, eps, weight.dtype, mu_below if takes_mu else None)
+            inputs = self._normed(x, layer.input_norm, eps, weight.dtype, mu if takes_mu else None)
         kqv = self._product(inputs, weight)
-        step, decodes = self._prepared(metadata, x.device), 0 if self._fixed else metadata.num_decodes
-        out = self._paged(layer, kqv, rope, cache[layer.index], step, decodes)
+        decodes = 0 if self._fixed else step.num_decodes
+        out = self._paged(layer, kqv, rope, cache[layer.index], self._prepared(step, x.device), decodes)
         return self._product(out, layer.o_proj)
 
     def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -221,11 +196,9 @@ class TritonBackend(Backend):
         pages = super().new_kv_cache((layers, sides, blocks, kv_heads, block_size, head_dim), dtype, device)
         return pages.transpose(3, 4)
 
-    def _prepared(self, metadata: AttentionMetadata, device: torch.device) -> _Step:
-        """The step's metadata on the device, made at its first layer unless the caller keeps it there."""
+    def _prepared(self, metadata: AttentionMetadata, device: torch.device) -> AttentionMetadata:
+        """The step's metadata as the kernels read it: int32 on the device, made at the step's first layer."""
         if self._seen is None or self._seen[0] is not metadata:
-            assert metadata.block_tables is not None
-            assert metadata.slot_mapping is not None
             lengths, starts = metadata.seq_lens_device, metadata.query_starts
             if lengths is None:
                 lengths = torch.tensor(metadata.seq_lens, dtype=torch.int32).to(device, non_blocking=True)
@@ -233,13 +206,15 @@ class TritonBackend(Backend):
                 sums = torch.tensor([0, *metadata.query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
                 starts = sums.to(device, non_blocking=True)
             tables = metadata.block_tables.to(torch.int32)
-            self._seen = metadata, _Step(tables, lengths, starts, metadata.slot_mapping, metadata.num_splits or 0)
+            self._seen = metadata, replace(metadata, block_tables=tables, seq_lens_device=lengths, query_starts=starts)
         return self._seen[1]
 
     def _paged(
-        self, layer: DeepLayer, kqv: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, step: _Step, decodes: int
+        self, layer: DeepLayer, kqv: Tensor, rope: Rope, cache: Tensor, step: AttentionMetadata, decodes: int
     ) -> Tensor:
         """Attention over the pages of one layer [2, blocks, block_size, KV, D]: kqv [T, ..] -> [T, heads * D]."""
+        tables, slots, lengths, starts = step.block_tables, step.slot_mapping, step.seq_lens_device, step.query_starts
+        assert lengths is not None
         config, tokens = layer.config, len(kqv)
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, layer.head_dim
         out = kqv.new_empty((tokens, heads * size), dtype=layer.o_proj.dtype)
@@ -251,37 +226,37 @@ class TritonBackend(Backend):
         qk_norm, window = q_norm is not None, config.sliding_window or (NO_WINDOW if self._fixed else 0)
         block_d, group, scale = power_of_two(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
         if decodes:
-            splits = step.splits or num_splits(decodes, kv_heads)
+            splits = step.num_splits or num_splits(decodes, kv_heads)
             blocks = self._blocks.decode(splits, splits * kv_heads * decodes)
             partial, weights = out, out
             if splits > 1:
                 partial = kqv.new_empty((decodes, heads, splits, size), dtype=torch.float32)
                 weights = kqv.new_empty((decodes, heads, splits), dtype=torch.float32)
             triton_attention.decode_kernel[(splits, kv_heads, decodes)](
-                kqv, *norms, *rope, step.slots, step.tables, step.lengths, cache, out, partial, weights, QK_NORM_EPS,
-                scale, step.tables.stride(0), *sides, **shape, QK_NORM=qk_norm, WINDOW=window, SPLITS=splits,
+                kqv, *norms, *rope, slots, tables, lengths, cache, out, partial, weights, QK_NORM_EPS,
+                scale, tables.stride(0), *sides, **shape, QK_NORM=qk_norm, WINDOW=window, SPLITS=splits,
                 BLOCK_D=block_d, BLOCK_G=power_of_two(16, group), **blocks, **self._launch,
             )  # fmt: skip
             if splits > 1:
                 triton_attention.combine_kernel[(heads, decodes)](
-                    partial, weights, step.lengths, out, D=size, HEADS=heads, WINDOW=window, SPLITS=splits,
+                    partial, weights, lengths, out, D=size, HEADS=heads, WINDOW=window, SPLITS=splits,
                     BLOCK_D=block_d, BLOCK_N=blocks["BLOCK_N"], num_warps=2, **self._launch,
                 )  # fmt: skip
         if decodes < tokens:
-            assert step.starts is not None
+            assert starts is not None
             rest = tokens - decodes
             q = kqv.new_empty((rest, heads, size), dtype=layer.o_proj.dtype)
             triton_attention.rotate_kernel[(rest,)](
-                kqv[decodes:], *norms, rope[0][decodes:], rope[1][decodes:], step.slots[decodes:], cache, q,
+                kqv[decodes:], *norms, rope[0][decodes:], rope[1][decodes:], slots[decodes:], cache, q,
                 QK_NORM_EPS, *sides, **shape, QK_NORM=qk_norm, BLOCK_D=block_d, BLOCK_Q=power_of_two(1, heads),
                 BLOCK_KV=power_of_two(1, kv_heads), **self._launch,
             )  # fmt: skip
-            sequences = len(step.lengths) - decodes
+            sequences = len(lengths) - decodes
             blocks = self._blocks.prompt()
             grid = (rest // (blocks["BLOCK_M"] // group) + sequences, kv_heads)
             triton_attention.prefill_kernel[grid](
-                q, step.tables[decodes:], step.starts[decodes:], step.lengths[decodes:], cache, out[decodes:], scale,
-                sequences, decodes, step.tables.stride(0), *sides, **shape, WINDOW=window, BLOCK_D=block_d,
+                q, tables[decodes:], starts[decodes:], lengths[decodes:], cache, out[decodes:], scale,
+                sequences, decodes, tables.stride(0), *sides, **shape, WINDOW=window, BLOCK_D=block_d,
                 **blocks, **self._launch,
             )  # fmt: skip
         return out
