@@ -22,10 +22,8 @@ from .fp8 import FP8, narrow
 from .parameters import BASE_EXPERT_SCORE, HIGHWAY_SHARE, MAX_BETA, MAX_VELOCITY, QK_NORM_EPS, DeepLayer, DynamicsLayer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
-SMALL_PRODUCT = 16**3
-"""Multiplications in a BF16 product up to which torch uses its own loop; above, it uses oneDNN."""
-PREFILL_BLOCK = 256
-"""Queries of a prompt are computed in blocks that end at multiples of this position."""
+SMALL_PRODUCT = 16**3  # multiplications in a BF16 product up to which torch uses its own loop; above, it uses oneDNN
+PREFILL_BLOCK = 256  # queries of a prompt are computed in blocks that end at multiples of this position
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of the tokens' positions, FP32 [T, D/2] each; element i of a head is paired with i + D/2."""
 

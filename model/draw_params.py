@@ -8,19 +8,11 @@ import msgspec
 class DrawParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token of a sequence is drawn from its logits."""
 
-    temperature: float = 1.0
-    """0 is greedy; otherwise the logits are divided by it."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 or -1 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least this."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the most likely one."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token already generated."""
-    frequency_penalty: float = 0.0
-    """Subtracted once per occurrence among the generated tokens."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in prompt or output."""
-    seed: int | None = None
-    """Makes the draws repeatable, whatever else is in the batch; the engine draws one for None."""
+    temperature: float = 1.0  # 0 is greedy; otherwise the logits are divided by it
+    top_k: int = 0  # keep the k most likely tokens; 0 or -1 keeps all
+    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probabilities sum to at least this
+    min_p: float = 0.0  # drop tokens less likely than this share of the most likely one
+    presence_penalty: float = 0.0  # subtracted once from the logit of every token already generated
+    frequency_penalty: float = 0.0  # subtracted once per occurrence among the generated tokens
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens in prompt or output
+    seed: int | None = None  # makes the draws repeatable, whatever else is in the batch; the engine draws one for None

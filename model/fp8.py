@@ -15,8 +15,7 @@ from .parameters import DeepLayer
 
 FP8 = torch.float8_e4m3fn
 MAX_FP8 = 448.0
-CAPABILITY = (8, 9)
-"""Of the first GPUs that convert FP8: Ada and Hopper."""
+CAPABILITY = (8, 9)  # of the first GPUs that convert FP8: Ada and Hopper
 
 
 def has_fp8(device: torch.device) -> bool:

@@ -12,8 +12,7 @@ import tokenizers
 
 from .config import CheckpointError, read_json
 
-LARGE_TEXT = 4000
-"""Characters from which tokenising takes so long that other threads should run meanwhile."""
+LARGE_TEXT = 4000  # characters from which tokenising takes so long that other threads should run meanwhile
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 

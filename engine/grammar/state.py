@@ -19,8 +19,7 @@ from torch import Tensor
 
 from .checker import TOO_SLOW, error_of
 
-MASK_SECONDS = 2.0
-"""A mask that takes longer ends its request; the parser's limits should end it long before."""
+MASK_SECONDS = 2.0  # a mask that takes longer ends its request; the parser's limits should end it long before
 Bits = npt.NDArray[np.uint8]
 MASK_TABLE = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf

@@ -23,9 +23,8 @@ from .prompt_reader import read_prompts
 from .sampler import Sampler
 from .step_graphs import GraphMaker, StepGraphs
 
-MAX_STEPS = 256
-MAX_TOKENS = 65536
-"""Most steps, and most tokens in them, that are collected before their experts are counted together."""
+MAX_STEPS = 256  # most steps that are collected before their experts are counted together
+MAX_TOKENS = 65536  # and most tokens in them
 
 
 class ModelRunner:

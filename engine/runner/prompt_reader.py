@@ -12,8 +12,7 @@ from ..step.request import Request
 from ..step.scheduler import ScheduledSequence
 from .sampler import token_logprobs
 
-ROWS = 256
-"""Most rows of scores at a time, each as wide as the vocabulary."""
+ROWS = 256  # most rows of scores at a time, each as wide as the vocabulary
 
 
 def read_prompts(model: DeepNetwork, sequences: Sequence[ScheduledSequence], hidden: Tensor) -> None:

@@ -13,8 +13,7 @@ from ..messages import TokenLogprobs
 from ..step.request import Request, SampledToken
 from .logit_rules import LogitRules
 
-Draw = tuple[Request, Sequence[int]]
-"""A request, and the guessed tokens between its own and the drawn one."""
+Draw = tuple[Request, Sequence[int]]  # a request, and the guessed tokens between its own and the drawn one
 
 
 class Sampler:

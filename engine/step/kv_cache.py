@@ -15,8 +15,7 @@ from hashlib import blake2b
 
 from .request import Request
 
-HASH_BYTES = 16
-"""128 bits of a cryptographic hash: two different prefixes never share one in practice."""
+HASH_BYTES = 16  # 128 bits of a cryptographic hash: two different prefixes never share one in practice
 ID_BYTES = array("i").itemsize
 
 

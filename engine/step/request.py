@@ -12,8 +12,7 @@ from ..grammar.state import GrammarState
 from ..messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenDynamics, TokenLogprobs, TokenOutput
 from .drafting import Drafter
 
-PENDING_TOKEN = -1
-"""Ends a sequence while its next token is being drawn by a step that is not read yet."""
+PENDING_TOKEN = -1  # ends a sequence while its next token is being drawn by a step that is not read yet
 
 
 class RequestStatus(enum.Enum):

@@ -28,8 +28,7 @@ class Runner(Protocol):
 class ExpertCounts(Protocol):
     """Which experts have computed how many tokens."""
 
-    on_layer: Callable[[], None] | None
-    """Called after each layer of a step."""
+    on_layer: Callable[[], None] | None  # called after each layer of a step
 
     def count(self) -> tuple[list[list[int]], list[int]]:
         """Return each layer's tokens by expert, and by layer the tokens that mu rerouted; empty without experts."""

@@ -37,8 +37,7 @@ Longs = npt.NDArray[np.int64]
 Ints = npt.NDArray[np.int32]
 by_rank = attrgetter("rank")
 FEW_DECODES = 8
-MIN_TOKENS = 16
-"""A step of one sequence is not made smaller than this."""
+MIN_TOKENS = 16  # a step of one sequence is not made smaller than this
 
 
 class ScheduledSequence(NamedTuple):

@@ -15,8 +15,7 @@ from .kernels import FRESH, dot, follow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(MAX_FP8)
-BLOCK_S = tl.constexpr(256)
-"""Sequences that are looked through at once."""
+BLOCK_S = tl.constexpr(256)  # sequences that are looked through at once
 
 
 @triton.jit

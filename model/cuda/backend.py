@@ -35,14 +35,11 @@ else:
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
-FEW_TOKENS = 32
-"""Tokens up to which our own products take the place of cuBLAS."""
-GEMV_TOKENS = 3
-"""Tokens up to which products are made without matrix units."""
+FEW_TOKENS = 32  # tokens up to which our own products take the place of cuBLAS
+GEMV_TOKENS = 3  # tokens up to which products are made without matrix units
 SORT_BLOCK = 256
 MAX_SPLITS = 32
-NO_WINDOW = 1 << 30
-"""A sliding window that leaves nothing out."""
+NO_WINDOW = 1 << 30  # a sliding window that leaves nothing out
 
 
 def available(config: DeepConfig) -> bool:

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import torch
 
-BUSY = 264
-"""Programs that keep a large GPU busy: two for each multiprocessor of an H100."""
-WIDE = 64 * BUSY
-"""Columns of weights from which on all programs that run at once cannot ask for them all."""
-ONE_BLOCK = 64
-"""Tokens up to which the experts' products run over all tokens and keep each its own, instead of sorting."""
-Shape = dict[str, int]
-"""Constants and launch options of a kernel."""
+BUSY = 264  # programs that keep a large GPU busy: two for each multiprocessor of an H100
+WIDE = 64 * BUSY  # columns of weights from which on all programs that run at once cannot ask for them all
+ONE_BLOCK = 64  # tokens up to which the experts' products run over all tokens and keep each its own, instead of sorting
+Shape = dict[str, int]  # constants and launch options of a kernel
 
 
 def power_of_two(least: int, value: int) -> int:

@@ -11,14 +11,10 @@ import triton.language as tl
 
 from .kernels import FRESH, dot, follow, sigmoid
 
-DENSE = tl.constexpr(0)
-"""All tokens use expert 0; blocks of tokens along the grid."""
-MASKED = tl.constexpr(1)
-"""All tokens fit in one block; one expert after the other along the grid, and each keeps the rows that are its own."""
-SORTED = tl.constexpr(2)
-"""Tokens are taken in the order of their experts."""
-TOGETHER = tl.constexpr(4)
-"""Experts whose scores are summed at once."""
+DENSE = tl.constexpr(0)  # all tokens use expert 0; blocks of tokens along the grid
+MASKED = tl.constexpr(1)  # all tokens in one block; one expert after the other along the grid, each keeps its own rows
+SORTED = tl.constexpr(2)  # tokens are taken in the order of their experts
+TOGETHER = tl.constexpr(4)  # experts whose scores are summed at once
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids"])
