@@ -51,11 +51,8 @@ class Completion:
 class LLM:
     """An engine in this process, for scripts and experiments.
 
-    `model` is the folder or hub id of a checkpoint, and `engine_args` are fields of `EngineConfig`.
-
-    Raises:
-        CheckpointError: the model cannot be found or has no tokenizer.
-        EngineStartError: the engine cannot start.
+    `model` is the folder or hub id of a checkpoint, and `engine_args` are fields of `EngineConfig`. Raises
+    `CheckpointError` if the model cannot be found or has no tokenizer, `EngineStartError` if the engine cannot start.
     """
 
     def __init__(self, model: str, **engine_args: Any) -> None:

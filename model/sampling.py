@@ -197,16 +197,10 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Find log-probabilities and ranks by raw scores, from before penalties and temperature.
+    """Find log-probabilities and ranks by raw scores FP32 [N, vocab], from before penalties and temperature.
 
-    Args:
-        logits: FP32 [N, vocab].
-        chosen: int64 [N], the drawn tokens.
-        top: how many of the most likely tokens to report.
-
-    Returns:
-        Log-probabilities FP32 [N] and ranks int64 [N] of the chosen tokens (1 if no token is likelier), then
-        log-probabilities FP32 [N, top] and ids int64 [N, top] of the most likely tokens, best first.
+    Returns log-probabilities FP32 [N] and ranks int64 [N] of the `chosen` tokens int64 [N] (1 if no token is likelier),
+    then log-probabilities FP32 [N, top] and ids int64 [N, top] of the `top` most likely tokens, best first.
     """
     scores = logits.log_softmax(dim=-1)
     best, ids = scores.topk(min(top, scores.shape[-1]), dim=-1)

@@ -34,21 +34,14 @@ def grammar_bytes(text: str) -> int:
 
 
 class GrammarCompiler(Generic[Ticket]):
-    """Compiles the grammars of tickets (requests and checks). For use from one thread.
-
-    Args:
-        load: reads the tokenizer, when the first grammar comes. None refuses all grammars.
-        vocab_size: width of the logits.
-        eos_token_ids: the model's. One without gets an end id that is never drawn.
-        cache_bytes: most memory of cached grammars, as estimated by `grammar_bytes`.
-    """
+    """Compiles the grammars of tickets (requests and checks). For use from one thread."""
 
     def __init__(
         self,
-        load: Callable[[], Tokenizer] | None = None,
-        vocab_size: int = 0,
-        eos_token_ids: Sequence[int] = (),
-        cache_bytes: int = CACHE_BYTES,
+        load: Callable[[], Tokenizer] | None = None,  # reads the tokenizer, for the first grammar; None refuses all
+        vocab_size: int = 0,  # width of the logits
+        eos_token_ids: Sequence[int] = (),  # the model's; one without gets an end id that is never drawn
+        cache_bytes: int = CACHE_BYTES,  # most memory of cached grammars, as estimated by `grammar_bytes`
     ) -> None:
         self._wakeup = threading.Event()
         self.on_ready = self._wakeup.set  # called from another thread when `drain` may have something

@@ -23,12 +23,9 @@ class Sampler:
         self._ops = ops
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw], allowed: Iterable[Tensor] = ()) -> list[SampledToken]:
-        """Draw one token per row.
+        """Draw a token for each of N `draws` from logits FP32 [N, vocab], which are changed in place.
 
-        Args:
-            logits: FP32 [N, vocab], changed in place.
-            draws: N of them.
-            allowed: for each request with a grammar, in order, FP32 [vocab]: 0 for what may come next, else -inf.
+        `allowed` has, for each request with a grammar, in order, FP32 [vocab]: 0 for what may come next, else -inf.
         """
         asking = [row for row, (request, _) in enumerate(draws) if request.params.logprobs is not None]
         raw = logits[asking] if asking else None  # a copy, from before the penalties

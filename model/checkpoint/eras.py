@@ -133,11 +133,7 @@ class Entry(NamedTuple):
 
 
 def detect(shapes: Mapping[str, tuple[int, ...]], config: DeepConfig, path: Path) -> tuple[Era, Architecture]:
-    """Tell the era of a checkpoint, and which parts its network has, by its tensor names (without `model.`).
-
-    Raises:
-        CheckpointError: no era of this family has these names.
-    """
+    """Tell the era and the parts of a network by its tensor names (without `model.`), or raise `CheckpointError`."""
     names = {re.sub(r"experts\.\d+", "experts.{e}", re.sub(r"^layers\.\d+\.", "", key)) for key in shapes}
     if any("topk_token_to_expert" in name for name in names):
         raise CheckpointError(

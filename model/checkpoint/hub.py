@@ -24,17 +24,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def resolve_model(name_or_path: str) -> Path:
+def resolve_model(name_or_path: str) -> Path:  # a path that exists, or a hub id `organisation/name`
     """Return the folder (or weights file) of a checkpoint, fetched from the hub if there is no such path.
 
     A download continues where an earlier one stopped, shows its progress and is kept in the hub's cache. A cached copy
-    is used if the hub cannot be reached.
-
-    Args:
-        name_or_path: a path that exists, or a hub id `organisation/name`.
-
-    Raises:
-        CheckpointError: there is no such path or model, or the hub cannot be reached.
+    is used if the hub cannot be reached. Raises `CheckpointError` if there is no such path or model, or no connection.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():

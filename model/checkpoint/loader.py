@@ -292,11 +292,9 @@ def _fill_at_random(model: DeepNetwork, seed: int) -> None:
 def save_checkpoint(model: DeepNetwork, folder: Path, *, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` in the format of versions 0.12 to 0.14 (or of the 2026-03 rewrite).
 
-    Args:
-        model: of any era; the file lacks what its era lacks.
-        folder: created if missing; files in it are overwritten.
-        dtype: of the large matrices. Norms, biases and the router are written in FP32, as the network keeps them,
-            so that loading in `dtype` gives exactly what was saved.
+    The model is of any era; the file lacks what its era lacks. The folder is created if missing, and files in it are
+    overwritten. `dtype` is that of the large matrices. Norms, biases and the router are written in FP32, as the network
+    keeps them, so that loading in `dtype` gives exactly what was saved.
     """
     arch = model.architecture
     era = REWRITE if arch.mu_guidance else LATEST

@@ -73,12 +73,10 @@ class TritonBackend(Backend):
     A row whose token id is negative is padding: it goes through the network without touching the KV cache (its slot is
     negative), other sequences' keys (its length is 0) or any expert, and what comes out of it means nothing.
 
-    Args:
-        model: whose layers will be computed; `available` must have said yes.
-        generation: of the GPU that the kernels are made for: 8, 9, 10 or 12; None asks the model's device.
-        deterministic: give a token the same bits whatever else is in the step. Then each operation is one compiled
-            kernel, whose block does not depend on the number of tokens; cuBLAS, which chooses by it, is never called;
-            and decodes are computed as prompts of one token, with their keys taken one block after the other.
+    `available` must be true. The kernels are made for a `generation` of GPUs: 8, 9, 10 or 12; None asks the model's
+    device. `deterministic` gives a token the same bits whatever else is in the step. Then each operation is one
+    compiled kernel, whose block does not depend on the number of tokens; cuBLAS, which chooses by it, is never called;
+    and decodes are computed as prompts of one token, with their keys taken one block after the other.
     """
 
     prefill_multiple = 1

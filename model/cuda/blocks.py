@@ -22,16 +22,11 @@ def power_of_two(least: int, value: int) -> int:
 
 
 class Blocks:
-    """Blocks by the number of tokens: few read the weights at full speed, many multiply at full speed.
-
-    Args:
-        exact: whether products are FP32, which matrix units have no instructions for.
-        generation: of the GPU that the kernels are made for: 8, 9, 10 or 12; None is unknown.
-    """
+    """Blocks by the number of tokens: few read the weights at full speed, many multiply at full speed."""
 
     def __init__(self, exact: bool, generation: int | None) -> None:
-        self._exact = exact
-        self._generation = generation
+        self._exact = exact  # products are FP32, which matrix units have no instructions for
+        self._generation = generation  # of the GPU that the kernels are made for: 8, 9, 10 or 12; None is unknown
 
     def linear(self, tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Shape:
         """Of a product [tokens, inner] x [columns, inner], with the first of them in some dtype."""
