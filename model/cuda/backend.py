@@ -213,12 +213,11 @@ class TritonBackend(Backend):
         config, tokens = layer.config, len(kqv)
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, layer.head_dim
         out = kqv.new_empty((tokens, heads * size), dtype=layer.o_proj.dtype)
-        q_norm, k_norm = layer.q_norm, layer.k_norm
-        norms = (kqv, kqv) if q_norm is None or k_norm is None else (q_norm, k_norm)
+        norms = (kqv, kqv) if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         sides = (cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3))
         shape = {"D": size, "HEADS": heads, "KV": kv_heads, "PAGE": cache.shape[2]}
         # With a window, all keys of a prompt go through one loop, whichever tokens are in the block.
-        qk_norm, window = q_norm is not None, config.sliding_window or (NO_WINDOW if self._fixed else 0)
+        qk_norm, window = layer.q_norm is not None, config.sliding_window or (NO_WINDOW if self._fixed else 0)
         block_d, group, scale = power_of_two(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
         if decodes:
             splits = step.num_splits or num_splits(decodes, kv_heads)
