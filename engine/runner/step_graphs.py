@@ -234,7 +234,8 @@ class StepGraphs:
         """Write the first entries of each input; the others become padding."""
         for name, padding in self._padding.items():
             given = values.get(name, ())
-            host[name][: len(given)] = given
+            if len(given):
+                host[name][: len(given)] = given
             host[name][len(given) :] = padding
 
     def _record(self, size: int, *, mixed: bool) -> _Graph:

@@ -364,5 +364,4 @@ class TritonBackend(Backend):
         return triton_sampling.draw(logits, batch)
 
     def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `Backend.logprobs`."""
         return triton_sampling.logprobs(logits, chosen, top)

@@ -102,11 +102,9 @@ class FixedBlocks(Blocks):
         return _linear(64, 32 if columns < 64 * 64 else 64, min(64, power_of_two(16, inner)))
 
     def dynamics(self, few: bool) -> Shape:
-        """See `Blocks`."""
         return {"BLOCK_M": 16 if self._exact else 32, "BLOCK_N": 32, "num_warps": 4}
 
     def experts(self, tokens: int) -> tuple[int, int, Shape]:
-        """See `Blocks`."""
         if self._exact:
             return super().experts(tokens)
         return 32, 32, {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6}
