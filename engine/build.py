@@ -188,9 +188,7 @@ def _rehearse(runner: ModelRunner, lengths: list[int], count: int, params: Sampl
     requests = []
     for index in range(max(count, len(lengths))):
         length = lengths[min(index, len(lengths) - 1)]
-        request = Request.from_message(
-            EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params)
-        )
+        request = Request(EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params))
         # A prompt wraps around in one block: nothing reads what it computes.
         request.block_ids = [index % config.num_kv_blocks] * (length // config.block_size + 1)
         requests.append(request)

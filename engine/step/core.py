@@ -93,7 +93,7 @@ class EngineCore:
         check_request(message, self.info)
         if message.request_id in self._requests:
             raise RequestError(f"A request with the id {message.request_id!r} is already running.")
-        request = Request.from_message(message, self.info.eos_token_ids)
+        request = Request(message, self.info.eos_token_ids)
         if self.info.config.speculative_config is not None and request.allows_drafts:
             request.drafter = Drafter(self.info.config.speculative_config)
             request.needs_tokens = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from torch import Tensor
 
@@ -38,13 +38,16 @@ class SampledToken:
 class Request:
     """A sequence, its tokens and how far they are computed."""
 
-    request_id: str
-    params: SamplingParams
-    token_ids: list[int]  # prompt and output so far
-    stop_token_ids: frozenset[int]
-    priority: int  # lower goes first under the policy `priority`
-    cache_salt: str | None  # only requests with the same salt share blocks
-    pooling: Pooling | None  # what is returned of the hidden states, instead of tokens
+    message: InitVar[EngineRequest]
+    eos_token_ids: InitVar[tuple[int, ...]] = ()  # the model's
+
+    request_id: str = field(init=False)
+    params: SamplingParams = field(init=False)
+    token_ids: list[int] = field(init=False)  # prompt and output so far
+    stop_token_ids: frozenset[int] = field(init=False)
+    priority: int = field(init=False)  # lower goes first under the policy `priority`
+    cache_salt: str | None = field(init=False)  # only requests with the same salt share blocks
+    pooling: Pooling | None = field(init=False)  # what is returned of the hidden states, instead of tokens
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -74,8 +77,12 @@ class Request:
     has_logit_rules: bool = field(init=False)
     needs_tokens: bool = field(init=False)  # its step must be read before the next one can be planned
 
-    def __post_init__(self) -> None:
-        params = self.params
+    def __post_init__(self, message: EngineRequest, eos_token_ids: tuple[int, ...]) -> None:
+        self.request_id, self.pooling = message.request_id, message.pooling
+        self.priority, self.cache_salt = message.priority, message.cache_salt
+        params = self.params = message.params
+        self.token_ids = list(message.prompt_token_ids)
+        self.stop_token_ids = frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_token_ids))
         self.num_prompt_tokens = len(self.token_ids)
         self.generates = self.pooling is None and params.max_tokens != 0
         self.reads_prompt = self.pooling is not None or params.prompt_logprobs is not None
@@ -93,20 +100,6 @@ class Request:
             or params.repetition_penalty != 1.0
             or params.presence_penalty
             or params.frequency_penalty
-        )
-
-    @classmethod
-    def from_message(cls, message: EngineRequest, eos_token_ids: tuple[int, ...] = ()) -> Request:
-        """Start a request; `eos_token_ids` are the model's."""
-        params = message.params
-        return cls(
-            request_id=message.request_id,
-            params=params,
-            token_ids=list(message.prompt_token_ids),
-            stop_token_ids=frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_token_ids)),
-            priority=message.priority,
-            cache_salt=message.cache_salt,
-            pooling=message.pooling,
         )
 
     @property

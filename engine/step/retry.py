@@ -58,6 +58,6 @@ def _halves(sequences: list[ScheduledSequence]) -> list[list[ScheduledSequence]]
 def _harmless(sequence: ScheduledSequence) -> ScheduledSequence:
     """Make a minimal sequence in the last block of a failed one, which no other request shares."""
     params = SamplingParams(temperature=0.0, seed=0)
-    request = Request.from_message(EngineRequest(request_id="harmless", prompt_token_ids=[0], params=params))
+    request = Request(EngineRequest(request_id="harmless", prompt_token_ids=[0], params=params))
     request.block_ids = sequence.request.block_ids[-1:]
     return ScheduledSequence(request, 1, True)

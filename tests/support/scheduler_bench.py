@@ -13,9 +13,7 @@ from pyllm.engine.step.scheduler import ScheduledSequence, Scheduler
 
 def make_request(name: str, tokens: list[int], output: int, priority: int = 0) -> Request:
     params = SamplingParams(max_tokens=output)
-    return Request.from_message(
-        EngineRequest(request_id=name, prompt_token_ids=tokens, params=params, priority=priority)
-    )
+    return Request(EngineRequest(request_id=name, prompt_token_ids=tokens, params=params, priority=priority))
 
 
 @dataclass

@@ -18,7 +18,7 @@ ANY = st.integers(0, 1000)
 def make_request(tokens: list[int], salt: str | None = None) -> Request:
     params = SamplingParams(max_tokens=1000)
     message = EngineRequest(request_id="r", prompt_token_ids=tokens, params=params, cache_salt=salt)
-    return Request.from_message(message)
+    return Request(message)
 
 
 class Reference:

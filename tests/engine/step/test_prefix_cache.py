@@ -30,7 +30,7 @@ def ask(core: EngineCore, prompt: list[int], count: int = 6, **params: object) -
 
 def probe(prompt: list[int]) -> Request:
     """A request that only looks what there is."""
-    return Request.from_message(message("probe", prompt))
+    return Request(message("probe", prompt))
 
 
 def test_prefix_hit_starts_after_the_last_full_block():
