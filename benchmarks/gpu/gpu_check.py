@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 REPLACED = {"tqdm", "tokenizers", "llguidance"}
 """Modules that are imported on the way, but not needed for anything but a server."""
+SETUP_HELP = "Python file to run first; tests/support/triton_interpreter.py fixes faults of Triton's interpreter"
 SERVER = (*REPLACED, "msgspec", "fastapi", "uvicorn", "uvloop", "httptools", "minijinja", "sse_starlette")
 """Modules that a server cannot do without."""
 
@@ -54,25 +55,23 @@ class _Absent(types.ModuleType):
         return _Nothing
 
 
-def prepare(dry: bool) -> list[str]:
-    """Make the package importable as `pyllm` whatever is installed; return which modules are missing."""
+def _load(name: str, path: Path, folders: list[str] | None = None) -> None:
+    """Import the file `path` as the module `name`."""
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+def prepare(dry: bool, setup: Path | None) -> list[str]:
+    """Make `pyllm` importable, installed or not, after running the file `setup`; return the missing modules."""
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-        fixes = ROOT / "tests" / "model" / "cuda" / "conftest.py"
-        if "triton" not in sys.modules and importlib.util.find_spec("pytest") and fixes.is_file():
-            spec = importlib.util.spec_from_file_location("interpreter_fixes", fixes)
-            assert spec is not None
-            assert spec.loader is not None
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    if setup is not None:
+        _load("setup_file", setup)
     if "pyllm" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "pyllm", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["pyllm"] = module
-        spec.loader.exec_module(module)
+        _load("pyllm", ROOT / "__init__.py", [str(ROOT)])
     missing = [name for name in ("triton", *SERVER) if importlib.util.find_spec(name) is None]
     for name in REPLACED.intersection(missing):
         sys.modules[name] = _Absent(name)
@@ -85,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--setup", type=Path, help=SETUP_HELP)
     return parser.parse_args()
 
 
@@ -153,7 +153,7 @@ def _kernels(report: Report, machine: Any, quick: bool) -> None:
 def main() -> int:
     """Run all parts."""
     args = _arguments()
-    missing = prepare(args.dry_run)
+    missing = prepare(args.dry_run, args.setup)
     report = Report()
     import torch
 

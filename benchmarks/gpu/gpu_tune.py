@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `pyllm` need not be installed
-from benchmarks.gpu.gpu_check import prepare
+from benchmarks.gpu.gpu_check import SETUP_HELP, prepare
 
 Blocks = Any
 Work = Callable[[], object]
@@ -226,8 +226,9 @@ def main() -> int:
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     parser.add_argument("--no-compile", action="store_true", help="all kernels are compiled already")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--setup", type=Path, help=SETUP_HELP)
     args = parser.parse_args()
-    prepare(args.dry_run)
+    prepare(args.dry_run, args.setup)
     import torch
 
     from pyllm.benchmarks.gpu.gpu_measure import Machine

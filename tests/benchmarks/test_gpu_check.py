@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu" / "gpu_check.py"
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "benchmarks" / "gpu" / "gpu_check.py"
+INTERPRETER = ROOT / "tests" / "support" / "triton_interpreter.py"
 PARTS = [
     "kernels",
     "ceilings",
@@ -29,7 +31,7 @@ PARTS = [
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_gpu_check_dry_run_finds_nothing_wrong(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--dry-run"],
+        [sys.executable, str(PROGRAM), "--dry-run", "--setup", str(INTERPRETER)],
         env=os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,

@@ -1,16 +1,13 @@
-"""Runs Triton kernels in Triton's interpreter, with fixes for those of its faults that the kernels meet.
+"""Runs Triton kernels in Triton's interpreter.
 
-The variable must be set before Triton is imported. Where something else imported it first, to run it on a GPU, the
-tests of this folder are left out; run them alone.
+If Triton was already imported without it, to run on a GPU, the tests of this folder are skipped; run them alone.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,100 +17,18 @@ late = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
 if late or importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
-    os.environ["TRITON_INTERPRET"] = "1"
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    def _as_float(data: Any) -> Any:
-        return (data.astype(np.uint32) << 16).view(np.float32)
-
-    def _narrowed(data: Any) -> Any:
-        """FP32 as the nearest BF16, as the hardware does; the interpreter cuts the lower bits off."""
-        bits = np.ascontiguousarray(data).view(np.uint32)
-        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        return np.where(np.isnan(data), 0x7FC0, nearest).astype(np.uint16).reshape(data.shape)
-
-    _cast = interpreter.InterpreterBuilder.cast_impl
-
-    def _fixed_cast(self: Any, src: Any, dst_type: Any) -> Any:
-        target = dst_type.scalar
-        if src.dtype.scalar == tl.float32 and target == tl.bfloat16:
-            return interpreter.TensorHandle(_narrowed(src.data), target)
-        if src.dtype.scalar == tl.bfloat16 and target == tl.float32:
-            return interpreter.TensorHandle(_as_float(src.data), target)
-        return _cast(self, src, dst_type)
-
-    def _fixed_dot(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
-        """The interpreter multiplies the bit patterns of BF16 numbers as if they were integers.
-
-        Row by row, as NumPy adds up one row of a product in another order than the next, which no GPU does.
-        """
-        left, right = (_as_float(side.data) if side.dtype.scalar == tl.bfloat16 else side.data for side in (a, b))
-        product = np.matmul(left[:, None], right, dtype=np.float32)[:, 0]
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    def _fixed_fp8(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
-        """From and to FP8; the interpreter's own conversions do not carry when they round up. Overflow is NaN."""
-        source, target = src.dtype.scalar, dst_type.scalar
-        if source == tl.float8e4nv:
-            bits = torch.from_numpy(np.array(src.data, dtype=np.uint8))
-            data = bits.view(torch.float8_e4m3fn).float().numpy()
-            return interpreter.TensorHandle(_narrowed(data) if target == tl.bfloat16 else data, target)
-        assert (source, target) == (tl.float32, tl.float8e4nv)
-        wide = torch.from_numpy(np.array(src.data, dtype=np.float32))
-        bits = wide.to(torch.float8_e4m3fn).view(torch.uint8)
-        bits[wide.abs() > 448] = 0x7F
-        return interpreter.TensorHandle(bits.numpy(), target)
-
-    _patch_tensor = interpreter._patch_lang_tensor
-
-    def _fixed_tensor(tensor: Any, scope: Any) -> None:
-        """A number is an array of one element there, which NumPy from 2.4 on no longer takes for a loop's bound."""
-        _patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    _patch_lang = interpreter._patch_lang
-    _patched: dict[tuple[str, ...], Any] = {}
-
-    class _Kept:
-        def restore(self) -> None:
-            pass
-
-    def _patch_once(function: Any) -> _Kept:
-        """The language is replaced by the interpreter's for good, instead of at every call of a function."""
-        names = tuple(name for name in ("tl", "core") if name in function.__globals__)
-        if names not in _patched:
-            _patched[names] = _patch_lang(function)
-        return _Kept()
-
-    interpreter._patch_lang = _patch_once
-    interpreter._patch_lang_tensor = _fixed_tensor
-    interpreter.InterpreterBuilder.cast_impl = _fixed_cast
-    interpreter.InterpreterBuilder.create_dot = _fixed_dot
-    interpreter.InterpreterBuilder.create_fp_to_fp = _fixed_fp8
-    # Half of the time went into two things: a table rebuilt at every look-up, and a proof at every sum of integers
-    # that it fits, which with shapes this small tells nothing.
-    _by_dtype = functools.cache(interpreter._get_np_dtype)
-
-    def _np_dtype(dtype: Any) -> Any:
-        scalar = dtype.scalar
-        return np.dtype(np.uint64) if scalar.is_ptr() else _by_dtype(scalar)
-
-    interpreter._get_np_dtype = _np_dtype
-    _builder = interpreter.interpreter_builder
-    _builder.options = replace(_builder.options, sanitize_overflow=False)
+    from support import triton_interpreter  # noqa: F401  it patches Triton
 
 
 @pytest.fixture(autouse=True)
 def _few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs run one after the other here, and most of those that keep a GPU busy would find nothing to do."""
+    """Programs run one after the other here, and most of those that keep a GPU busy would have no keys."""
     monkeypatch.setattr("pyllm.model.cuda.backend.MAX_SPLITS", 2)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not written shows: memory comes full of NaN, and of numbers that are no token."""
+    """Fill new memory with NaN, or numbers that are no token, to show what is never written."""
 
     def poison(make: Any) -> Any:
         def made(*args: Any, **how: Any) -> torch.Tensor:
