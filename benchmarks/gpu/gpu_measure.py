@@ -47,6 +47,10 @@ class Machine:
         self.device = torch.device("cpu" if dry else "cuda")
         self.has_triton = has_triton
         self.dtype = torch.float32 if dry else torch.bfloat16
+        if dry and has_triton:  # programs run one after another here, and most splits would have no keys
+            from pyllm.model.cuda import backend
+
+            backend.MAX_SPLITS = 2
 
     def describe(self) -> dict[str, Any]:
         """Name, versions and the day."""

@@ -96,8 +96,8 @@ interpreter._patch_lang_tensor = _fixed_tensor
 interpreter.InterpreterBuilder.cast_impl = _fixed_cast
 interpreter.InterpreterBuilder.create_dot = _fixed_dot
 interpreter.InterpreterBuilder.create_fp_to_fp = _fixed_fp8
-# Half of the time went into two things: a table rebuilt at every look-up, and a proof at every sum of integers
-# that it fits, which with shapes this small tells nothing.
+# Without these, most of the time goes into a table rebuilt at every look-up, a proof at every sum of integers that it
+# fits, which with shapes this small tells nothing, and descriptions of the same few shapes.
 _by_dtype = functools.cache(interpreter._get_np_dtype)
 
 
@@ -106,6 +106,45 @@ def _np_dtype(dtype: Any) -> Any:
     return np.dtype(np.uint64) if scalar.is_ptr() else _by_dtype(scalar)
 
 
+_init_block, _init_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
+_blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+_shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+
+def _block_once(self: Any, element_ty: Any, shape: Any) -> None:
+    """Describe each block once; a tensor's shape is checked when it is new."""
+    sizes = tuple(getattr(size, "value", size) for size in getattr(shape, "value", shape))
+    known = _blocks.get((element_ty.name, sizes))
+    if known is None:
+        _init_block(self, element_ty, shape)
+        _blocks[element_ty.name, sizes] = dict(self.__dict__)
+    else:
+        self.__dict__.update(known)
+
+
+def _tensor_once(self: Any, handle: Any, type: Any) -> None:
+    """Share the shape of all tensors that have the same."""
+    sizes = tuple(type.shape) if type.is_block() else ()
+    if sizes not in _shapes:
+        _init_tensor(self, handle, type)
+        _shapes[sizes] = self.shape, self.numel
+        return
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shapes[sizes]
+
+
+_broadcast = interpreter.interpreter_semantic.broadcast_impl_value
+
+
+def _broadcast_others(lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    """Broadcast two tensors, unless their shapes are equal."""
+    sides = [side.type.shape.values if side.type.is_block() else [] for side in (lhs, rhs)]
+    return (lhs, rhs) if sides[0] == sides[1] else _broadcast(lhs, rhs)
+
+
 interpreter._get_np_dtype = _np_dtype
+interpreter.interpreter_semantic.broadcast_impl_value = _broadcast_others
+tl.core.block_type.__init__ = _block_once
+tl.core.tensor.__init__ = _tensor_once
 _builder = interpreter.interpreter_builder
 _builder.options = replace(_builder.options, sanitize_overflow=False)

@@ -22,7 +22,7 @@ else:
 
 @pytest.fixture(autouse=True)
 def _few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs run one after the other here, and most of those that keep a GPU busy would have no keys."""
+    """Programs run one after another here, and most of those that keep a GPU busy would have no keys."""
     monkeypatch.setattr("pyllm.model.cuda.backend.MAX_SPLITS", 2)
 
 
