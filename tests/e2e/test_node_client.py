@@ -8,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.checkpoints import TINY
 from support.serving import PATIENCE, ServerProcess, environment
+
+from pyllm.model.cpu.backend import available
 
 VERSION = "7.57.0"
 SCRIPTS = sorted(path for path in (Path(__file__).parent / "node").glob("*.mjs") if path.stem != "client")
@@ -36,7 +39,8 @@ def package() -> Path:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.stem for script in SCRIPTS])
 def test_the_node_client(package: Path, server: ServerProcess, script: Path) -> None:
-    variables = {"OPENAI_FOLDER": str(package), "OPENAI_BASE_URL": f"{server.url}/v1"}
+    variables = {"OPENAI_FOLDER": str(package), "OPENAI_BASE_URL": f"{server.url}/v1",
+                 "EQUAL_BITS": str(available(TINY)).lower()}  # fmt: skip
     command = [shutil.which("node") or "node", str(script)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, env=environment() | variables, check=False
