@@ -34,8 +34,7 @@ class ModelFlags(EngineSettings):
     model: str | None = setting(None, "folder or hub id of the checkpoint (default: the bundled demo model)")
     chat_template: str | None = setting(None, "file with a Jinja chat template to use instead of the checkpoint's")
     generation_config: str = setting(
-        "auto",
-        "where to find generation_config.json with the sampling defaults: auto (the checkpoint), a folder, or none",
+        "auto", "where the sampling defaults of generation_config.json are: auto (the checkpoint), a folder, or none"
     )
     override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - it is a field
         None, 'sampling defaults that win over that file, such as {"temperature": 0.5}; null removes one'
@@ -76,29 +75,17 @@ class ServerConfig(ModelFlags):
     root_path: str = setting("", "path under which a proxy offers this server")
     ssl_keyfile: str | None = setting(None, "PEM file with the private key to serve HTTPS; needs --ssl-certfile")
     ssl_certfile: str | None = setting(None, "PEM file with the certificate (chain) of that key")
-    max_logprobs: int = setting(
-        MAX_LOGPROBS, "most logprobs per token that a request may ask for", low=0, high=MAX_LOGPROBS
-    )
+    max_logprobs: int = setting(MAX_LOGPROBS, "most logprobs per token of a request", low=0, high=MAX_LOGPROBS)
     tool_call_parser: str = setting("auto", "format of tool calls in the model's text; auto goes by the checkpoint")
     metrics_vllm_names: bool = setting(False, "export metrics under vLLM's names too, for its dashboards")
     log_format: Literal["text", "json"] = setting("text", "json writes one object per line")
-    sse_keep_alive_interval: float = setting(
-        15.0, "seconds between comments that keep a silent stream open; 0 sends none", low=0, high=3600
-    )
-    otlp_traces_endpoint: str | None = setting(
-        None, "URL to send OpenTelemetry traces to, such as http://localhost:4318/v1/traces"
-    )
-    max_connections: int = setting(
-        4096, "most open connections; one more replaces an idle one, or gets a 503", low=1, high=2**20
-    )
+    sse_keep_alive_interval: float = setting(15.0, "seconds between keep-alive comments; 0: none", low=0, high=3600)
+    otlp_traces_endpoint: str | None = setting(None, "URL for OpenTelemetry traces, as http://localhost:4318/v1/traces")
+    max_connections: int = setting(4096, "most open connections; more replace idle ones or get 503", low=1, high=2**20)
     header_timeout: float = setting(15.0, "seconds within which a request's headers must arrive", low=0.1, high=DAY)
     body_timeout: float = setting(30.0, "seconds within which more of a request's body must arrive", low=0.1, high=DAY)
-    write_timeout: float = setting(
-        30.0, "seconds within which a client must read more of its answer, or generation stops", low=0.1, high=DAY
-    )
-    restart_engine: int = setting(
-        0, "how many times in a row a dead engine is restarted before the server exits", low=0, high=1000
-    )
+    write_timeout: float = setting(30.0, "seconds within which a client must read more of an answer", low=0.1, high=DAY)
+    restart_engine: int = setting(0, "restarts of a dead engine in a row before the server exits", low=0, high=1000)
     shutdown_timeout: float = setting(30.0, "seconds that running requests get to finish on SIGTERM", low=0, high=DAY)
 
 
@@ -110,12 +97,8 @@ class TerminalConfig(ModelFlags):
     max_tokens: int | None = setting(None, "most tokens of one answer (default: what fits)", low=1, high=2**31 - 1)
     temperature: float | None = setting(None, "0 is greedy (default: the checkpoint's, else 1)", low=0, high=2)
     top_k: int | None = setting(None, "sample among the k most likely tokens; 0 means all", low=-1, high=2**31 - 1)
-    top_p: float | None = setting(
-        None, "sample among the most likely tokens that add up to this probability", low=1e-6, high=1
-    )
-    repetition_penalty: float | None = setting(
-        None, "above 1 makes tokens that occurred before less likely", low=0.01, high=100
-    )
+    top_p: float | None = setting(None, "sample among the likeliest tokens of this total probability", low=1e-6, high=1)
+    repetition_penalty: float | None = setting(None, "above 1 makes repeated tokens less likely", low=0.01, high=100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +117,7 @@ class BenchConfig(ModelFlags):
     base_url: str | None = setting(None, "running server to measure (default: start one with the flags of the model)")
     api_key: str | None = setting(None, "API key of that server")
     concurrency: str = setting("1,8,32", "numbers of concurrent clients, one measurement each")
-    num_requests: int | None = setting(
-        None, "requests per measurement (default: two per client, at least 4)", low=1, high=10**6
-    )
+    num_requests: int | None = setting(None, "requests per run (default: 2 per client, at least 4)", low=1, high=10**6)
     input_len: int = setting(128, "tokens per prompt", low=1, high=10**6)
     output_len: int = setting(128, "tokens per answer", low=1, high=10**6)
     vocab_size: int = setting(1000, "prompts are random token ids from 100 to N - 1", low=101, high=10**7)

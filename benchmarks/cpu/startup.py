@@ -18,10 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from pyllm.benchmarks import checkpoint
 from pyllm.benchmarks.checkpoint import SHAPES
 from pyllm.benchmarks.measure import VOCAB_SIZE, load, peak_memory_mib, report
-from pyllm.server.cli.bench import own_server, random_prompts, run
+from pyllm.server.cli.bench import own_server, random_prompts
 from pyllm.server.cli.load_client import LoadError, Target, closed_loop
 
 BLOCKS, BLOCK_SIZE, CLIENTS = 640, 16, 32
@@ -42,7 +44,7 @@ def first_tokens(folder: Path) -> tuple[float, float, float, float]:
         ready = time.perf_counter() - started
         target = Target(base, folder.name)
         bodies = [target.body(prompt, 1) for prompt in random_prompts(2, 16, VOCAB_SIZE)]
-        answers, _ = run(closed_loop(target, bodies, 1))
+        answers, _ = uvloop.run(closed_loop(target, bodies, 1))
     for answer in answers:
         if answer.error is not None:
             raise LoadError(answer.error)

@@ -12,9 +12,11 @@ import argparse
 import asyncio
 from itertools import count
 
+import uvloop
+
 from pyllm.benchmarks.checkpoint import SHAPES
 from pyllm.benchmarks.measure import VOCAB_SIZE, report, served
-from pyllm.server.cli.bench import random_prompts, run
+from pyllm.server.cli.bench import random_prompts
 from pyllm.server.cli.load_client import Client, LoadError, Target, closed_loop, quantile
 
 
@@ -49,8 +51,8 @@ async def streams(target: Target, number: int, output_len: int, prompt_len: int)
 
 def disturbance(target: Target, number: int, output_len: int, prompt_len: int) -> dict[str, float]:
     """Measure both ways."""
-    quiet, _ = run(streams(target, number, output_len, 0))
-    loud, prompts = run(streams(target, number, output_len, prompt_len))
+    quiet, _ = uvloop.run(streams(target, number, output_len, 0))
+    loud, prompts = uvloop.run(streams(target, number, output_len, prompt_len))
     return {
         "undisturbed_p50_ms": round(1000 * quantile(quiet, 0.5), 2),
         "undisturbed_p99_ms": round(1000 * quantile(quiet, 0.99), 2),

@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import statistics
 
+import uvloop
+
 from pyllm.benchmarks.checkpoint import SHAPES
 from pyllm.benchmarks.measure import VOCAB_SIZE, load, report, served
-from pyllm.server.cli.bench import random_prompts, run
+from pyllm.server.cli.bench import random_prompts
 from pyllm.server.cli.load_client import Answer, LoadError, Target, closed_loop
 
 # Small enough that the first requests go through all of it: else the cache, which forgets last what was used last, is
@@ -26,7 +28,7 @@ def first_tokens(target: Target, prefix_len: int, tail_len: int) -> tuple[Answer
     """One new prefix with two tails, one after the other -> the answers."""
     (prefix,) = random_prompts(1, prefix_len, VOCAB_SIZE)
     bodies = [target.body(prefix + tail, 1) for tail in random_prompts(2, tail_len, VOCAB_SIZE)]
-    answers, _ = run(closed_loop(target, bodies, 1))
+    answers, _ = uvloop.run(closed_loop(target, bodies, 1))
     for answer in answers:
         if answer.error is not None:
             raise LoadError(answer.error)

@@ -10,6 +10,7 @@ from .conversation import Message
 from .served_model import ServedModel
 
 Messages = Sequence[Message]
+Prompts = str | list[int] | list[str] | list[list[int]]  # one or more
 Render = Callable[[Messages], Awaitable[list[int]]]
 
 
@@ -71,12 +72,7 @@ def _since(messages: Messages, start: int) -> Messages:
 
 
 async def encode_prompts(
-    given: str | list[int] | list[str] | list[list[int]],
-    model: ServedModel,
-    *,
-    add_bos: bool,
-    keep: int | None,
-    max_tokens: int | None,
+    given: Prompts, model: ServedModel, *, add_bos: bool, keep: int | None, max_tokens: int | None
 ) -> list[list[int]]:
     """Return the token ids of one or more prompts, cut as `truncate_prompt` does; raises `RequestError`."""
     prompts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given

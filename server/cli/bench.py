@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -11,9 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
-from typing import TypeVar
 
 import uvloop
 
@@ -22,7 +20,6 @@ from ...engine.config import settings_of
 from ..flags import ENVIRONMENT_PREFIX, BenchConfig, ConfigError, ServerConfig
 from .load_client import Client, LoadError, Target, closed_loop, summarize
 
-Result = TypeVar("Result")
 LOWEST_ID = 100  # lower ids may be special tokens
 COLUMNS = {
     "clients": "clients",
@@ -71,7 +68,7 @@ def _counts(text: str) -> list[int]:
 def _first_model(base: str, api_key: str | None) -> str:
     client = Client(Target(base, "", api_key))
     try:
-        return str(json.loads(run(client.get("/models")))["data"][0]["id"])
+        return str(json.loads(uvloop.run(client.get("/models")))["data"][0]["id"])
     except OSError as error:
         raise LoadError(f"Its /models cannot be fetched: {error}.") from None
     except (ValueError, LookupError, TypeError):
@@ -89,7 +86,8 @@ def measure_load(
 ) -> dict[str, float]:
     """Run a closed loop of random prompts; return what `summarize` does, and the number of clients."""
     bodies = [target.body(prompt, output_len) for prompt in random_prompts(requests, input_len, vocab_size)]
-    answers, seconds = run(closed_loop(target, bodies, clients))
+    # Faster than asyncio's own loop, which leaves more of the processor to a server on the same machine.
+    answers, seconds = uvloop.run(closed_loop(target, bodies, clients))
     return {"clients": clients} | summarize(answers, seconds)
 
 
@@ -103,12 +101,6 @@ def _measure(config: BenchConfig, target: Target, clients: int) -> dict[str, flo
 def _table(results: Sequence[Mapping[str, float]]) -> str:
     rows = [list(COLUMNS), *([f"{result[key]:g}" for key in COLUMNS.values()] for result in results)]
     return "\n".join("  ".join(f"{cell:>{len(name)}}" for cell, name in zip(row, COLUMNS, strict=True)) for row in rows)
-
-
-def run(work: Coroutine[None, None, Result]) -> Result:
-    """Run in uvloop, which leaves more of the processor to a server on the same machine."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
 
 
 @contextlib.contextmanager

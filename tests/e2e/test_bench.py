@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import uvloop
 from support.serving import PATIENCE, ServerProcess, environment
 
-from pyllm.server.cli.bench import run
 from pyllm.server.cli.load_client import Answer, LoadError, Target, closed_loop, summarize
 
 SMALL = ("--num-requests", "6", "--input-len", "5", "--output-len", "7", "--vocab-size", "200")
@@ -74,7 +74,7 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(server: ServerProcess) 
 
 def test_failing_request_among_others_is_counted(server: ServerProcess) -> None:
     target = Target(f"{server.url}/v1", "tiny")
-    answers, seconds = run(closed_loop(target, [target.body([1, 2], 3), b"{", target.body([3], 4)], 1))
+    answers, seconds = uvloop.run(closed_loop(target, [target.body([1, 2], 3), b"{", target.body([3], 4)], 1))
     result = summarize(answers, seconds)
     assert (result["requests"], result["failed"], result["output_tokens"]) == (2, 1, 7)
     assert answers[1].error is not None
@@ -111,7 +111,7 @@ DONE = b"data: [DONE]\r\n\r\n"
 def ask(answer: Callable[[socket.socket, int], None]) -> Answer:
     with scripted(answer) as url:
         target = Target(url, "m")
-        answers, _ = run(closed_loop(target, [target.body([1], 2)], 1))
+        answers, _ = uvloop.run(closed_loop(target, [target.body([1], 2)], 1))
     return answers[0]
 
 
