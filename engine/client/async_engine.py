@@ -13,25 +13,9 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from .. import messages
 from ..config import EngineConfig
 from ..errors import EngineBusyError, EngineDeadError, EngineStartError, RequestError, describe
-from ..messages import (
-    LENGTH_BYTES,
-    Abort,
-    Alive,
-    EngineInfo,
-    EngineRequest,
-    EngineStats,
-    FromEngine,
-    Pooling,
-    SamplingParams,
-    Shutdown,
-    StartFailed,
-    StepOutputs,
-    TokenOutput,
-    encode_frame,
-    resolve_request,
-)
 from .grammar_checks import GrammarChecks
 from .launch import EngineProcess
 from .output_processor import OutputProcessor, RequestStream, Wakeup
@@ -40,14 +24,14 @@ from .watchdog import wait_for_hang
 if TYPE_CHECKING:
     from ...model.tokenizer import Tokenizer
 
-_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_decoder: msgspec.msgpack.Decoder[messages.FromEngine] = msgspec.msgpack.Decoder(messages.FromEngine)
 EXIT_SECONDS = 1.0  # how long to wait for an engine that has closed its socket to exit
 
 
 class Pipe(asyncio.Protocol):
     """Calls `on_message` with each message from the engine as it arrives; what that raises closes the pipe."""
 
-    def __init__(self, on_message: Callable[[FromEngine], None]) -> None:
+    def __init__(self, on_message: Callable[[messages.FromEngine], None]) -> None:
         self.on_message = on_message
         self.num_received = 0  # how often data has arrived
         # Done, with an exception or None, when no more messages can arrive.
@@ -65,7 +49,7 @@ class Pipe(asyncio.Protocol):
         self._buffer += data
         start = 0
         try:
-            while (body := start + LENGTH_BYTES) <= len(self._buffer):
+            while (body := start + messages.LENGTH_BYTES) <= len(self._buffer):
                 end = body + int.from_bytes(self._buffer[start:body], "little")
                 if end > len(self._buffer):
                     break
@@ -89,7 +73,7 @@ class Pipe(asyncio.Protocol):
     def send(self, message: msgspec.Struct) -> None:
         """Send a message, or drop it if the engine has closed its end."""
         if self._transport is not None:
-            self._transport.write(encode_frame(message))
+            self._transport.write(messages.encode_frame(message))
 
     def close(self) -> None:
         """Close the socket and drop what is not sent yet."""
@@ -105,11 +89,11 @@ class AsyncEngine:
     """
 
     def __init__(
-        self, process: EngineProcess, pipe: Pipe, info: EngineInfo, config: EngineConfig, tokenizer: Tokenizer
+        self, process: EngineProcess, pipe: Pipe, info: messages.EngineInfo, config: EngineConfig, tokenizer: Tokenizer
     ) -> None:
         self.info = info
-        self.stats = EngineStats()  # after the last step
-        self.step_listener: Callable[[StepOutputs], None] | None = None  # called with each step's outputs, for metrics
+        self.stats = messages.EngineStats()  # after the last step
+        self.step_listener: Callable[[messages.StepOutputs], None] | None = None  # called after each step
         self.error: str | None = None  # why the engine is dead
         self._process = process
         self._pipe = pipe
@@ -140,7 +124,7 @@ class AsyncEngine:
             process = EngineProcess()
             process.configure(config)
         loop = asyncio.get_running_loop()
-        first: asyncio.Future[FromEngine] = loop.create_future()
+        first: asyncio.Future[messages.FromEngine] = loop.create_future()
         pipe = Pipe(first.set_result)
         try:
             await loop.create_connection(lambda: pipe, sock=process.socket)
@@ -150,11 +134,11 @@ class AsyncEngine:
             process.kill()
             raise
         message = first.result() if first.done() else None
-        if isinstance(message, EngineInfo):
+        if isinstance(message, messages.EngineInfo):
             return cls(process, pipe, message, config, tokenizer)
         pipe.close()
         code = await asyncio.to_thread(process.end, EXIT_SECONDS)
-        if isinstance(message, StartFailed):
+        if isinstance(message, messages.StartFailed):
             raise EngineStartError(message.message)
         raise EngineStartError(f"The engine process exited with code {code} while starting; its output is above.")
 
@@ -195,11 +179,11 @@ class AsyncEngine:
         self,
         request_id: str,
         prompt_token_ids: list[int],
-        params: SamplingParams,
+        params: messages.SamplingParams,
         *,
         priority: int = 0,
         cache_salt: str | None = None,
-        pooling: Pooling | None = None,
+        pooling: messages.Pooling | None = None,
         wakeup: Wakeup | None = None,
     ) -> RequestStream:
         """Send a request to the engine; its fields are those of `EngineRequest`, but `request_id` need not be unique.
@@ -212,11 +196,11 @@ class AsyncEngine:
         self.check_room()
         # Never used twice: outputs in flight for an aborted request must not reach another one with its id.
         wire_id = f"{request_id}#{next(self._serial)}"
-        message = EngineRequest(
+        message = messages.EngineRequest(
             request_id=wire_id, prompt_token_ids=prompt_token_ids, params=params,
             priority=priority, cache_salt=cache_salt, pooling=pooling,
         )  # fmt: skip
-        message = resolve_request(message, self.info, self._seeds)
+        message = messages.resolve_request(message, self.info, self._seeds)
         stream = RequestStream(wire_id, wakeup or Wakeup(), self._forget)
         self._processor.add(wire_id, len(prompt_token_ids), message.params)
         self._streams[wire_id] = stream
@@ -238,7 +222,7 @@ class AsyncEngine:
         """End the engine process; requests that are still running get `EngineDeadError`."""
         self._closing = True
         if not self._watcher.done():
-            self._pipe.send(Shutdown())
+            self._pipe.send(messages.Shutdown())
             await asyncio.wait((self._watcher,), timeout=timeout)
         self._pipe.close()
         await asyncio.to_thread(self._process.end)
@@ -248,7 +232,7 @@ class AsyncEngine:
         if self._streams.pop(wire_id, None) is not None:
             self._processor.abort(wire_id)
             if self.error is None:
-                self._pipe.send(Abort(request_ids=[wire_id]))
+                self._pipe.send(messages.Abort(request_ids=[wire_id]))
 
     async def _watch(self) -> None:
         """Wait until the engine process exits or hangs; then fail all requests, and kill it if it still runs."""
@@ -276,11 +260,11 @@ class AsyncEngine:
         self._pipe.close()
         await asyncio.to_thread(self._process.end)
 
-    def _dispatch(self, message: FromEngine) -> None:
+    def _dispatch(self, message: messages.FromEngine) -> None:
         """Hand out what one step produced, with one wakeup per reader."""
-        if isinstance(message, Alive):
+        if isinstance(message, messages.Alive):
             return
-        if not isinstance(message, StepOutputs):
+        if not isinstance(message, messages.StepOutputs):
             raise TypeError(f"unexpected message {type(message).__name__}")
         self.stats = message.stats
         for verdict in message.verdicts:
@@ -293,11 +277,11 @@ class AsyncEngine:
         if not self._streams:
             self._completions.clear()  # idle time says nothing about the rate
         if stopped:
-            self._pipe.send(Abort(request_ids=stopped))
+            self._pipe.send(messages.Abort(request_ids=stopped))
         if self.step_listener is not None:
             self.step_listener(message)
 
-    def _deliver(self, token_output: TokenOutput, now: float) -> bool:
+    def _deliver(self, token_output: messages.TokenOutput, now: float) -> bool:
         """Pass an output to its stream; return True if it ended here, by a stop string unknown to the engine."""
         wire_id = token_output.request_id
         stream = self._streams.get(wire_id)

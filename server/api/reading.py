@@ -99,8 +99,7 @@ class TemplateOptions(StrictModel):
 
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = Field(
-        None,
-        description="End the prompt with the opening of a turn; by default not continue_final_message.",
+        None, description="End the prompt with the opening of a turn; by default not continue_final_message."
     )
     continue_final_message: bool | None = Field(None, description="Continue the last message.")
     chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = Field(

@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Sampling = Mapping[str, Any]
-"""The fields of `SamplingParams` that a request sets; `bad_words` are still words."""
-BETWEEN_PARTS = "\n"
-"""Separates the texts of a message that has several."""
+Sampling = Mapping[str, Any]  # the fields of `SamplingParams` that a request sets; `bad_words` are still words
+BETWEEN_PARTS = "\n"  # separates the texts of a message that has several
 
 
 @dataclass(frozen=True, slots=True)

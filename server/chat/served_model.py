@@ -25,8 +25,7 @@ from .tool_calls import FORMATS, ToolCallFormat, detect_format
 
 logger = logging.getLogger("pyllm.server")
 
-LARGE_TEXT = 4000
-"""Characters from which text is tokenised off the event loop."""
+LARGE_TEXT = 4000  # characters from which text is tokenised off the event loop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +57,7 @@ class ServedModel:
         return await off_loop(self.tokenizer.encode, text, add_bos=add_bos)
 
     def too_long(self, characters: int, param: str) -> RequestError:
-        """Return the error for a prompt of so many characters that it cannot fit the context."""
+        """Return the error for a prompt that cannot fit the context."""
         fewest, limit = characters // self.longest_token, self.engine.info.config.max_model_len
         message = f"This model's context is {limit} tokens, but the prompt has at least {fewest} tokens."
         return RequestError(message, param=param, code="context_length_exceeded")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import minijinja
@@ -25,10 +25,8 @@ FALLBACK = (
 
 FUEL = 5_000_000
 """Template instructions per rendering: about a tenth of a second. A long chat needs about ten thousand."""
-MAX_CHARACTERS = 4_000_000
-"""Of the longest rendered prompt."""
-MAX_DEPTH = 64
-"""Levels of nested lists and objects in what a template reads."""
+MAX_CHARACTERS = 4_000_000  # of the longest rendered prompt
+MAX_DEPTH = 64  # levels of nested lists and objects in what a template reads
 
 # Noncharacters: Unicode gives them no meaning, no text needs them, and no template or normalisation touches them.
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
@@ -57,7 +55,10 @@ class ChatTemplate:
             fuel=FUEL,
             debug=False,
             filters={"tojson": _tojson},
-            globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
+            globals={
+                "raise_exception": _raise_exception,
+                "strftime_now": lambda form: datetime.now().strftime(form),
+            },
             auto_escape_callback=lambda _name: False,
             finalizer=lambda value: "" if value is None else NotImplemented,
         )
@@ -238,7 +239,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> None:
     raise ChatTemplateError(f"The model's chat template refuses these messages: {str(message).rstrip('.')[:200]}.")
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)

@@ -22,8 +22,7 @@ class CallPiece(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     arguments: str = ""  # more characters of the arguments' JSON text
 
 
-Part = str | CallPiece
-"""New content of a turn, or a piece of one of its calls."""
+Part = str | CallPiece  # new content of a turn, or a piece of one of its calls
 
 
 class TurnReader(Protocol):

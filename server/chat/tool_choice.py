@@ -16,8 +16,7 @@ from .template import MAX_DEPTH, is_deeper
 from .tool_calls import CallReader, ToolCallFormat
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-MAX_CALLS = 32
-"""Calls in one turn that a grammar allows, so that every constrained turn ends."""
+MAX_CALLS = 32  # calls in one turn that a grammar allows, so that every constrained turn ends
 OPEN_KEYWORDS = {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"}
 OPEN_KEYWORDS |= {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependentRequired"}
 """Keywords of a schema that may describe members which are not in `properties`."""

@@ -20,8 +20,7 @@ from .tool_choice import ToolOptions, read_tools
 from .truncation import render_newest, truncate_prompt
 
 MAX_VARIABLE_BYTES = 2**14
-LARGE_CHAT = 50
-"""Messages from which a chat is rendered off the event loop."""
+LARGE_CHAT = 50  # messages from which a chat is rendered off the event loop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +109,8 @@ def _tools(conversation: Conversation, model: ServedModel) -> ToolOptions | None
 
 
 def sampling_params(
-    sampling: Sampling, model: ServedModel, *, max_tokens: int | None, grammar: str | None,
-    turn_ends: tuple[str, ...] = (),
-) -> SamplingParams:  # fmt: skip
+    sampling: Sampling, model: ServedModel, max_tokens: int | None, grammar: str | None, turn_ends: tuple[str, ...] = ()
+) -> SamplingParams:
     """Join a request's fields with the model's defaults; raises `RequestError`.
 
     `turn_ends` are strings that end a turn like an end-of-sequence id, so `ignore_eos` ignores them too.

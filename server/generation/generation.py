@@ -21,12 +21,10 @@ from ..http.errors import ApiError, unavailable
 from ..http.middleware import RequestContext
 
 MAX_SEQUENCES = 1024
-MAX_LISTED_IDS = 2**22
-"""Ids in the lists of all sequences of a request."""
+MAX_LISTED_IDS = 2**22  # ids in the lists of all sequences of a request
 MAX_SHOWN = 2**21
 """Candidates for tokens in one response: each takes about 500 bytes of memory until the response is written."""
-LAYERS_SHOWN = 4
-"""Layers of a token's dynamics that take as much memory as one candidate."""
+LAYERS_SHOWN = 4  # layers of a token's dynamics that take as much memory as one candidate
 
 
 @dataclass(slots=True)
@@ -133,7 +131,6 @@ class Generation:
         self._engine = engine
         self._counts = counts
         self.context = context
-        self._arrival = context.arrival
         self.n = n
         self.params = params[0]
         self.model_name = counts.model_name
@@ -141,7 +138,7 @@ class Generation:
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self.wakeup = Wakeup()
-        self._running = len(self.choices)
+        self.running = len(self.choices)  # unfinished sequences; `wakeup` is set when there is something to drain
         salt = context.cache_owner + (cache_salt or "") or None  # unambiguous: all owners' names have the same length
         try:
             for index, choice in enumerate(self.choices):
@@ -174,12 +171,7 @@ class Generation:
 
     def seconds_to(self, moment: float) -> float | None:
         """Return the seconds from the request's arrival to a moment of `RequestTimes`; None if it has not come."""
-        return moment - self._arrival if moment else None
-
-    @property
-    def running(self) -> bool:
-        """Whether any sequence is unfinished; `wakeup` is set when there is something to drain."""
-        return self._running > 0
+        return moment - self.context.arrival if moment else None
 
     def drain(self) -> Iterator[tuple[int, RequestOutput]]:
         """Yield every output that has arrived, with its choice's index; raise if a sequence failed."""
@@ -195,7 +187,7 @@ class Generation:
         if times.scheduled and not choice.times.scheduled and index % self.n == 0:  # each prompt once, as in `usage`
             counts.num_prompt_tokens += output.num_prompt_tokens
         if new_tokens and not choice.num_output_tokens:
-            counts.time_to_first_token.observe(times.first_token - self._arrival)
+            counts.time_to_first_token.observe(times.first_token - self.context.arrival)
         elif new_tokens:
             counts.inter_token_latency.observe((times.last_token - choice.times.last_token) / new_tokens, new_tokens)
         counts.num_generation_tokens += new_tokens
@@ -218,10 +210,9 @@ class Generation:
 
     def _finish(self, choice: Choice, reason: str) -> None:
         choice.finish_reason = reason
-        self._running -= 1
-        seconds = time.monotonic() - self._arrival
-        lengths = len(choice.prompt_token_ids), choice.num_output_tokens
-        self._counts.on_finish(reason, seconds, choice.times, *lengths)
+        self.running -= 1
+        seconds, prompt = time.monotonic() - self.context.arrival, choice.prompt_token_ids
+        self._counts.on_finish(reason, seconds, choice.times, len(prompt), choice.num_output_tokens)
 
     async def collect(self) -> None:
         """Run to the end and keep everything in `choices`; raises `ClientDisconnect` as soon as the client is gone."""

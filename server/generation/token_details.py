@@ -11,8 +11,7 @@ import msgspec
 from ...engine.messages import TokenDynamics, TokenLogprobs
 from ...model.tokenizer import Tokenizer
 
-LOWEST_LOGPROB = -9999.0
-"""Replaces minus infinity, which JSON lacks; OpenAI uses the same number."""
+LOWEST_LOGPROB = -9999.0  # replaces minus infinity, which JSON lacks; OpenAI uses the same number
 
 
 def chat_logprobs(positions: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -23,8 +23,7 @@ OPERATIONS = dict.fromkeys(("/v1/chat/completions", "/v1/responses", "/v1/messag
 OPERATIONS |= {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}
 """The conventions' name for what each route does."""
 PROPAGATED = (b"traceparent", b"tracestate")
-LAST_SECONDS = 3.0
-"""Time allowed at shutdown to send the last spans."""
+LAST_SECONDS = 3.0  # time allowed at shutdown to send the last spans
 
 
 class Tracing:

@@ -23,10 +23,8 @@ from .errors import ApiError, shorten
 from .middleware import RequestContext
 
 LARGE_BODY_BYTES = 64 * 2**10
-MAX_CONTAINERS = 2**18
-"""Objects and arrays in a body: each takes about 70 bytes of memory, of 2 that are sent."""
-MAX_WHOLE = 2**53
-"""Up to here, each integer has a float of its own."""
+MAX_CONTAINERS = 2**18  # objects and arrays in a body: each takes about 70 bytes of memory, of 2 that are sent
+MAX_WHOLE = 2**53  # up to here, each integer has a float of its own
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
 QUOTES = "'"

@@ -18,13 +18,11 @@ from ..flags import ServerConfig
 
 logger = logging.getLogger("pyllm.server")
 
-MIN_PROGRESS = 4096
-"""A slow client that sends or takes at least this many bytes within the timeout gets a new timeout."""
+MIN_PROGRESS = 4096  # a slow client that sends or takes at least this many bytes within the timeout gets a new timeout
 MIN_IDLE_SECONDS = 0.5
 """A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
-SPARE_FILES = 128
-"""Open files of this process that are not connections."""
+SPARE_FILES = 128  # open files of this process that are not connections
 
 
 @dataclass(frozen=True, slots=True)

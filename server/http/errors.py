@@ -17,17 +17,11 @@ logger = logging.getLogger("pyllm.server")
 
 encode_json = msgspec.json.Encoder().encode
 """Faster than Starlette's encoder; NaN and infinities, which JSON lacks, become null."""
-MAX_ECHO = 200
-"""Characters of the client's input that a message repeats."""
+MAX_ECHO = 200  # characters of the client's input that a message repeats
 RETRY_AFTER_SECONDS = 5
-ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
-"""Anthropic's types by status; the others are invalid_request_error below 500, and api_error."""
+# Anthropic's types by status; the others are invalid_request_error below 500, and api_error.
+ANTHROPIC_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+ANTHROPIC_TYPES |= {429: "rate_limit_error", 503: "overloaded_error"}
 
 
 @dataclass(eq=False)

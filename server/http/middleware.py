@@ -25,14 +25,10 @@ logger = logging.getLogger("pyllm.server")
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 """Routes that machines ask for all the time: logged at debug level, not counted, and open without a key."""
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")
-"""Others could look like further fields of the log line."""
-ANTHROPIC_ROUTES = "/v1/messages"
-"""This route and those below it speak Anthropic's API."""
-CLIENT_GONE = 499
-"""The status of a request whose client left before the whole answer was sent."""
-CONTEXT = "pyllm.context"
-"""The member of an ASGI scope that holds the context."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")  # others could look like further fields of the log line
+ANTHROPIC_ROUTES = "/v1/messages"  # this route and those below it speak Anthropic's API
+CLIENT_GONE = 499  # the status of a request whose client left before the whole answer was sent
+CONTEXT = "pyllm.context"  # the member of an ASGI scope that holds the context
 
 
 class GenerationProgress(Protocol):
@@ -140,8 +136,13 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        context = self._begin(scope, receive, send, headers.get("x-request-id", ""))
+        # A proxy may strip the prefix or not.
+        if self._root and (scope["path"] + "/").startswith(self._root + "/"):
+            scope["root_path"] = self._root
+        path, headers = scope["path"].removeprefix(scope.get("root_path", "")), Headers(scope=scope)
+        if not _REQUEST_ID.fullmatch(request_id := headers.get("x-request-id", "")):
+            request_id = uuid.uuid4().hex
+        scope[CONTEXT] = context = RequestContext(scope, receive, send, path, request_id, self._server.budget)
         self._server.enter()
         try:
             if self._keys and context.path not in self._public_paths:
@@ -167,16 +168,6 @@ class RequestMiddleware:
             seconds = time.monotonic() - context.arrival
             self._server.leave(context, seconds)
             _log(context, seconds)
-
-    def _begin(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> RequestContext:
-        # A proxy may strip the prefix or not.
-        if self._root and (scope["path"] + "/").startswith(self._root + "/"):
-            scope["root_path"] = self._root
-        if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
-        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-        scope[CONTEXT] = context = RequestContext(scope, receive, send, path, request_id, self._server.budget)
-        return context
 
     def _owner(self, headers: Headers) -> str:
         """Name the owner of the request's key; raise `ApiError` 401 without a valid one."""

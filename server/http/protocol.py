@@ -14,10 +14,8 @@ from .errors import ApiError, encode_json, unavailable
 from .middleware import CONTEXT, RequestContext
 
 MAX_HEADER_BYTES = 64 * 2**10
-PIECE_BYTES = 16 * 2**10
-"""Header size is checked once a piece, so headers can exceed the limit by up to one piece."""
-MAX_UNREAD = 65536
-"""Tokens that a client may be behind its stream; those with log-probabilities count more."""
+PIECE_BYTES = 16 * 2**10  # header size is checked once a piece, so headers can exceed the limit by up to one piece
+MAX_UNREAD = 65536  # tokens that a client may be behind its stream; those with log-probabilities count more
 
 
 class _Transport:
