@@ -22,16 +22,8 @@ from ..generation.token_details import chat_logprobs, show_prompt_logprobs
 from ..http.body import off_loop_if_large
 from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
+from . import reading
 from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, TokenLogprob, Usage
-from .reading import (
-    Messages,
-    TemplateOptions,
-    ToolCall,
-    read_chat,
-    read_response_format,
-    read_sampling,
-    start_generation,
-)
 from .types import MAX_INT, MAX_TOOLS, SchemaName, StrictModel
 
 
@@ -63,10 +55,10 @@ class AllowedToolsChoice(StrictModel):
 WireToolChoice = Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice
 
 
-class ChatCompletionRequest(GenerationRequest, TemplateOptions):
+class ChatCompletionRequest(GenerationRequest, reading.TemplateOptions):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Messages
+    messages: reading.Messages
     tool_choice: WireToolChoice | None = Field(None, description="auto if there are tools, else none.")
     parallel_tool_calls: bool | None = Field(None, description="If false, at most one call.")
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Takes precedence over max_tokens.")
@@ -88,7 +80,7 @@ class AnswerMessage(StrictModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[reading.ToolCall] | None = None
 
 
 class ChatChoice(ChoiceDetails):
@@ -152,7 +144,7 @@ class ChatCompletionChunk(StrictModel):
 async def create_chat_completion(context: RequestContext, body: ChatCompletionRequest, model: ServedModel) -> Response:
     """Answer a chat, whole or as a stream; a request that is refused gets no stream."""
     turn = await prepare_turn(await off_loop_if_large(read_conversation, body, model), model)
-    generation = start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
+    generation = reading.start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
     head = {"id": f"chatcmpl-{context.request_id}", "created": int(time.time()), "model": body.model}
     if body.stream:
         head["object"] = "chat.completion.chunk"
@@ -178,14 +170,15 @@ def read_conversation(body: ChatCompletionRequest, model: ServedModel) -> Conver
     """Return the conversation that a request asks for; raises `RequestError`."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    return read_chat(
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return reading.read_chat(
         body.messages,
         body,
-        sampling={**read_sampling(body, model), "logprobs": (body.top_logprobs or 0) if body.logprobs else None},
+        sampling={**reading.read_sampling(body, model), "logprobs": logprobs},
         max_tokens=body.max_completion_tokens or body.max_tokens,
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        answer_format=read_response_format(body),
+        answer_format=reading.read_response_format(body),
         keep_tokens=body.truncate_prompt_tokens,
     )
 
