@@ -83,10 +83,7 @@ class Pipe(asyncio.Protocol):
 
 
 class AsyncEngine:
-    """Starts the engine process, sends it requests and hands out its outputs.
-
-    Made by `AsyncEngine.start`; all methods belong to the event loop that called it.
-    """
+    """Sends requests to the engine process and hands out its outputs, in the event loop that called `start`."""
 
     def __init__(
         self, process: EngineProcess, pipe: Pipe, info: messages.EngineInfo, config: EngineConfig, tokenizer: Tokenizer
@@ -116,10 +113,7 @@ class AsyncEngine:
     async def start(
         cls, config: EngineConfig, tokenizer: Tokenizer, process: EngineProcess | None = None
     ) -> AsyncEngine:
-        """Wait until an engine process is ready: `process`, configured with `config`, or a new one.
-
-        Raises `EngineStartError`, with one plain sentence, if it cannot start.
-        """
+        """Wait until `process`, or a new one, is ready; raises `EngineStartError` with one plain sentence."""
         if process is None:
             process = EngineProcess()
             process.configure(config)
@@ -167,10 +161,7 @@ class AsyncEngine:
         return min(max(math.ceil(count * seconds_each), 1), 60)
 
     async def check_grammar(self, grammar: str, param: str | None = None) -> None:
-        """Return if the engine can follow a grammar, else raise `RequestError` about the field `param`.
-
-        Raises `EngineBusyError` while too many others are being compiled, and `EngineDeadError`.
-        """
+        """Return if the engine can follow a grammar; raises `RequestError` about `param`, or an error of the engine."""
         if self.error is not None:
             raise EngineDeadError(self.error)
         await self._grammars.check(grammar, param)

@@ -60,10 +60,7 @@ class EngineProcess:
             self.socket.sendall(encode_frame(config))
 
     def end(self, seconds: float = 0.0) -> int | None:
-        """Wait `seconds` for the process to exit, then kill it; return its exit code, or None if even that fails.
-
-        Blocks. The socket stays open.
-        """
+        """Wait `seconds` for the exit, then kill; return the exit code, or None if even that fails. Blocks."""
         for patience in (seconds, KILL_SECONDS):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self._process.wait(patience)

@@ -117,10 +117,7 @@ class _TextState:
     num_cached_tokens: int = 0
 
     def add_tokens(self, token_ids: Sequence[int], hidden: int) -> tuple[str, str | None, int]:
-        """Return the released text, the stop string if one is complete, and how many tokens were used until then.
-
-        The `hidden`th token, if any, has no text.
-        """
+        """Return the released text, a complete stop string, and the tokens used; the `hidden`th token has no text."""
         pieces, used, stop = [], 0, None
         for used, token_id in enumerate(token_ids, 1):
             self.num_output_tokens += 1

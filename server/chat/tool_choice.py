@@ -122,10 +122,7 @@ def read_tools(conversation: Conversation, format_: ToolCallFormat) -> ToolOptio
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """Return the schema of a call's arguments: an object, with no other members than the function describes.
-
-    JSON Schema allows members that a schema does not mention, but a function cannot be called with them.
-    """
+    """Return the schema of a call's arguments, which forbids members that the function does not describe."""
     if tool.strict and tool.parameters:
         return tool.parameters  # which must forbid other members itself
     schema = {"type": "object", **(tool.parameters or {})}

@@ -111,10 +111,7 @@ def _tools(conversation: Conversation, model: ServedModel) -> ToolOptions | None
 def sampling_params(
     sampling: Sampling, model: ServedModel, max_tokens: int | None, grammar: str | None, turn_ends: tuple[str, ...] = ()
 ) -> SamplingParams:
-    """Join a request's fields with the model's defaults; raises `RequestError`.
-
-    `turn_ends` are strings that end a turn like an end-of-sequence id, so `ignore_eos` ignores them too.
-    """
+    """Join a request's fields, the model's defaults and, unless `ignore_eos`, `turn_ends`; raises `RequestError`."""
     values: dict[str, Any] = {**model.defaults, **sampling, "max_tokens": max_tokens, "grammar": grammar}
     if "bad_words" in values:
         values["bad_words"] = tuple(_spellings(values["bad_words"], model.tokenizer))

@@ -30,10 +30,7 @@ def chat_logprobs(positions: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> d
 
 
 class LegacyLogprobs:
-    """Writes the log-probabilities of one choice in the older format, piece by piece.
-
-    `text_offset` is where a token begins in the choice's text; a later part of a character begins where that does.
-    """
+    """Writes one choice's log-probabilities in the older format; all parts of a character have its `text_offset`."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer

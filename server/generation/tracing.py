@@ -1,8 +1,4 @@
-"""OpenTelemetry traces: one span for each generating request, named and described by the GenAI conventions.
-
-Spans never contain prompts or answers. A span is made when its request has ended, so that it does not slow it down.
-The client's own trace and OpenTelemetry's environment variables decide whether it is sent.
-"""
+"""OpenTelemetry traces by the GenAI conventions: one span, without texts, when a generating request has ended."""
 
 from __future__ import annotations
 
@@ -27,10 +23,7 @@ LAST_SECONDS = 3.0  # time allowed at shutdown to send the last spans
 
 
 class Tracing:
-    """Makes spans and sends them to `endpoint` (OTLP over HTTP) in the background, or to `exporter` instead.
-
-    Raises `ConfigError` if OpenTelemetry is not installed or the endpoint is not a URL.
-    """
+    """Makes spans and sends them to `endpoint` by OTLP over HTTP, or to `exporter`; raises `ConfigError`."""
 
     def __init__(self, endpoint: str, exporter: SpanExporter | None = None) -> None:
         url = urlsplit(endpoint)

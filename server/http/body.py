@@ -1,7 +1,4 @@
-"""From a request's body to a checked model, with an error for every failure that names the field.
-
-Also the threads for work on large bodies, which would block the event loop; many large requests queue there.
-"""
+"""From a body to a checked model or an error that names the field; large bodies are worked on in threads."""
 
 from __future__ import annotations
 

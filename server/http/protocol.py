@@ -19,10 +19,7 @@ MAX_UNREAD = 65536  # tokens that a client may be behind its stream; those with 
 
 
 class _Transport:
-    """A transport that drops what is written after the connection has ended.
-
-    A response learns of the disconnect slightly late and may write once more; uvloop's transport would raise then.
-    """
+    """Drops what a response writes before it learns of a disconnect; uvloop's transport would raise."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._real = transport
