@@ -62,9 +62,7 @@ class Penalties:
     """The penalties of the R rows that have one."""
 
     rows: Tensor  # int64 [R]
-    repetition: Tensor  # FP32 [R], as the next two
-    presence: Tensor
-    frequency: Tensor
+    strengths: Tensor  # FP32 [R, 3]: repetition, presence, frequency
     token_ids: list[tuple[Sequence[int], int]]  # the row's tokens so far, and how many of them are the prompt
 
     @classmethod
@@ -78,13 +76,9 @@ class Penalties:
         ]  # fmt: skip
         if not rows:
             return None
-        return cls(
-            rows=_ints(rows, device),
-            repetition=_floats([params[row].repetition_penalty for row in rows], device),
-            presence=_floats([params[row].presence_penalty for row in rows], device),
-            frequency=_floats([params[row].frequency_penalty for row in rows], device),
-            token_ids=[token_ids[row] for row in rows],
-        )
+        found = [params[row] for row in rows]
+        strengths = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in found]
+        return cls(_ints(rows, device), _floats(strengths, device), [token_ids[row] for row in rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +127,7 @@ class SamplingBatch:
         )
 
 
-def _floats(values: Sequence[float], device: torch.device) -> Tensor:
+def _floats(values: Sequence[float | tuple[float, ...]], device: torch.device) -> Tensor:
     return upload(torch.tensor(values, dtype=torch.float32), device)
 
 
@@ -231,10 +225,9 @@ def _penalise(logits: Tensor, penalties: Penalties) -> Tensor:
     """Apply repetition, presence and frequency penalties to scores [R, vocab] (CTRL's and OpenAI's formulas)."""
     counts = _token_counts([tokens[prompt:] for tokens, prompt in penalties.token_ids], logits)
     seen = _token_counts([tokens for tokens, _ in penalties.token_ids], logits) > 0
-    repetition = penalties.repetition[:, None]
+    repetition, presence, frequency = penalties.strengths.T[:, :, None].unbind()
     logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    logits = logits - penalties.frequency[:, None] * counts
-    return logits - penalties.presence[:, None] * (counts > 0)
+    return logits - frequency * counts - presence * (counts > 0)
 
 
 def _token_counts(ids: list[Sequence[int]], like: Tensor) -> Tensor:

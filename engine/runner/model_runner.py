@@ -58,7 +58,7 @@ class ModelRunner:
         hidden, tokens, _ = self._forward(sequences)
         if tokens is None:
             if not requests:
-                return list
+                return list  # nothing is drawn
             if len(requests) < len(hidden):
                 ends = np.cumsum([sequence.num_tokens for sequence in sequences])
                 hidden = hidden[upload(torch.from_numpy(ends[rows] - 1), hidden.device)]

@@ -188,9 +188,8 @@ class StepGraphs:
     def run(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Begin a step, whose pending tokens are read from the last step's draws.
 
-        Returns:
-            Hidden states FP32 [T, H] and drawn tokens int64 [S], until the next step; and the tokens' ids and experts,
-            int64 [1 + layers, T], if there are experts. None if no graph fits.
+        Returns hidden states FP32 [T, H] and drawn tokens int64 [S], until the next step; and the tokens' ids and
+        experts, int64 [1 + layers, T], if there are experts. None if no graph fits.
         """
         graph = self._graph_for(sequences)
         if graph is None:
