@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -21,16 +22,7 @@ from ..flags import ENVIRONMENT_PREFIX, BenchConfig, ConfigError, ServerConfig
 from .load_client import Client, LoadError, Target, closed_loop, summarize
 
 LOWEST_ID = 100  # lower ids may be special tokens
-COLUMNS = {
-    "clients": "clients",
-    "output tok/s": "output_tok_s",
-    "TTFT p50 ms": "ttft_p50_ms",
-    "TTFT p99 ms": "ttft_p99_ms",
-    "TPOT p50 ms": "tpot_p50_ms",
-    "ITL p50 ms": "itl_p50_ms",
-    "ITL p99 ms": "itl_p99_ms",
-    "failed": "failed",
-}
+COLUMNS = ("clients", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "ITL p50 ms", "ITL p99 ms", "failed")
 
 
 def bench(config: BenchConfig) -> int:
@@ -99,7 +91,8 @@ def _measure(config: BenchConfig, target: Target, clients: int) -> dict[str, flo
 
 
 def _table(results: Sequence[Mapping[str, float]]) -> str:
-    rows = [list(COLUMNS), *([f"{result[key]:g}" for key in COLUMNS.values()] for result in results)]
+    keys = [re.sub("[ /]", "_", name.lower()) for name in COLUMNS]  # as `summarize` calls them
+    rows = [COLUMNS, *([f"{result[key]:g}" for key in keys] for result in results)]
     return "\n".join("  ".join(f"{cell:>{len(name)}}" for cell, name in zip(row, COLUMNS, strict=True)) for row in rows)
 
 
@@ -118,20 +111,18 @@ def own_server(
     ours = {ENVIRONMENT_PREFIX + name.upper() for name in settings_of(ServerConfig)}
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     command = [*python(), "-m", "pyllm", "serve", "--log-level", "warning", *flags, "--port", str(port)]
-    server = subprocess.Popen(command, env=inherited | dict(environment or {}), stdin=subprocess.DEVNULL)
-    try:
-        while not _is_ready(port):
-            if server.poll() is not None:
-                raise ConfigError(f"The server exited with code {server.returncode} while starting.")
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{port}", server
-    finally:
-        server.terminate()
+    with subprocess.Popen(command, env=inherited | dict(environment or {}), stdin=subprocess.DEVNULL) as server:
         try:
-            server.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            while not _is_ready(port):
+                if server.poll() is not None:
+                    raise ConfigError(f"The server exited with code {server.returncode} while starting.")
+                time.sleep(0.02)
+            yield f"http://127.0.0.1:{port}", server
+        finally:
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=60)
+            server.kill()  # without effect if it has exited
 
 
 def _is_ready(port: int) -> bool:

@@ -31,7 +31,6 @@ class Answer:
     """What one request got. Times are seconds of `time.perf_counter()`."""
 
     sent: float
-    ended: float
     chunks: list[float] = field(default_factory=list)  # when each chunk with a token arrived
     output_tokens: int = 0  # as the server reports, else the number of chunks
     prompt_tokens: int = 0  # as the server reports, else 0, like
@@ -59,10 +58,8 @@ class Target:
 
     def body(self, prompt: Sequence[int], output_len: int) -> bytes:
         """Return a streaming, greedy request for exactly `output_len` tokens."""
-        return json.dumps({
-            "model": self.model, "prompt": prompt, "max_tokens": output_len, "temperature": 0, "stream": True,
-            "stream_options": {"include_usage": True}, "ignore_eos": True,
-        }).encode()  # fmt: skip
+        body = {"model": self.model, "prompt": prompt, "max_tokens": output_len, "temperature": 0, "stream": True}
+        return json.dumps(body | {"stream_options": {"include_usage": True}, "ignore_eos": True}).encode()
 
 
 class Client:
@@ -90,7 +87,7 @@ class Client:
         try:
             return _parse(sent, *await self._request("POST", path, body))
         except OSError as error:
-            return Answer(sent, time.perf_counter(), error=f"{type(error).__name__}: {error}".rstrip(": "))
+            return Answer(sent, error=f"{type(error).__name__}: {error}".rstrip(": "))
 
     async def get(self, path: str) -> bytes:
         """Fetch what is at `path` under /v1; raises `OSError`."""
@@ -144,7 +141,7 @@ class Client:
 
 def _parse(sent: float, status: int, pieces: list[Piece]) -> Answer:
     """Parse an answer; each event has the time of the piece that completed its line."""
-    answer = Answer(sent, pieces[-1][0] if pieces else time.perf_counter())
+    answer = Answer(sent)
     if status != 200:
         answer.error = f"status {status}: {b''.join(body for _, body in pieces)[:200].decode(errors='replace')}"
         return answer

@@ -72,11 +72,10 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
         module, _, function = entry.partition(":")
         run = getattr(import_module(module, __package__), function)
         return int(run(config) if process is None else run(config, process))
+    except EngineDeadError as error:
+        return _fail(error, 1)
     except (ConfigError, CheckpointError, ChatTemplateError, EngineStartError, RequestError) as error:
         return _fail(error)
-    except EngineDeadError as error:
-        _fail(error)
-        return 1
     except BrokenPipeError:
         # The reader of the output has closed it, as in `| head`; nothing can be written any more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,6 +84,6 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
         return 130
 
 
-def _fail(error: Exception) -> int:
+def _fail(error: Exception, code: int = USAGE_ERROR) -> int:
     print(f"pyllm: {error}", file=sys.stderr)
-    return USAGE_ERROR
+    return code

@@ -24,10 +24,8 @@ def generate(config: GenerateConfig, process: EngineProcess) -> int:
     with asyncio.Runner() as runner:
         model = runner.run(load(config, process))
         try:
-            if config.chat:
-                prompt = model.template.render([Message("user", config.prompt)])
-            else:
-                prompt = model.tokenizer.encode(config.prompt)
+            text = config.prompt
+            prompt = model.template.render([Message("user", text)]) if config.chat else model.tokenizer.encode(text)
             runner.run(_answer(model, prompt, _params(config, model, chat=config.chat), []))
         except KeyboardInterrupt:
             return INTERRUPTED

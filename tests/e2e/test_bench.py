@@ -144,4 +144,4 @@ def test_a_connection_closed_before_any_answer_is_tried_again() -> None:
 
 def test_nothing_but_failures_is_an_error() -> None:
     with pytest.raises(LoadError, match="No request succeeded: broken"):
-        summarize([Answer(0.0, 1.0, error="broken")], 1.0)
+        summarize([Answer(0.0, error="broken")], 1.0)
