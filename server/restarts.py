@@ -7,13 +7,10 @@ import dataclasses
 import functools
 import logging
 import time
-from typing import TYPE_CHECKING
 
 from ..engine.errors import EngineStartError
-
-if TYPE_CHECKING:
-    from .chat.served_model import ServedModel
-    from .service import Service
+from .chat.served_model import ServedModel
+from .service import Service
 
 logger = logging.getLogger("pyllm.server")
 

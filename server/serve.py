@@ -146,9 +146,7 @@ class _ServerProcess:
         self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket], tracing: Tracing | None
     ) -> None:
         self.interrupted_loading = False
-        self._config = config
-        self._process = process
-        self._sockets = sockets
+        self._config, self._process, self._sockets = config, process, sockets
         self._service = Service(config, tracing=tracing)
         self._monitor = ConnectionMonitor(ConnectionLimits.from_config(config))
         self._http = _HttpServer(

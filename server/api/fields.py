@@ -12,17 +12,9 @@ from ..generation.generation import MAX_SEQUENCES
 from .types import MAX_INT, JsonSchema, KeptTokens, Name, Priority, SchemaName, StopText, StrictModel, TokenId, TokenIds
 
 # OpenAI's fields that this server does not support, with the values that have no effect.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "suffix": ("",),
-    "web_search_options": (),
-}
+UNSUPPORTED: dict[str, tuple[Any, ...]] = dict.fromkeys(("audio", "prediction", "web_search_options"), ())
+UNSUPPORTED |= dict.fromkeys(("function_call", "reasoning_effort"), ("none",))
+UNSUPPORTED |= {"best_of": (1,), "echo": (False,), "functions": ([],), "suffix": ("",)}
 
 TokenIdText = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 LogitBias = Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)]
@@ -60,6 +52,7 @@ class JsonSchemaResponseFormat(StrictModel):
     json_schema: JsonSchemaFormat
 
 
+Format = TextFormat | JsonObjectFormat | JsonSchemaFormat
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaResponseFormat, Field(discriminator="type")]
 
 

@@ -12,7 +12,7 @@ from ...engine.messages import SamplingParams
 from ..chat import conversation as neutral
 from ..chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Sampling
 from ..chat.served_model import ServedModel
-from ..chat.structured import choice_grammar, json_object_grammar, json_schema_grammar, lark_grammar, regex_grammar
+from ..chat.structured import choice_grammar, json_schema_grammar, lark_grammar, regex_grammar
 from ..generation.generation import Generation
 from ..http.middleware import RequestContext
 from . import fields
@@ -169,10 +169,7 @@ def start_generation(
 
 
 def read_format(
-    wanted: fields.TextFormat | fields.JsonObjectFormat | fields.JsonSchemaFormat | None,
-    outputs: fields.StructuredOutputs | None,
-    field: str,
-    schema_field: str,
+    wanted: fields.Format | None, outputs: fields.StructuredOutputs | None, field: str, schema_field: str
 ) -> AnswerFormat | None:
     """Return the format that a request asks for in `field` or in structured_outputs; raises `RequestError`."""
     if wanted is None or isinstance(wanted, fields.TextFormat):
@@ -180,7 +177,7 @@ def read_format(
     if outputs is not None:
         raise RequestError(f"structured_outputs and {field} cannot both be given.", param="structured_outputs")
     if isinstance(wanted, fields.JsonObjectFormat):
-        return AnswerFormat(json_object_grammar(), field, field)
+        return AnswerFormat(json_schema_grammar({"type": "object"}), field, field)
     grammar = json_schema_grammar(wanted.json_schema, wanted.strict is True, schema_field)
     return AnswerFormat(grammar, field, schema_field)
 

@@ -56,11 +56,6 @@ def json_schema_grammar(schema: dict[str, Any], strict: bool = False, param: str
         raise RequestError("The schema has a number that JSON cannot represent.", param=param) from None
 
 
-def json_object_grammar() -> str:
-    """Return a grammar for any JSON object."""
-    return json_schema_grammar({"type": "object"})
-
-
 def regex_grammar(regex: str, param: str | None = None) -> str:
     r"""Return a grammar for the texts that match `regex` as a whole; raises as `lark_grammar` does.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ...engine.errors import RequestError
 from ..http.errors import shorten
 from .conversation import Conversation, Tool, ToolChoice
-from .structured import choice_grammar, json_object_grammar, json_schema_grammar
+from .structured import choice_grammar, json_schema_grammar
 from .template import MAX_DEPTH, is_deeper
 from .tool_calls import CallReader, ToolCallFormat
 
@@ -59,7 +59,7 @@ class ToolOptions:
 
     def _arguments(self, tool: Tool) -> str:
         if self.mode == "auto" and not tool.strict and tool.parameters:
-            return json_object_grammar()
+            return json_schema_grammar({"type": "object"})
         schema = arguments_schema(tool)
         if schema == NO_ARGUMENTS:
             return choice_grammar(["{}"])

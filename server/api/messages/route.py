@@ -190,11 +190,9 @@ class MessageEvents(EventWriter):
         return data + event({"type": "message_delta", "delta": end, "usage": token_counts(self._choice)})
 
     def closing(self) -> bytes:
-        """Return the end of the stream."""
         return event({"type": "message_stop"})
 
     def failure(self, error: ApiError) -> bytes:
-        """Return the error."""
         return event(error.anthropic_body(self._request_id))
 
     def _start(self) -> bytes:

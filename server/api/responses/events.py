@@ -18,8 +18,9 @@ from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventWriter
 from ...generation.token_details import chat_logprobs
 from ...http.errors import ApiError, encode_json
+from .wire import Item
 
-Item = dict[str, Any]
+Put = Callable[[dict[str, Any]], None]
 
 
 def new_id(kind: str) -> str:
@@ -34,12 +35,7 @@ class ResponseWriter(EventWriter):
     """
 
     def __init__(
-        self,
-        response: dict[str, Any],
-        turn: Turn,
-        generation: Generation,
-        tokenizer: Tokenizer,
-        put: Callable[[dict[str, Any]], None] | None,
+        self, response: dict[str, Any], turn: Turn, generation: Generation, tokenizer: Tokenizer, put: Put | None
     ) -> None:
         self.response = response
         self.shows_tokens = generation.with_logprobs

@@ -23,7 +23,7 @@ from ...http.middleware import RequestContext
 from ..reading import read_format, read_sampling, start_generation
 from ..types import MAX_TOOLS
 from . import wire
-from .events import Item, ResponseWriter, new_id
+from .events import ResponseWriter, new_id
 from .store import ResponseStore, StoredResponse, decode_items
 
 # The fields that a response gets at its end, that it repeats from its request, and that always have the same value.
@@ -104,15 +104,15 @@ def _read(body: wire.ResponseRequest, sources: Sources, model: ServedModel) -> t
     return read_conversation(body, to_messages(items), model), encoded
 
 
-def read_items(body: wire.ResponseRequest, sources: Sources) -> list[Item]:
+def read_items(body: wire.ResponseRequest, sources: Sources) -> list[wire.Item]:
     """Return everything that the model reads except the instructions."""
-    items: list[Item] = []
+    items: list[wire.Item] = []
     if sources.previous is not None:
         _, input_, output = sources.previous.read()
         items += decode_items(input_) + decode_items(output)
     if isinstance(body.input, str):
         return [*items, _complete(wire.InputMessage(role="user", content=body.input))]
-    decoded: dict[str, Item] = {}
+    decoded: dict[str, wire.Item] = {}
     for item in body.input or ():
         if isinstance(item, wire.ItemReference):
             if item.id not in decoded:
@@ -123,10 +123,10 @@ def read_items(body: wire.ResponseRequest, sources: Sources) -> list[Item]:
     return items
 
 
-def _complete(item: wire.InputMessage | wire.InputCall | wire.InputCallOutput) -> Item:
+def _complete(item: wire.InputMessage | wire.InputCall | wire.InputCallOutput) -> wire.Item:
     """Return an item as it is stored and listed."""
     kind = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}[item.type]
-    shown: Item = item.model_dump(exclude_none=True, exclude={"content"})
+    shown: wire.Item = item.model_dump(exclude_none=True, exclude={"content"})
     shown |= {"id": item.id or new_id(kind), "status": item.status or "completed"}
     if isinstance(item, wire.InputMessage):
         assistant = {"type": "output_text", "annotations": [], "logprobs": []}
@@ -136,7 +136,7 @@ def _complete(item: wire.InputMessage | wire.InputCall | wire.InputCallOutput) -
     return shown
 
 
-def to_messages(items: list[Item]) -> list[Message]:
+def to_messages(items: list[wire.Item]) -> list[Message]:
     """Return the messages of items; calls become part of the assistant's message before them."""
     messages: list[Message] = []
     for is_call, group in groupby(items, key=lambda item: item["type"] == "function_call"):

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from ...http.body import LARGE_BODY_BYTES, is_large, off_loop_if_large
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
 from ...http.middleware import RequestContext
-from .wire import DeletedResponse, InputItemList, ResponseObject
+from .wire import DeletedResponse, InputItemList, Item, ResponseObject
 
 MAX_RESPONSES = 4096
 MAX_STORE_BYTES = 64 * 2**20
@@ -37,7 +37,6 @@ DICTIONARY = (
 )
 """Text that most responses share, so that a compressed one only refers to it."""
 
-Item = dict[str, Any]
 _decode = msgspec.json.Decoder().decode
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -74,9 +73,8 @@ class StoredResponse:
 
 
 def _without_logprobs(item: Item) -> Item:
-    if "content" not in item:
-        return item
-    return item | {"content": [part | {"logprobs": []} for part in item["content"]]}
+    parts = [part | {"logprobs": []} for part in item.get("content", ())]
+    return item | {"content": parts} if parts else item
 
 
 class ResponseStore:
@@ -175,7 +173,11 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
         """The items that the model read for a response, newest first, including those of earlier responses."""
         query = request.query_params
         _check_query(query, order=("asc", "desc"), limit=None, after=None)
-        limit = _limit(query.get("limit", "20"))
+        text = query.get("limit", "20")
+        limit = int(text) if re.fullmatch("[0-9]{1,3}", text) else 0
+        if not 1 <= limit <= MAX_PAGE:
+            message = f"limit should be a whole number from 1 to {MAX_PAGE}, got {shorten(text)!r}."
+            raise ApiError(400, message, param="limit", code="invalid_value")
         items = find(response_id, request).read().input
         is_large.set(len(items) >= LARGE_BODY_BYTES)
         newest_first = query.get("order") != "asc"
@@ -193,15 +195,6 @@ def _check_query(query: QueryParams, **known: tuple[str, ...] | None) -> None:
         if values is not None and value not in values:
             message = f"{field} should be {' or '.join(values)}, got {shorten(value)!r}."
             raise ApiError(400, message, param=field, code="invalid_value")
-
-
-def _limit(text: str) -> int:
-    """Return the number of items to show; raise `ApiError` 400."""
-    limit = int(text) if re.fullmatch("[0-9]{1,3}", text) else 0
-    if not 1 <= limit <= MAX_PAGE:
-        message = f"limit should be a whole number from 1 to {MAX_PAGE}, got {shorten(text)!r}."
-        raise ApiError(400, message, param="limit", code="invalid_value")
-    return limit
 
 
 def _page(data: memoryview, newest_first: bool, after: str | None, limit: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ..fields import JsonObjectFormat, JsonSchemaFormat, OpenAIRequest, TextForm
 from ..types import MAX_INT, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StrictModel, Text
 
 MAX_ITEMS = 4096
+Item = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete"]
 
 

@@ -11,7 +11,7 @@ from support.grammars import check_grammar
 
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.chat.conversation import Conversation, Message, Tool, ToolChoice
-from pyllm.server.chat.structured import json_object_grammar, regex_grammar
+from pyllm.server.chat.structured import json_schema_grammar, regex_grammar
 from pyllm.server.chat.tool_calls import FORMATS
 from pyllm.server.chat.tool_choice import arguments_schema, read_tools
 from pyllm.server.flags import DEMO_FOLDER
@@ -99,7 +99,7 @@ def test_marked_call_may_appear_inside_text() -> None:
 
 def test_an_answer_of_a_format_may_be_calls_instead() -> None:
     call = FORMATS["hermes"].write("strict", '{"x": 3}')
-    for answer, text in ((json_object_grammar(), '{"a": 1}'), (regex_grammar("hel+o"), "hello")):
+    for answer, text in ((json_schema_grammar({"type": "object"}), '{"a": 1}'), (regex_grammar("hel+o"), "hello")):
         assert accepts(AUTO, text, "hermes", answer)
         assert accepts(AUTO, call + call, "hermes", answer)
         assert not accepts(AUTO, call + text, "hermes", answer)
