@@ -243,7 +243,7 @@ class AsyncEngine:
         self.error = reason
         self.stats = msgspec.structs.replace(self.stats, num_running=0, num_waiting=0, kv_cache_usage=0.0)
         for stream in self._streams.values():
-            stream._die(reason)
+            stream.die(reason)
         self._streams.clear()
         self._grammars.die(reason)
         if not self._closing:
@@ -284,7 +284,7 @@ class AsyncEngine:
             output = self._processor.abort(wire_id, error=describe(error))
         if output is None:
             return False
-        stream._put(output)
+        stream.put(output)
         if output.finish_reason is None:
             return False
         del self._streams[wire_id]

@@ -275,12 +275,14 @@ class RequestStream:
             self._wakeup.wake()
             self._forget(self._wire_id)
 
-    def _put(self, output: RequestOutput) -> None:
+    def put(self, output: RequestOutput) -> None:
+        """Keep an output until it is read."""
         self._outputs.append(output)
         self._finished = output.finish_reason is not None
         self._wakeup.wake()
 
-    def _die(self, reason: str) -> None:
+    def die(self, reason: str) -> None:
+        """End the stream, because the engine is dead."""
         self._dead = reason
         self._finished = True
         self._wakeup.wake()

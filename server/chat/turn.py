@@ -102,6 +102,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
 
 
 def _tools(conversation: Conversation, model: ServedModel) -> ToolOptions | None:
+    """Return the tools that the turn may call, None if it may call none; a plain chat needs no checks."""
     has_results = any(message.call_id is not None for message in conversation.messages)
     if conversation.tools or has_results or conversation.tool_choice != ToolChoice():
         return read_tools(conversation, model.tool_format)

@@ -1,4 +1,4 @@
-"""The one place where failures become errors of HTTP, in OpenAI's format or in Anthropic's."""
+"""The one place where failures become HTTP errors, in OpenAI's format or in Anthropic's."""
 
 from __future__ import annotations
 

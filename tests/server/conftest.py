@@ -147,7 +147,7 @@ class ScriptedEngine:
             if request_id not in self.running:
                 return
             if self.error is not None:
-                stream._die(self.error)
+                stream.die(self.error)
                 return
             token = ids[(sent - 1) % len(ids)]
             stops = token == 0 and not params.ignore_eos
@@ -172,7 +172,7 @@ class ScriptedEngine:
         token = TokenOutput(request_id=request_id, token_ids=[*token_ids], scheduled_time=time.monotonic(), **fields)
         output = self.processor.process(token)
         assert output is not None
-        stream._put(output)
+        stream.put(output)
         if output.finish_reason is not None:
             self.running.discard(request_id)
 

@@ -64,7 +64,7 @@ def test_the_log_counts_all_inputs_until_the_engine_fails(harness, caplog, monke
 
     async def answer_twelve_times(stream, message):
         answered.append(message)
-        await answer(stream, message) if len(answered) <= 12 else stream._die("gone")
+        await answer(stream, message) if len(answered) <= 12 else stream.die("gone")
 
     monkeypatch.setattr(harness.engine, "_answer", answer_twelve_times)
     at_once = harness.engine.info.config.max_num_seqs
