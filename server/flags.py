@@ -33,9 +33,7 @@ class ModelFlags(EngineSettings):
     config: str | None = setting(None, "YAML file with values for these flags")
     model: str | None = setting(None, "folder or hub id of the checkpoint (default: the bundled demo model)")
     chat_template: str | None = setting(None, "file with a Jinja chat template to use instead of the checkpoint's")
-    generation_config: str = setting(
-        "auto", "where the sampling defaults of generation_config.json are: auto (the checkpoint), a folder, or none"
-    )
+    generation_config: str = setting("auto", "where generation_config.json is: auto (the checkpoint), a folder or none")
     override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - it is a field
         None, 'sampling defaults that win over that file, such as {"temperature": 0.5}; null removes one'
     )

@@ -79,10 +79,8 @@ class Completion(StrictModel):
 async def create_completion(context: RequestContext, body: CompletionRequest, model: ServedModel) -> Response:
     """Continue each prompt, whole or as a stream; a request is refused before its stream begins."""
     params = await _params(body, model)
-    prompts = await encode_prompts(
-        body.prompt, model, add_bos=bool(body.add_special_tokens),
-        keep=body.truncate_prompt_tokens, max_tokens=params.max_tokens,
-    )  # fmt: skip
+    keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
+    prompts = await encode_prompts(body.prompt, model, add_bos=add_bos, keep=keep, max_tokens=params.max_tokens)
     fitted = [_fitted(params, prompt, body, model) for prompt in prompts]
     generation = start_generation(context, body, model, prompts, fitted, "prompt")
     head: dict[str, Any] = {"id": f"cmpl-{context.request_id}", "object": "text_completion"}

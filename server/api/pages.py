@@ -15,7 +15,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-STATIC = Path(__file__).parent / "static"
 ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the API reference: all that is used of fastapi-offline
 NO_SNIFFING = {"x-content-type-options": "nosniff"}
 PAGE_PATHS = frozenset({"/", "/docs", "/openapi.json", *(f"/docs/{name}" for name in ASSETS)})
@@ -37,7 +36,7 @@ async def _asset(path: Path, request: Request) -> Response:
 
 def _page(name: str) -> HTMLResponse:
     """Return a page that may run and load only what it contains, and connect only to this server."""
-    text = (STATIC / name).read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
     # Swagger UI writes style attributes, which no hash allows; the chat page has none.
     scripts, styles = _hashes(text, "script"), _hashes(text, "style") or "'self' 'unsafe-inline'"
     policy = (

@@ -77,9 +77,8 @@ async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
     if body.messages is None:
         raise RequestError("Either prompt or messages is needed.", param="prompt", code="missing_required_parameter")
     if body.add_special_tokens:
-        raise RequestError(
-            "add_special_tokens is only for a prompt: messages have those of the template.", param="add_special_tokens"
-        )
+        message = "add_special_tokens is only for a prompt: messages have those of the template."
+        raise RequestError(message, param="add_special_tokens")
     # keep_tokens allows more tokens than the context has.
     conversation = await off_loop_if_large(read_chat, body.messages, body, keep_tokens=MAX_INT)
     return (await prepare_turn(conversation, model)).prompt

@@ -117,10 +117,8 @@ def _check_strict(node: dict[str, Any], param: str | None) -> None:
     required = node.get("required")
     missing = [name for name in properties or () if not isinstance(required, list) or name not in required]
     if missing:
-        raise RequestError(
-            f"In a strict schema, every property must be in 'required'; {shorten(missing[0])!r} is missing.",
-            param=param,
-        )
+        message = f"In a strict schema, every property must be in 'required'; {shorten(missing[0])!r} is missing."
+        raise RequestError(message, param=param)
 
 
 def _enforceable(schema: Any, strict: bool, param: str | None) -> Any:

@@ -15,20 +15,17 @@ from ..chat.served_model import ServedModel, load
 from ..chat.template import ChatTemplateError
 from ..flags import GenerateConfig, TerminalConfig
 
-INTERRUPTED = 130
 _serial = count()
 
 
 def generate(config: GenerateConfig, process: EngineProcess) -> int:
-    """Continue one prompt; return the exit code."""
+    """Continue one prompt; return the exit code. Ctrl-C raises `KeyboardInterrupt`."""
     with asyncio.Runner() as runner:
         model = runner.run(load(config, process))
         try:
             text = config.prompt
             prompt = model.template.render([Message("user", text)]) if config.chat else model.tokenizer.encode(text)
             runner.run(_answer(model, prompt, _params(config, model, chat=config.chat), []))
-        except KeyboardInterrupt:
-            return INTERRUPTED
         finally:
             runner.run(model.engine.shutdown())
     return 0

@@ -37,7 +37,7 @@ async def create_message(context: RequestContext, body: wire.MessagesRequest, mo
     generation = start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
     head = {"id": f"msg_{context.request_id}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
-        events = MessageEvents(head, context.request_id, generation, turn, body)
+        events = MessageEvents(head, generation, turn, body)
         return EventStream(generation, events, model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
@@ -166,12 +166,10 @@ def event(content: dict[str, Any]) -> bytes:
 class MessageEvents(EventWriter):
     """Writes Anthropic's events; the start waits for the first token, when the number of cached tokens is known."""
 
-    def __init__(
-        self, head: dict[str, Any], request_id: str, generation: Generation, turn: Turn, body: wire.MessagesRequest
-    ) -> None:
+    def __init__(self, head: dict[str, Any], generation: Generation, turn: Turn, body: wire.MessagesRequest) -> None:
         """`head` has the fields of the message that are known at the start."""
         self._head = head
-        self._request_id = request_id
+        self._request_id = generation.context.request_id
         self._choice = generation.choices[0]
         self._reader = turn.reader()
         self._body = body

@@ -191,8 +191,7 @@ def _check_query(query: QueryParams, **known: tuple[str, ...] | None) -> None:
         field = name.removesuffix("[]") if name == "include[]" else name
         if field not in known:
             raise ApiError(400, f"Unrecognized query argument: {shorten(name)}.", param=name, code="unknown_parameter")
-        values = known[field]
-        if values is not None and value not in values:
+        if (values := known[field]) is not None and value not in values:
             message = f"{field} should be {' or '.join(values)}, got {shorten(value)!r}."
             raise ApiError(400, message, param=field, code="invalid_value")
 
