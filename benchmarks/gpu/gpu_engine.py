@@ -149,7 +149,7 @@ def engine_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[
         wall = step_seconds(machine, core, config, batch)
         add("G7", f"ms of a step, batch {batch}", 1000 * wall)
         if runner.graphs is not None:
-            device = machine.seconds(runner.graphs.replay_last)
+            device = machine.seconds(torch.inference_mode()(runner.graphs._decodes[-1].replay))
             add("G7", f"idle share, batch {batch}", max(0.0, 1 - device / wall), "0.08" if batch == 32 else "0.04")
         del core, runner
         alone = make_core(machine, model, batch, graphs=[batch], overlap=False)

@@ -94,9 +94,7 @@ class MaskMaker:
 
     def start(self, states: Sequence[GrammarState]) -> MaskBatch:
         """Begin to make the masks of `states`, which belong to the batch until `finish`."""
-        batch = MaskBatch(states)
-        self._queue(batch)
-        return batch
+        return self._queue(MaskBatch(states))
 
     def finish(self, batch: MaskBatch) -> Tensor:
         """Wait for the masks, FP32 [len(states), vocab or more]: 0 for tokens that may come next, -inf for the rest.
@@ -111,18 +109,18 @@ class MaskMaker:
                 batch.states[done].fail(TOO_SLOW)
                 rest = MaskBatch(batch.states, first=done + 1)
                 rest.masks[:done] = batch.masks[:done]
-                batch = rest
-                self._queue(batch)
+                batch = self._queue(rest)
             done = batch.done
         if batch.error is not None:
             raise batch.error
         return torch.from_numpy(batch.masks)
 
-    def _queue(self, batch: MaskBatch) -> None:
+    def _queue(self, batch: MaskBatch) -> MaskBatch:
         if self._batches is None:
             self._batches = queue.SimpleQueue()
             threading.Thread(target=_make_batches, args=(self._batches,), name="masks", daemon=True).start()
         self._batches.put(batch)
+        return batch
 
 
 def _make_batches(batches: queue.SimpleQueue[MaskBatch]) -> None:

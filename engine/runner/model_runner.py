@@ -20,7 +20,7 @@ from ..step.request import SampledToken
 from ..step.runner import LaunchedStep
 from ..step.scheduler import ScheduledSequence, flatten
 from .prompt_reader import read_prompts
-from .sampler import Sampler
+from .sampler import sample_tokens
 from .step_graphs import GraphMaker, StepGraphs
 
 MAX_STEPS = 256  # most steps that are collected before their experts are counted together
@@ -36,7 +36,6 @@ class ModelRunner:
         # One block more than the scheduler knows, which absorbs padding writes.
         dtype = FP8 if config.kv_cache_dtype == "fp8" else model.dtype
         self.kv_cache = model.new_kv_cache(config.num_kv_blocks + 1, config.block_size, dtype)
-        self.sampler = Sampler(model.ops)
         self.expert_stats = ExpertStats(model)
         self.masks = MaskMaker()
         self.graphs: StepGraphs | None = None
@@ -102,7 +101,8 @@ class ModelRunner:
             if draws:
                 logits = self.model.logits(hidden[rows] if len(draws) < len(hidden) else hidden)
                 allowed = self.masks.finish(masks)[:, : logits.shape[-1]].to(logits.device) if masks else ()
-                sampled = self.sampler(logits, [(request, ahead) for _, request, ahead in draws], allowed)
+                wanted = [(request, ahead) for _, request, ahead in draws]
+                sampled = sample_tokens(self.model.ops, logits, wanted, allowed)
         except RuntimeError:
             if masks is not None:
                 self.masks.finish(masks)  # it has borrowed the grammars' states

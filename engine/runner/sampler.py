@@ -16,55 +16,48 @@ from .logit_rules import LogitRules
 Draw = tuple[Request, Sequence[int]]  # a request, and the guessed tokens between its own and the drawn one
 
 
-class Sampler:
-    """Draws the next token of several requests from their logits, by the operations of one device."""
+def sample_tokens(ops: Backend, logits: Tensor, draws: Sequence[Draw], allowed: Iterable[Tensor]) -> list[SampledToken]:
+    """Draw a token for each of N `draws` from logits FP32 [N, vocab], which are changed in place.
 
-    def __init__(self, ops: Backend) -> None:
-        self._ops = ops
+    `allowed` has, for each request with a grammar, in order, FP32 [vocab]: 0 for what may come next, else -inf.
+    """
+    asking = [row for row, (request, _) in enumerate(draws) if request.params.logprobs is not None]
+    raw = logits[asking] if asking else None  # a copy, from before the penalties
+    batch = _batch(ops, draws, allowed, logits)
+    apply_rules(logits, batch)
+    tokens = ops.draw(logits, batch)
+    found: dict[int, TokenLogprobs] = {}
+    if raw is not None:
+        wanted = [draws[row][0].params.logprobs or 0 for row in asking]
+        found = dict(zip(asking, token_logprobs(ops, raw, tokens[asking], wanted), strict=True))
+    return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens.tolist())]
 
-    def __call__(self, logits: Tensor, draws: Sequence[Draw], allowed: Iterable[Tensor] = ()) -> list[SampledToken]:
-        """Draw a token for each of N `draws` from logits FP32 [N, vocab], which are changed in place.
 
-        `allowed` has, for each request with a grammar, in order, FP32 [vocab]: 0 for what may come next, else -inf.
-        """
-        asking = [row for row, (request, _) in enumerate(draws) if request.params.logprobs is not None]
-        raw = logits[asking] if asking else None  # a copy, from before the penalties
-        batch = self._batch(draws, allowed, logits.shape[-1], logits.device)
-        apply_rules(logits, batch)
-        tokens = self._ops.draw(logits, batch)
-        found: dict[int, TokenLogprobs] = {}
-        if raw is not None:
-            wanted = [draws[row][0].params.logprobs or 0 for row in asking]
-            found = dict(zip(asking, token_logprobs(self._ops, raw, tokens[asking], wanted), strict=True))
-        return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens.tolist())]
-
-    def _batch(
-        self, draws: Sequence[Draw], allowed: Iterable[Tensor], vocab_size: int, device: torch.device
-    ) -> SamplingBatch:
-        ruled: list[tuple[int, Request, LogitRules]] = []
-        for row, (request, _) in enumerate(draws):
-            if request.has_logit_rules:
-                if not isinstance(rules := request.logit_rules, LogitRules):
-                    rules = request.logit_rules = LogitRules(request, vocab_size, device)
-                ruled.append((row, request, rules))
-        masks = {row: rules.mask for row, _, rules in ruled if rules.mask is not None}
-        constrained = [row for row, (request, _) in enumerate(draws) if request.grammar is not None]
-        for row, mask in zip(constrained, allowed, strict=True):
-            both = mask + masks[row] if row in masks else mask
-            masks[row] = mask if both.amax() == -torch.inf else both  # the grammar wins over allowed_token_ids
-        return SamplingBatch.build(
-            [request.params for request, _ in draws],
-            [request.num_tokens + len(ahead) for request, ahead in draws],
-            device,
-            token_ids=[
-                ([*request.token_ids, *ahead] if ahead else request.token_ids, request.num_prompt_tokens)
-                for request, ahead in draws
-            ],
-            bias=[(row, *rules.bias) for row, _, rules in ruled if rules.bias is not None],
-            masks=list(masks.items()),
-            banned=[(row, ids) for row, request, rules in ruled for ids in rules.banned(request)],
-            full=self._ops.capturable,
-        )
+def _batch(ops: Backend, draws: Sequence[Draw], allowed: Iterable[Tensor], logits: Tensor) -> SamplingBatch:
+    ruled: list[tuple[int, Request, LogitRules]] = []
+    for row, (request, _) in enumerate(draws):
+        if request.has_logit_rules:
+            if not isinstance(rules := request.logit_rules, LogitRules):
+                rules = request.logit_rules = LogitRules(request, logits.shape[-1], logits.device)
+            ruled.append((row, request, rules))
+    masks = {row: rules.mask for row, _, rules in ruled if rules.mask is not None}
+    constrained = [row for row, (request, _) in enumerate(draws) if request.grammar is not None]
+    for row, mask in zip(constrained, allowed, strict=True):
+        both = mask + masks[row] if row in masks else mask
+        masks[row] = mask if both.amax() == -torch.inf else both  # the grammar wins over allowed_token_ids
+    return SamplingBatch.build(
+        [request.params for request, _ in draws],
+        [request.num_tokens + len(ahead) for request, ahead in draws],
+        logits.device,
+        token_ids=[
+            ([*request.token_ids, *ahead] if ahead else request.token_ids, request.num_prompt_tokens)
+            for request, ahead in draws
+        ],
+        bias=[(row, *rules.bias) for row, _, rules in ruled if rules.bias is not None],
+        masks=list(masks.items()),
+        banned=[(row, ids) for row, request, rules in ruled for ids in rules.banned(request)],
+        full=ops.capturable,
+    )
 
 
 def token_logprobs(ops: Backend, raw: Tensor, chosen: Tensor, wanted: Sequence[int]) -> list[TokenLogprobs]:

@@ -200,11 +200,6 @@ class StepGraphs:
         seen = None if graph.seen is None else graph.seen[:, :num_tokens].clone()  # it is counted later
         return graph.hidden[:num_tokens], graph.tokens[: len(sequences)], seen
 
-    @torch.inference_mode()
-    def replay_last(self) -> None:
-        """Replay the last step of the largest graph of decodes, to measure the device's time."""
-        self._decodes[-1].replay()
-
     def _graph_for(self, sequences: Sequence[ScheduledSequence]) -> _Graph | None:
         if any(s.request.params.return_dynamics or s.request.reads_prompt for s in sequences):
             return None  # the step is observed

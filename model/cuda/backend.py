@@ -121,7 +121,6 @@ class TritonBackend(Backend):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """As `Backend.rms_norm`."""
         return self._normed(x, weight, eps, torch.float32)
 
     def _normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, mu: Tensor | None = None) -> Tensor:
