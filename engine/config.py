@@ -59,7 +59,7 @@ class Setting:
             return tuple(items)
         if self.kind == "switch":
             if (word := str(raw).lower()) not in SWITCH_WORDS:
-                raise ValueError(f"{source} must be true or false, got {raw!r:.200}.")
+                raise ValueError(f"{source} must be true or false, but got {raw!r:.200}.")
             return SWITCH_WORDS[word]
         if self.kind == "json":
             return self._parse_object(raw, source)
@@ -72,7 +72,7 @@ class Setting:
         value = str(raw) if isinstance(raw, (str, int, float)) else ""
         if self.choices and value not in self.choices:
             words = ", ".join(self.choices)
-            raise ValueError(f"{source} must be one of {words}, got {value!r:.200}{nearest(value, self.choices)}")
+            raise ValueError(f"{source} must be one of {words}, but got {value!r:.200}{nearest(value, self.choices)}")
         if not value and self.default:
             raise ValueError(f"{source} must not be empty.")
         return value
@@ -81,7 +81,7 @@ class Setting:
         """Return a number that is within the bounds."""
         if self.kind in NUMBERS and value is not None and not self.low <= value <= self.high:
             bounds = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
-            raise ValueError(f"{source} must be {NUMBERS[self.kind]} {bounds}, got {given!r:.200}.")
+            raise ValueError(f"{source} must be {NUMBERS[self.kind]} {bounds}, but got {given!r:.200}.")
         return value
 
     def _parse_object(self, raw: Any, source: str) -> Any:
@@ -91,7 +91,7 @@ class Setting:
             values = None
         if not isinstance(values, dict):
             example = self.text[self.text.find("{") : self.text.find("}") + 1]
-            raise ValueError(f"{source} must be a JSON object such as {example}, got {raw!r:.200}.")
+            raise ValueError(f"{source} must be a JSON object such as {example}, but got {raw!r:.200}.")
         return from_values(SpeculativeConfig, values, source) if self.type is SpeculativeConfig else values
 
 
@@ -137,13 +137,13 @@ class SpeculativeConfig:
     """How the next tokens of a sequence are guessed, to be verified several at a time."""
 
     method: Literal["ngram"] = setting("ngram", "ngram looks for the last tokens earlier in the sequence")
-    num_speculative_tokens: int = setting(4, "most tokens of one guess", low=1, high=16)
-    prompt_lookup_min: int = setting(3, "fewest tokens that must have occurred before", low=1, high=16)
+    num_speculative_tokens: int = setting(4, "maximum tokens per guess", low=1, high=16)
+    prompt_lookup_min: int = setting(3, "minimum length of the match with earlier tokens", low=1, high=16)
     prompt_lookup_max: int = setting(
-        4, "most tokens that must have occurred before; longer matches are tried first", low=1, high=16
+        4, "maximum length of the match with earlier tokens; longer matches are tried first", low=1, high=16
     )
     disable_by_batch_size: int = setting(
-        4, "most decoding sequences in a step that guesses: with more, a guess costs as much as it saves", low=1
+        4, "maximum decoding sequences in a step that guesses: with more, a guess costs as much as it saves", low=1
     )
 
     def __post_init__(self) -> None:
@@ -160,23 +160,23 @@ class EngineSettings:
     load_format: Literal["auto", "dummy"] = setting("auto", "dummy makes random weights of the configured shapes")
     quantization: Literal["none", "int8"] = setting("none", "int8 packs the large weights to 8 bits while loading")
     kv_cache_dtype: Literal["auto", "fp8"] = setting("auto", "fp8 fits twice as many tokens in the KV cache, on a GPU")
-    seed: int | None = setting(None, "seed for requests that bring none, and for dummy weights", low=0, high=2**63 - 1)
-    max_model_len: int | None = setting(None, "most tokens of prompt and output (default: the model's context)", low=2)
+    seed: int | None = setting(None, "seed for requests that have none, and for dummy weights", low=0, high=2**63 - 1)
+    max_model_len: int | None = setting(None, "maximum prompt and output tokens (default: the model's context)", low=2)
     max_num_seqs: int | None = setting(
         None,
-        f"most sequences in a step (default: {MAX_NUM_SEQS['cpu']}; GPU: {MAX_NUM_SEQS['cuda']})",
+        f"maximum sequences per step (default: {MAX_NUM_SEQS['cpu']}; GPU: {MAX_NUM_SEQS['cuda']})",
         low=1,
         high=4096,
     )
-    max_num_batched_tokens: int = setting(2048, "most tokens in a step; long prompts run in chunks", low=1, high=2**20)
+    max_num_batched_tokens: int = setting(2048, "maximum tokens per step; long prompts are chunked", low=1, high=2**20)
     max_num_prefill_tokens: int | None = setting(
-        None, "most prompt tokens in a step with up to 8 decoding sequences (default: by device)", low=1, high=2**20
+        None, "maximum prompt tokens per step with up to 8 decoding sequences (default: by device)", low=1, high=2**20
     )
-    max_num_queued_reqs: int = setting(1024, "most requests waiting to run; further ones get a 429", low=1)
+    max_num_queued_reqs: int = setting(1024, "maximum requests waiting to run; further ones get a 429", low=1)
     scheduling_policy: Literal["fcfs", "priority"] = setting(
         "fcfs", "fcfs runs requests in order of arrival; priority runs those with the lowest priority value first"
     )
-    enable_prefix_caching: bool = setting(True, "compute a prefix that prompts share only once")
+    enable_prefix_caching: bool = setting(True, "compute a prefix shared by several prompts only once")
     speculative_config: SpeculativeConfig | None = setting(  # noqa: RUF009 - it is a field
         None, 'guess repeated text and verify several tokens at once, as in {"method": "ngram"}'
     )
@@ -190,7 +190,8 @@ class EngineSettings:
     num_kv_blocks: int | None = setting(None, "number of blocks in the KV cache, instead of a size", low=1)
     enforce_eager: bool = setting(False, "do not record steps as CUDA graphs")
     deterministic: bool = setting(
-        False, "no output depends on other requests, to the last bit; start-up fails if the device cannot guarantee it"
+        False,
+        "make outputs bit-for-bit independent of other requests; start-up fails if the device cannot guarantee it",
     )
     engine_hang_timeout: float = setting(
         30.0, "seconds without progress after which the engine counts as hung and is killed", low=1, high=86400

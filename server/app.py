@@ -49,7 +49,7 @@ def create_app(service: Service) -> FastAPI:
         responses=_error_schemas(ErrorAnswer),
     )  # fmt: skip
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(RequestMiddleware, server=service, public_paths=PAGE_PATHS)
+    app.add_middleware(RequestMiddleware, service=service, public_paths=PAGE_PATHS)
     if origins := service.config.allowed_origins:
         app.add_middleware(
             _Cors, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"],

@@ -23,7 +23,7 @@ DAY = 86400.0  # seconds
 
 
 class ConfigError(ValueError):
-    """A flag, variable or line of the YAML file that cannot be used; the message is one plain sentence."""
+    """A flag, variable or line of the YAML file that cannot be used; the message is one sentence to show the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,14 @@ class ModelFlags(EngineSettings):
     config: str | None = setting(None, "YAML file with values for these flags")
     model: str | None = setting(None, "folder or hub id of the checkpoint (default: the bundled demo model)")
     chat_template: str | None = setting(None, "file with a Jinja chat template to use instead of the checkpoint's")
-    generation_config: str = setting("auto", "where generation_config.json is: auto (the checkpoint), a folder or none")
-    override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - it is a field
-        None, 'sampling defaults that win over that file, such as {"temperature": 0.5}; null removes one'
+    generation_config: str = setting(
+        "auto",
+        "source of sampling defaults: auto (the checkpoint's generation_config.json), a folder with one, or none",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe messages to log")
+    override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - it is a field
+        None, 'sampling defaults that override that file, such as {"temperature": 0.5}; null removes one'
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "minimum severity to log")
 
     def engine_config(self, path: Path) -> EngineConfig:
         """The engine's settings, for the checkpoint at `path`."""
@@ -70,20 +73,30 @@ class ServerConfig(ModelFlags):
     api_key: tuple[str, ...] = setting((), "key that clients must send; repeat it for several", secret=True)
     isolate_cache_by_key: bool = setting(False, "share the prefix cache only among requests with the same API key")
     allowed_origins: tuple[str, ...] = setting((), "origin whose web pages may call the API (CORS); * allows all")
-    root_path: str = setting("", "path under which a proxy offers this server")
+    root_path: str = setting("", "path under which a proxy serves this server")
     ssl_keyfile: str | None = setting(None, "PEM file with the private key to serve HTTPS; needs --ssl-certfile")
     ssl_certfile: str | None = setting(None, "PEM file with the certificate (chain) of that key")
-    max_logprobs: int = setting(MAX_LOGPROBS, "most logprobs per token of a request", low=0, high=MAX_LOGPROBS)
+    max_logprobs: int = setting(
+        MAX_LOGPROBS, "maximum logprobs per token that a request may ask for", low=0, high=MAX_LOGPROBS
+    )
     tool_call_parser: str = setting("auto", "format of tool calls in the model's text; auto goes by the checkpoint")
     metrics_vllm_names: bool = setting(False, "export metrics under vLLM's names too, for its dashboards")
     log_format: Literal["text", "json"] = setting("text", "json writes one object per line")
-    sse_keep_alive_interval: float = setting(15.0, "seconds between keep-alive comments; 0: none", low=0, high=3600)
-    otlp_traces_endpoint: str | None = setting(None, "URL for OpenTelemetry traces, as http://localhost:4318/v1/traces")
-    max_connections: int = setting(4096, "most open connections; more replace idle ones or get 503", low=1, high=2**20)
+    sse_keep_alive_interval: float = setting(
+        15.0, "seconds between comments that keep a silent stream open; 0 sends none", low=0, high=3600
+    )
+    otlp_traces_endpoint: str | None = setting(
+        None, "URL to send OpenTelemetry traces to, such as http://localhost:4318/v1/traces"
+    )
+    max_connections: int = setting(
+        4096, "maximum open connections; further ones replace idle ones or get a 503", low=1, high=2**20
+    )
     header_timeout: float = setting(15.0, "seconds within which a request's headers must arrive", low=0.1, high=DAY)
     body_timeout: float = setting(30.0, "seconds within which more of a request's body must arrive", low=0.1, high=DAY)
-    write_timeout: float = setting(30.0, "seconds within which a client must read more of an answer", low=0.1, high=DAY)
-    restart_engine: int = setting(0, "restarts of a dead engine in a row before the server exits", low=0, high=1000)
+    write_timeout: float = setting(
+        30.0, "seconds within which a client must read more of its response, or its generation stops", low=0.1, high=DAY
+    )
+    restart_engine: int = setting(0, "times in a row to restart a dead engine before exiting", low=0, high=1000)
     shutdown_timeout: float = setting(30.0, "seconds that running requests get to finish on SIGTERM", low=0, high=DAY)
 
 
@@ -91,12 +104,16 @@ class ServerConfig(ModelFlags):
 class TerminalConfig(ModelFlags):
     """The flags of `pyllm chat`."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe messages to log")
-    max_tokens: int | None = setting(None, "most tokens of one answer (default: what fits)", low=1, high=2**31 - 1)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "minimum severity to log")
+    max_tokens: int | None = setting(None, "maximum tokens of one answer (default: what fits)", low=1, high=2**31 - 1)
     temperature: float | None = setting(None, "0 is greedy (default: the checkpoint's, else 1)", low=0, high=2)
     top_k: int | None = setting(None, "sample among the k most likely tokens; 0 means all", low=-1, high=2**31 - 1)
-    top_p: float | None = setting(None, "sample among the likeliest tokens of this total probability", low=1e-6, high=1)
-    repetition_penalty: float | None = setting(None, "above 1 makes repeated tokens less likely", low=0.01, high=100)
+    top_p: float | None = setting(
+        None, "sample among the most likely tokens whose probabilities add up to this", low=1e-6, high=1
+    )
+    repetition_penalty: float | None = setting(
+        None, "above 1 makes tokens that occurred before less likely", low=0.01, high=100
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +128,7 @@ class GenerateConfig(TerminalConfig):
 class BenchConfig(ModelFlags):
     """The flags of `pyllm bench`."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe messages to log")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "minimum severity to log")
     base_url: str | None = setting(None, "running server to measure (default: start one with the flags of the model)")
     api_key: str | None = setting(None, "API key of that server")
     concurrency: str = setting("1,8,32", "numbers of concurrent clients, one measurement each")
@@ -190,7 +207,7 @@ def load_config(
         if name.startswith("-"):
             raise ConfigError(f"Unknown flag {name[:200]}{nearest(name, [_option(flag) for flag in known])}")
         if any(argument.partition("=")[0] == "--api-key" for argument in arguments):
-            raise ConfigError("One argument belongs to no flag; repeat --api-key before each key.")
+            raise ConfigError("An argument belongs to no flag (hidden: it may be a key); repeat --api-key before each.")
         raise ConfigError(f"Unexpected argument {word[:200]!r}.")
     found = vars(given)
     if found.keys() >= {"_model", "model"} and found["_model"] != found["model"]:

@@ -1,4 +1,4 @@
-"""Replace a dead engine, as often as `--restart-engine` allows."""
+"""Replace a dead engine, as many times as `--restart-engine` allows."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from .service import Service
 logger = logging.getLogger("pyllm.server")
 
 KEEP_ALIVE_SECONDS = 60
-UNSENT_BYTES = 128 * 2**10  # that the system buffers of an answer: with more, slow clients would look like fast ones
+UNSENT_BYTES = 128 * 2**10  # how much of a response the system buffers; with more, slow clients would look fast
 LAST_ERRORS_SECONDS = 2.0  # to send the errors of the requests that still run when the server stops
 TLS_CLOSE_SECONDS = 1.0  # for the peer's TLS close_notify: many never send it, and stay connected until then
 # OpenSSL's reasons for a key and a certificate that do not belong together.
@@ -47,7 +47,7 @@ KERNELS = {"native": "compiled kernels", "triton": "Triton kernels", "torch": "p
 def serve(config: ServerConfig, process: EngineProcess) -> int:
     """Serve with the engine of `process` until a signal arrives or the engine dies; return the exit code.
 
-    Raises `ConfigError` or an error of `load`, in one plain sentence, if it cannot start.
+    Raises `ConfigError` or an error of `load` if it cannot start; the message is one sentence to show the user.
     """
     if config.ssl_keyfile is not None or config.ssl_certfile is not None:
         _check_certificate(config.ssl_keyfile, config.ssl_certfile)

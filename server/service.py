@@ -1,4 +1,4 @@
-"""The state that all requests of a server share, and the way from a body to its endpoint's answer."""
+"""The state that all requests of a server share, and how a request gets from its body to its endpoint's response."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ class Endpoint:
 
 @dataclass(slots=True)
 class Service:
-    """One server."""
+    """A running server: its model, its flags and the state that its requests share."""
 
     config: ServerConfig
     model: ServedModel | None = None  # None until it is loaded
     tracing: Tracing | None = None  # None without --otlp-traces-endpoint
-    restarting: Literal["", "waiting", "loading"] = ""  # of a dead engine: before, and while its successor loads
+    restarting: Literal["", "waiting", "loading"] = ""
+    """After an engine died: "waiting" until the restart, "loading" while its successor loads."""
     draining: bool = False  # the server is shutting down and refuses new requests
     in_flight: int = 0  # HTTP requests
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while there are none
@@ -54,17 +55,17 @@ class Service:
         self.budget = BodyBudget(upload_seconds=self.config.body_timeout)
 
     def enter(self) -> None:
-        """Count a request in."""
+        """Register a new request."""
         self.in_flight += 1
         self.idle.clear()
 
     def leave(self, context: RequestContext, seconds: float) -> None:
-        """Count a request out that took `seconds`, and record it in the metrics and traces."""
+        """Unregister a finished request, and record it and its `seconds` in the metrics and traces."""
         self.in_flight -= 1
         if not self.in_flight:
             self.idle.set()
         if self.model is not None and context.path not in PROBES:
-            self.model.metrics.on_answer(context.status)
+            self.model.metrics.on_response(context.status)
         if self.tracing is not None:
             self.tracing.record(context, seconds)
 

@@ -90,7 +90,7 @@ class ChatChoice(ChoiceDetails):
 
 
 class ChatCompletion(StrictModel):
-    """Answer of `POST /v1/chat/completions`."""
+    """Response body of `POST /v1/chat/completions`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -142,7 +142,7 @@ class ChatCompletionChunk(StrictModel):
 
 
 async def create_chat_completion(context: RequestContext, body: ChatCompletionRequest, model: ServedModel) -> Response:
-    """Answer a chat, whole or as a stream; a request that is refused gets no stream."""
+    """Answer a chat in one response or as a stream; a refused request gets a plain error response."""
     turn = await prepare_turn(await off_loop_if_large(read_conversation, body, model), model)
     generation = reading.start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
     head = {"id": f"chatcmpl-{context.request_id}", "created": int(time.time()), "model": body.model}
@@ -153,7 +153,7 @@ async def create_chat_completion(context: RequestContext, body: ChatCompletionRe
     await generation.collect()
 
     def answer() -> Response:
-        choices = [_whole(index, choice, body, turn, model) for index, choice in enumerate(generation.choices)]
+        choices = [_choice_json(index, choice, body, turn, model) for index, choice in enumerate(generation.choices)]
         content = head | {"object": "chat.completion", "choices": choices, "usage": generation.usage()}
         if body.return_token_ids:
             content["prompt_token_ids"] = turn.prompt
@@ -162,7 +162,7 @@ async def create_chat_completion(context: RequestContext, body: ChatCompletionRe
             content["prompt_logprobs"] = show_prompt_logprobs(turn.prompt, positions, model.tokenizer)
         return JsonResponse(content)
 
-    # A long prompt has many candidates.
+    # Encoding the log-probabilities of a long prompt takes long, so it runs in a thread.
     return answer() if body.prompt_logprobs is None else await asyncio.to_thread(answer)
 
 
@@ -194,8 +194,10 @@ def _tool_choice(choice: WireToolChoice | None) -> ToolChoice:
             return ToolChoice(choice or "auto")
 
 
-def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, model: ServedModel) -> dict[str, Any]:
-    """Return one choice of a whole answer."""
+def _choice_json(
+    index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, model: ServedModel
+) -> dict[str, Any]:
+    """Return one choice of a response that is not streamed."""
     read = read_turn(turn.reader(), choice.text)
     message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
     if read.calls:
@@ -209,7 +211,7 @@ def _whole(index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, 
 
 
 class ChatChunks(Chunks):
-    """Writes chunks whose choices have a delta."""
+    """Writes chat completion chunks."""
 
     content_field, empty = b"delta", b"{}"
 
@@ -256,7 +258,7 @@ class ChatChunks(Chunks):
 
 
 def _deltas(parts: list[Part]) -> list[bytes]:
-    """Return one delta for each part: clients only join those of different chunks."""
+    """Return one delta per part: clients concatenate deltas across chunks only, so each part gets its own chunk."""
     deltas = []
     for part in parts:
         if isinstance(part, str):

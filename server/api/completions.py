@@ -66,7 +66,7 @@ class CompletionChoice(ChoiceDetails):
 
 
 class Completion(StrictModel):
-    """Answer of `POST /v1/completions`, and one event of its stream."""
+    """Response body of `POST /v1/completions`, and one event of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -77,7 +77,7 @@ class Completion(StrictModel):
 
 
 async def create_completion(context: RequestContext, body: CompletionRequest, model: ServedModel) -> Response:
-    """Continue each prompt, whole or as a stream; a request is refused before its stream begins."""
+    """Continue each prompt in one response or as a stream; a refused request gets a plain error response."""
     params = await _params(body, model)
     keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
     prompts = await encode_prompts(body.prompt, model, add_bos=add_bos, keep=keep, max_tokens=params.max_tokens)
@@ -96,7 +96,7 @@ async def create_completion(context: RequestContext, body: CompletionRequest, mo
         choices = [writer.whole(index) for index, writer in enumerate(writers)]
         return JsonResponse(head | {"choices": choices, "usage": generation.usage()})
 
-    # A long prompt has many candidates.
+    # Encoding the log-probabilities of a long prompt takes long, so it runs in a thread.
     return answer() if params.prompt_logprobs is None else await asyncio.to_thread(answer)
 
 

@@ -23,7 +23,7 @@ from ..http.middleware import RequestContext
 from .types import MAX_INT, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048
-LARGE_ANSWER = 2**16  # numbers; an answer with at least this many is encoded off the event loop
+LARGE_ANSWER = 2**16  # a response with at least this many numbers is encoded off the event loop
 
 
 class EmbeddingRequest(StrictModel):
@@ -59,7 +59,7 @@ class EmbeddingUsage(StrictModel):
 
 
 class EmbeddingList(StrictModel):
-    """Answer of `POST /v1/embeddings`."""
+    """Response body of `POST /v1/embeddings`."""
 
     object: Literal["list"]
     data: list[Embedding]
@@ -71,7 +71,7 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
     """Turn each input into a vector of length 1."""
     info = model.engine.info
     if body.dimensions not in (None, info.hidden_size):
-        message = f"dimensions must be {info.hidden_size}, the model's hidden size, got {body.dimensions}."
+        message = f"dimensions must be {info.hidden_size}, the model's hidden size, but got {body.dimensions}."
         raise RequestError(message, param="dimensions")
     keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
     prompts = await encode_prompts(body.input, model, add_bos=add_bos, keep=keep, max_tokens=0)

@@ -34,7 +34,7 @@ class JsonSchemaFormat(StrictModel):
     name: SchemaName
     description: Annotated[str, StringConstraints(max_length=4096)] | None = None
     json_schema: JsonSchema = Field(alias="schema", description="JSON Schema of the answer.")
-    strict: bool | None = Field(None, description="The schema is enforced with true and with false.")
+    strict: bool | None = Field(None, description="Accepted; the schema is enforced either way.")
 
 
 class TextFormat(StrictModel):
@@ -57,7 +57,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaResponseFor
 
 
 class StructuredOutputs(StrictModel):
-    """The format of the text, as vLLM's clients ask for it: exactly one of these."""
+    """vLLM's structured output options; set exactly one."""
 
     json_schema: JsonSchema | None = Field(None, alias="json", description="JSON Schema of the answer.")
     regex: Grammar | None = Field(None, description="Regular expression that matches the whole answer.")
@@ -97,8 +97,8 @@ class OpenAIRequest(SamplingRequest):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: LogitBias | None = Field(None, description="Added to the logits of these token ids.")
-    bad_words: BadWords | None = Field(None, description="Words that are never completed.")
-    allowed_token_ids: TokenIds | None = Field(None, description="Only these are generated.")
+    bad_words: BadWords | None = Field(None, description="Words that must not be generated.")
+    allowed_token_ids: TokenIds | None = Field(None, description="Only these token ids may be generated.")
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool | None = None
 
@@ -200,6 +200,6 @@ class ErrorBody(StrictModel):
 
 
 class ErrorAnswer(StrictModel):
-    """Answer with any status of 400 or more."""
+    """Body of every error response (status 400 or above)."""
 
     error: ErrorBody

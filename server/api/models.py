@@ -24,7 +24,7 @@ class ModelCard(StrictModel):
 
 
 class ModelList(StrictModel):
-    """Answer of `GET /v1/models`."""
+    """Response body of `GET /v1/models`."""
 
     object: Literal["list"]
     data: list[ModelCard]

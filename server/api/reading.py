@@ -19,7 +19,7 @@ from . import fields
 from .types import MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StrictModel, Text
 
 GiveWay = BeforeValidator(lambda value: value)
-"""Lets other threads run while the items of a long list are checked; without any Python code, that is one step."""
+"""A Python no-op: without it pydantic checks a long list in one go and no other thread can run."""
 LOGPROB_FIELDS = ("logprobs", "top_logprobs", "prompt_logprobs")
 # Makes the grammar of each kind of structured output.
 GRAMMARS: dict[str, Callable[..., str]] = {
@@ -40,7 +40,7 @@ Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, 
 
 
 class TextMessage(StrictModel):
-    """Words of the application (system or developer) or of the user."""
+    """Text from the application (system or developer) or the user."""
 
     role: Literal["system", "developer", "user"]
     content: Content
@@ -59,7 +59,7 @@ class ToolCall(StrictModel):
 
 
 class AssistantMessage(StrictModel):
-    """An earlier answer of the model; fields that must be empty let a client send it back as it came."""
+    """An earlier answer; the must-be-empty fields are accepted so that clients can send a response back unchanged."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -99,7 +99,7 @@ class TemplateOptions(StrictModel):
 
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = Field(
-        None, description="End the prompt with the opening of a turn; by default not continue_final_message."
+        None, description="End the prompt with the opening of a turn (default: the opposite of continue_final_message)."
     )
     continue_final_message: bool | None = Field(None, description="Continue the last message.")
     chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = Field(
@@ -140,9 +140,9 @@ def read_sampling(body: fields.SamplingRequest, model: ServedModel) -> Sampling:
     if getattr(body, "stream_options", None) is not None and not body.stream:
         raise RequestError("stream_options needs stream to be true.", param="stream_options")
     for name in LOGPROB_FIELDS:
-        value, most = getattr(body, name, None), model.flags.max_logprobs
-        if value is not None and value is not True and value > most:
-            raise RequestError(f"{name} must be at most {most} on this server, got {value}.", param=name)
+        value, limit = getattr(body, name, None), model.flags.max_logprobs
+        if value is not None and value is not True and value > limit:
+            raise RequestError(f"{name} must be at most {limit} on this server, but got {value}.", param=name)
     values = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name, None)) is not None}
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = [stop]
@@ -161,7 +161,7 @@ def start_generation(
     params: Sequence[SamplingParams],
     field: str,
 ) -> Generation:
-    """Submit the prompts; an error calls them `field`. Raises as `Generation` does."""
+    """Submit the prompts; errors report them under the name `field`. Raises as `Generation` does."""
     return Generation(
         model.engine, model.metrics, context, prompts, params, field=field, n=getattr(body, "n", None) or 1,
         priority=body.priority or 0, cache_salt=body.cache_salt, streams=bool(body.stream),

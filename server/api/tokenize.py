@@ -31,7 +31,7 @@ class TokenizeRequest(TemplateOptions):
 
 
 class TokenizeAnswer(StrictModel):
-    """Answer of `POST /tokenize`."""
+    """Response body of `POST /tokenize`."""
 
     count: int
     max_model_len: int

@@ -15,7 +15,7 @@ BETWEEN_PARTS = "\n"  # separates the texts of a message that has several
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool by the model."""
+    """A tool call by the model."""
 
     id: str
     name: str
@@ -65,7 +65,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """What the text of the answer must obey."""
+    """What the text of the answer must match."""
 
     grammar: str  # for the engine, not yet checked
     field: str
@@ -87,5 +87,5 @@ class Conversation:
     add_generation_prompt: bool | None = None  # None: unless the final message is continued
     continue_final_message: bool = False
     template_variables: Mapping[str, Any] = field(default_factory=dict)
-    keep_tokens: int | None = None  # only so many of the prompt's last tokens; -1: as many as fit
-    keep_messages: int | None = None  # the oldest after so many may be dropped to fit; None: none may
+    keep_tokens: int | None = None  # keep only this many of the prompt's last tokens; -1: as many as fit
+    keep_messages: int | None = None  # after this many, the oldest may be dropped until the rest fits; None: drop none

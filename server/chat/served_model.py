@@ -25,7 +25,7 @@ from .tool_calls import FORMATS, ToolCallFormat, detect_format
 
 logger = logging.getLogger("pyllm.server")
 
-LARGE_TEXT = 4000  # characters from which text is tokenised off the event loop
+LARGE_TEXT = 4000  # text of at least this many characters is tokenised off the event loop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class ServedModel:
 async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, ...] = ()) -> ServedModel:
     """Find the checkpoint, let `process` load it while this process reads its tokenizer, and wait for the engine.
 
-    Raises `CheckpointError`, `ChatTemplateError`, `ConfigError` or `EngineStartError`, each with one plain sentence.
+    Raises `CheckpointError`, `ChatTemplateError`, `ConfigError` or `EngineStartError`, with one sentence for the user.
     """
     path = DEMO_FOLDER if flags.model is None else await asyncio.to_thread(resolve_model, flags.model)
     folder = path if path.is_dir() else path.parent

@@ -70,7 +70,7 @@ def regex_grammar(regex: str, param: str | None = None) -> str:
 def choice_grammar(choices: list[str], param: str | None = None) -> str:
     """Return a grammar for exactly these texts; raises as `lark_grammar` does."""
     if not 1 <= len(choices) <= MAX_CHOICES:
-        raise RequestError(f"There must be 1 to {MAX_CHOICES} choices, got {len(choices)}.", param=param)
+        raise RequestError(f"There must be 1 to {MAX_CHOICES} choices, but got {len(choices)}.", param=param)
     if not all(choices):
         raise RequestError("A choice cannot be empty.", param=param)
     spelled = [json.dumps(choice, ensure_ascii=False).replace("\x7f", "\\u007f") for choice in dict.fromkeys(choices)]
@@ -90,13 +90,13 @@ def _check_size(schema: Any, param: str | None) -> None:
         value, depth = pending.pop()
         nodes += len(value) if isinstance(value, (dict, list)) else 0  # counted before they are added
         if depth > MAX_DEPTH or nodes > MAX_NODES:
-            text = f"levels of nesting, at most {MAX_DEPTH}" if depth > MAX_DEPTH else f"values, at most {MAX_NODES}"
-            raise RequestError(f"The schema has too many {text}.", param=param)
+            things, limit = ("levels of nesting", MAX_DEPTH) if depth > MAX_DEPTH else ("values", MAX_NODES)
+            raise RequestError(f"The schema has too many {things}; the limit is {limit}.", param=param)
         if isinstance(value, (dict, list)):
             pending += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
     size = len(json.dumps(schema))
     if size > MAX_SCHEMA_BYTES:
-        raise RequestError(f"The schema is too large: {size} bytes, at most {MAX_SCHEMA_BYTES}.", param=param)
+        raise RequestError(f"The schema is too large: {size} bytes; the limit is {MAX_SCHEMA_BYTES}.", param=param)
 
 
 def _check_text(text: str, name: str, param: str | None) -> None:
@@ -105,7 +105,7 @@ def _check_text(text: str, name: str, param: str | None) -> None:
     except UnicodeEncodeError:
         raise RequestError(f"{name} is not valid Unicode: it has a lone surrogate.", param=param) from None
     if size > MAX_GRAMMAR_BYTES:
-        raise RequestError(f"{name} is too large: {size} bytes, at most {MAX_GRAMMAR_BYTES}.", param=param)
+        raise RequestError(f"{name} is too large: {size} bytes; the limit is {MAX_GRAMMAR_BYTES}.", param=param)
 
 
 def _check_strict(node: dict[str, Any], param: str | None) -> None:

@@ -32,12 +32,12 @@ MAX_DEPTH = 64  # levels of nested lists and objects in what a template reads
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
-"""Variables of a template that a request cannot set, and neither can it set those that end in `_token`."""
+"""Template variables that a request may not set; names ending in `_token` are refused too."""
 FUNCTIONS = frozenset({"range", "namespace", "dict", "debug", "cycler", "joiner", "lipsum"})
 
 
 class ChatTemplateError(RequestError):
-    """Messages that the chat template cannot render; one plain sentence for the client."""
+    """Messages that the chat template cannot render; the message is one sentence to show the user."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, param="messages", code="chat_template_error")
@@ -95,10 +95,10 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the token ids of the prompt, with the leading token that the model was tuned with.
 
-        A special token is one only where the template writes it: spelled out in a message it is text. The prompt ends
-        with the opening of an assistant's turn, or inside the last message if that is to be continued. Raises
-        `ChatTemplateError` if the template refuses the messages, does too much work, writes too much, or leaves a
-        message out.
+        Special tokens count as such only where the template writes them; spelled out in a message they are plain text.
+        The prompt ends with the opening of an assistant's turn, or inside the last message if that is to be continued.
+        Raises `ChatTemplateError` if the template refuses the messages, does too much work, writes too much, or leaves
+        a message out.
         """
         if add_generation_prompt and continue_final_message:
             message = "continue_final_message and add_generation_prompt cannot both be true."
@@ -154,7 +154,7 @@ class ChatTemplate:
                 message = "The messages take too long to render with the model's chat template: send fewer."
             raise ChatTemplateError(message) from None
         if len(text) > MAX_CHARACTERS:
-            raise ChatTemplateError(f"The rendered messages have {len(text)} characters, at most {MAX_CHARACTERS}.")
+            raise ChatTemplateError(f"The rendered chat has {len(text)} characters; the limit is {MAX_CHARACTERS}.")
         return text
 
     def _prepare(self, message: Message) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class ChatTemplate:
             raise ChatTemplateError(f"The model's chat template has no place for a {roles} message at that position.")
 
     def _shielded(self, value: Any, guard: str) -> Any:
-        """Return `value` with `guard` inside each special token that its strings spell out."""
+        """Return `value` with `guard` inside each spelled-out special token; `encode_prompt` removes it."""
         if isinstance(value, str):
             return self._tokenizer.shield(value, guard) if self._tokenizer.spells_added(value) else value
         if isinstance(value, Mapping):
@@ -221,7 +221,7 @@ def _with_parsed_arguments(call: ToolCall) -> dict[str, Any]:
 
 
 def is_deeper(value: Any, levels: int) -> bool:
-    """Return whether lists and objects are nested in more than so many levels."""
+    """Return whether lists and objects are nested more than `levels` deep."""
     inner = [value] if isinstance(value, (dict, list)) else []
     while inner and levels:
         levels -= 1

@@ -1,4 +1,4 @@
-"""Tool calls in a model's text: the formats in which they are written, and the reader that finds them as they come."""
+"""Tool calls in a model's text: the formats in which they are written, and the reader that finds them as it arrives."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class ToolCallFormat:
 
 
 def _beginning(steps: list[str]) -> str:
-    """Return a pattern that matches every beginning of a text of these characters and repeated patterns."""
+    """Return a pattern for any prefix of a string of these steps; one longer than a character is a repeated pattern."""
     pattern = ""
     for step in reversed(steps):
         pattern = f"{step}*{pattern}" if len(step) > 1 else f"(?:{re.escape(step)}{pattern})?"

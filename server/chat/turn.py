@@ -20,7 +20,7 @@ from .tool_choice import ToolOptions, read_tools
 from .truncation import render_newest, truncate_prompt
 
 MAX_VARIABLE_BYTES = 2**14
-LARGE_CHAT = 50  # messages from which a chat is rendered off the event loop
+LARGE_CHAT = 50  # chats of at least this many messages are rendered off the event loop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class ParsedTurn:
 
     @property
     def calls(self) -> list[ToolCall]:
-        """The calls of tools."""
+        """The tool calls."""
         return [part for part in self.parts if isinstance(part, ToolCall)]
 
 
@@ -91,7 +91,8 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
         max_tokens = min(default, max(model.engine.info.config.max_model_len - len(prompt), 1))
     grammar = await _grammar(conversation, tools, model)
-    # A grammar determines the answer's end, and the plain text that ends a turn may occur inside it.
+    # A grammar determines the answer's end, and the plain text that ends a turn may occur inside it, so it is then not
+    # used as a stop string.
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
     turn_ends = model.template.stop_strings if is_free else ()
     params = await off_loop_if_large(
@@ -112,7 +113,7 @@ def _tools(conversation: Conversation, model: ServedModel) -> ToolOptions | None
 def sampling_params(
     sampling: Sampling, model: ServedModel, max_tokens: int | None, grammar: str | None, turn_ends: tuple[str, ...] = ()
 ) -> SamplingParams:
-    """Join a request's fields, the model's defaults and, unless `ignore_eos`, `turn_ends`; raises `RequestError`."""
+    """Merge a request's fields, the model's defaults and, unless `ignore_eos`, `turn_ends`; raises `RequestError`."""
     values: dict[str, Any] = {**model.defaults, **sampling, "max_tokens": max_tokens, "grammar": grammar}
     if "bad_words" in values:
         values["bad_words"] = tuple(_spellings(values["bad_words"], model.tokenizer))
@@ -166,7 +167,7 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
     }
 
     async def render(messages: Sequence[Message]) -> list[int]:
-        messages = await off_loop_if_large(_written, messages, model, tools)
+        messages = await off_loop_if_large(_tools_as_text, messages, model, tools)
         characters = sum(len(message.text or "") for message in messages)
         if conversation.keep_tokens is None and characters // model.longest_token > context:
             raise model.too_long(characters, conversation.messages_field)
@@ -187,7 +188,8 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
 def _check_template_options(conversation: Conversation, template: ChatTemplate) -> None:
     last, field = conversation.messages[-1], "continue_final_message"
     if conversation.continue_final_message and (last.role not in ("user", "assistant") or last.calls):
-        raise RequestError(f"{field} needs a last message by user or assistant without tool calls.", param=field)
+        needed = "the last message to be from the user or the assistant and to have no tool calls"
+        raise RequestError(f"{field} needs {needed}.", param=field)
     for name, value in conversation.template_variables.items():
         field = f"chat_template_kwargs.{shorten(name)}"
         if name not in template.variables:
@@ -199,7 +201,7 @@ def _check_template_options(conversation: Conversation, template: ChatTemplate) 
             raise RequestError(f"{field} is too large or too deeply nested: {limits}.", param=field)
 
 
-def _written(messages: Sequence[Message], model: ServedModel, tools: ToolOptions | None) -> Sequence[Message]:
+def _tools_as_text(messages: Sequence[Message], model: ServedModel, tools: ToolOptions | None) -> Sequence[Message]:
     """Return the messages, with tools, calls and results written as text if the template cannot render them."""
     if tools and not model.template.knows_tools:
         first, text = messages[0], tools.describe()
@@ -208,11 +210,11 @@ def _written(messages: Sequence[Message], model: ServedModel, tools: ToolOptions
         else:
             messages = [Message("system", text), *messages]
     if not model.template.knows_calls:
-        messages = [_spoken(message, model.tool_format) for message in messages]
+        messages = [_calls_as_text(message, model.tool_format) for message in messages]
     return messages
 
 
-def _spoken(message: Message, form: ToolCallFormat) -> Message:
+def _calls_as_text(message: Message, form: ToolCallFormat) -> Message:
     """Return a message for templates that know no tools: calls and results become text of assistant and user."""
     if message.role == "tool":
         return Message("user", f"<tool_response>\n{message.text}\n</tool_response>")

@@ -53,7 +53,7 @@ def _counts(text: str) -> list[int]:
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise ConfigError(f"--concurrency must be numbers separated by commas, such as 1,8,32, got {text!r:.200}.")
+        raise ConfigError(f"--concurrency must be numbers separated by commas, such as 1,8,32, but got {text!r:.200}.")
     return counts
 
 
@@ -62,9 +62,9 @@ def _first_model(base: str, api_key: str | None) -> str:
     try:
         return str(json.loads(uvloop.run(client.get("/models")))["data"][0]["id"])
     except OSError as error:
-        raise LoadError(f"Its /models cannot be fetched: {error}.") from None
+        raise LoadError(f"Fetching /v1/models failed: {error}.") from None
     except (ValueError, LookupError, TypeError):
-        raise LoadError("It does not list its models: name one.") from None
+        raise LoadError("It does not list its models: pass --model NAME.") from None
 
 
 def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:

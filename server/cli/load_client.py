@@ -23,7 +23,7 @@ LIMIT_SECONDS = 1200.0
 
 
 class LoadError(RuntimeError):
-    """The server cannot be reached or does not answer as it should; one plain sentence."""
+    """The server cannot be reached or used; the message is one sentence to show the user."""
 
 
 @dataclass(slots=True)
@@ -33,8 +33,8 @@ class Answer:
     sent: float
     chunks: list[float] = field(default_factory=list)  # when each chunk with a token arrived
     output_tokens: int = 0  # as the server reports, else the number of chunks
-    prompt_tokens: int = 0  # as the server reports, else 0, like
-    cached_tokens: int = 0  # those of the prompt that were cached
+    prompt_tokens: int = 0  # as the server reports, else 0
+    cached_tokens: int = 0  # prompt tokens served from the cache, as the server reports, else 0
     error: str | None = None
 
     @property

@@ -12,7 +12,7 @@ from ...engine.client.launch import EngineProcess
 from ..flags import BenchConfig, ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
 from ..http.logs import configure_logging
 
-# Modules that take long to import are loaded when a command needs them, so that help and mistakes are quick.
+# Modules that take long to import are loaded when a command needs them, so that --help and usage errors are fast.
 
 # Each command's flags, the function that runs it, and its description.
 COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {

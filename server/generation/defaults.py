@@ -87,7 +87,7 @@ def _checked(key: str, value: Any) -> Any:
     """Return a value in its field's type; raises `ValueError` with a sentence if it is out of range."""
     name = DEFAULT_FIELDS[key]
     if name == "max_tokens" and value == 0:
-        raise ValueError(f"{key} must be at least 1, got 0.")
+        raise ValueError(f"{key} must be at least 1, but got 0.")
     try:
         return getattr(msgspec.convert({"type": "SamplingParams", name: value}, SamplingParams), name)
     except RequestError as error:

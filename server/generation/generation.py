@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,15 +21,15 @@ from ..http.errors import ApiError, unavailable
 from ..http.middleware import RequestContext
 
 MAX_SEQUENCES = 1024
-MAX_LISTED_IDS = 2**22  # ids in the lists of all sequences of a request
+MAX_LISTED_IDS = 2**22  # total ids in one list option, over all sequences of a request
 MAX_SHOWN = 2**21
 """Candidates for tokens in one response: each takes about 500 bytes of memory until the response is written."""
-LAYERS_SHOWN = 4  # layers of a token's dynamics that take as much memory as one candidate
+LAYERS_PER_CANDIDATE = 4  # this many layers of a token's dynamics take about as much memory as one candidate
 
 
 @dataclass(slots=True)
 class Choice:
-    """What one sequence has given so far."""
+    """What one sequence has produced so far."""
 
     prompt_token_ids: list[int]
     pieces: list[str] = field(default_factory=list)
@@ -67,19 +67,24 @@ class Histogram:
 class Counts:
     """What a served model has done so far; `Metrics` names and exposes it."""
 
-    def __init__(self, model_name: str, histograms: Sequence[Histogram]) -> None:
-        """Take one histogram for each row of `metrics.HISTOGRAMS`."""
+    def __init__(self, model_name: str, histograms: Mapping[str, Histogram]) -> None:
+        """Take the histograms of `metrics.HISTOGRAMS` by name."""
         self.model_name = model_name
         self.num_prompt_tokens = self.num_generation_tokens = 0
-        self.responses: dict[int, int] = {}  # by HTTP status
-        # By finish reason. Each starts at 0, so that the first of its kind shows in a rate.
+        self.responses_by_status: dict[int, int] = {}
+        # By finish reason. All start at 0, so that a Prometheus rate includes the first one.
         self.finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
-        self.experts = EngineStats()  # the last ones that had counts of experts
+        self.experts = EngineStats()  # the latest that included expert counts
         self.histograms = histograms
-        self.time_to_first_token, self.inter_token_latency, self._request_latency = histograms[:3]
-        self._phases = histograms[3:6]  # each between two moments of `RequestTimes`
-        self._lengths = histograms[6:8]
-        self._step_tokens, self._step_seconds = histograms[8:]
+        self.time_to_first_token = histograms["time_to_first_token_seconds"]
+        self.inter_token_latency = histograms["inter_token_latency_seconds"]
+        self._request_latency = histograms["e2e_request_latency_seconds"]
+        # Each from one moment of `RequestTimes` to the next.
+        self._phases = [histograms[f"request_{phase}_time_seconds"] for phase in ("queue", "prefill", "decode")]
+        self._prompt_tokens = histograms["request_prompt_tokens"]
+        self._generation_tokens = histograms["request_generation_tokens"]
+        self._step_tokens = histograms["iteration_tokens_total"]
+        self._step_seconds = histograms["engine_step_seconds"]
 
     def on_step(self, outputs: StepOutputs) -> None:
         """Count an engine step; messages without a step (a refusal, an abort) do not count."""
@@ -90,16 +95,16 @@ class Counts:
             self._step_seconds.observe(stats.step_seconds)
             self._step_tokens.observe(stats.step_tokens)
 
-    def on_answer(self, status: int) -> None:
+    def on_response(self, status: int) -> None:
         """Count an HTTP response."""
-        self.responses[status] = self.responses.get(status, 0) + 1
+        self.responses_by_status[status] = self.responses_by_status.get(status, 0) + 1
 
     def on_finish(self, reason: str, seconds: float, times: RequestTimes, prompt_tokens: int, tokens: int) -> None:
         """Count a sequence that ended `seconds` after its arrival, and the phases that it reached."""
         self.finished[reason] += 1
         self._request_latency.observe(seconds)
-        for length, count in zip(self._lengths, (prompt_tokens, tokens), strict=True):
-            length.observe(count)
+        self._prompt_tokens.observe(prompt_tokens)
+        self._generation_tokens.observe(tokens)
         for phase, (begin, end) in zip(self._phases, pairwise(times), strict=True):
             if 0 < begin < end:
                 phase.observe(end - begin)
@@ -132,13 +137,13 @@ class Generation:
         self._counts = counts
         self.context = context
         self.n = n
-        self.params = params[0]
+        self.params = params[0]  # those of the other prompts differ at most in `max_tokens`
         self.model_name = counts.model_name
         self.with_logprobs = self.params.logprobs is not None
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
-        self.wakeup = Wakeup()
-        self.running = len(self.choices)  # unfinished sequences; `wakeup` is set when there is something to drain
+        self.wakeup = Wakeup()  # set when there is something to drain
+        self.running = len(self.choices)  # unfinished sequences
         salt = context.cache_owner + (cache_salt or "") or None  # unambiguous: all owners' names have the same length
         try:
             for index, choice in enumerate(self.choices):
@@ -158,7 +163,7 @@ class Generation:
         context.release()
 
     def abort(self) -> None:
-        """Stop the sequences that still run; may be called at any time and more than once."""
+        """Stop the sequences that still run; safe to call at any time and more than once."""
         for stream, choice in zip(self._streams, self.choices, strict=False):
             stream.abort()
             if choice.finish_reason is None:
@@ -266,7 +271,7 @@ def _check_size(
     """Raise `RequestError` or `EngineBusyError` for more sequences, or data about them, than memory allows."""
     count, info = len(prompts) * n, engine.info
     if count > MAX_SEQUENCES:
-        message = f"Too many sequences: {len(prompts)} prompts with n = {n} make {count}, at most {MAX_SEQUENCES}."
+        message = f"Too many sequences: {len(prompts)} prompts with n = {n} make {count}; the limit is {MAX_SEQUENCES}."
         raise RequestError(message, param="n")
     field = "n" if n > 1 else field
     try:
@@ -280,19 +285,19 @@ def _check_size(
     }
     for name, length in lists.items():
         if length * n > MAX_LISTED_IDS:  # each sequence carries its own list
-            message = f"{name} is too long for {count} sequences: {length * n} ids in all, at most {MAX_LISTED_IDS}."
+            message = f"{name} is too long for {count} sequences: {length * n} ids; the limit is {MAX_LISTED_IDS}."
             raise RequestError(message, param=name)
     shown = 0
     for prompt, own in zip(prompts, params, strict=True):
         if own.prompt_logprobs is not None:
             shown += len(prompt) * (own.prompt_logprobs + 1)
-        if not streams:  # a stream sends what is known of its tokens at once
+        if not streams:  # a stream sends each token's data immediately and keeps none
             room = max(info.config.max_model_len - len(prompt), 0)
             tokens = room if own.max_tokens is None else min(own.max_tokens, room)
             shown += tokens * (0 if own.logprobs is None else own.logprobs + 1)
-            shown += tokens * (info.num_layers // LAYERS_SHOWN + 1 if own.return_dynamics else 0)
+            shown += tokens * (info.num_layers // LAYERS_PER_CANDIDATE + 1 if own.return_dynamics else 0)
     if shown * n > MAX_SHOWN:
-        message = f"Too many log-probabilities or dynamics requested: {shown * n} candidates, at most {MAX_SHOWN}."
+        message = f"Too many log-probabilities or dynamics: {shown * n} candidates; the limit is {MAX_SHOWN}."
         raise RequestError(message, param=field)
 
 

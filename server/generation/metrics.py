@@ -1,4 +1,4 @@
-"""The server's metrics: each gets its name here and only here, with vLLM's names and buckets where vLLM has it."""
+"""The server's metrics, each named here and only here, with vLLM's name and buckets where vLLM has the same one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ LENGTH_BUCKETS = tuple(digit * 10**zeros for zeros in range(6) for digit in (1, 
 STEP_TOKEN_BUCKETS = (1, *(2**n for n in range(3, 15)))
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 HISTOGRAMS = (
-    ("time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS),
-    ("inter_token_latency_seconds", "Between two tokens of a sequence.", TOKEN_BUCKETS),
-    ("e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS),
+    ("time_to_first_token_seconds", "Time from a request's arrival to its first token.", FIRST_TOKEN_BUCKETS),
+    ("inter_token_latency_seconds", "Time between two tokens of a sequence.", TOKEN_BUCKETS),
+    ("e2e_request_latency_seconds", "Time from a request's arrival to its end.", REQUEST_BUCKETS),
     ("request_queue_time_seconds", "A sequence's time in its queue phase.", REQUEST_BUCKETS),
     ("request_prefill_time_seconds", "A sequence's time in its prefill phase.", REQUEST_BUCKETS),
     ("request_decode_time_seconds", "A sequence's time in its decode phase.", REQUEST_BUCKETS),
@@ -56,7 +56,7 @@ class Metrics(Counts, Collector):
     """
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool = False) -> None:
-        super().__init__(model_name, [Histogram(buckets) for *_, buckets in HISTOGRAMS])
+        super().__init__(model_name, {name: Histogram(buckets) for name, _, buckets in HISTOGRAMS})
         self._vllm_names = vllm_names
         self._stats = stats
         self._previous = EngineStats()  # totals of the engines before this one
@@ -79,7 +79,7 @@ class Metrics(Counts, Collector):
             (counter, "pyllm:spec_decode_num_drafts", "Drafts verified.", now.num_drafts),
             (counter, "pyllm:spec_decode_num_draft_tokens", "Draft tokens verified.", drafts),
             (counter, "pyllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", sum(accepted)),
-            (counter, "pyllm:prompt_tokens", "Tokens of prompts whose computation began.", self.num_prompt_tokens),
+            (counter, "pyllm:prompt_tokens", "Prompt tokens of requests that have started.", self.num_prompt_tokens),
             (counter, "pyllm:generation_tokens", "Tokens generated.", self.num_generation_tokens),
             (counter, "pyllm:engine_restarts", "Engines that replaced a dead one.", self._num_restarts),
         ):
@@ -87,16 +87,17 @@ class Metrics(Counts, Collector):
         rows: Rows = (((n,), count) for n, count in enumerate(accepted))
         text = "Draft tokens accepted, by position in their draft."
         yield self._family(counter, "pyllm:spec_decode_num_accepted_tokens_per_pos", text, rows, "position")
-        rows = (((status,), count) for status, count in sorted(self.responses.items()))
+        rows = (((status,), count) for status, count in sorted(self.responses_by_status.items()))
         text = "Responses by HTTP status, except to probes; 499: the client left first."
         yield self._family(counter, "pyllm:http_responses", text, rows, "status")
         layers = enumerate(now.expert_tokens or ())
         rows = (((layer, expert), count) for layer, counts in layers for expert, count in enumerate(counts))
         yield self._family(counter, "pyllm:expert_tokens", "Tokens computed by each expert.", rows, "layer", "expert")
         rows = (((layer,), count) for layer, count in enumerate(now.expert_reroutes or ()))
-        text = "Tokens that mu sent to another expert than their id's."
+        text = "Tokens that the mu router sent to an expert other than their id's own."
         yield self._family(counter, "pyllm:expert_reroutes", text, rows, "layer")
-        for (name, text, _), histogram in zip(HISTOGRAMS, self.histograms, strict=True):
+        for name, text, _ in HISTOGRAMS:
+            histogram = self.histograms[name]
             bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
             buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
             shown = HistogramMetricFamily(PREFIX + name, text, labels=[LABEL])

@@ -31,7 +31,7 @@ class EventWriter(ABC):
     """Writes the events of a stream, in an endpoint's format."""
 
     shows_tokens: bool = False
-    """Whether events show single tokens, which must then all be sent, with the text that they belong to."""
+    """Whether events report individual tokens; then every token must be sent, along with its text."""
 
     def opening(self) -> bytes:
         """Return the events before the first token."""
@@ -63,7 +63,7 @@ class ChunkOptions(Protocol):
 
 
 class Chunks(EventWriter):
-    """Writes chunks with choices; encodes what all chunks of a choice share only once."""
+    """Writes chunks; the part that all chunks of a choice share is encoded once."""
 
     content_field: bytes  # the field of a choice that holds its text
     empty: bytes  # its JSON without new text
@@ -133,7 +133,7 @@ def _token_details(
 
 
 async def send_events(generation: Generation, writer: EventWriter) -> bytes:
-    """Send the events, those of one step as one piece; return the last ones unsent. An error becomes an event too."""
+    """Send events, one write per engine step, and return the last ones for the caller to send; an error is one too."""
     context, waiting = generation.context, dict[int, RequestOutput]()
     data = writer.opening()
     try:

@@ -1,4 +1,4 @@
-"""From a body to a checked model or an error that names the field; large bodies are worked on in threads."""
+"""Parses request bodies into validated models, or an error that names the field; large ones in threads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .errors import ApiError, shorten
 from .middleware import RequestContext
 
 LARGE_BODY_BYTES = 64 * 2**10
-MAX_CONTAINERS = 2**18  # objects and arrays in a body: each takes about 70 bytes of memory, of 2 that are sent
-MAX_WHOLE = 2**53  # up to here, each integer has a float of its own
+MAX_CONTAINERS = 2**18  # objects and arrays in a body: each takes about 70 bytes of memory but only 2 on the wire
+MAX_WHOLE = 2**53  # up to here, every integer is exactly representable as a float
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
 QUOTES = "'"
@@ -32,12 +32,12 @@ is_large: ContextVar[bool] = ContextVar("is_large", default=False)
 """Whether the current request's body is so large that all work on it belongs off the event loop."""
 
 _pool = ThreadPoolExecutor(4, thread_name_prefix="read-request")
-"""Apart from asyncio's own threads, so that a flood of large requests blocks only large requests."""
+"""Separate from asyncio's default executor, so that a flood of large requests blocks only large requests."""
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Body = TypeVar("Body", bound=BaseModel)
 Unsupported = Mapping[str, tuple[Any, ...]]
-"""Fields that this server does not support, with the values that have no effect, which are accepted."""
+"""Unsupported fields, each with the no-op values that are accepted anyway."""
 
 
 async def off_loop(call: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -59,7 +59,9 @@ async def read_body(request: Request, model: type[Body], unsupported: Unsupporte
     """
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", kind):
-        raise ApiError(415, f"The content-type must be application/json, got {shorten(kind)!r}.", code="content_type")
+        raise ApiError(
+            415, f"The content-type must be application/json, but got {shorten(kind)!r}.", code="content_type"
+        )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "Compressed bodies are not supported.", code="content_encoding")
     length = request.headers.get("content-length", "")
@@ -81,7 +83,7 @@ async def _read_bytes(request: Request, size: int) -> bytes:
         if len(data) >= LARGE_BODY_BYTES:
             await context.reserve(max(size, len(data)))
         if context.reservation is not None and context.reservation.is_overdue:
-            raise ApiError(408, "The request body is uploading too slowly.", code="request_timeout")
+            raise ApiError(408, "The request body is arriving too slowly.", code="request_timeout")
     return bytes(data)
 
 
@@ -123,7 +125,7 @@ def parse_body(data: bytes, model: type[Body], unsupported: Unsupported) -> Body
     except ValidationError as error:
         if error.error_count() > MAX_ERRORS:  # listing them would take longer than finding them
             path = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], dict | list | str) else 0)
-            message = f"{shorten(path)} has {error.error_count()} wrong values or names."
+            message = f"{shorten(path)} has {error.error_count()} invalid values or field names."
             raise ApiError(400, message, param=shorten(path), code="invalid_value") from None
         raise _describe(error, fields) from None
 
@@ -149,7 +151,7 @@ def _locate(steps: tuple[int | str, ...], kind: str, data: Any) -> tuple[str, in
 
 
 def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
-    """Describe the deepest of pydantic's errors in the first wrong field; for a union, its members' expectations."""
+    """Report the most deeply nested error of the first invalid field; for a union, what each member expects."""
     found = []
     for entry in error.errors(include_url=False, include_input=False):
         path, depth = _locate(entry["loc"], entry["type"], data)

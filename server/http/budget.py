@@ -14,7 +14,7 @@ WAIT_SECONDS = 5.0
 
 
 class BodyBudget:
-    """Bytes that large bodies may take, each from when it is read until its request is submitted to the engine.
+    """Bytes that large bodies may take, each held from reading the body until its request is submitted to the engine.
 
     A request for which too few are free waits behind those that came before it. A body that is still uploading
     `upload_seconds` after its reservation is overdue if others have had to wait since.
@@ -24,11 +24,11 @@ class BodyBudget:
         self.upload_seconds = upload_seconds
         self.exceeded_at = -math.inf
         self._total = self._free = total
-        self._next = asyncio.Lock()  # held by the first of those that wait
+        self._next = asyncio.Lock()  # held by the request that is first in line
         self._freed = asyncio.Event()
 
     async def reserve(self, size: int) -> Reservation:
-        """Reserve `size` bytes; raise `EngineBusyError` if they do not get free within `WAIT_SECONDS`."""
+        """Reserve `size` bytes; raise `EngineBusyError` if they do not become free within `WAIT_SECONDS`."""
         size = min(size, self._total)
         if self._next.locked() or self._free < size:
             self.exceeded_at = time.monotonic()
@@ -63,6 +63,6 @@ class Reservation:
         return self._budget.exceeded_at > self._since < time.monotonic() - self._budget.upload_seconds
 
     def release(self) -> None:
-        """Return the bytes; may be called again."""
+        """Return the bytes; safe to call more than once."""
         self._budget.free(self._size)
         self._size = 0

@@ -31,12 +31,12 @@ class ConnectionLimits:
 
     header: float  # from the opening of the connection, or a request's first byte, to the end of its headers
     body: float  # to make progress with the request's body
-    write: float  # to make progress with taking the answer
+    write: float  # to make progress with reading the response
     connections: int
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> ConnectionLimits:
-        """Read the flags, and raise this process's limit of open files to what they need, as far as it may."""
+        """Read the flags, and raise this process's limit of open files to what they need, as far as permitted."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed, most = config.max_connections + SPARE_FILES, config.max_connections
         if soft != resource.RLIM_INFINITY and soft < needed:
@@ -44,17 +44,19 @@ class ConnectionLimits:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             if soft < needed:
                 most = max(soft - SPARE_FILES, 1)
-                logger.warning("The system allows %d open files: at most %d connections.", soft, most)
+                logger.warning(
+                    "The system allows only %d open files, so at most %d connections are accepted.", soft, most
+                )
         return cls(config.header_timeout, config.body_timeout, config.write_timeout, most)
 
     @property
     def sweep_interval(self) -> float:
-        """Seconds between two sweeps, by which a timeout may be late."""
+        """Seconds between two sweeps; timeouts can fire this much late."""
         return min(1.0, self.header / 4, self.body / 4, self.write / 4)
 
 
 class Wait(NamedTuple):
-    """What a connection waits for its client to do."""
+    """What a connection is waiting for its client to do."""
 
     phase: Literal["header", "body", "write"]
     mark: object  # a different object once the client has done it

@@ -1,4 +1,4 @@
-"""The layer around all routes: each request's context, API keys, answers to failures, and one log line per request."""
+"""The layer around all routes: each request's context, API keys, error responses, and one log line per request."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .errors import MAX_ECHO, ApiError, JsonResponse, to_api_error, unavailable
 logger = logging.getLogger("pyllm.server")
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
-"""Routes that machines ask for all the time: logged at debug level, not counted, and open without a key."""
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")  # others could look like further fields of the log line
+"""Routes that monitoring polls: logged at debug level, not counted, and open without a key."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")  # anything else could forge fields in the log line
 ANTHROPIC_ROUTES = "/v1/messages"  # this route and those below it speak Anthropic's API
-CLIENT_GONE = 499  # the status of a request whose client left before the whole answer was sent
+CLIENT_GONE = 499  # the status of a request whose client left before the whole response was sent
 CONTEXT = "pyllm.context"  # the member of an ASGI scope that holds the context
 
 
@@ -46,15 +46,15 @@ class RequestContext:
 
     scope: Scope
     client_receive: Receive
-    send: Send  # to the client, past all layers: for the events of a stream
+    send: Send  # straight to the client, bypassing all layers: for the events of a stream
     path: str  # without the prefix that a proxy may have left
     request_id: str
     budget: BodyBudget
     arrival: float = field(default_factory=time.monotonic)
-    status: int = 0  # of the answer; 0 before its head is sent
-    complete: bool = False  # the whole answer is sent
+    status: int = 0  # of the response; 0 before its head is sent
+    complete: bool = False  # the whole response is sent
     owner: str = ""  # names the API key without revealing it
-    cache_owner: str = ""  # shares cached prompts with this owner only; "" with all
+    cache_owner: str = ""  # cached prompts are shared within this owner only; "" shares with everyone
     model: str | None = None  # as the body names it
     generation: GenerationProgress | None = None
     reservation: Reservation | None = None
@@ -73,13 +73,13 @@ class RequestContext:
     async def receive(self) -> Message:
         """Receive the next message, and note whether the client has left."""
         message = await self.client_receive()
-        # After a whole answer the server sends the same, although the client is still there.
+        # uvicorn also sends this after a complete response, although the client is still there.
         if message["type"] == "http.disconnect" and not self.complete:
             self.status = CLIENT_GONE
         return message
 
     async def respond(self, message: Message) -> None:
-        """Send a part of the answer; its head gets the request id."""
+        """Send a part of the response; its head gets the request id."""
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -90,24 +90,24 @@ class RequestContext:
         await self.send(message)
 
     async def reserve(self, size: int) -> None:
-        """Reserve bytes of the body budget, once per request; raise `EngineBusyError` if none get free in time."""
+        """Reserve bytes of the body budget, once per request; raise `EngineBusyError` if too few are freed in time."""
         if self.reservation is None:
             self.reservation = await self.budget.reserve(size)
 
     def release(self) -> None:
-        """Release the reservation, if there is one; may be called again."""
+        """Release the reservation, if there is one; safe to call more than once."""
         if self.reservation is not None:
             self.reservation.release()
 
 
 def error_response(error: ApiError, context: RequestContext | None = None) -> JsonResponse:
-    """Make the HTTP answer for a failed request."""
+    """Make the HTTP response to a failed request."""
     body = error.anthropic_body(context.request_id) if context and context.is_anthropic else error.body
     return JsonResponse(body, status_code=error.status, headers=error.headers)
 
 
-class Server(Protocol):
-    """What the middleware needs of the server behind it."""
+class ServiceState(Protocol):
+    """What the middleware needs of `Service`."""
 
     config: ServerConfig
     budget: BodyBudget
@@ -121,40 +121,40 @@ class Server(Protocol):
 class RequestMiddleware:
     """Plain ASGI, so that streams pass through untouched."""
 
-    def __init__(self, app: ASGIApp, server: Server, public_paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, service: ServiceState, public_paths: frozenset[str]) -> None:
         self._app = app
-        self._server = server
+        self._service = service
         self._public_paths = PROBES | public_paths
         # A key's owner is named by a hash that does not reveal the key and changes with every start.
         secret = secrets.token_bytes(32)
-        keys = [key.encode() for key in server.config.api_key]
+        keys = [key.encode() for key in service.config.api_key]
         self._keys = [(key, hashlib.blake2b(key, key=secret, digest_size=16).hexdigest()) for key in keys]
-        self._root = server.config.root_path.rstrip("/")
+        self._root = service.config.root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, and answer its failure."""
+        """Serve one request, and turn a failure into an error response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # A proxy may strip the prefix or not.
+        # A proxy may or may not strip the prefix.
         if self._root and (scope["path"] + "/").startswith(self._root + "/"):
             scope["root_path"] = self._root
         path, headers = scope["path"].removeprefix(scope.get("root_path", "")), Headers(scope=scope)
         if not _REQUEST_ID.fullmatch(request_id := headers.get("x-request-id", "")):
             request_id = uuid.uuid4().hex
-        scope[CONTEXT] = context = RequestContext(scope, receive, send, path, request_id, self._server.budget)
-        self._server.enter()
+        scope[CONTEXT] = context = RequestContext(scope, receive, send, path, request_id, self._service.budget)
+        self._service.enter()
         try:
             if self._keys and context.path not in self._public_paths:
                 context.owner = self._owner(headers)
-                context.cache_owner = context.owner if self._server.config.isolate_cache_by_key else ""
+                context.cache_owner = context.owner if self._service.config.isolate_cache_by_key else ""
             # HEAD is answered like GET; the HTTP server leaves out the body.
-            asked = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
-            await self._app(asked, context.receive, context.respond)
+            get_scope = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
+            await self._app(get_scope, context.receive, context.respond)
         except ClientDisconnect:
             context.status = CLIENT_GONE
         except asyncio.CancelledError:  # the server stops while the client is still sending or reading
-            if not self._server.draining:
+            if not self._service.draining:
                 raise
             if not context.status:
                 error = unavailable("The server is shutting down.", "shutting_down")
@@ -166,7 +166,7 @@ class RequestMiddleware:
             await error_response(error, context)(scope, context.receive, context.respond)
         finally:
             seconds = time.monotonic() - context.arrival
-            self._server.leave(context, seconds)
+            self._service.leave(context, seconds)
             _log(context, seconds)
 
     def _owner(self, headers: Headers) -> str:
@@ -174,7 +174,7 @@ class RequestMiddleware:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
         given = [text.encode("latin-1") for text in (bearer, headers.get("x-api-key")) if text]
-        # All keys are compared, so that the time does not reveal which one is similar.
+        # All keys are compared, so that timing does not reveal a near match.
         owners = [owner for text in given for key, owner in self._keys if hmac.compare_digest(text, key)]
         if not owners:
             message = "This server needs a valid API key, as `Authorization: Bearer KEY` or `x-api-key: KEY`."

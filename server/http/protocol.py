@@ -15,11 +15,11 @@ from .middleware import CONTEXT, RequestContext
 
 MAX_HEADER_BYTES = 64 * 2**10
 PIECE_BYTES = 16 * 2**10  # header size is checked once a piece, so headers can exceed the limit by up to one piece
-MAX_UNREAD = 65536  # tokens that a client may be behind its stream; those with log-probabilities count more
+MAX_UNREAD = 65536  # how many tokens a client may lag behind its stream; tokens with log-probabilities count more
 
 
 class _Transport:
-    """Drops what a response writes before it learns of a disconnect; uvloop's transport would raise."""
+    """Discards writes made after a disconnect that the response has not noticed; uvloop's transport would raise."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._real = transport
@@ -35,7 +35,8 @@ class _Transport:
 class HttpProtocol(HttpToolsProtocol):
     """One connection. `cycle` is the request that was received last, `pipeline` those that wait to be answered.
 
-    The base class is private to uvicorn, so pyproject.toml admits only the minor version that the tests have seen.
+    As in uvicorn, the pipeline is filled on the left, and its next request is the rightmost. The base class is private
+    to uvicorn, so pyproject.toml pins the minor version that the tests ran against.
     """
 
     def __init__(self, *arguments: Any, monitor: ConnectionMonitor, **options: Any) -> None:
@@ -43,10 +44,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.connections: set[Any]
         self._monitor = monitor
         self._header_bytes = 0  # of incomplete headers
-        self._refusal: ApiError | None = None  # to send after the answers to the requests before it
+        self._refusal: ApiError | None = None  # to send after the responses to the requests before it
         self._answering: RequestResponseCycle | None = None
         self._received = 0  # bytes
-        self._resumed = 0  # how often the client has taken all that waited for it
+        self._resumed = 0  # how many times the write buffer has drained
         self._timer = ProgressTimer()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -93,8 +94,9 @@ class HttpProtocol(HttpToolsProtocol):
     def _ignore_upgrade(self) -> None:
         """Parse the request again without its `Upgrade` header, so that it is answered in HTTP/1.1.
 
-        Java's client offers so with every request. The parser would read the body as that other protocol, so a new
-        parser gets the headers without the offer, and then the body. CONNECT raises `HttpParserUpgrade` once more.
+        Java's HTTP client sends this header with every request. The parser would treat the body as the offered
+        protocol, so a new parser gets the other headers, and then the body. CONNECT raises `HttpParserUpgrade` again,
+        and is refused with a 400.
         """
         lines = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         method, version = self.scope["method"].encode(), self.scope["http_version"].encode()
@@ -114,7 +116,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._answering = self.cycle
 
     def on_response_complete(self) -> None:
-        """Continue with the next request, or send the refusal that waits for the last answer."""
+        """Continue with the next request, or send the refusal that waits for the last response."""
         was_last = not self.pipeline
         if not was_last:
             self._answering = self.pipeline[-1][0]
@@ -146,7 +148,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(ApiError(400, msg, code="invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Send an error response and close the connection; if an answer is already half sent, only close.
+        """Send an error response and close the connection; if a response is already partly sent, just close.
 
         If complete requests are still to be answered, they are answered first, and nothing more is read.
         """
@@ -175,7 +177,7 @@ class HttpProtocol(HttpToolsProtocol):
         return self.cycle is not None and self.cycle.response_complete and not self._in_header
 
     def _awaited(self) -> Wait | None:
-        """Return what the connection is waiting for the client to do, or None if it is not waiting for it."""
+        """Return what the connection is waiting for the client to do, or None if it is not waiting for the client."""
         unsent = self.transport.get_write_buffer_size()
         if self.flow.write_paused or (self.transport.is_closing() and unsent):
             return Wait("write", self._resumed, -unsent)
@@ -184,7 +186,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self.cycle is None or self._in_header:
             return Wait("header", self.scope)
         if self.cycle.more_body:
-            # While reading is paused, the delay is the server's. After an early answer, the rest is no progress.
+            # While reading is paused, the delay is ours. After an early response, the rest of the body does not count
+            # as progress.
             progress = 0 if self._is_answered else self._received
             return None if self.flow.read_paused else Wait("body", self.cycle, progress)
         if self.cycle.response_complete and self.timeout_keep_alive_task is None:
@@ -204,7 +207,7 @@ class HttpProtocol(HttpToolsProtocol):
                 return f"the client was more than {MAX_UNREAD} tokens behind its stream"
             if timeout is not None:
                 self.transport.abort()
-                return f"the client read nothing of its answer for {timeout:g} s"
+                return f"the client read nothing of its response for {timeout:g} s"
         if wait is None or timeout is None:
             return None
         if self.scope is None or self._is_answered:
@@ -215,20 +218,20 @@ class HttpProtocol(HttpToolsProtocol):
         return reason
 
     def close_idle(self) -> bool:
-        """Abort the connection unless something is left to send; closing HTTPS would wait for the client."""
+        """Abort the connection, as a clean TLS close would wait for the client; False if something is left to send."""
         if self.transport.get_write_buffer_size():
             return False
         self.transport.abort()
         return True
 
     def _is_hung_up(self) -> bool:
-        """Whether the client has left, which a paused connection does not learn by reading."""
+        """Whether the client has disconnected, which nothing else shows while reading is paused."""
         poll = select.poll()
         poll.register(self.transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
 
     def _unread(self) -> int:
-        """Tokens that the client of a stream is behind."""
+        """How many tokens a streaming client lags behind."""
         context = self._answering.scope.get(CONTEXT) if self._answering is not None else None
         generation = context.generation if isinstance(context, RequestContext) else None
         return generation.unread if generation is not None else 0

@@ -150,8 +150,8 @@ def test_large_bodies_that_drip_leave_their_room_to_others(strict: ServerProcess
     ("fields", "reason"),
     [
         # The answers are so long that all buffers are full while thousands of tokens are still to come.
-        ({"stream": True, "logprobs": 5, "max_tokens": FOREVER}, "the client read nothing of its answer for 2 s"),
-        ({"stream": False, "logprobs": 20, "max_tokens": 1500}, "the client read nothing of its answer for 2 s"),
+        ({"stream": True, "logprobs": 5, "max_tokens": FOREVER}, "the client read nothing of its response for 2 s"),
+        ({"stream": False, "logprobs": 20, "max_tokens": 1500}, "the client read nothing of its response for 2 s"),
         (
             {"stream": True, "logprobs": 20, "max_tokens": FOREVER, "n": 24},
             "the client was more than 65536 tokens behind its stream",

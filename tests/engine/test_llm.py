@@ -133,11 +133,14 @@ def test_interrupted_call_leaves_a_usable_engine(llm, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"dtype": "float16"}, "dtype must be one of auto, bfloat16, float32, got 'float16'; did you mean bfloat16?"),
-        ({"block_size": 0}, "block_size must be a whole number between 1 and 1024, got 0."),
-        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number between 1 and 4096, got 0."),
+        (
+            {"dtype": "float16"},
+            "dtype must be one of auto, bfloat16, float32, but got 'float16'; did you mean bfloat16?",
+        ),
+        ({"block_size": 0}, "block_size must be a whole number between 1 and 1024, but got 0."),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number between 1 and 4096, but got 0."),
         ({"max_sequences": 5}, "Unknown setting 'max_sequences'; did you mean "),
-        ({"speculative_config": {"method": "x"}}, "method in speculative_config must be one of ngram, got 'x'."),
+        ({"speculative_config": {"method": "x"}}, "method in speculative_config must be one of ngram, but got 'x'."),
         ({"speculative_config": {"tokens": 3}}, "Unknown setting 'tokens' in speculative_config"),
         ({"speculative_config": {"prompt_lookup_min": 9}}, "prompt_lookup_min must be no larger than"),
     ],

@@ -72,7 +72,7 @@ def test_a_key_that_was_not_found_opens_no_server(key):
     [
         (["--prot", "1"], "--prot; did you mean --port?"),
         (["--max-model-length=5"], "did you mean --max-model-len?"),
-        (["--port", "x"], "--port must be a whole number between 0 and 65535, got 'x'"),
+        (["--port", "x"], "--port must be a whole number between 0 and 65535, but got 'x'"),
         (["--port", "70000"], "between 0 and 65535"),
         (["--port", "1.5"], "whole number"),
         (["--shutdown-timeout", "nan"], "--shutdown-timeout must be a number"),

@@ -30,7 +30,7 @@ MODES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 
 
 async def create_message(context: RequestContext, body: wire.MessagesRequest, model: ServedModel) -> Response:
-    """Answer with a message, whole or as a stream; a request that is refused gets no stream."""
+    """Answer with a message, in one response or as a stream; a refused request gets a plain error response."""
     sampling = {**read_sampling(body, model), "stop": tuple(body.stop_sequences or ())}
     read = await off_loop_if_large(read_conversation, body, sampling=sampling, max_tokens=body.max_tokens)
     turn = await prepare_turn(read, model)
@@ -81,7 +81,7 @@ def _split_turns(body: wire.CountTokensRequest) -> Iterator[Message]:
             yield Message("system", _text(turn.content))
             continue
         if isinstance(turn, wire.AssistantTurn):
-            yield Message("assistant", None)  # a turn without blocks is one too
+            yield Message("assistant", None)  # an empty assistant turn is still a turn
         for number, block in enumerate([turn.content] if isinstance(turn.content, str) else turn.content):
             match block:
                 case str():
@@ -141,13 +141,13 @@ def ending(body: wire.MessagesRequest, choice: Choice, reason: str, has_calls: b
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     if isinstance(choice.stop_reason, str) and choice.stop_reason in (body.stop_sequences or ()):
         return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
-    # OpenAI says "stop" after a call that was forced by name.
+    # For a call forced by name the reader reports OpenAI's "stop", so look at the calls.
     called = reason == "tool_calls" or (has_calls and isinstance(body.tool_choice, wire.ToolChoiceTool))
     return {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
 
 
 def _block(part: str | ToolCall) -> dict[str, Any]:
-    """Return a block of the answer; the input of an unfinished call is what arrived of it, as in Anthropic's client."""
+    """Return a block of the answer; the input of an unfinished call is what has arrived, as in Anthropic's client."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     try:
@@ -158,7 +158,7 @@ def _block(part: str | ToolCall) -> dict[str, Any]:
     return {"type": "tool_use", "id": part.id, "name": part.name, "input": value}
 
 
-def event(content: dict[str, Any]) -> bytes:
+def named_event(content: dict[str, Any]) -> bytes:
     """Return one event, named by its type."""
     return b"event: %s\ndata: %s\n\n" % (content["type"].encode(), encode_json(content))
 
@@ -185,13 +185,13 @@ class MessageEvents(EventWriter):
         """Return events for the rest of the last block and for the reason why the answer ended."""
         data = self._start() + self._show(self._reader.finish()) + self._close()
         end = ending(self._body, self._choice, self._reader.finish_reason, self._calls)
-        return data + event({"type": "message_delta", "delta": end, "usage": token_counts(self._choice)})
+        return data + named_event({"type": "message_delta", "delta": end, "usage": token_counts(self._choice)})
 
     def closing(self) -> bytes:
-        return event({"type": "message_stop"})
+        return named_event({"type": "message_stop"})
 
     def failure(self, error: ApiError) -> bytes:
-        return event(error.anthropic_body(self._request_id))
+        return named_event(error.anthropic_body(self._request_id))
 
     def _start(self) -> bytes:
         if self._started:
@@ -199,7 +199,7 @@ class MessageEvents(EventWriter):
         self._started = True
         usage = token_counts(self._choice)
         message = self._head | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
-        return event({"type": "message_start", "message": message}) + event({"type": "ping"})
+        return named_event({"type": "message_start", "message": message}) + named_event({"type": "ping"})
 
     def _show(self, parts: list[Part]) -> bytes:
         data = b""
@@ -217,16 +217,16 @@ class MessageEvents(EventWriter):
         return data
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
-        return event({"type": "content_block_delta", "index": self._index, "delta": delta})
+        return named_event({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _open(self, block: dict[str, Any]) -> bytes:
         data = self._close()
         self._kind = block["type"]
         self._index += 1
-        return data + event({"type": "content_block_start", "index": self._index, "content_block": block})
+        return data + named_event({"type": "content_block_start", "index": self._index, "content_block": block})
 
     def _close(self) -> bytes:
         if not self._kind:
             return b""
         self._kind = ""
-        return event({"type": "content_block_stop", "index": self._index})
+        return named_event({"type": "content_block_stop", "index": self._index})

@@ -1,4 +1,4 @@
-"""Wire models of Anthropic's Messages API: requests, the answer, the events of its stream, and errors."""
+"""Wire models of Anthropic's Messages API: requests, responses, the events of a stream, and errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ToolResultBlock(StrictModel):
 
 
 class ThinkingBlock(StrictModel):
-    """Thoughts of another model: left out of the prompt, as Anthropic does when thinking is off."""
+    """Thinking by another model: left out of the prompt, as Anthropic does when thinking is off."""
 
     type: Literal["thinking"]
     thinking: Text
@@ -69,7 +69,7 @@ class ThinkingBlock(StrictModel):
 
 
 class RedactedThinking(StrictModel):
-    """Encrypted thoughts of another model: left out of the prompt."""
+    """Encrypted thinking by another model: left out of the prompt."""
 
     type: Literal["redacted_thinking"]
     data: Text
@@ -80,14 +80,14 @@ AssistantBlock = Annotated[TextBlock | ToolUseBlock | ThinkingBlock | RedactedTh
 
 
 class UserTurn(StrictModel):
-    """Words of the user and results of calls."""
+    """User text and tool results."""
 
     role: Literal["user"]
     content: Text | Annotated[list[UserBlock], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
 class AssistantTurn(StrictModel):
-    """Words and calls of the model; as the last turn, the beginning of its answer."""
+    """Text and tool calls of the assistant; as the last turn, the start of its response."""
 
     role: Literal["assistant"]
     content: Text | Annotated[list[AssistantBlock], Field(max_length=1024, fail_fast=True)]
@@ -221,7 +221,7 @@ class MessageUsage(StrictModel):
 
 
 class MessageAnswer(StrictModel):
-    """Answer of `POST /v1/messages`."""
+    """Response body of `POST /v1/messages`."""
 
     id: str
     type: Literal["message"]
@@ -283,7 +283,7 @@ class MessageDelta(StrictModel):
 
 
 class MessagesError(StrictModel):
-    """A failure, as an answer or as a stream's last event: Anthropic's shape, with all fields of OpenAI's too."""
+    """An error, as a response or as a stream's last event: Anthropic's shape, with all fields of OpenAI's too."""
 
     type: Literal["error"]
     error: ErrorBody
@@ -298,6 +298,6 @@ class MessageEvent(RootModel[Annotated[Event, Field(discriminator="type")]]):
 
 
 class TokenCount(StrictModel):
-    """Answer of `POST /v1/messages/count_tokens`."""
+    """Response body of `POST /v1/messages/count_tokens`."""
 
     input_tokens: int

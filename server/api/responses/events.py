@@ -29,7 +29,7 @@ def new_id(kind: str) -> str:
 
 
 class ResponseWriter(EventWriter):
-    """Writes the output of `response`, the same wherever the text is cut, and calls `put` with it at its end.
+    """Builds the output of `response`, identically however the text is chunked; calls `put` with it at the end.
 
     The methods return the events of a stream, which a whole response ignores.
     """
@@ -179,7 +179,7 @@ class ResponseWriter(EventWriter):
         return {"item_id": output[-1]["id"], "output_index": len(output) - 1}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        """Encode an event at once, so that what it shows may change afterwards."""
+        """Encode an event immediately: the objects that it shows are mutated later."""
         name = f"response.{kind}"
         content = {"type": name, "sequence_number": self._sequence, **fields}
         self._sequence += 1

@@ -1,4 +1,4 @@
-"""The Responses API: answers input items, and items of stored responses, with output items."""
+"""The Responses API: turns input items, and items of stored responses, into output items."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from . import wire
 from .events import ResponseWriter, new_id
 from .store import ResponseStore, StoredResponse, decode_items
 
-# The fields that a response gets at its end, that it repeats from its request, and that always have the same value.
-UNDECIDED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
+UNDECIDED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))  # until the response ends
+# The fields that a response repeats from its request, and those that always have the same value.
 REPEATED = ("model", "instructions", "previous_response_id", "max_output_tokens", "user", "safety_identifier")
 FIXED = {"background": False, "max_tool_calls": None, "reasoning": {"effort": "none", "summary": None}}
 
@@ -35,7 +35,7 @@ FIXED = {"background": False, "max_tool_calls": None, "reasoning": {"effort": "n
 async def create_response(
     context: RequestContext, body: wire.ResponseRequest, model: ServedModel, store: ResponseStore
 ) -> Response:
-    """Answer input items, whole or as a stream; a request is refused before its stream begins."""
+    """Answer input items in one response or as a stream; a refused request gets a plain error response."""
     sources = find_sources(body, store, context.owner)
     if sources.size >= LARGE_BODY_BYTES:
         is_large.set(True)
@@ -64,7 +64,7 @@ class Sources:
 
 
 def find_sources(body: wire.ResponseRequest, store: ResponseStore, owner: str = "") -> Sources:
-    """Find the stored responses; raise `ApiError` or `RequestError` for missing ones, and beyond MAX_BODY_BYTES."""
+    """Find the stored responses; raise `ApiError` or `RequestError` if one is missing or they exceed MAX_BODY_BYTES."""
     if body.input is None and body.previous_response_id is None:
         raise ApiError(400, "Missing required parameter: input.", param="input", code="missing_required_parameter")
     previous, size = None, 0
@@ -94,7 +94,7 @@ def find_sources(body: wire.ResponseRequest, store: ResponseStore, owner: str = 
 
 def _check_size(size: int, param: str) -> None:
     if size > MAX_BODY_BYTES:
-        raise RequestError(f"The earlier items have {size} bytes, at most {MAX_BODY_BYTES}.", param=param)
+        raise RequestError(f"The earlier items have {size} bytes; the limit is {MAX_BODY_BYTES}.", param=param)
 
 
 def _read(body: wire.ResponseRequest, sources: Sources, model: ServedModel) -> tuple[Conversation, bytes]:
@@ -143,7 +143,7 @@ def to_messages(items: list[wire.Item]) -> list[Message]:
         if is_call:
             calls = tuple(ToolCall(item["call_id"], item["name"], item["arguments"]) for item in group)
             if len(calls) > MAX_TOOLS:
-                message = f"input has {len(calls)} consecutive function calls, at most {MAX_TOOLS}."
+                message = f"input has {len(calls)} consecutive function calls; the limit is {MAX_TOOLS}."
                 raise RequestError(message, param="input")
             text = messages.pop().text if messages and messages[-1].role == "assistant" else None
             messages.append(Message("assistant", text, calls))
@@ -166,7 +166,7 @@ def read_conversation(body: wire.ResponseRequest, messages: list[Message], model
     if body.instructions is not None:
         messages = [Message("system", body.instructions), *messages]
     if not 1 <= len(messages) <= wire.MAX_ITEMS:
-        count = f"{len(messages)} messages with those of earlier responses, at most {wire.MAX_ITEMS}"
+        count = f"{len(messages)} messages with those of earlier responses; the limit is {wire.MAX_ITEMS}"
         raise RequestError(f"input has {count if messages else 'no items'}.", param="input")
     logprobs = (body.top_logprobs or 0) if body.include or body.top_logprobs else None
     wanted = body.text.format if body.text else None

@@ -22,7 +22,7 @@ from .wire import DeletedResponse, InputItemList, Item, ResponseObject
 MAX_RESPONSES = 4096
 MAX_STORE_BYTES = 64 * 2**20
 MAX_PAGE = 100
-COMPRESS_UP_TO = 64 * 2**10  # bytes; to compress larger responses would block the event loop for too long
+COMPRESS_UP_TO = 64 * 2**10  # bytes; compressing larger responses would block the event loop for too long
 DICTIONARY = (
     b'[{"type":"message","role":"user","content":[{"type":"input_text","text":"'
     b'{"id":"resp_","object":"response","created_at":,"status":"completed","completed_at":null,"error":null,'
@@ -35,7 +35,7 @@ DICTIONARY = (
     b'{"type":"text"},"verbosity":"medium"},"top_logprobs":0,"metadata":{},"prompt_cache_key":null,'
     b'"service_tier":"default","background":false,"max_tool_calls":null,"reasoning":{"effort":"none","summary":null}}'
 )
-"""Text that most responses share, so that a compressed one only refers to it."""
+"""Preset zlib dictionary: text that most responses share."""
 
 _decode = msgspec.json.Decoder().decode
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -159,7 +159,7 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
     async def cancel_response(response_id: str, request: Request) -> Response:
         """Refuse: only background responses can be cancelled, and this server has none."""
         find(response_id, request)
-        raise ApiError(400, "Only a response with background can be cancelled.", param="response_id")
+        raise ApiError(400, "Only a background response can be cancelled.", param="response_id")
 
     query = {
         "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 20},
@@ -176,7 +176,7 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
         text = query.get("limit", "20")
         limit = int(text) if re.fullmatch("[0-9]{1,3}", text) else 0
         if not 1 <= limit <= MAX_PAGE:
-            message = f"limit should be a whole number from 1 to {MAX_PAGE}, got {shorten(text)!r}."
+            message = f"limit should be a whole number from 1 to {MAX_PAGE}, but got {shorten(text)!r}."
             raise ApiError(400, message, param="limit", code="invalid_value")
         items = find(response_id, request).read().input
         is_large.set(len(items) >= LARGE_BODY_BYTES)
@@ -192,7 +192,7 @@ def _check_query(query: QueryParams, **known: tuple[str, ...] | None) -> None:
         if field not in known:
             raise ApiError(400, f"Unrecognized query argument: {shorten(name)}.", param=name, code="unknown_parameter")
         if (values := known[field]) is not None and value not in values:
-            message = f"{field} should be {' or '.join(values)}, got {shorten(value)!r}."
+            message = f"{field} should be {' or '.join(values)}, but got {shorten(value)!r}."
             raise ApiError(400, message, param=field, code="invalid_value")
 
 

@@ -26,14 +26,14 @@ UnsupportedFlag = Annotated[Literal[False] | None, BeforeValidator(_refuse)]
 
 
 class InputText(StrictModel):
-    """One text of a message or of a function's result."""
+    """A text part of a message or of a function's result."""
 
     type: Literal["input_text"]
     text: Text
 
 
 class AssistantText(StrictModel):
-    """One text of an earlier response, as the server returned it."""
+    """A text part of an earlier response, as the server returned it."""
 
     type: Literal["output_text"]
     text: Text
@@ -238,7 +238,7 @@ class ResponseUsage(StrictModel):
 
 
 class ResponseObject(StrictModel):
-    """Answer of `POST /v1/responses`, with the options of its request."""
+    """Response body of `POST /v1/responses`, with the options of its request."""
 
     id: str
     object: Literal["response"]
@@ -307,7 +307,7 @@ class StoredCallOutput(InputCallOutput):
 
 
 class InputItemList(StrictModel):
-    """Answer of `GET /v1/responses/{response_id}/input_items`."""
+    """Response body of `GET /v1/responses/{response_id}/input_items`."""
 
     object: Literal["list"]
     data: list[Annotated[StoredMessage | OutputCall | StoredCallOutput, Field(discriminator="type")]]
@@ -317,7 +317,7 @@ class InputItemList(StrictModel):
 
 
 class DeletedResponse(StrictModel):
-    """Answer of `DELETE /v1/responses/{response_id}`."""
+    """Response body of `DELETE /v1/responses/{response_id}`."""
 
     id: str
     object: Literal["response"]

@@ -255,7 +255,7 @@ def test_endless_template_runs_out_of_fuel() -> None:
 
 def test_huge_rendering_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 100)
-    with pytest.raises(ChatTemplateError, match="characters, at most 100"):
+    with pytest.raises(ChatTemplateError, match="characters; the limit is 100"):
         text_of(PUBLISHED, chat("A" * 100))
 
 

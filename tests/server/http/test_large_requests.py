@@ -15,7 +15,7 @@ from pyllm.server.chat.template import ChatTemplate, is_deeper
 from pyllm.server.http import body as bodies
 
 HI = [{"role": "user", "content": "Hi"}]
-TURN = [(turn, name) for name in ("read_tools", "_check_template_options", "_written", "sampling_params")]
+TURN = [(turn, name) for name in ("read_tools", "_check_template_options", "_tools_as_text", "sampling_params")]
 TURN += [(tool_choice, "is_deeper"), (bodies, "parse_body"), (ChatTemplate, "render")]
 CHAT = (
     "/v1/chat/completions",
@@ -74,7 +74,7 @@ def test_all_work_on_a_large_body_is_done_off_the_event_loop(harness, monkeypatc
 
 def test_long_conversation_is_parsed_off_the_event_loop(harness, monkeypatch, threads):
     first = harness.post("/v1/responses", {"input": "One"}).json()
-    found = threads([(responses, "read_items"), (turn, "_written"), (response_store, "_page")])
+    found = threads([(responses, "read_items"), (turn, "_tools_as_text"), (response_store, "_page")])
     monkeypatch.setattr(responses, "LARGE_BODY_BYTES", 100)
     monkeypatch.setattr(response_store, "LARGE_BODY_BYTES", 100)
     second = harness.post("/v1/responses", {"input": "Two", "previous_response_id": first["id"]}).json()
