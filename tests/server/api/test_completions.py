@@ -136,7 +136,7 @@ def test_more_candidates_than_memory_holds_are_refused(harness, fields):
     response = harness.post("/v1/completions", {"prompt": [[5] * 100] * 8, "n": 128} | fields)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "n"
-    assert "at most 2097152" in response.json()["error"]["message"]
+    assert "the limit is 2097152" in response.json()["error"]["message"]
     assert harness.engine.requests == []
 
 
