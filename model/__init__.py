@@ -1,4 +1,4 @@
-"""The model floor: configuration, network, checkpoints and tokenizer, usable without the engine.
+"""The model layer: configuration, network, checkpoints and tokenizer, usable without the engine.
 
 Names are imported on first use: the API process takes the tokenizer from here and must not load torch for it.
 """

@@ -1,7 +1,7 @@
 """The operations that differ by device, in plain torch: the reference, and what runs on any device.
 
-The network calls nothing device-specific but the methods of `Backend`, each as much work as a device can do well in one
-operation. A device is a subclass that overrides what it does faster; tests compare its results with the ones here.
+The network calls nothing device-specific but the methods of `Backend`, each sized so that a device can do it well as
+one operation. A device is a subclass that overrides what it does faster; tests compare its results with the ones here.
 Element-wise arithmetic, norms and softmax are FP32; products run in the weights' dtype.
 """
 
@@ -78,7 +78,7 @@ class Backend:
     """
 
     prefill_multiple = PREFILL_BLOCK
-    """Cutting a prompt at multiples of this leaves its tokens' results identical to the last bit."""
+    """Cutting a prompt at multiples of this leaves its tokens' results bit-for-bit identical."""
     capturable = False
     """Whether a whole step can be captured in a graph: no operation waits for the device, all lengths are read there,
     and rows with negative token ids, negative slots and length 0 are skipped."""
@@ -179,7 +179,10 @@ class Backend:
         return x, experts
 
     def route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
-        """The expert of each token: the one of its id, unless the router's score by mu is higher -> int64 [T]."""
+        """The expert of each token: its id's own, unless the mu router scores another over BASE_EXPERT_SCORE above it.
+
+        Returns int64 [T]. The CUDA backend does the same in `route_kernel`, and the CPU backend in `pyllm_mlp`.
+        """
         if layer.token_to_expert is None:
             return None
         own = layer.token_to_expert[input_ids]

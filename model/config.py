@@ -17,7 +17,7 @@ SIZES = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the path and the remedy."""
+    """A checkpoint that cannot be used; the message names the path and what to do."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again.") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object: fetch it again.")
+        raise CheckpointError(f"{path} does not hold a JSON object: fetch it again.")
     return values
 
 
@@ -60,7 +60,7 @@ class DeepConfig:
     dynamics_controller_hidden: int = 64
 
     def __post_init__(self) -> None:
-        """Raise `CheckpointError` if the sizes make no network."""
+        """Raise `CheckpointError` for values that no network can have."""
 
         def require(condition: bool, message: str) -> None:
             if not condition:
@@ -68,28 +68,28 @@ class DeepConfig:
 
         for name in SIZES:
             value = getattr(self, name)
-            require(type(value) is int and value >= 1, f"{name} must be a positive whole number, got {value!r}.")
+            require(type(value) is int and value >= 1, f"{name} must be a positive whole number, but got {value!r}.")
         for name in ("rms_norm_eps", "rope_theta", "dynamics_dt"):
             value = getattr(self, name)
             number = type(value) in (int, float) and 0 < value < math.inf
-            require(number, f"{name} must be a positive number, got {value!r}.")
+            require(number, f"{name} must be a positive number, but got {value!r}.")
         for name in ("tie_word_embeddings", "use_token_routed_mlp", "use_qk_norm"):
             value = getattr(self, name)
-            require(type(value) is bool, f"{name} must be true or false, got {value!r}.")
+            require(type(value) is bool, f"{name} must be true or false, but got {value!r}.")
         size, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         even = size % heads == 0 and size // heads % 2 == 0
-        require(even, f"hidden_size {size} does not split into {heads} heads of even size.")
+        require(even, f"hidden_size {size} cannot be split into {heads} heads of even size.")
         multiple = heads % kv_heads == 0
         require(multiple, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
         act, window = self.hidden_act, self.sliding_window
         require(act in ACTIVATIONS, f"hidden_act {act!r} is not one of {', '.join(ACTIVATIONS)}.")
         require(
             window is None or (type(window) is int and window >= 1),
-            f"sliding_window must be null or a whole number of at least 1, got {window!r}.",
+            f"sliding_window must be null or a whole number of at least 1, but got {window!r}.",
         )
         require(
             all(type(id_) is int and 0 <= id_ < self.vocab_size for id_ in self.eos_token_ids),
-            f"eos_token_id must be ids below {self.vocab_size}, got {self.eos_token_id!r}.",
+            f"eos_token_id must be ids below {self.vocab_size}, but got {self.eos_token_id!r}.",
         )
         too_small = f"intermediate_size {self.intermediate_size} is too small for {self.num_experts} experts."
         require(self.expert_size >= 1, too_small)
@@ -99,7 +99,7 @@ class DeepConfig:
         """Read the known keys of a parsed `config.json`; raise `CheckpointError` for another family's file."""
         mlp_type = values.get("mlp_type")
         if mlp_type not in (None, "token_routed", "dense"):
-            raise CheckpointError(f"mlp_type {mlp_type!r} belongs to another line of the family: not supported.")
+            raise CheckpointError(f"mlp_type {mlp_type!r} belongs to another line of the family and is not supported.")
         known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if known.get(name) == -1:  # some files write -1 for none
@@ -155,13 +155,13 @@ class DeepConfig:
 class Architecture:
     """How the network of one era differs from the others, as a checkpoint's tensor names show."""
 
-    era: str  # for people
+    era: str  # its name, only for display
     contextual_mu: bool  # `mu_proj` makes mu depend on the attention output
     mu_attention: bool  # mu of the layer below feeds keys and queries
     mu_highway: bool  # mu of all layers below feeds them, and values too; files then have `mu_to_v`
     mu_router: bool  # mu may override the expert of a token's id
     mu_guidance: bool = False  # the 2026-03 rewrite: mu is computed after the MLP, without dynamics or velocity
-    shared_expert_size: int = 0  # width of the expert that every token passes; 0 for none
+    shared_expert_size: int = 0  # width of the expert that every token uses; 0 for none
     tied: bool = True  # the LM head is the embedding
 
     @classmethod

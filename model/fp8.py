@@ -1,7 +1,8 @@
 """Keys and values in 8 bits: a sign, four bits of exponent and three of mantissa (e4m3), in half of BF16's memory.
 
-A number keeps its four leading bits from 2^-6 to 448, and fewer down to 2^-9. Nothing is measured on data: what a
-layer's keys and values are like shows in its weights, which are brought to where the format has room on both sides.
+Numbers from 2^-6 to 448 keep their four leading bits; smaller ones, down to 2^-9, keep fewer. Nothing is measured on
+data: the size of a layer's keys and values is estimated from its weights, which are scaled to the middle of the
+format's range.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def narrow(x: Tensor) -> Tensor:
-    """The nearest FP8 numbers; what is too large becomes the largest one, whatever torch itself makes of it."""
+    """The nearest FP8 numbers; what is too large becomes the largest one, which torch does not promise."""
     return x.clamp(-MAX_FP8, MAX_FP8).to(FP8)
 
 
@@ -32,10 +33,10 @@ def narrow(x: Tensor) -> Tensor:
 def centre(layer: DeepLayer) -> None:
     """Scale a layer's weights so that its keys and values are of size 1 to 2, by the root mean square expected of them.
 
-    What is multiplied at one place is divided at another: keys and queries, values and the output's product. With
-    powers of two that changes no result by a bit, so neither the pages nor the kernels know of a scale. With QK-norm
+    What is multiplied in one place is divided in another: keys and queries, values and the output's product. Powers of
+    two change no bit of a result, so neither the pages nor the kernels need a scale. With QK-norm
     the size of a key is its norm's weight; otherwise, and for values, it follows from the rows of the product and
-    input_norm's weight. The part of mu is known only when it is computed, and left out.
+    input_norm's weight. The part from mu is known only at run time, and is left out.
     """
     kv = layer.config.num_key_value_heads * layer.config.head_dim
     keys, queries, values = layer.kqv_proj[:kv], layer.kqv_proj[kv:-kv], layer.kqv_proj[-kv:]
@@ -53,10 +54,10 @@ def centre(layer: DeepLayer) -> None:
 
 
 def _of_rows(layer: DeepLayer, rows: Tensor) -> Tensor:
-    """The mean square of what rows of the product make of a normed input."""
+    """The expected mean square of these rows' products with a normed input."""
     return (rows[:, : len(layer.input_norm)] * layer.input_norm).square().sum() / len(rows)
 
 
 def _to_one(mean_square: Tensor) -> float:
-    """The power of two that brings numbers of this mean square to a size of 1 to 2."""
+    """The power of two that scales numbers of this mean square to a size of 1 to 2."""
     return math.ldexp(1.0, 1 - math.frexp(math.sqrt(float(mean_square)))[1])

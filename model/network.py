@@ -20,7 +20,7 @@ from .parameters import DeepLayer, DynamicsLayer, GuidedLayer
 
 
 class LayerState(NamedTuple):
-    """What one layer computed. The layers above overwrite the tensors, so an observer copies what it keeps."""
+    """What one layer computed. The layers above overwrite the tensors, so an observer must copy what it keeps."""
 
     layer: int
     hidden: Tensor  # [T, H], the residual stream after the layer
@@ -35,7 +35,7 @@ Observer = Callable[[LayerState], None]
 class DeepNetwork(nn.Module):
     """A Complexity-Deep network; its parameters are uninitialised until the loader fills them.
 
-    Raises `CheckpointError` for a network that the family does not have.
+    Raises `CheckpointError` for a configuration that no network of the family has.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class DeepNetwork(nn.Module):
                 x, velocity, mu = ops.dynamics(layer, x, h, velocity)
             else:
                 x = x + h
-            x, experts = ops.routed_mlp(layer, x, input_ids, mu)  # chosen by `Backend.route`
+            x, experts = ops.routed_mlp(layer, x, input_ids, mu)  # experts: see `Backend.route`
             if isinstance(layer, GuidedLayer):  # mu comes after the MLP and is bounded twice
                 mu = layer.mu.clamp(0.0, 2.0) + ops.linear(x, layer.mu_guidance_proj)
                 mu_below = mu = mu.clamp(-2.0, 2.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .config import Architecture, DeepConfig
 
-QK_NORM_EPS = 1e-6  # whatever rms_norm_eps says
+QK_NORM_EPS = 1e-6  # regardless of rms_norm_eps
 MAX_BETA = 2.0
 MAX_VELOCITY = 10.0
 BASE_EXPERT_SCORE = 10.0
@@ -29,7 +29,7 @@ class DeepLayer(nn.Module):
         super().__init__()
         self.config = config
         self.index = index
-        self.activation = "silu" if arch.mu_guidance else config.hidden_act  # the rewrite has no other
+        self.activation = "silu" if arch.mu_guidance else config.hidden_act  # the rewrite supports no other
         self.contextual_mu = arch.contextual_mu
         self._dtype, self._device = dtype, device
 

@@ -54,7 +54,7 @@ class DeepForCausalLM(DeepNetwork):
         """
         flat = input_ids.flatten().to(self.device)
         if input_ids.dim() > 2 or (input_ids.shape[0] != 1 and input_ids.dim() == 2) or not len(flat):
-            raise ValueError(f"input_ids must be one prompt of at least one token, got shape {list(input_ids.shape)}.")
+            raise ValueError(f"input_ids must be one prompt that is not empty, but got shape {list(input_ids.shape)}.")
         ends = self.config.eos_token_ids if eos_token_id is None else torch.tensor(eos_token_id).flatten().tolist()
         params = DrawParams(
             temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p,

@@ -20,15 +20,15 @@ _MASK_53 = (1 << 53) - 1
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """`values`, made on the host, on `device`; a copy to a GPU takes its turn there, and the host continues at once."""
+    """Copy `values` from the host to `device`; a copy to a GPU is queued there, and the host does not wait."""
     if device.type != "cuda":
         return values.to(device)
-    # From pageable memory the host would wait until the device has done all it was given before.
+    # From pageable memory the host would wait until the device has finished all earlier work.
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def download(values: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy `values` to the host; what is returned waits for that, and gives the copy."""
+    """Begin to copy `values` to the host; return a function that waits for the copy and returns it."""
     if values.device.type != "cuda":
         copy = values.clone()
         return lambda: copy
@@ -45,7 +45,7 @@ def download(values: Tensor) -> Callable[[], Tensor]:
 
 
 def sampling_rows(params: Sequence[DrawParams], positions: Sequence[int]) -> dict[str, Sequence[float]]:
-    """List what decides each row's draw, by the fields of `SamplingBatch`; `positions` are those of the new tokens."""
+    """List each row's values for the fields of `SamplingBatch`; `positions` are those of the new tokens."""
     return {
         # Of several tokens that tie for the most likely, top-k 1 takes the greedy one.
         "temperature": [0.0 if p.top_k == 1 else p.temperature for p in params],
@@ -94,7 +94,7 @@ class SamplingBatch:
     all_greedy: bool = False
     penalties: Penalties | None = None
     bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows int64 [B], token ids int64 [B], FP32 [B] to add
-    masks: Sequence[tuple[int, Tensor]] = ()  # (row, FP32 [vocab] of 0 or -inf), applied whatever is left
+    masks: Sequence[tuple[int, Tensor]] = ()  # (row, FP32 [vocab] of 0 or -inf), applied even if no token is left
     banned: tuple[Tensor, Tensor] | None = None  # rows and token ids, int64 [K]; ruled out if that leaves a token
 
     @classmethod
@@ -108,7 +108,7 @@ class SamplingBatch:
         bias: Sequence[tuple[int, Tensor, Tensor]] = (),  # (row, different token ids, what is added to each)
         masks: Sequence[tuple[int, Tensor]] = (),
         banned: Sequence[tuple[int, Tensor]] = (),  # (row, token ids); a row may occur several times
-        full: bool = False,  # keep what no row uses, since some kernels are compiled for each choice
+        full: bool = False,  # also make tensors that no row uses, so that a kernel needs only one compiled variant
     ) -> SamplingBatch:
         """Make the tensors of N rows."""
         rows = sampling_rows(params, positions)

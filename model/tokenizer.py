@@ -12,14 +12,14 @@ import tokenizers
 
 from .config import CheckpointError, read_json
 
-LARGE_TEXT = 4000  # characters from which tokenising takes so long that other threads should run meanwhile
+LARGE_TEXT = 4000  # from this many characters, tokenising takes so long that other threads should run meanwhile
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
     """A checkpoint's `tokenizer.json`, special tokens and chat template.
 
-    It may be used from several threads, since only a cache of texts changes after construction.
+    Safe to use from several threads, since only a cache of texts changes after construction.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Encode plain text: a special token spelled in it stays text, and none is added but the first by `add_bos`."""
+        """Encode plain text: a special token spelled in it stays text, and only `add_bos` adds one, in front."""
         text = _well_formed(text)
         if len(text) < LARGE_TEXT:
             ids = self._library.encode(text, add_special_tokens=False).ids
@@ -132,7 +132,7 @@ class Tokenizer:
     def shield(self, text: str, guard: str) -> str:
         """Put the character `guard` inside each added token that `text` spells.
 
-        Added tokens are marks of the format (the end of a turn, the start of a call); in foreign text they are words.
+        Added tokens are control marks (the end of a turn, the start of a call); in foreign text they are only text.
         """
         # One character at a time, so that overlapping spellings are all broken up.
         return re.sub(rf"(?={self._added_pattern.pattern}).", lambda match: match[0] + guard, text, flags=re.DOTALL)
@@ -214,7 +214,7 @@ def _piece_bytes(library: tokenizers.Tokenizer, added: Mapping[int, str]) -> lis
 
 def _special_tokens(library: tokenizers.Tokenizer, ids: Mapping[str, int]) -> dict[str, str]:
     """Find the tokens of those `ids` by role that are control marks, as declared or by their form `<...>`."""
-    # A configuration without ids means 0, 1 and 2, which may be letters in a tokenizer that has no such marks.
+    # Without ids, a configuration means 0, 1 and 2, which may be letters in a tokenizer that has no such marks.
     special = {id_ for id_, token in library.get_added_tokens_decoder().items() if token.special}
     spelled = {role: (id_, library.id_to_token(id_) or "") for role, id_ in ids.items() if 0 <= id_ < 2**32}
     return {role: text for role, (id_, text) in spelled.items() if id_ in special or re.fullmatch("<.+>", text)}

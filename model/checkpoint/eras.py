@@ -32,10 +32,10 @@ class Era(NamedTuple):
     """A checkpoint format."""
 
     name: str
-    marker: str  # a tensor name that no earlier era has
+    marker: str  # a tensor name that tells it from every era below it in `ERAS`
     layer: Mapping[str, Places]
     experts: Mapping[str, Places]
-    routes_by_modulo: bool = True  # a file without `token_to_expert` means id mod experts; if False, it is refused
+    routes_by_modulo: bool = True  # a file without `token_to_expert` means id mod num_experts; if False, it is refused
 
 
 TOP: dict[str, Places] = {
@@ -101,7 +101,7 @@ FUSED: dict[str, Places] = {
 }
 LATEST = Era("0.12-0.14", "dynamics.controller_in.weight", CONTROLLER_IN_OUT, FUSED)
 REWRITE = Era("2026-03", "mu_guidance.mu", MU_GUIDANCE, _experts("", "experts", "_w", transposed=True))
-# Later eras come first, since `detect` takes the first whose marker the file has.
+# Most specific first: `detect` takes the first whose marker the file has (0.4.0 also has the marker of 0.4.3-0.7).
 ERAS = (
     REWRITE,
     LATEST,
@@ -111,7 +111,7 @@ ERAS = (
     Era("0.4.0", "mlp.experts.{e}.gate_proj.weight", CONTROLLER_0_2, ONE_BY_ONE, routes_by_modulo=False),
     Era("0.4.3-0.7", "dynamics.controller.0.weight", CONTROLLER_0_2, SEPARATE),
 )
-# Tensors that a file may lack: the term is then zero, and the table of experts id mod experts.
+# Tensors that a file may lack: the term is then zero, and a token's expert is its id mod the number of experts.
 OPTIONAL = re.compile(r"mu_init|.*\.(mu_to_[qkv]\.weight|mu_proj\.weight|mu_router\.weight|token_to_expert)")
 # Tensors that are computed instead of read: BF16 files hold rounded ones.
 BUFFER = re.compile(r"(.*\.)?(inv_freq|cos_cached|sin_cached|dynamics\.safety_clamp\..+)")
@@ -133,7 +133,7 @@ class Entry(NamedTuple):
 
 
 def detect(shapes: Mapping[str, tuple[int, ...]], config: DeepConfig, path: Path) -> tuple[Era, Architecture]:
-    """Tell the era and the parts of a network by its tensor names (without `model.`), or raise `CheckpointError`."""
+    """Recognise a network's era and architecture by its tensor names (without `model.`), or raise `CheckpointError`."""
     names = {re.sub(r"experts\.\d+", "experts.{e}", re.sub(r"^layers\.\d+\.", "", key)) for key in shapes}
     if any("topk_token_to_expert" in name for name in names):
         raise CheckpointError(

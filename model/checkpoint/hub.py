@@ -70,11 +70,11 @@ def _refusal(hub_id: str, error: Exception) -> CheckpointError:
     elif isinstance(error, errors.GatedRepoError):
         reason = "is gated: ask for access on its page and log in with `hf auth login`"
     elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        reason = "is not on the hub, or is private: check the name, log in with `hf auth login`"
+        reason = "is not on the hub, or is private: check the name, or log in with `hf auth login`"
     elif isinstance(error, errors.HfHubHTTPError):
         reason = f"could not be fetched from the hub ({detail}): try again"
     elif getattr(error, "errno", None) is not None:
-        reason = f"cannot be stored on this machine ({detail}): free disk space, set HF_HOME to another folder"
+        reason = f"cannot be stored on this machine ({detail}): free disk space, or set HF_HOME to another folder"
     else:
         reason = f"is not in the hub's cache, and the hub cannot be reached ({detail}): check the connection"
     return CheckpointError(f"{hub_id} {reason}, or pass a folder: pyllm serve /path/to/folder.")

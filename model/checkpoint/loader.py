@@ -1,7 +1,7 @@
 """Read checkpoint files of any era straight into the network's stacked parameters, and write them back.
 
 Files are memory-mapped piece by piece and each piece is released once it is copied, so that loading needs little more
-memory than the model itself. A network is returned only if every tensor fitted.
+memory than the model itself. A network is returned only if every tensor fits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 PIECE_ELEMENTS = 1 << 20  # mapped and copied at once: 4 MiB of FP32
-PROGRESS_DELAY = 1.5  # seconds before a bar is worth its line
+PROGRESS_DELAY = 1.5  # loading takes at least this many seconds before a bar is shown
 DUMMY_STD = 0.02
 
 Network = TypeVar("Network", bound=DeepNetwork)
@@ -69,8 +69,8 @@ def load_checkpoint(
 ) -> tuple[Network, LoadReport]:
     """Build a checkpoint's network and fill it, using at most one layer's memory beyond the model's own.
 
-    The format "dummy" reads only `config.json` and fills the newest network of its sizes at random. Raises
-    `CheckpointError` for a file that is missing, damaged or does not fit.
+    The format "dummy" reads only `config.json`, and builds a network of the newest era with those sizes and random
+    weights. Raises `CheckpointError` for a file that is missing, damaged or does not fit.
     """
     started = time.monotonic()
     if not folder.exists():
@@ -113,7 +113,7 @@ def _find_files(path: Path) -> list[Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is not an index with a weight_map: fetch it again.") from None
         if absent := shortened([shard.name for shard in shards if not shard.exists()]):
-            raise CheckpointError(f"{path} lacks {absent}, which {index.name} names: fetch the folder again.")
+            raise CheckpointError(f"{path} lacks {absent}, which {index.name} lists: fetch the folder again.")
         return shards
     files = sorted(path.glob("*.safetensors"))
     steps = {int(m[1]): file for file in files if (m := re.fullmatch(r"step_(\d+)\.safetensors", file.name))}
@@ -148,7 +148,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file ({str(error).rstrip('.')}): fetch it again."
+                f"{path} is truncated or not a safetensors file ({str(error).rstrip('.')}): fetch it again."
             ) from None
         header.pop("__metadata__", None)
         for name, value in header.items():
@@ -183,12 +183,12 @@ def _check(
             continue
         if tensor.shape != entry.shape:
             raise CheckpointError(
-                f"{tensor.path}: tensor {tensor.name} has the shape {list(tensor.shape)} where config.json asks for "
+                f"{tensor.path}: tensor {tensor.name} has the shape {list(tensor.shape)}, but config.json implies "
                 f"{list(entry.shape)}: use the config.json that was saved with it."
             )
         if tensor.dtype not in (INTEGERS if key.endswith("token_to_expert") else FLOATS):
             raise CheckpointError(
-                f"{tensor.path}: tensor {tensor.name} is stored as {tensor.dtype}, which is not read: "
+                f"{tensor.path}: tensor {tensor.name} is stored as {tensor.dtype}, which is not supported: "
                 "save it as F32, F16 or BF16 (a token_to_expert table as I64)."
             )
 
@@ -205,7 +205,7 @@ def _fill(
                 target.zero_()
     wanted = {key: stored[key] for key in expected if key in stored}
     if model.architecture.tied and "lm_head.weight" in stored:
-        del wanted["embed_tokens.weight"]  # they share a parameter; if they differ in the file, the head's values count
+        del wanted["embed_tokens.weight"]  # they share a parameter; if they differ in the file, the head's win
     order = sorted(wanted.items(), key=lambda item: (item[1].path, item[1].offset))
     total = sum(tensor.nbytes for tensor in wanted.values())
     hidden = None if progress else True  # None: hidden unless stderr is a terminal
@@ -233,7 +233,7 @@ def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> N
         low, high = (float(bound) for bound in piece.aminmax())
         if not kind.is_floating_point and not 0 <= low <= high < experts:
             raise CheckpointError(
-                f"{tensor.path}: tensor {tensor.name} names experts from {low:.0f} to {high:.0f} where there are "
+                f"{tensor.path}: tensor {tensor.name} refers to experts {low:.0f} to {high:.0f}, but there are only "
                 f"{experts}: use the config.json that was saved with it."
             )
         limit = torch.finfo(entry.parts[0].target.dtype).max if kind.is_floating_point else math.inf
@@ -292,9 +292,9 @@ def _fill_at_random(model: DeepNetwork, seed: int) -> None:
 def save_checkpoint(model: DeepNetwork, folder: Path, *, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` in the format of versions 0.12 to 0.14 (or of the 2026-03 rewrite).
 
-    The model is of any era; the file lacks what its era lacks. The folder is created if missing, and files in it are
-    overwritten. `dtype` is that of the large matrices. Norms, biases and the router are written in FP32, as the network
-    keeps them, so that loading in `dtype` gives exactly what was saved.
+    Models of any era can be saved; tensors that the era lacks are left out. The folder is created if missing, and files
+    in it are overwritten. `dtype` is that of the large matrices. Norms, biases and the router are written in FP32, as
+    the network keeps them, so that loading in `dtype` gives exactly what was saved.
     """
     arch = model.architecture
     era = REWRITE if arch.mu_guidance else LATEST

@@ -145,7 +145,7 @@ class NativeBackend(Backend):
         return self._uncached[1:]
 
     def _begin_step(self, metadata: AttentionMetadata, rope: Rope, cache: Tensor) -> None:
-        """Write down what the attention of all layers reads about the step, in its first layer."""
+        """Fill the structure that the attention of all layers reads about the step, in its first layer."""
         key = (metadata, cache, rope[0])
         if all(map(operator.is_, key, self._step_key)):
             return

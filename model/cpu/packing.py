@@ -89,7 +89,7 @@ class PackedMatrix:
 
 
 class Packer:
-    """Replaces a model's large matrices by packed ones, one at a time, so that memory never holds all of them twice.
+    """Replaces a model's large matrices by packed ones, one at a time, so that memory never holds two copies of all.
 
     The model keeps tensors without memory in their place; `matrices` has the packed matrix by the id of such a tensor.
     """

@@ -1,8 +1,9 @@
 """Triton kernels of attention over paged keys and values: decode with split keys, and prompts of any mixture.
 
-Both read lengths and page tables on the device, so that a captured graph serves other sequences than it was captured
-with. A sequence of length 0 is padding: nothing is written for it but zeros to its output. Softmax is FP32. Arguments
-that are parts of a step's tensors are not specialised on, or a server would compile again for every mixture it meets.
+Both read lengths and page tables on the device, so that a captured graph serves other sequences than those of its
+capture. A sequence of length 0 is padding: nothing is written for it but zeros to its output. Softmax is FP32.
+Arguments that are parts of a step's tensors are not specialised on, or a server would compile again for every new
+mixture.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _rotated(
 
 @triton.jit
 def _kept(value, dtype: tl.constexpr):
-    """Keys or values as the pages keep them; in FP8, which has no infinity, what is too large is its largest number."""
+    """Keys or values as the pages keep them; FP8 has no infinity, so larger values become its largest number."""
     if dtype == tl.float8e4nv:
         value = tl.clamp(value.to(tl.float32), -LARGEST, LARGEST)
     return value.to(dtype)

@@ -35,8 +35,8 @@ else:
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
-FEW_TOKENS = 32  # tokens up to which our own products take the place of cuBLAS
-GEMV_TOKENS = 3  # tokens up to which products are made without matrix units
+FEW_TOKENS = 32  # up to this many tokens, our own products replace cuBLAS
+GEMV_TOKENS = 3  # up to this many tokens, products do not use matrix units
 SORT_BLOCK = 256
 MAX_SPLITS = 32
 NO_WINDOW = 1 << 30  # a sliding window that leaves nothing out
@@ -49,13 +49,13 @@ def available(config: DeepConfig) -> bool:
 
 
 def num_splits(sequences: int, kv_heads: int) -> int:
-    """Runs into which decode attention cuts each sequence's keys, a power of two: as many as keep the GPU busy."""
+    """How many runs decode attention cuts each sequence's keys into: a power of two that keeps the GPU busy."""
     wanted = max(1, min(MAX_SPLITS, BUSY // max(1, sequences * kv_heads)))
     return 1 << (wanted.bit_length() - 1)
 
 
 class _Above(NamedTuple):
-    """What the dynamics made in addition to their own results, for the operations that come after."""
+    """What `dynamics` computed in addition to its own results, for later operations."""
 
     mu: Tensor
     below: Tensor
@@ -66,12 +66,12 @@ class _Above(NamedTuple):
 class TritonBackend(Backend):
     """The operations of `Backend` on Triton kernels.
 
-    Up to `FEW_TOKENS` tokens our own kernels make all products, beyond cuBLAS the dense ones. Norms write their inputs
-    in the weights' dtype; the residual stream, velocity and mu stay FP32. On sm_90 and later a kernel begins while the
-    one before it ends (`triton_kernels.follow`).
+    Up to `FEW_TOKENS` tokens our own kernels compute all products; beyond that, cuBLAS computes the dense ones. Norms
+    write their inputs in the weights' dtype; the residual stream, velocity and mu stay FP32. On sm_90 and later a
+    kernel begins while the previous one ends (`triton_kernels.follow`).
 
     A row whose token id is negative is padding: it goes through the network without touching the KV cache (its slot is
-    negative), other sequences' keys (its length is 0) or any expert, and what comes out of it means nothing.
+    negative), other sequences' keys (its length is 0) or any expert, and its results mean nothing.
 
     `available` must be true. The kernels are made for a `generation` of GPUs: 8, 9, 10 or 12; None asks the model's
     device. `deterministic` gives a token the same bits whatever else is in the step. Then each operation is one
@@ -83,7 +83,7 @@ class TritonBackend(Backend):
     capturable = True
 
     def __init__(self, model: DeepNetwork, generation: int | None = None, *, deterministic: bool = False) -> None:
-        # Else cuBLAS may add up the parts of a long sum in BF16.
+        # Otherwise cuBLAS may add the parts of a long sum in BF16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._highway = model.architecture.mu_highway
         self._exact = model.dtype == torch.float32
@@ -106,7 +106,7 @@ class TritonBackend(Backend):
         return out
 
     def _few(self, tokens: int) -> bool:
-        """Whether our own products compute so many tokens."""
+        """Whether our own products compute this many tokens."""
         return self._fixed or tokens <= FEW_TOKENS
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class TritonBackend(Backend):
         return self._product(out, layer.o_proj)
 
     def new_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """As `Backend.new_kv_cache`; in memory one head's keys or values of a page are one run."""
+        """As `Backend.new_kv_cache`; in memory one head's keys or values of a page are contiguous."""
         layers, sides, blocks, block_size, kv_heads, head_dim = shape
         pages = super().new_kv_cache((layers, sides, blocks, kv_heads, block_size, head_dim), dtype, device)
         return pages.transpose(3, 4)
@@ -257,7 +257,7 @@ class TritonBackend(Backend):
     def dynamics(
         self, layer: DynamicsLayer, x: Tensor, h: Tensor, velocity: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Backend.dynamics`; changes `x` and `velocity` in place, and makes what `highway` will be asked for."""
+        """As `Backend.dynamics`; changes `x` and `velocity` in place, and computes what `highway` will return."""
         tokens, size = x.shape
         inner, few = len(layer.controller_v), self._few(tokens)
         if few:
@@ -288,7 +288,7 @@ class TritonBackend(Backend):
         return x, speed, mu
 
     def highway(self, mu: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `Backend.highway`; the mu for the layer above is in the weights' dtype. The dynamics have made both."""
+        """As `Backend.highway`; the mu for the layer above is in the weights' dtype. `dynamics` has computed both."""
         if self._above is None or self._above.mu is not mu:
             return super().highway(mu, residual)
         return self._above.below, self._above.residual
@@ -359,7 +359,7 @@ class TritonBackend(Backend):
         )  # fmt: skip
 
     def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        """As `Backend.draw`, but for rounding at the very border of what is kept."""
+        """As `Backend.draw`, except for rounding exactly at the border of what is kept."""
         return triton_sampling.draw(logits, batch)
 
     def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 The shapes for BF16 were found on an H200 with `benchmarks/gpu/gpu_tune.py`.
 
-A matrix unit adds up as its instruction does, and the block's shape chooses the instruction. So where an answer must
-not depend on how many tokens a step has, no block may either.
+The block's shape chooses a matrix unit's instruction, and the instruction the order of the sum. So where results must
+not depend on how many tokens a step has, no block may depend on it either.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 BUSY = 264  # programs that keep a large GPU busy: two for each multiprocessor of an H100
-WIDE = 64 * BUSY  # columns of weights from which on all programs that run at once cannot ask for them all
-ONE_BLOCK = 64  # tokens up to which the experts' products run over all tokens and keep each its own, instead of sorting
+WIDE = 64 * BUSY  # from this many columns of weights, the programs that run at once cannot request them all
+ONE_BLOCK = 64  # up to this many tokens, each expert runs over all of them and keeps its own, instead of sorting
 Shape = dict[str, int]  # constants and launch options of a kernel
 
 
@@ -22,14 +22,14 @@ def power_of_two(least: int, value: int) -> int:
 
 
 class Blocks:
-    """Blocks by the number of tokens: few read the weights at full speed, many multiply at full speed."""
+    """Blocks by the number of tokens: with few the weights are read at full speed, with many the products are."""
 
     def __init__(self, exact: bool, generation: int | None) -> None:
         self._exact = exact  # products are FP32, which matrix units have no instructions for
         self._generation = generation  # of the GPU that the kernels are made for: 8, 9, 10 or 12; None is unknown
 
     def linear(self, tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Shape:
-        """Of a product [tokens, inner] x [columns, inner], with the first of them in some dtype."""
+        """Of a product [tokens, inner] x [columns, inner], whose first factor has this dtype."""
         rows, depth = 16 if tokens <= 16 else 32, power_of_two(16, inner)
         if self._exact:
             return _linear(rows, 32, min(32, depth))
@@ -44,7 +44,7 @@ class Blocks:
         return _linear(rows, 32 if rows == 16 or columns >= 4096 else 16, min(512, depth), 4, 3)
 
     def gemv(self, inner: int, matrices: int = 1) -> Shape:
-        """Of a product of rows of `inner` numbers with single tokens, from so many matrices at once."""
+        """Of a product of rows of `inner` numbers with single tokens, from this many matrices at once."""
         block_k = power_of_two(16, inner)
         held = (8192 if self._exact else 16384) // matrices
         return {"BLOCK_N": max(2, held // block_k), "BLOCK_K": block_k, "num_warps": 4}
@@ -70,7 +70,7 @@ class Blocks:
         return 64, 128, {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
     def decode(self, splits: int, programs: int) -> Shape:
-        """Of attention of single new tokens, with keys in so many runs, in so many programs: keys."""
+        """Of attention of single new tokens, with keys in `splits` runs, in this many programs: keys."""
         if self._exact:
             return {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
         if splits > 4:  # short runs
@@ -89,14 +89,14 @@ class Blocks:
 
 
 class FixedBlocks(Blocks):
-    """One shape for each operation; products take 64 tokens, the fewest of a matrix unit of sm_90.
+    """One shape for each operation; products take 64 tokens, the fewest that a matrix unit of sm_90 takes.
 
-    At batch 1 most of it is padding, which is arithmetic that costs nothing while weights are read; a prompt is
-    slower by it than it could be.
+    At batch 1 most of them are padding, whose arithmetic costs nothing while weights are read; prompts are slower than
+    with blocks of their own.
     """
 
     def linear(self, tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Shape:
-        """See `Blocks`; the weights' shape may choose, for it is the same in every step."""
+        """See `Blocks`; the weights' shape may decide, because it is the same in every step."""
         if self._exact:
             return _linear(32, 32, 32)
         return _linear(64, 32 if columns < 64 * 64 else 64, min(64, power_of_two(16, inner)))

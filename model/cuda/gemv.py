@@ -1,8 +1,8 @@
 """Triton kernels of products for the fewest tokens: matrix times vector, with the weights in registers.
 
 A program reads its rows of the weights whole, before its input is there (see `triton_kernels.follow`), and then goes
-through the tokens one by one. Matrix units would compute 16 tokens in the same time, but wait for each other's turn at
-shared memory: keys, queries and values of one token take 14 us with them on an H200, where memory needs 8.
+through the tokens one by one. Matrix units would compute 16 tokens in the same time, but they contend for shared
+memory: keys, queries and values of one token take 14 us with them on an H200, where reading memory takes 8.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def down_kernel(
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert = token * 0
-    if ROUTED:  # the kernel two before this one has written it, and has ended
+    if ROUTED:  # written two kernels ago, by one that has ended
         expert = tl.load(experts + token, cache_modifier=FRESH)
     weights = _rows_of(weight, expert * H + rows, (rows < H) & (expert >= 0), W, BLOCK_K)
     follow(PDL)

@@ -3,8 +3,8 @@
 Sizes of the network are compile-time constants; the number of tokens is not, and is never specialised on, so a kernel
 is compiled once for each block shape. Whatever dtype comes in, arithmetic is FP32 and products add up in FP32.
 
-With PDL (programmatic dependent launch, sm_90 and later) a kernel begins while the one before it still runs, and waits
-in `follow` for what the other one writes.
+With PDL (programmatic dependent launch, sm_90 and later) a kernel begins while the previous one still runs, and waits
+in `follow` for what that one writes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FRESH = tl.constexpr(".cg")
-"""Read past the nearest cache, which may hold what was there before: for reads that come before `follow`."""
+"""Read past the nearest cache, which may hold old values: for reads that come before `follow`."""
 
 
 @triton.jit
@@ -33,8 +33,8 @@ def dot(a, b, acc):
 def follow(PDL: tl.constexpr):
     """Wait until all kernels before this one have written; then the next one may begin.
 
-    Before it, only weights may be read, what the host has sent before the step, and (FRESH) what kernels wrote before
-    the last one: those have ended. Every program has to call it, for the kernel behind relies on that.
+    Before this call a kernel may read only weights, what the host sent before the step, and (FRESH) what kernels before
+    the last one wrote: those have ended. Every program must call it, because the next kernel relies on that.
     """
     if PDL:
         gdc_wait()
@@ -43,9 +43,10 @@ def follow(PDL: tl.constexpr):
 
 @triton.jit
 def side(x, x_stride, weight, x2, x2_stride, weight2, N: tl.constexpr, N2: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of two neighbouring products is this program's.
+    """Choose which of two neighbouring products this program computes.
 
-    Its input, that one's stride, its weight, the weight's rows [BLOCK_N], how many there are, the first one's column.
+    Returns its input, the input's stride, its weight, this program's rows of the weight [BLOCK_N], how many rows the
+    weight has, and the column of the output where the product begins.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     count = N

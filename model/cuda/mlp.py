@@ -14,7 +14,7 @@ from .kernels import FRESH, dot, follow, sigmoid
 DENSE = tl.constexpr(0)  # all tokens use expert 0; blocks of tokens along the grid
 MASKED = tl.constexpr(1)  # all tokens in one block; one expert after the other along the grid, each keeps its own rows
 SORTED = tl.constexpr(2)  # tokens are taken in the order of their experts
-TOGETHER = tl.constexpr(4)  # experts whose scores are summed at once
+TOGETHER = tl.constexpr(4)  # experts that are scored at once
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids"])
@@ -23,7 +23,7 @@ def route_kernel(
     H: tl.constexpr, E: tl.constexpr, ROUTED: tl.constexpr, ROUTER: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm of x, and the expert of each token: its id's own, unless mu speaks louder. Grid: (tokens,)."""
+    """RMSNorm of x, and the expert of each token as `Backend.route` chooses it. Grid: (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
@@ -37,17 +37,17 @@ def route_kernel(
         own = tl.load(table + identity, mask=identity >= 0, other=-1)
         best = own
         if ROUTER:
-            voice = tl.load(mu + token * H + at, mask=inside, other=0.0)
+            guide = tl.load(mu + token * H + at, mask=inside, other=0.0)
             highest = -float("inf")
             for first in tl.static_range(0, E, TOGETHER):
                 expert = first + tl.arange(0, TOGETHER)
                 row = router + expert[:, None] * H + at[None, :]
-                part = tl.load(row, mask=(expert < E)[:, None] & inside[None, :], other=0.0) * voice[None, :]
+                part = tl.load(row, mask=(expert < E)[:, None] & inside[None, :], other=0.0) * guide[None, :]
                 score = tl.sum(part, axis=1) + tl.where(own == expert, own_score, 0.0)
                 score = tl.where(expert < E, score, -float("inf"))
-                loudest, name = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
-                best = tl.where(loudest > highest, first + name, best)
-                highest = tl.maximum(loudest, highest)
+                top, name = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
+                best = tl.where(top > highest, first + name, best)
+                highest = tl.maximum(top, highest)
             best = tl.where(own < 0, own, best)
         tl.store(experts + token, best)
 
@@ -175,7 +175,7 @@ def down_kernel(
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < H
-    # Who computes what, the kernels before the last one have written, and they have ended.
+    # The kernels before the last one, which have ended, wrote which program computes what.
     expert, rows, ok, some = _rows(experts, order, offsets, tokens, MODE, E, BLOCK_M)
     follow(PDL)
     if some:

@@ -1,6 +1,6 @@
 """Triton kernels that turn scores into tokens: the draw and log-probabilities. Nothing sorts the vocabulary.
 
-One program works through one row, several times, and the host is asked for nothing. The smallest kept probability is
+One program reads one row several times, and nothing waits for the host. The smallest kept probability is
 found by its bits: a probability in [0, 1] orders as its bit pattern does, so ten passes that each settle three bits
 find it exactly.
 """
@@ -52,7 +52,7 @@ def _best(row, vocab, below, below_at, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kept_from(row, vocab, highest, temperature, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The greatest bit pattern t so that tokens of probability >= max(t, floor) are `wanted` many, or weigh that much.
+    """The greatest bit pattern t for which tokens of probability >= max(t, floor) number or weigh at least `wanted`.
 
     Probabilities are exp((score - highest) / temperature), so the likeliest token's is 1.
     """
@@ -155,9 +155,9 @@ def logprobs_kernel(logits, chosen, of_chosen, ranks, best, ids, vocab, row_stri
 
 
 def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """What `sampling.sample` draws once penalties, bias and bans are in the scores: FP32 [N, vocab] -> int64 [N].
+    """Draw as `sampling.draw` does, from final scores FP32 [N, vocab] -> int64 [N].
 
-    The random numbers are the same; a token at the very border of top-k, top-p or of the draw may differ, because
+    The random numbers are the same; a token exactly at the border of top-k, top-p or of the draw may differ, because
     sums are rounded in another order.
     """
     rows, vocab = logits.shape
@@ -173,7 +173,7 @@ def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `sampling.logprobs`; each of the `top` takes a pass over the scores, so it is meant for some dozens."""
+    """As `sampling.logprobs`; each of the `top` takes a pass over the scores, so it is meant for a few dozen."""
     rows, vocab = logits.shape
     top = min(top, vocab)
     of_chosen, ranks = logits.new_empty(rows), chosen.new_empty(rows)

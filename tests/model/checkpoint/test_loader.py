@@ -68,12 +68,12 @@ def test_a_file_whose_data_starts_at_an_odd_byte_loads(tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
     path = write(tmp_path, canonical()) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert re.search(r"truncated or no safetensors file \(.+\): fetch it again", refusal(tmp_path))
+    assert re.search(r"truncated or not a safetensors file \(.+\): fetch it again", refusal(tmp_path))
 
 
 def test_a_web_page_in_place_of_weights_is_refused(tmp_path: Path) -> None:
     (write(tmp_path, canonical()) / "model.safetensors").write_text("<!doctype html><title>Not found</title>")
-    assert "truncated or no safetensors file" in refusal(tmp_path)
+    assert "truncated or not a safetensors file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "checkpoint.pt", "final.pth"])
@@ -147,11 +147,11 @@ def test_a_wrong_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
     write(tmp_path, {f"model.{k}": v for k, v in canonical().items()}, config=replace(CONFIG, vocab_size=50))
     sentence = refusal(tmp_path)
     assert "model.safetensors: tensor model.embed_tokens.weight has the shape [48, 32]" in sentence
-    assert "where config.json asks for [50, 32]: use the config.json" in sentence
+    assert "but config.json implies [50, 32]: use the config.json" in sentence
     turned = canonical()
     turned["layers.1.mlp.gate_up_proj"] = turned["layers.1.mlp.gate_up_proj"].mT
     write(tmp_path, turned)
-    assert "gate_up_proj has the shape [3, 16, 32] where config.json asks for [3, 32, 16]" in refusal(tmp_path)
+    assert "gate_up_proj has the shape [3, 16, 32], but config.json implies [3, 32, 16]" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -167,7 +167,7 @@ def test_values_that_are_not_finite_are_refused(bad: float, key: str, dtype: tor
 
 def test_other_number_formats_are_refused(tmp_path: Path) -> None:
     write(tmp_path, canonical() | {"norm.weight": torch.ones(H).to(torch.float8_e4m3fn)})
-    assert "tensor norm.weight is stored as F8_E4M3, which is not read" in refusal(tmp_path)
+    assert "tensor norm.weight is stored as F8_E4M3, which is not supported" in refusal(tmp_path)
     write(tmp_path, canonical() | {"layers.0.mlp.token_to_expert": torch.zeros(V)})
     assert "tensor layers.0.mlp.token_to_expert is stored as F32" in refusal(tmp_path)
 
@@ -177,4 +177,4 @@ def test_routing_table_with_unknown_experts_is_refused(expert: int, tmp_path: Pa
     file = canonical()
     file["layers.1.mlp.token_to_expert"][7] = expert
     write(tmp_path, file)
-    assert re.search(r"token_to_expert names experts from -?\d to \d where there are 3", refusal(tmp_path))
+    assert re.search(r"token_to_expert refers to experts -?\d to \d, but there are only 3", refusal(tmp_path))

@@ -44,7 +44,7 @@ def on_triton(llm: LLM, *, token_counts: Sequence[int] = (), deterministic: bool
     model.ops = TritonBackend(model, deterministic=deterministic)
     runner = ModelRunner(model, info.config)
     runner.capture(maker, [2, 4], token_counts)
-    llm.core = EngineCore(info, runner, runner.expert_stats, llm.core.grammars)
+    llm.core = EngineCore(info, runner, runner.observer, llm.core.grammars)
     return maker
 
 
