@@ -30,7 +30,8 @@ from .step.scheduler import ScheduledSequence
 
 logger = logging.getLogger(__name__)
 
-# Prompt tokens that take about twice as long as a decode step of eight sequences: streams slow down threefold at most.
+# This many prompt tokens take about twice as long as a decode step of eight sequences, so streams slow down threefold
+# at most.
 PREFILL_TOKENS = {"cpu": 32, "cuda": 496}
 # (prompt tokens, sequences that decode after it)
 WARM_UP_STEPS: dict[Kernels, tuple[tuple[int, int], ...]] = {
@@ -39,13 +40,13 @@ WARM_UP_STEPS: dict[Kernels, tuple[tuple[int, int], ...]] = {
     # Each kernel is compiled for several ranges of sizes, and for multiples of 16 and other numbers.
     "triton": ((7, 1), (16, 2), (24, 4), (32, 8), (50, 16), (64, 24), (500, 33), (512, 48), (1500, 64), (2048, 100)),
 }
-STEP_MARGIN = 1.1  # a step takes more of a GPU's memory than its tensors do, because free memory is fragmented
-GRAPH_BYTES = 256 << 20  # what graphs usually take in addition to the memory that they compute in
+STEP_MARGIN = 1.1  # a step takes more GPU memory than its tensors, because free memory is fragmented
+GRAPH_BYTES = 256 << 20  # what graphs usually take in addition to their working memory
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_engine(config: EngineConfig) -> EngineCore:
-    """Load the model and build its engine; raise `EngineStartError`, with one plain sentence, if that is impossible."""
+    """Load the model and build its engine; raise `EngineStartError`, one sentence to show the user, if that fails."""
     try:
         return _build(config)
     except CheckpointError as error:
@@ -85,7 +86,7 @@ def _build(config: EngineConfig) -> EngineCore:
     graphs = None
     if device.type == "cuda" and model.ops.capturable and not config.enforce_eager:
         graphs = _capture(runner, CudaGraphs(device))
-    runner.expert_stats.reset()
+    runner.observer.reset()
     info = EngineInfo(
         config=resolved, era=report.era, parameters=report.parameters, file_dtypes=report.file_dtypes,
         load_seconds=report.seconds, vocab_size=model.config.vocab_size, eos_token_ids=model.config.eos_token_ids,
@@ -95,7 +96,7 @@ def _build(config: EngineConfig) -> EngineCore:
     )  # fmt: skip
     tokenizer = partial(Tokenizer.from_folder, config.model)
     compiler = GrammarCompiler[Request | CheckGrammar](tokenizer, info.vocab_size, info.eos_token_ids)
-    return EngineCore(info, runner, runner.expert_stats, compiler)
+    return EngineCore(info, runner, runner.observer, compiler)
 
 
 def resolve(config: EngineConfig, model: DeepNetwork) -> ResolvedConfig:
@@ -114,7 +115,7 @@ def resolve(config: EngineConfig, model: DeepNetwork) -> ResolvedConfig:
 
 
 def _choose_kernels(config: EngineConfig, model: DeepNetwork, device: torch.device, native: bool) -> Kernels:
-    """Give the model its operations, and return which they are."""
+    """Give the model its operations, and return which kernels they use."""
     if native:
         model.ops = NativeBackend(model, int8=config.quantization == "int8")
         return "native"
@@ -151,7 +152,7 @@ def _first_words(error: Exception) -> str:
 
 
 def _capture(runner: ModelRunner, maker: GraphMaker) -> GraphInfo | None:
-    """Record steps as graphs; if that fails, log a warning and return None, because everything works without them."""
+    """Record steps as graphs; if that fails, log a warning and return None, because the engine works without them."""
     try:
         return runner.capture(maker, token_counts=token_counts(runner.config.max_num_batched_tokens))
     except RuntimeError as error:
@@ -161,7 +162,7 @@ def _capture(runner: ModelRunner, maker: GraphMaker) -> GraphInfo | None:
 
 
 def step_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:
-    """Measure what the largest steps take of a GPU's memory, next to weights and KV cache, by trying them."""
+    """Measure how much GPU memory the largest steps take, in addition to weights and KV cache, by running them."""
     device = model.device
     runner = ModelRunner(model, replace(config, num_kv_blocks=1))
     longest = config.max_model_len - 1
@@ -178,9 +179,9 @@ def step_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:
 
 
 def _rehearse(runner: ModelRunner, lengths: list[int], count: int, params: SamplingParams) -> None:
-    """Compute prompts of no request, and `count` decodes after them, so that the first real step is not slow.
+    """Compute made-up prompts, and `count` decodes after them, so that the first real step is not slow.
 
-    What they write to the KV cache is overwritten later, like all that a finished sequence leaves there.
+    What they write to the KV cache is overwritten later, like everything that a finished sequence leaves there.
     """
     config = runner.config
     count = min(count, config.max_num_seqs)
@@ -225,6 +226,6 @@ def check_settings(config: EngineConfig, device: torch.device, native: bool) -> 
 
 
 def block_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:
-    """Return the size of one KV block over all layers."""
+    """Return the bytes of one KV block over all layers."""
     shape, itemsize = model.config, 1 if config.kv_cache_dtype == "fp8" else model.dtype.itemsize
     return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * config.block_size * itemsize

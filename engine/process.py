@@ -38,8 +38,8 @@ from .step.core import EngineCore
 from .step.request import failure_of
 
 _GRAMMAR_READY = Abort(request_ids=[])  # wakes the loop, and aborts nothing
-IDLE_SECONDS = 0.1  # without work for longer, an engine is idle, rather than between two requests of a busy client
-PULSE_SECONDS = 0.25  # how often a long step reports that another of its layers is done
+IDLE_SECONDS = 0.1  # an engine without work for this long is idle; shorter gaps are normal between a client's requests
+PULSE_SECONDS = 0.25  # a long step reports no more often than this that another of its layers is done
 
 
 class Outbox:
@@ -73,8 +73,8 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
             inbox.put(None)
 
     outbox = Outbox(sock)
-    if core.expert_stats is not None:
-        core.expert_stats.on_layer = outbox.on_layer
+    if core.observer is not None:
+        core.observer.on_layer = outbox.on_layer
     core.grammars.on_ready = lambda: inbox.put(_GRAMMAR_READY)
     threading.Thread(target=receive, name="receive", daemon=True).start()
     while True:
@@ -96,7 +96,7 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
 
 
 def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -> ToEngine | None:
-    """Wait for the next message; an engine that becomes idle checks first that it holds no requests or blocks."""
+    """Wait for the next message; an engine that becomes idle first checks that it holds no requests or blocks."""
     if not core.has_work:
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=IDLE_SECONDS)

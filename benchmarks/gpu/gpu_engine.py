@@ -74,7 +74,7 @@ def make_core(
         maker = Reruns() if machine.dry else CudaGraphs(machine.device)
         counts = [8, 16] if machine.dry else token_counts(info.config.max_num_batched_tokens)
         runner.capture(maker, [most] if machine.dry else graphs, counts if mixed else ())
-    return EngineCore(info, runner, runner.expert_stats)
+    return EngineCore(info, runner, runner.observer)
 
 
 def submit(core: EngineCore, requests: Sequence[Request], name: str = "r") -> None:
@@ -149,7 +149,7 @@ def engine_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[
         wall = step_seconds(machine, core, config, batch)
         add("G7", f"ms of a step, batch {batch}", 1000 * wall)
         if runner.graphs is not None:
-            device = machine.seconds(torch.inference_mode()(runner.graphs._decodes[-1].replay))
+            device = machine.seconds(torch.inference_mode()(runner.graphs.decodes[-1].replay))
             add("G7", f"idle share, batch {batch}", max(0.0, 1 - device / wall), "0.08" if batch == 32 else "0.04")
         del core, runner
         alone = make_core(machine, model, batch, graphs=[batch], overlap=False)

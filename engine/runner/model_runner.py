@@ -23,8 +23,8 @@ from .prompt_reader import read_prompts
 from .sampler import sample_tokens
 from .step_graphs import GraphMaker, StepGraphs
 
-MAX_STEPS = 256  # most steps that are collected before their experts are counted together
-MAX_TOKENS = 65536  # and most tokens in them
+MAX_STEPS = 256  # expert counts are folded after this many steps
+MAX_TOKENS = 65536  # or this many tokens
 
 
 class ModelRunner:
@@ -36,7 +36,7 @@ class ModelRunner:
         # One block more than the scheduler knows, which absorbs padding writes.
         dtype = FP8 if config.kv_cache_dtype == "fp8" else model.dtype
         self.kv_cache = model.new_kv_cache(config.num_kv_blocks + 1, config.block_size, dtype)
-        self.expert_stats = ExpertStats(model)
+        self.observer = LayerObserver(model)
         self.masks = MaskMaker()
         self.graphs: StepGraphs | None = None
         # The last step's draws, which the next step reads in place of pending tokens, and a zero for the other tokens.
@@ -80,7 +80,7 @@ class ModelRunner:
     def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
         """Compute a step; return the sampled tokens of the sequences that sample, in order.
 
-        A sequence's own token is followed by those drawn after each token of its draft, as if that token was right.
+        A sequence's own token is followed by those drawn after each token of its draft, as if the draft was right.
         """
         if not any(s.request.needs_tokens or s.draft for s in sequences):
             return self.launch(sequences)()
@@ -105,7 +105,7 @@ class ModelRunner:
                 sampled = sample_tokens(self.model.ops, logits, wanted, allowed)
         except RuntimeError:
             if masks is not None:
-                self.masks.finish(masks)  # it has borrowed the grammars' states
+                self.masks.finish(masks)  # they use the grammars' states until then
             raise
         # Last, so that a step that runs out of memory can be computed again.
         if any(sequence.request.reads_prompt for sequence in sequences):
@@ -124,18 +124,18 @@ class ModelRunner:
     ) -> tuple[Tensor, Tensor | None, list[TokenDynamics]]:
         """Run the network, as a graph if one fits.
 
-        Returns hidden states FP32 [T, H], the tokens that a graph drew after each sequence int64 [S], and what was
-        observed of the tokens `watched`.
+        Returns hidden states FP32 [T, H], the tokens that a graph drew after each sequence int64 [S], and the
+        dynamics of the tokens `watched`.
         """
         if self.graphs is not None and (result := self.graphs.run(sequences)) is not None:
             hidden, tokens, seen = result
             if seen is not None:
-                self.expert_stats.add(seen[0], seen[1:])
+                self.observer.add(seen[0], seen[1:])
             return hidden, tokens, []
         input_ids, positions, metadata = self.prepare(sequences)
-        self.expert_stats.begin(watched)
-        hidden = self.model(input_ids, positions, metadata, self.kv_cache, observer=self.expert_stats)
-        return hidden, None, self.expert_stats.end(input_ids)
+        self.observer.begin(watched)
+        hidden = self.model(input_ids, positions, metadata, self.kv_cache, observer=self.observer)
+        return hidden, None, self.observer.end(input_ids)
 
     def prepare(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, AttentionMetadata]:
         """Make the step's token ids [T], positions [T] and attention metadata."""
@@ -158,8 +158,8 @@ class ModelRunner:
         return input_ids, upload(torch.from_numpy(flat.positions), device), metadata
 
 
-class ExpertStats:
-    """An observer of the network, between `begin` and `end` of a step: its experts' work, and single tokens' dynamics.
+class LayerObserver:
+    """Observes a step between `begin` and `end`: counts each expert's tokens, records selected tokens' dynamics.
 
     It counts on the network's device, and waits for the counts only when they are asked for.
     """
@@ -221,21 +221,21 @@ class ExpertStats:
         ]
 
     def add(self, ids: Tensor, experts: Tensor | list[Tensor]) -> None:
-        """Count a step's tokens, int64 [T], and their experts, int64 [layers, T] or a [T] per layer."""
+        """Add a step's tokens, int64 [T], and their experts, int64 [layers, T] or a [T] per layer, to be counted."""
         self._steps.append((ids, experts))
         self._num_tokens += len(ids)
         if len(self._steps) == MAX_STEPS or self._num_tokens >= MAX_TOKENS:
             self._fold()
 
     def count(self) -> tuple[list[list[int]], list[int]]:
-        """Return the tokens so far of each layer's experts, and each layer's rerouted tokens; empty without experts."""
+        """Return how many tokens each layer's experts computed, and how many were rerouted; empty without experts."""
         self._fold()
         tokens: list[list[int]] = self._counts.view(self._shape).tolist()
         return tokens, self._reroutes.tolist() if tokens else []
 
     @torch.inference_mode()
     def _fold(self) -> None:
-        """Count the collected steps; many at once cost hardly more than one."""
+        """Count the experts of the steps so far; many steps at once cost hardly more than one."""
         if not self._steps:
             return
         ids = torch.cat([ids for ids, _ in self._steps])

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 CAPTURE_SECONDS = 60.0
 CAPTURE_BYTES = 2 << 30
-"""Bounds of capturing. The largest graphs come first, so that a missing graph costs small steps some padding."""
+"""Limits on capturing. The largest graphs come first, so that a missing graph only costs small steps some padding."""
 MIXED_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Tokens of mixed steps that are worth recording: with more, the device takes longer than the launches."""
+"""Sizes of mixed steps that are worth recording: with more tokens, the device takes longer than the launches."""
 ALIGNMENT = 16
 
 Step = Callable[[], None]
@@ -76,15 +76,15 @@ class CudaGraphs:
         return total - free
 
 
-def batch_sizes(most: int) -> list[int]:
-    """List the rows of decode graphs: any batch of up to `most` needs little padding."""
-    sizes = {1, 2, 4, 8, *range(16, 33, 8), *range(48, 129, 16), *range(160, 513, 32), *range(576, most, 64), most}
-    return sorted(size for size in sizes if size <= most)
+def batch_sizes(limit: int) -> list[int]:
+    """List the batch sizes of decode graphs: any batch of up to `limit` needs little padding."""
+    sizes = {1, 2, 4, 8, *range(16, 33, 8), *range(48, 129, 16), *range(160, 513, 32), *range(576, limit, 64), limit}
+    return sorted(size for size in sizes if size <= limit)
 
 
-def token_counts(most: int) -> list[int]:
-    """List the tokens of mixed graphs, for steps of at most `most` tokens."""
-    return [count for count in MIXED_TOKENS if count < most] + [most] * (most <= MIXED_TOKENS[-1])
+def token_counts(limit: int) -> list[int]:
+    """List the token counts of mixed graphs, for steps of at most `limit` tokens."""
+    return [count for count in MIXED_TOKENS if count < limit] + [limit] * (limit <= MIXED_TOKENS[-1])
 
 
 TOKEN_FIELDS = ("ids", "sources", "positions", "slots")
@@ -118,12 +118,12 @@ class _Buffers:
             self.device[name] = self._device[places[name]].view(getattr(torch, dtype.__name__)).view(shapes[name])
 
     def send(self) -> None:
-        """Copy `host` to the device, after its work so far."""
+        """Copy `host` to the device, after the work already queued there."""
         self._device.copy_(upload(torch.from_numpy(self._host), self._device.device), non_blocking=True)
 
 
 @dataclass(slots=True)
-class _Graph:
+class Graph:
     """A recorded step of `size` tokens; the next replay overwrites what it computes."""
 
     size: int
@@ -159,28 +159,28 @@ class StepGraphs:
             "sources": self._most, "last": 0, "lengths": 0, "tables": last_block, "seed": 0, "position": 0, "top_k": 0,
             "temperature": 0.0, "top_p": 1.0, "min_p": 0.0,
         }  # fmt: skip
-        self._decodes: list[_Graph] = []  # the smallest first
-        self._mixed: list[_Graph] = []
+        self.decodes: list[Graph] = []  # the smallest first
+        self.mixed: list[Graph] = []
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] | None = None, token_counts: Sequence[int] = ()) -> GraphInfo:
-        """Record graphs, the largest first, as long as time and memory last.
+        """Record graphs, the largest first, until the limits on time or memory are reached.
 
         The sizes of decode graphs are those of `batch_sizes` by default. A backend that reads lengths on the host has
         no mixed graphs.
         """
         started, before = time.monotonic(), self._maker.used_bytes()
-        kinds = [(self._decodes, sorted(sizes or batch_sizes(self._most), reverse=True))]
+        kinds = [(self.decodes, sorted(sizes or batch_sizes(self._most), reverse=True))]
         if self._model.ops.capturable:
-            kinds.insert(0, (self._mixed, sorted(token_counts, reverse=True)))
+            kinds.insert(0, (self.mixed, sorted(token_counts, reverse=True)))
         for graphs, wanted in kinds:
             for size in wanted:
-                graphs.insert(0, self._record(size, mixed=graphs is self._mixed))
+                graphs.insert(0, self._record(size, mixed=graphs is self.mixed))
                 took, used = time.monotonic() - started, self._maker.used_bytes() - before
                 if took > CAPTURE_SECONDS or used > CAPTURE_BYTES:
                     logger.warning("Graphs took too much time or memory: steps smaller than %d are padded to it", size)
                     break
-        decodes, mixed = (tuple(graph.size for graph in graphs) for graphs in (self._decodes, self._mixed))
+        decodes, mixed = (tuple(graph.size for graph in graphs) for graphs in (self.decodes, self.mixed))
         took, used = time.monotonic() - started, self._maker.used_bytes() - before
         self.info = GraphInfo(sizes=decodes, mixed_sizes=mixed, seconds=took, bytes=used)
         return self.info
@@ -200,15 +200,15 @@ class StepGraphs:
         seen = None if graph.seen is None else graph.seen[:, :num_tokens].clone()  # it is counted later
         return graph.hidden[:num_tokens], graph.tokens[: len(sequences)], seen
 
-    def _graph_for(self, sequences: Sequence[ScheduledSequence]) -> _Graph | None:
+    def _graph_for(self, sequences: Sequence[ScheduledSequence]) -> Graph | None:
         if any(s.request.params.return_dynamics or s.request.reads_prompt for s in sequences):
             return None  # the step is observed
         tokens = sum(s.num_tokens for s in sequences)
         decodes = tokens == len(sequences)
-        graphs = self._decodes if decodes and self._decodes and tokens <= self._decodes[-1].size else self._mixed
+        graphs = self.decodes if decodes and self.decodes and tokens <= self.decodes[-1].size else self.mixed
         return next((graph for graph in graphs if graph.size >= tokens), None)
 
-    def _fill(self, graph: _Graph, sequences: Sequence[ScheduledSequence]) -> int:
+    def _fill(self, graph: Graph, sequences: Sequence[ScheduledSequence]) -> int:
         """Write a step into a graph's buffers; return its number of tokens."""
         flat, host = flatten(sequences, self._block_size), graph.buffers.host
         tokens, (count, width) = len(flat.ids), flat.tables.shape
@@ -232,7 +232,7 @@ class StepGraphs:
                 host[name][: len(given)] = given
             host[name][len(given) :] = padding
 
-    def _record(self, size: int, *, mixed: bool) -> _Graph:
+    def _record(self, size: int, *, mixed: bool) -> Graph:
         model, sequences = self._model, self._most if mixed else size
         buffers = _Buffers(size, sequences, self._width, self._draws.device)
         given = buffers.device
@@ -245,7 +245,7 @@ class StepGraphs:
             temperature=given["temperature"], top_k=given["top_k"], top_p=given["top_p"], min_p=given["min_p"],
             seed=given["seed"], position=given["position"],
         )  # fmt: skip
-        graph = _Graph(size, mixed, buffers, lambda: None, self._draws, self._draws, None)
+        graph = Graph(size, mixed, buffers, lambda: None, self._draws, self._draws, None)
 
         def step() -> None:
             experts: list[Tensor] = []

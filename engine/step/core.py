@@ -22,10 +22,10 @@ from ..messages import (
 from .drafting import Drafter
 from .request import PENDING_TOKEN, Request, RequestStatus, SampledToken, failure_of
 from .retry import retry_by_halves
-from .runner import ExpertCounts, LaunchedStep, Runner
+from .runner import LaunchedStep, Runner, StepObserver
 from .scheduler import PreemptionNeeded, ScheduledSequence, Scheduler
 
-OUT_OF_MEMORY = RuntimeError(
+OUT_OF_MEMORY = (
     "There was not enough memory to compute even this request alone: lower --gpu-memory-utilization, "
     "--kv-cache-memory-bytes or --max-num-batched-tokens."
 )
@@ -55,18 +55,18 @@ class EngineCore:
         self,
         info: EngineInfo,
         runner: Runner,
-        expert_stats: ExpertCounts | None = None,
+        observer: StepObserver | None = None,
         grammars: GrammarCompiler[Request | CheckGrammar] | None = None,
     ) -> None:
         self.info = info
         self.runner = runner
-        self.expert_stats = expert_stats
+        self.observer = observer
         self.grammars = grammars or GrammarCompiler()
         self._uses_grammars = False  # whether any was ever submitted
         self.scheduler = Scheduler(info)
         self._requests: dict[str, Request] = {}
         self._verdicts: list[GrammarVerdict] = []
-        self._in_flight: InFlightStep | None = None  # until it is collected, or all of its requests have finished
+        self._in_flight: InFlightStep | None = None  # until it is finished, or all of its requests are
         self._num_failures = 0  # consecutive steps that ran out of memory
         self._experts_reported = 0.0
         self._num_drafts = self._num_draft_tokens = 0
@@ -125,11 +125,11 @@ class EngineCore:
         outputs = self._admit_compiled() if self._uses_grammars else []
         planned = self._plan(outputs)
         try:
-            outputs += self._compute(planned)
+            outputs += self._run(planned)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            outputs += self._collect() + self._shrink(planned)
+            outputs += self._finish_in_flight() + self._shrink(planned)
         self._drop_finished_step()
         if not self.scheduler.has_work:
             self.scheduler.restore_limits()
@@ -144,11 +144,11 @@ class EngineCore:
         pool = self.scheduler.kv_cache.pool
         experts: list[list[int]] = []
         reroutes: list[int] = []
-        if self.expert_stats is not None:
+        if self.observer is not None:
             now = time.monotonic()
             if not self.has_work or now >= self._experts_reported + EXPERT_SECONDS:
                 self._experts_reported = now
-                experts, reroutes = self.expert_stats.count()
+                experts, reroutes = self.observer.count()
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self._requests) - len(self.scheduler.running),
@@ -184,7 +184,7 @@ class EngineCore:
             )
 
     def _admit_compiled(self) -> list[TokenOutput]:
-        """Queue the requests whose grammars are compiled; return the failures of the others."""
+        """Queue requests whose grammars are compiled, and return the others' failures; verdicts go to `_verdicts`."""
         outputs = []
         for ticket, result in self.grammars.drain():
             if isinstance(ticket, CheckGrammar):
@@ -198,17 +198,17 @@ class EngineCore:
         return outputs
 
     def _plan(self, outputs: list[TokenOutput]) -> list[ScheduledSequence]:
-        """Plan the next step; if that requires the in-flight step's tokens, collect them into `outputs` first."""
+        """Plan the next step; if that needs the in-flight step's tokens, finish that step into `outputs` first."""
         try:
             return self.scheduler.schedule(ahead=self._in_flight is not None)
         except PreemptionNeeded:
-            outputs += self._collect()
+            outputs += self._finish_in_flight()
         return self.scheduler.schedule()
 
-    def _compute(self, sequences: list[ScheduledSequence]) -> list[TokenOutput]:
-        """Launch a step and collect the previous one; finish the new one too unless it may stay in flight."""
+    def _run(self, sequences: list[ScheduledSequence]) -> list[TokenOutput]:
+        """Launch a step and finish the previous one; finish the new one too unless it may stay in flight."""
         if not sequences:
-            return self._collect()
+            return self._finish_in_flight()
         overlaps = self.info.config.overlap_scheduling and not any(
             sequence.request.needs_tokens for sequence in sequences
         )
@@ -220,9 +220,9 @@ class EngineCore:
         except Exception as error:
             return self._isolate_failure(sequences, error)
         self._num_failures = 0
-        outputs = self._collect()
+        outputs = self._finish_in_flight()
         if not overlaps:
-            return outputs + self._update(sequences, sampled)
+            return outputs + self._apply(sequences, sampled)
         # What the new step computes for requests that have just finished is discarded. Their blocks may already belong
         # to others, which write to them in a later step.
         ends = [sequence.request.num_computed_tokens + sequence.num_tokens for sequence in sequences]
@@ -235,26 +235,26 @@ class EngineCore:
         return outputs
 
     def _isolate_failure(self, sequences: list[ScheduledSequence], error: Exception) -> list[TokenOutput]:
-        """Retry a failed step by halves: requests that fail alone end, and the others are not affected."""
+        """Retry a failed step by halves: only requests that fail on their own are ended."""
         if is_out_of_memory(error):
             raise error
-        outputs = self._collect()
+        outputs = self._finish_in_flight()
         left = [sequence for sequence in sequences if sequence.request.status is not RequestStatus.FINISHED]
         result = retry_by_halves(self.runner.execute, left, error)
         outputs += [self._fail(request, fault) for request, fault in result.failed]
-        return outputs + self._update(result.sequences, result.sampled)
+        return outputs + self._apply(result.sequences, result.sampled)
 
-    def _collect(self) -> list[TokenOutput]:
-        """Read the in-flight step, if there is one."""
+    def _finish_in_flight(self) -> list[TokenOutput]:
+        """Wait for the in-flight step, if there is one, and apply its draws."""
         step, self._in_flight = self._in_flight, None
-        return [] if step is None else self._update(step.sequences, step.launched(), step.ends)
+        return [] if step is None else self._apply(step.sequences, step.launched(), step.ends)
 
-    def _update(
+    def _apply(
         self, sequences: list[ScheduledSequence], sampled: list[SampledToken], ends: list[int] | None = None
     ) -> list[TokenOutput]:
-        """Add a computed step's tokens to its requests; an error ends only its request.
+        """Apply a finished step's draws to its requests; an error ends only its request.
 
-        `ends` are those of a step that was in flight, whose tokens are pending.
+        `ends` are those of a step that was in flight, whose tokens are pending; None for one that was not.
         """
         outputs: list[TokenOutput] = []
         first = 0
@@ -265,7 +265,10 @@ class EngineCore:
             if request.status is RequestStatus.FINISHED:  # it finished or was aborted while the step was computed
                 continue
             try:
-                output = self._advance(sequence, draws) if ends is None else self._resolve(request, ends[index], draws)
+                if ends is None:
+                    output = self._apply_executed(sequence, draws)
+                else:
+                    output = self._apply_in_flight(request, ends[index], draws)
             except Exception as error:
                 outputs.append(self._fail(request, error))
                 continue
@@ -275,15 +278,15 @@ class EngineCore:
                 self._finish(request)
         return outputs
 
-    def _resolve(self, request: Request, end: int, draws: list[SampledToken]) -> TokenOutput | None:
-        """Replace the pending token at `end`, if the step drew one."""
+    def _apply_in_flight(self, request: Request, end: int, draws: list[SampledToken]) -> TokenOutput | None:
+        """Replace the pending token at `end`, if the step drew one: its progress was counted when it was launched."""
         self.scheduler.kv_cache.cache_blocks(request, end)
         if not draws:
             return None
         request.resolve(end, draws[0].token_id)
         return request.output(draws)
 
-    def _advance(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput | None:
+    def _apply_executed(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput | None:
         """Count a sequence's tokens as computed and append those drawn: the first, and one for each accepted draft."""
         request, draft = sequence.request, sequence.draft
         if not sequence.samples:
@@ -306,7 +309,7 @@ class EngineCore:
         if request.finish_reason == "error" and request.grammar is not None:  # drawn without a mask: discarded
             return failure_of(request, RequestError(request.grammar.error))
         output = request.output(draws[:kept])
-        if request.reads_prompt:
+        if request.reads_prompt:  # reported with the first token, and only once
             request.reads_prompt, request.prompt_logprobs = False, []
         return output
 
@@ -319,13 +322,13 @@ class EngineCore:
         return request.output([], pooled.tolist())
 
     def _drop_finished_step(self) -> None:
-        """Do not wait for an in-flight step whose requests have all finished."""
+        """Forget an in-flight step whose requests have all finished, without waiting for it."""
         step = self._in_flight
         if step is not None and all(s.request.status is RequestStatus.FINISHED for s in step.sequences):
             self._in_flight = None
 
     def _shrink(self, planned: list[ScheduledSequence]) -> list[TokenOutput]:
-        """Make the next steps smaller after one ran out of memory; end a request that fails alone."""
+        """Make the next steps smaller after one ran out of memory; end a request that does not fit even alone."""
         self.runner.release_cached_memory()
         self._num_failures += 1
         if self._num_failures == 1:  # releasing the cached memory may have been enough
@@ -335,7 +338,7 @@ class EngineCore:
             return []
         self._num_failures = 0
         self.scheduler.restore_limits()
-        return [self._fail(left[0].request, OUT_OF_MEMORY)]
+        return [self._fail(left[0].request, RuntimeError(OUT_OF_MEMORY))]
 
     def _fail(self, request: Request, error: Exception) -> TokenOutput:
         """End a request because of an internal error."""

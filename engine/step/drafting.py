@@ -2,8 +2,8 @@
 
 If the last few tokens have occurred before, what followed them then is a good guess of what follows now: in code,
 quotations and tables. The network computes a whole draft in one step, a token is drawn after each of its tokens, and
-`Drafter.verify` keeps those up to the first that was guessed wrong. A token's draw depends on its seed and position
-alone, so drafts change when tokens are drawn, never which.
+`Drafter.verify` counts those guessed right, up to the first wrong one. A token's draw depends on its seed and position
+alone, so drafts change when tokens are drawn, never which ones.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Drafter:
         self._next_of: dict[tuple[int, ...], int] = {}
         self._indexed = self._pause = self._wait = 0
 
-    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
-        """Return up to `most` tokens that may follow `token_ids`, which has only grown since the last call."""
+    def propose(self, token_ids: Sequence[int], limit: int) -> list[int]:
+        """Return up to `limit` tokens that may follow `token_ids`, which has only grown since the last call."""
         lengths = range(self.settings.prompt_lookup_min, self.settings.prompt_lookup_max + 1)
         for end in range(self._indexed + 1, len(token_ids)):
             for length in lengths:
@@ -44,11 +44,11 @@ class Drafter:
             start = self._next_of.get(tuple(token_ids[-length:]))
             if start is not None and length <= len(token_ids):
                 following = token_ids[start:]  # repeated if it is short: the text is in a loop
-                return [following[n % len(following)] for n in range(min(most, self.settings.num_speculative_tokens))]
+                return [following[n % len(following)] for n in range(min(limit, self.settings.num_speculative_tokens))]
         return []
 
     def verify(self, draft: Sequence[int], drawn: Sequence[int]) -> int:
-        """Count the first tokens of its last draft that equal those drawn; pause if there is none."""
+        """Count how many leading draft tokens were drawn; pause if none were."""
         pairs = enumerate(zip(draft, drawn, strict=False))
         correct = next((n for n, (guess, token) in pairs if guess != token), len(draft))
         self._pause = 0 if correct else min(max(2 * self._pause, 1), MAX_PAUSE)

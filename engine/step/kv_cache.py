@@ -1,4 +1,4 @@
-"""The paged KV cache's bookkeeping: which requests hold which block, and which computed blocks can be found again.
+"""The paged KV cache's bookkeeping: which requests hold which blocks, and which computed blocks can be found again.
 
 Prefix caching in four sentences. A block that is full of computed tokens gets a hash of its tokens and of the previous
 block's hash, so that one hash identifies all tokens up to the block's end. Any sequence that begins with the same
@@ -122,7 +122,7 @@ class KVCacheManager:
         return blocks
 
     def num_needed(self, request: Request, prefix: list[int]) -> int:
-        """Count the free blocks that it takes to admit `request`, whose cached blocks are `prefix`."""
+        """Count the free blocks needed to admit `request`, whose cached blocks are `prefix`."""
         return -(-request.num_tokens // self.block_size) - sum(map(self.pool.is_held, prefix))
 
     def admit(self, request: Request, prefix: list[int]) -> bool:
@@ -132,12 +132,12 @@ class KVCacheManager:
         for block in prefix:
             self.pool.share(block)
         request.block_ids.extend(prefix)
-        request.num_cached_blocks = len(prefix)
+        request.num_registered_blocks = len(prefix)
         request.num_computed_tokens = len(prefix) * self.block_size
         return self.allocate(request)
 
     def allocate(self, request: Request, num_more: int = 0) -> bool:
-        """Allocate blocks for all tokens of `request` and `num_more`; change nothing and return False if too few."""
+        """Allocate blocks for all tokens of `request` and `num_more`; return False, unchanged, if too few are free."""
         num_tokens = len(request.token_ids) + num_more
         if num_tokens > len(request.block_ids) * self.block_size:
             blocks = self.pool.allocate(-(-num_tokens // self.block_size) - len(request.block_ids))
@@ -154,11 +154,11 @@ class KVCacheManager:
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
         """Register the full blocks of the first `num_tokens`, which must be computed and known."""
         full = num_tokens // self.block_size
-        if full > request.num_cached_blocks and self.enable_prefix_caching:
+        if full > request.num_registered_blocks and self.enable_prefix_caching:
             hashes = self._hashes(request, full)
-            for index in range(request.num_cached_blocks, full):
+            for index in range(request.num_registered_blocks, full):
                 self.pool.cache_block(request.block_ids[index], hashes[index])
-            request.num_cached_blocks = full
+            request.num_registered_blocks = full
 
     def free(self, request: Request) -> None:
         """Free all blocks of `request`; none of its tokens counts as computed afterwards."""

@@ -12,11 +12,11 @@ from ..grammar.state import GrammarState
 from ..messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenDynamics, TokenLogprobs, TokenOutput
 from .drafting import Drafter
 
-PENDING_TOKEN = -1  # ends a sequence while its next token is being drawn by a step that is not read yet
+PENDING_TOKEN = -1  # placeholder for a token that the step in flight is still drawing
 
 
 class RequestStatus(enum.Enum):
-    """Where a request is."""
+    """The stages of a request's life."""
 
     COMPILING = enum.auto()  # its grammar is being compiled; the scheduler does not know it yet
     WAITING = enum.auto()
@@ -47,7 +47,7 @@ class Request:
     stop_token_ids: frozenset[int] = field(init=False)
     priority: int = field(init=False)  # lower goes first under the policy `priority`
     cache_salt: str | None = field(init=False)  # only requests with the same salt share blocks
-    pooling: Pooling | None = field(init=False)  # what is returned of the hidden states, instead of tokens
+    pooling: Pooling | None = field(init=False)  # which hidden state to return instead of tokens
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -59,7 +59,7 @@ class Request:
     # Changed only by the KV cache manager:
     block_ids: list[int] = field(default_factory=list)  # the blocks of all its tokens, in order
     block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were needed
-    num_cached_blocks: int = 0  # its first blocks that other requests can find
+    num_registered_blocks: int = 0  # of its first blocks, how many other requests can find
 
     grammar: GrammarState | None = None  # also None until it is compiled
     drafter: Drafter | None = None  # proposes its next tokens
@@ -89,7 +89,7 @@ class Request:
         self.has_logit_rules = bool(
             params.logit_bias or params.bad_words or params.allowed_token_ids is not None or params.min_tokens
         )
-        # Its draws depend on earlier tokens in ways that only the host knows, or the host reads more than a token.
+        # Its draws depend on earlier tokens in ways that only the host knows, or the host reads more than the token.
         self.needs_tokens = bool(
             not self.generates
             or self.reads_prompt
@@ -130,7 +130,7 @@ class Request:
         self.resolve(len(self.token_ids) - 1, token_id)
 
     def resolve(self, index: int, token_id: int) -> None:
-        """Replace the pending token at `index`; after an end, discard the tokens that are still pending."""
+        """Replace the pending token at `index`; if it ends the sequence, discard those still pending."""
         self.token_ids[index] = token_id
         params, count = self.params, index + 1 - self.num_prompt_tokens
         if token_id in self.stop_token_ids and count >= params.min_tokens:
@@ -165,7 +165,7 @@ class Request:
 
 
 def failure_of(request: Request | EngineRequest, error: Exception) -> TokenOutput:
-    """End a request; the client sees the message of a `RequestError`, and only the log any other error."""
+    """End a request; the client sees the message of a `RequestError`; any other error goes only to the log."""
     refused = isinstance(error, RequestError)
     text = str(error) if refused else describe(error)
     return TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error=text, refused=refused)

@@ -1,7 +1,7 @@
 """Retry a failed step by bisection to isolate the failing requests.
 
 Computing a step again changes nothing: blocks are written with what they already hold, a draw depends on its seed and
-position alone, and what is read of a prompt is read once. So the step's sequences are halved until those that fail are
+position alone, and a prompt's hidden states are read only once. So the step is halved until the sequences that fail are
 alone. Each retry ends at least one request or finds that the engine itself has failed, so retries come to an end.
 """
 

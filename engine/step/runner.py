@@ -25,8 +25,8 @@ class Runner(Protocol):
         """Return to the device the memory that is only kept for reuse."""
 
 
-class ExpertCounts(Protocol):
-    """Which experts have computed how many tokens."""
+class StepObserver(Protocol):
+    """Sees each layer of each step, and counts the tokens that each expert has computed."""
 
     on_layer: Callable[[], None] | None  # called after each layer of a step
 

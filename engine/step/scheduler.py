@@ -6,10 +6,10 @@ some of them, within a budget of tokens. The rules, in this order:
 - Requests are served by rank: first come, first served, or by priority first. No request is overtaken by one of lower
   rank, so the first in the queue waits only for running requests.
 - Every running sequence that needs a single token (a decode) is in the step. Prompts share the rest of the budget, by
-  rank, in chunks if need be. In a step with decodes they get at most `max_num_prefill_tokens` (in proportion more if
-  there are many), which limits how much arriving prompts slow down running streams.
+  rank, in chunks if need be. In a step with decodes they get at most `max_num_prefill_tokens` (proportionally
+  more when there are many decodes), which limits how much arriving prompts slow down running streams.
 - A request is admitted when there are blocks for all its tokens, and one more for each running sequence.
-- If the blocks run out all the same, the running request of lowest rank is preempted and later computed from scratch,
+- If blocks run out anyway, the running request of lowest rank is preempted and later computed from scratch,
   so that the one of highest rank advances in every step.
 """
 
@@ -46,7 +46,7 @@ class ScheduledSequence(NamedTuple):
     request: Request
     num_tokens: int
     samples: bool  # they include the request's last token, so its next one is drawn
-    draft: Sequence[int] = ()  # the last of them, which are only guessed: a token is drawn after each
+    draft: Sequence[int] = ()  # the last of them, which are only guesses: a token is drawn after each
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +81,20 @@ class Scheduler:
             config.num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self.policy = config.scheduling_policy
-        # All but a prompt's last chunk end at multiples of this, so that its queries fall into the same blocks however
-        # busy the engine is. If the budget cannot hold such a chunk and all decodes, chunks may end anywhere.
+        # All but a prompt's last chunk end at multiples of this, so that attention cuts its queries at the same places
+        # however busy the engine is. If the budget cannot hold such a chunk and all decodes, chunks may end anywhere.
         fits = config.max_num_seqs + info.chunk_multiple <= config.max_num_batched_tokens
         self.chunk_multiple = info.chunk_multiple if fits else 1
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
-        # Most prompt tokens in a step with up to FEW_DECODES decodes.
+        # Maximum prompt tokens in a step with up to FEW_DECODES decodes.
         self.max_num_prefill_tokens = max(config.max_num_prefill_tokens, self.chunk_multiple)
         self._limits = self.chunk_multiple, self.max_num_seqs, self.max_num_batched_tokens, self.max_num_prefill_tokens
         self.waiting: list[Request] = []  # new and preempted requests, by rank
         self.running: list[Request] = []  # requests that have blocks, by rank
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens that were looked up in the prefix cache
-        self.num_prefix_hits = 0  # and found
+        self.num_prefix_hits = 0  # of these, how many were found
         self._arrivals = itertools.count()
         self._ahead = False
 
@@ -112,9 +112,9 @@ class Scheduler:
         """Choose the next step's sequences, those with a single token first, and allocate their blocks.
 
         With `ahead`, this is the step after the one in flight, whose tokens count as drawn. Nothing is computed for a
-        request whose last token by `max_tokens` is pending. If a request would have to be
-        preempted, raises `PreemptionNeeded` instead, because the in-flight step may free blocks by finishing requests;
-        blocks already allocated are kept for the next attempt.
+        request whose last token allowed by `max_tokens` is already pending. If a request would have to be preempted,
+        raises `PreemptionNeeded` instead, because the in-flight step may free blocks by finishing requests; blocks
+        already allocated are kept for the next attempt.
         """
         self._ahead = ahead
         self._preempt_for_priority()
@@ -158,7 +158,7 @@ class Scheduler:
         return decodes + chunks
 
     def restore_limits(self) -> None:
-        """Undo `shrink`: the requests that needed so much memory are gone."""
+        """Undo `shrink`, once the requests that needed so much memory are gone."""
         self.chunk_multiple, self.max_num_seqs, self.max_num_batched_tokens, self.max_num_prefill_tokens = self._limits
 
     def shrink(self, sequences: Sequence[ScheduledSequence]) -> bool:
@@ -186,7 +186,7 @@ class Scheduler:
         self.kv_cache.free(request)
 
     def _prefill_budget(self) -> int:
-        """Return how many prompt tokens the step may have next to the decodes of the running requests."""
+        """Return how many prompt tokens the step may have alongside the decodes of the running requests."""
         decodes = sum([len(request.token_ids) - request.num_computed_tokens == 1 for request in self.running])
         budget = self.max_num_batched_tokens - decodes
         limit = self.max_num_prefill_tokens * max(decodes, FEW_DECODES) // FEW_DECODES
@@ -194,11 +194,11 @@ class Scheduler:
 
     def _draft(self, request: Request, drafter: Drafter, budget: int) -> Sequence[int]:
         """Guess the tokens after the request's last one, if they fit and are worth their cost."""
-        most = min(budget, (request.params.max_tokens or budget) - request.num_output_tokens - 1)
-        if most < 1 or len(self.running) > drafter.settings.disable_by_batch_size:
+        limit = min(budget, (request.params.max_tokens or budget) - request.num_output_tokens - 1)
+        if limit < 1 or len(self.running) > drafter.settings.disable_by_batch_size:
             return ()
         try:
-            draft = drafter.propose(request.token_ids, most)
+            draft = drafter.propose(request.token_ids, limit)
         except Exception:
             logger.exception("Request %s gets no more drafts after this error.", request.request_id)
             request.drafter = None
@@ -214,7 +214,7 @@ class Scheduler:
     def _preempt_for_priority(self) -> None:
         """Preempt running requests of lower rank than the first in the queue until it fits.
 
-        First come, first served, there is nothing to preempt: running requests arrived before waiting ones.
+        Under fcfs there is nothing to preempt: running requests arrived before waiting ones.
         """
         if not self.waiting or not self.running or self.running[-1].rank < self.waiting[0].rank:
             return
@@ -273,7 +273,7 @@ class Scheduler:
 
 
 def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep:
-    """Lay a step out."""
+    """Turn a scheduled step into flat arrays."""
     requests = [sequence.request for sequence in sequences]
     begins = np.array([request.num_computed_tokens for request in requests])
     counts = np.array([sequence.num_tokens for sequence in sequences])
@@ -295,7 +295,7 @@ def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep
         ids[indices] = 0
         rows = np.array([requests[owner].draw_row for owner in owners[indices].tolist()])
     held = [len(request.block_ids) for request in requests]
-    # The padding is a block of the sequence's own, so that it can read nothing of another.
+    # Padded with a block of its own, so that a sequence can read nothing of another.
     tables = np.empty((len(requests), max(held)), np.int32)
     tables[:] = np.array([request.block_ids[-1] for request in requests])[:, None]
     blocks = np.fromiter(itertools.chain.from_iterable(r.block_ids for r in requests), np.int32, sum(held))

@@ -90,12 +90,12 @@ def test_only_a_long_step_reports_layer_progress(monkeypatch, seconds, pulses):
         def count(self):
             return [], []
 
-    core.expert_stats, execute = NoExperts(), core.runner.execute
+    core.observer, execute = NoExperts(), core.runner.execute
 
     def slow(sequences):
         for _ in range(3):
             time.sleep(seconds)
-            core.expert_stats.on_layer()
+            core.observer.on_layer()
         return execute(sequences)
 
     core.runner.execute = slow

@@ -30,7 +30,7 @@ import torch
 from pyllm.engine import process
 from pyllm.engine.client.launch import EngineProcess
 from pyllm.engine.messages import StepOutputs
-from pyllm.engine.runner.model_runner import ExpertStats
+from pyllm.engine.runner.model_runner import LayerObserver
 from pyllm.engine.step.core import EngineCore
 from pyllm.engine.step.request import Request, SampledToken
 from pyllm.engine.step.runner import LaunchedStep, Runner
@@ -53,7 +53,7 @@ def plant(core: EngineCore, text: str) -> None:
     """Plant the faults that `text` names in `core`; raise `ValueError` if it names none."""
     faults = FaultyRunner(core.runner, text)
     core.runner = faults
-    step, watch, append = core.step, ExpertStats.__call__, Request.append
+    step, watch, append = core.step, LayerObserver.__call__, Request.append
 
     def marked_step() -> StepOutputs:
         outputs = step()
@@ -65,7 +65,7 @@ def plant(core: EngineCore, text: str) -> None:
         ]
         return msgspec.structs.replace(outputs, outputs=marked)
 
-    def slow_watch(self: ExpertStats, state: LayerState) -> None:
+    def slow_watch(self: LayerObserver, state: LayerState) -> None:
         if faults.is_slow:
             time.sleep(SLOW_SECONDS)
         watch(self, state)
@@ -76,7 +76,7 @@ def plant(core: EngineCore, text: str) -> None:
             raise PlantedError("append")
 
     core.step = marked_step  # type: ignore[method-assign]
-    ExpertStats.__call__ = slow_watch  # type: ignore[method-assign]
+    LayerObserver.__call__ = slow_watch  # type: ignore[method-assign]
     Request.append = failing_append  # type: ignore[method-assign]
 
 
