@@ -11,7 +11,7 @@ class RequestError(ValueError):
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param  # the field at fault, if it is one
-        self.code = code  # a machine-readable word, such as `context_length_exceeded`
+        self.code = code  # a machine-readable reason, such as `context_length_exceeded`
 
 
 class EngineBusyError(RuntimeError):
@@ -23,11 +23,11 @@ class EngineBusyError(RuntimeError):
 
 
 class EngineStartError(RuntimeError):
-    """The engine could not start; the message is one plain sentence for the user."""
+    """The engine could not start; the message is one sentence to show the user."""
 
 
 class EngineDeadError(RuntimeError):
-    """The engine process has exited or failed and can serve no requests."""
+    """The engine process has exited or failed and cannot serve requests."""
 
 
 def describe(error: BaseException) -> str:

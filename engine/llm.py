@@ -70,8 +70,8 @@ class LLM:
     ) -> list[Completion]:
         """Generate for all prompts together, which are texts or lists of token ids.
 
-        `params` are for all prompts, or one for each; the default is `SamplingParams()`. Raises `RequestError`, before
-        anything is generated, if a request can never run.
+        `params` apply to all prompts, or there is one for each; the default is `SamplingParams()`. Raises
+        `RequestError`, before anything is generated, if a request can never run.
         """
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         messages = self._requests(prompts, each)
@@ -81,7 +81,7 @@ class LLM:
         return completions
 
     def embed(self, prompts: Sequence[str | list[int]], pooling: Pooling = "mean") -> list[list[float]]:
-        """Return the final hidden states of each prompt, after the last norm: their mean, or that of the last token.
+        """Return each prompt's final hidden states, after the last norm: their mean, or the last token's.
 
         Each result has `hidden_size` numbers, not normalised. Raises `RequestError`, before anything is computed, if a
         prompt can never run.
@@ -114,8 +114,8 @@ class LLM:
                     output = processor.process(token_output)
                     if output is not None:
                         yield output
-                        if output.finish_reason is not None:  # by a stop string, which the engine does not know
+                        if output.finish_reason is not None:  # perhaps by a stop string, which the engine does not know
                             self.core.abort([token_output.request_id])
         finally:
-            self.core.abort([message.request_id for message in messages])  # nothing runs on after Ctrl-C
+            self.core.abort([message.request_id for message in messages])  # nothing keeps running after Ctrl-C
         self.core.check_idle()

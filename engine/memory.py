@@ -11,8 +11,8 @@ import torch
 from .config import EngineConfig
 from .errors import EngineStartError
 
-DEFAULT_HOST_BYTES = 4 << 30  # most that the KV cache takes of the CPU's memory by default
-HOST_SHARE = 0.5  # of the free memory: the rest is for the steps, the API process and other programs
+DEFAULT_HOST_BYTES = 4 << 30  # maximum size of the KV cache in the CPU's memory by default
+HOST_SHARE = 0.5  # of the free memory; the rest is for steps, the API process and other programs
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -38,7 +38,7 @@ def num_kv_blocks(
         if device.type == "cpu" and config.kv_cache_memory_bytes > (free := free_host_bytes()):
             raise EngineStartError(
                 f"--kv-cache-memory-bytes asks for {config.kv_cache_memory_bytes} bytes, but only {free} are free: "
-                "lower it, or leave it out to have a size chosen."
+                "lower it, or leave it out to use a default size."
             )
     else:
         if device.type == "cuda":
@@ -47,10 +47,12 @@ def num_kv_blocks(
             fix = "raise --gpu-memory-utilization, lower --max-num-batched-tokens, or free memory on the GPU"
         else:
             budget = min(DEFAULT_HOST_BYTES, int(free_host_bytes() * HOST_SHARE))
-            fix = f"free memory, or set --kv-cache-memory-bytes to {per_sequence * block_bytes} if there is as much"
+            fix = (
+                f"free memory, or set --kv-cache-memory-bytes to {per_sequence * block_bytes} if that much is available"
+            )
         blocks = max(budget, 0) // block_bytes
         if device.type == "cpu" or not config.enable_prefix_caching:
-            # As many as running sequences can fill; only the prefix cache, and a GPU's memory, have a use for more.
+            # No more than running sequences can fill: only a prefix cache in a GPU's memory has a use for more.
             blocks = min(blocks, config.most_seqs(device.type) * per_sequence)
     if blocks < per_sequence:
         tokens = blocks * config.block_size
@@ -75,7 +77,7 @@ def _machine_bytes(root: Path) -> int:
 
 
 def _group_bytes(root: Path) -> Iterator[int]:
-    """Yield what each limited control group around this process still allows (versions 1 and 2)."""
+    """Yield the bytes that each limited control group around this process still allows (versions 1 and 2)."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

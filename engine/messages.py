@@ -1,8 +1,8 @@
 """The messages between the API process and the engine process.
 
-Each is a `msgspec.Struct`, encoded as msgpack and tagged with its class name: only data can arrive (no pickle), and the
-whole protocol is on this page. The checks of a request are at the end: the client refuses at once what the engine can
-never run, and the engine checks again.
+Each is a `msgspec.Struct`, encoded as msgpack and tagged with its class name: only data can arrive (no pickle), and
+this module is the whole protocol. The checks of a request are at the end: the client refuses at once what the engine
+can never run, and the engine checks again.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
     logprobs: int | None = None  # how many of the most likely tokens to report in addition to the chosen one
     skip_special_tokens: bool = True  # in the text
     logit_bias: dict[int, float] = {}  # added to logits after the penalties; -100 bans a token and 100 forces it
-    # The last token of each sequence is banned where the others have just been generated. Where this and `min_tokens`
-    # would ban all allowed tokens, they ban none.
+    # The last token of each sequence is banned right after the others were generated. If this and `min_tokens` would
+    # ban all allowed tokens, they ban none.
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None  # None: all
     prompt_logprobs: int | None = None  # like `logprobs`, for every token of the prompt except the first
@@ -57,7 +57,7 @@ class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         def require(condition: bool, param: str, text: str) -> None:
             if not condition:
-                raise RequestError(f"{param} must be {text}, got {getattr(self, param)!r}.", param=param)
+                raise RequestError(f"{param} must be {text}, but got {getattr(self, param)!r}.", param=param)
 
         def within(low: float, high: float, *params: str) -> None:
             for param in params:
@@ -113,7 +113,7 @@ class CheckGrammar(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True, kw_only=True):
-    """Ask for `Alive`, which the loop that steps sends between two steps."""
+    """Ask for `Alive`, which the engine's loop sends between two steps."""
 
 
 class Shutdown(Message, frozen=True, kw_only=True):
@@ -144,7 +144,7 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     num_experts: int = 0  # 0 for a network without routed experts
     kernels: Kernels = "torch"
     graphs: GraphInfo | None = None
-    chunk_multiple: int = 1  # where a prompt must be cut, if at all, so that its tokens' last bits do not change
+    chunk_multiple: int = 1  # chunks of a prompt that end at multiples of this do not change its results by a bit
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -153,13 +153,13 @@ class EngineInfo(Message, frozen=True, kw_only=True):
 
 
 class StartFailed(Message, frozen=True, kw_only=True):
-    """The engine could not start; one plain sentence."""
+    """The engine could not start; the message is one sentence to show the user."""
 
     message: str
 
 
 class Alive(Message, frozen=True, kw_only=True):
-    """The answer to a ping; also sent unasked in a long step, when a layer is done."""
+    """The reply to a ping; also sent unasked in a long step, when a layer is done."""
 
 
 class TokenLogprobs(Message, frozen=True, kw_only=True, array_like=True):
@@ -174,7 +174,7 @@ class TokenLogprobs(Message, frozen=True, kw_only=True, array_like=True):
 class TokenDynamics(Message, frozen=True, kw_only=True, array_like=True):
     """What the network did in the pass that a token was drawn from; lists have one entry per layer, or none."""
 
-    input_token_id: int  # the token that the pass read, and that routes it by its id
+    input_token_id: int  # the token that the pass read, whose id routes it
     experts: list[int]  # the expert used
     rerouted: list[bool]  # whether mu chose another expert than the id's
     mu_norm: list[float]  # Euclidean norm of the layer's mu
@@ -199,11 +199,11 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class GrammarVerdict(Message, frozen=True, kw_only=True, array_like=True):
-    """The answer to a `CheckGrammar`."""
+    """The result of a `CheckGrammar`."""
 
     key: bytes
     outcome: Literal["accepted", "refused", "busy", "failed"]
-    reason: str = ""  # why it is refused or busy, for the client; or the traceback of a failure, for the log
+    reason: str = ""  # why it was refused or the machine busy, for the client; or a failure's traceback, for the log
 
 
 class EngineStats(Message, frozen=True, kw_only=True):
@@ -217,11 +217,13 @@ class EngineStats(Message, frozen=True, kw_only=True):
     prefix_cache_hits: int = 0  # prompt tokens that were found there
     step_seconds: float = 0.0
     step_tokens: int = 0  # computed in the step, of prompts and outputs together
-    num_drafts: int = 0  # guesses of next tokens that were verified
+    num_drafts: int = 0  # drafts of next tokens that were verified
     num_draft_tokens: int = 0  # tokens in them
-    num_accepted_tokens: list[int] = []  # how often the first, second, ... token was right; [] without speculation
+    num_accepted_tokens: list[int] = []  # how many times the first, second, ... token was right; [] without speculation
     expert_tokens: list[list[int]] | None = None  # by [layer][expert]; None: as last reported, or no experts
-    expert_reroutes: list[int] | None = None  # by [layer], tokens that mu sent to another expert; None likewise
+    expert_reroutes: list[int] | None = (
+        None  # by [layer], tokens that mu sent to an expert not their id's; None likewise
+    )
 
 
 class StepOutputs(Message, frozen=True, kw_only=True):
@@ -281,13 +283,13 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
     if prompt + max(output - 1, 0) > capacity:  # the last token is never computed
         raise RequestError(f"The KV cache holds {capacity} tokens, but {has}.", code=code)
     if message.pooling not in (None, "mean", "last"):
-        raise RequestError(f"pooling must be 'mean' or 'last', got {message.pooling!r}.", param="pooling")
+        raise RequestError(f"pooling must be 'mean' or 'last', but got {message.pooling!r}.", param="pooling")
     if not -PRIORITY_LIMIT <= message.priority < PRIORITY_LIMIT:
-        raise RequestError(f"priority must be a 32-bit integer, got {message.priority}.", param="priority")
+        raise RequestError(f"priority must be a 32-bit integer, but got {message.priority}.", param="priority")
 
 
 def resolve_request(message: EngineRequest, info: EngineInfo, seeds: random.Random) -> EngineRequest:
-    """Fill in `max_tokens` and `seed` where they are open, and check the result; raises `RequestError`."""
+    """Fill in `max_tokens` and `seed` where they are None, and check the result; raises `RequestError`."""
     params = message.params
     room = max(info.config.max_model_len - len(message.prompt_token_ids), 1)
     params = msgspec.structs.replace(

@@ -29,11 +29,11 @@ EXIT_SECONDS = 1.0  # how long to wait for an engine that has closed its socket 
 
 
 class Pipe(asyncio.Protocol):
-    """Calls `on_message` with each message from the engine as it arrives; what that raises closes the pipe."""
+    """Calls `on_message` with each message from the engine as it arrives; an exception in it closes the pipe."""
 
     def __init__(self, on_message: Callable[[messages.FromEngine], None]) -> None:
         self.on_message = on_message
-        self.num_received = 0  # how often data has arrived
+        self.num_received = 0  # how many times data has arrived
         # Done, with an exception or None, when no more messages can arrive.
         self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._transport: asyncio.Transport | None = None
@@ -44,7 +44,7 @@ class Pipe(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
 
     def data_received(self, data: bytes) -> None:
-        """Handle the messages that are complete by now."""
+        """Handle every message that is now complete."""
         self.num_received += 1
         self._buffer += data
         start = 0
@@ -76,7 +76,7 @@ class Pipe(asyncio.Protocol):
             self._transport.write(messages.encode_frame(message))
 
     def close(self) -> None:
-        """Close the socket and drop what is not sent yet."""
+        """Close the socket and drop unsent data."""
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
@@ -99,9 +99,9 @@ class AsyncEngine:
         self._grammars = GrammarChecks(pipe.send)
         self._config = config
         self._tokenizer = tokenizer
-        # When the latest requests finished, since the last idle time.
+        # Finish times of recent requests since the engine was last idle.
         self._completions: deque[float] = deque(maxlen=64)
-        self._num_running = info.config.max_num_seqs  # requests that can run in the next step, while others wait
+        self._num_running = info.config.max_num_seqs  # how many requests the next step can run, if others are waiting
         self._seeds = random.Random(config.seed)
         self._serial = itertools.count()
         self._closing = False
@@ -113,7 +113,7 @@ class AsyncEngine:
     async def start(
         cls, config: EngineConfig, tokenizer: Tokenizer, process: EngineProcess | None = None
     ) -> AsyncEngine:
-        """Wait until `process`, or a new one, is ready; raises `EngineStartError` with one plain sentence."""
+        """Wait until `process`, or a new one, is ready; raises `EngineStartError`, one sentence to show the user."""
         if process is None:
             process = EngineProcess()
             process.configure(config)
@@ -143,14 +143,14 @@ class AsyncEngine:
 
     def check_room(self, count: int = 1) -> None:
         """Raise `EngineBusyError` if `count` more requests do not fit in the queue, `RequestError` if they never do."""
-        queue, most = self.info.config.max_num_queued_reqs, self.info.config.max_num_seqs
-        if count > queue + most:
-            raise RequestError(f"This server accepts at most {queue + most} sequences at once, got {count}.")
+        queue, batch = self.info.config.max_num_queued_reqs, self.info.config.max_num_seqs
+        if count > queue + batch:
+            raise RequestError(f"This server accepts at most {queue + batch} sequences at once, but got {count}.")
         # If none waited after the engine's last step, all that have been submitted since may start at once.
-        running = self._num_running if self.stats.num_waiting else most
+        running = self._num_running if self.stats.num_waiting else batch
         excess = len(self._streams) + count - running - queue
         if excess > 0:
-            message = f"The queue is full: {queue} requests are waiting. Retry later."
+            message = f"The queue is full (at most {queue} requests can wait). Retry later."
             raise EngineBusyError(message, retry_after=self._seconds_until(excess))
 
     def _seconds_until(self, count: int) -> int:
@@ -161,7 +161,7 @@ class AsyncEngine:
         return min(max(math.ceil(count * seconds_each), 1), 60)
 
     async def check_grammar(self, grammar: str, param: str | None = None) -> None:
-        """Return if the engine can follow a grammar; raises `RequestError` about `param`, or an error of the engine."""
+        """Return if the engine can follow a grammar; raises `RequestError` about `param`, or an engine error."""
         if self.error is not None:
             raise EngineDeadError(self.error)
         await self._grammars.check(grammar, param)
@@ -231,9 +231,9 @@ class AsyncEngine:
         hang = asyncio.create_task(wait_for_hang(self._pipe, timeout), name="engine-watchdog")
         await asyncio.wait((self._pipe.ended, hang), return_when=asyncio.FIRST_COMPLETED)
         if not self._pipe.ended.done():
-            reason = f"The engine has made no progress for {timeout:g} s (a hang)."
+            reason = f"The engine hung: no progress for {timeout:g} s."
         elif (fault := self._pipe.ended.result()) is not None:
-            # After any exception here, outputs can be lost, so the engine counts as dead.
+            # The exception may have lost outputs, so the engine counts as dead.
             reason = f"The engine's messages could not be handled ({fault!r})."
         else:
             self.error = "The engine process has exited."  # set at once; the exit code is known only after the wait

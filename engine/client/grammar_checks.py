@@ -1,4 +1,4 @@
-"""Asks the engine whether it can follow a grammar, before a request with it begins."""
+"""Asks the engine whether it can follow a grammar, before a request that has it begins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GrammarChecks:
         if verdict is None:
             if key not in self._pending:
                 if len(self._pending) >= MAX_PENDING:
-                    raise EngineBusyError("Too many new grammars are being compiled: retry later.", retry_after=2)
+                    raise EngineBusyError("Too many new grammars are being compiled. Retry later.", retry_after=2)
                 self._pending[key] = asyncio.get_running_loop().create_future()
                 self._send(CheckGrammar(key=key, grammar=grammar))
             verdict = await asyncio.shield(self._pending[key])  # a cancelled request leaves it to the others

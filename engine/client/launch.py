@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from ..config import EngineConfig
 
-# While compute threads spin, they take the processor from the thread that they wait for as soon as another program
-# runs: with one other busy process a step took 280 ms. Threads that spin briefly and then sleep take 17 ms instead of
-# 14 on a quiet machine, and 29 on that busy one. Only OpenMP's start-up reads these. The user's own settings win, and
-# a spin count would override the user's wait policy.
+# Compute threads that spin take the processor from the thread that they wait for as soon as another program runs:
+# with one other busy process a step took 280 ms. Threads that spin briefly and then sleep take 17 ms instead of 14 on a
+# quiet machine, and 29 on that busy one. Only OpenMP's start-up reads these. The user's own settings win, and a spin
+# count would override the user's wait policy.
 THREAD_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
 # One heap for all threads instead of one each, so that every thread can reuse what another has freed: with several, the
 # engine's memory still grew after eight minutes of mixed load; with one, it is constant after two.
@@ -56,7 +56,7 @@ class EngineProcess:
         """Send the process its settings, once, without waiting for it."""
         from ..messages import encode_frame
 
-        with contextlib.suppress(OSError):  # it has exited, which shows when its answer is read
+        with contextlib.suppress(OSError):  # it has exited, which shows when its reply is read
             self.socket.sendall(encode_frame(config))
 
     def end(self, seconds: float = 0.0) -> int | None:

@@ -31,8 +31,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What is new about one request: a struct, because one is made per token and a dataclass takes 2 µs longer."""
 
     request_id: str
-    text: str  # never half a character, nor what may still become a stop string
-    token_ids: list[int]  # with an id that ended the sequence
+    text: str  # never part of a character, or what may still become a stop string
+    token_ids: list[int]  # including the id that ended the sequence, if one did
     logprobs: list[TokenLogprobs]  # one per id, if requested
     finish_reason: FinishReason | None
     stop_reason: str | int | None  # the stop string or the requested stop id; None for the model's own end
@@ -50,9 +50,9 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class StopMatcher:
     """Finds the first stop string in text that arrives in pieces, and holds back only what may begin one.
 
-    The string that is complete first ends the text; of several complete at the same character, the one that starts
-    first. How the text is cut into pieces makes no difference, and the work is linear in its length. `include` leaves
-    the found string in the text.
+    The first string to complete ends the text; if several complete at the same character, the longest, which starts
+    first, wins. How the text is cut into pieces makes no difference, and the work is linear in its length. `include`
+    leaves the found string in the text.
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
@@ -64,7 +64,7 @@ class StopMatcher:
         self.held = ""  # the longest suffix that begins a stop string, not released yet
 
     def feed(self, text: str, armed: bool = True) -> tuple[str, str | None]:
-        """Add text; return the text that is released, and the stop string that is complete, if `armed`."""
+        """Add text; return the released text, and a completed stop string if `armed` (once min_tokens is reached)."""
         if not self.held and self._firsts.isdisjoint(text):
             return text, None
         pending = self.held + text
@@ -117,7 +117,7 @@ class _TextState:
     num_cached_tokens: int = 0
 
     def add_tokens(self, token_ids: Sequence[int], hidden: int) -> tuple[str, str | None, int]:
-        """Return the released text, a complete stop string, and the tokens used; the `hidden`th token has no text."""
+        """Return the released text, a completed stop string, the tokens used; token `hidden` (from 1) adds no text."""
         pieces, used, stop = [], 0, None
         for used, token_id in enumerate(token_ids, 1):
             self.num_output_tokens += 1
@@ -154,7 +154,7 @@ class OutputProcessor:
         )
 
     def process(self, output: TokenOutput, now: float | None = None) -> RequestOutput | None:
-        """Turn an engine's output into text; return None if its request has already finished.
+        """Turn an output of the engine into text; return None if its request has already finished.
 
         If the result has a finish reason and the output has none, a stop string has ended the request, and the caller
         must abort it in the engine. `now` is `time.monotonic()`, which a caller with many outputs reads only once.
@@ -202,7 +202,7 @@ class OutputProcessor:
 
 
 class Wakeup:
-    """An event that streams set and one task waits for: cheaper than `asyncio.Event`, which serves several."""
+    """An event that streams set and one task waits for; cheaper than `asyncio.Event`, which serves several tasks."""
 
     __slots__ = ("_loop", "_pending", "_waiter")
 

@@ -7,13 +7,13 @@ from typing import Protocol
 
 from ..messages import Ping
 
-CHECKS = 30  # how often the engine is checked within the timeout
+CHECKS = 30  # how many times the engine is checked within the timeout
 
 
 class Pipe(Protocol):
     """What the watchdog needs of the socket to the engine."""
 
-    num_received: int  # how often data has arrived
+    num_received: int  # how many times data has arrived
 
     def send(self, message: Ping) -> None: ...
 
@@ -21,12 +21,12 @@ class Pipe(Protocol):
 async def wait_for_hang(pipe: Pipe, timeout: float) -> None:  # noqa: ASYNC109 - it returns when the time is up
     """Return when the engine has sent nothing for `timeout` seconds, although it was pinged.
 
-    Each message shows that its main loop makes progress: a step's outputs, the answer to a ping, or, in a long step,
+    Each message shows that its main loop makes progress: a step's outputs, the reply to a ping, or, in a long step,
     the end of another layer. Time is counted in checks, so that a pause of this process, in which messages pile up
     unread, does not count as a hang.
     """
     received, silent = pipe.num_received, 0
-    while silent < CHECKS - 1:  # the last message may be up to one check older than the first silent one
+    while silent < CHECKS - 1:  # the last message may have come up to one check before the first silent one
         await asyncio.sleep(timeout / CHECKS)
         silent = silent + 1 if pipe.num_received == received else 0
         received = pipe.num_received

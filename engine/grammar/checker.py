@@ -28,7 +28,7 @@ from ..client.launch import python
 from ..messages import encode_frame, read_frames
 
 CPU_SECONDS = 2.0  # processor time to check one grammar
-WAIT_SECONDS = 10.0  # elapsed time before a check is given up, on a machine with no processor time to spare
+WAIT_SECONDS = 10.0  # elapsed time before a check is given up, because the machine has no processor time to spare
 START_SECONDS = 30.0
 MEMORY_BYTES = 4 << 30
 WALK_SECONDS = 0.2
@@ -36,11 +36,11 @@ WALK_TOKENS = 64
 MAX_MESSAGE = 200
 # How a grammar ends the process: stack overflow, out of memory, or out of processor time.
 GRAMMAR_EXITS = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGPROF, 1)
-TOO_SLOW = f"the grammar is too complex: it is not ready within {CPU_SECONDS:g} seconds"
+TOO_SLOW = f"the grammar is too complex: it did not compile within {CPU_SECONDS:g} seconds"
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """The tokens as a grammar sees them."""
+    """A tokenizer's tokens, as grammars need them."""
 
     tokens: list[bytes]  # the bytes of each id; b"" for unused ids
     special: list[int]  # ids that never appear in text
@@ -78,7 +78,7 @@ class _Source:
 
 def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:
     """Return a matcher; if the grammar is invalid, the matcher is in an error state (see `error_of`)."""
-    limits = llguidance.LLParserLimits(  # these bound compilation, and each token's mask to about 15 ms
+    limits = llguidance.LLParserLimits(  # these bound compile time, and mask time to about 15 ms a token
         step_lexer_fuel=100_000, max_lexer_states=32_768, max_grammar_size=200_000, verbose_errors=False
     )
     return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
@@ -106,7 +106,7 @@ def try_grammar(tokenizer: llguidance.LLTokenizer, grammar: str) -> str:
         if matcher.is_error() or not allowed:
             break
         first = draw.randrange(allowed.bit_length())
-        rest = allowed >> first  # has at least one bit, the highest
+        rest = allowed >> first  # not zero: it has the highest bit
         matcher.consume_token(first + (rest & -rest).bit_length() - 1)
     return error_of(matcher) if matcher.is_error() else ""
 
@@ -150,11 +150,11 @@ class GrammarChecker:
             )  # fmt: skip
         self._finalizer = weakref.finalize(self, _end, self._process, self._socket)
         if self._ask(self._vocabulary, START_SECONDS) is None:
-            raise RuntimeError("the process that checks grammars does not start")
+            raise RuntimeError("the process that checks grammars did not start")
         return self._process
 
     def _ask(self, question: str | Vocabulary, seconds: float) -> str | None:
-        """Return the answer, None if the process has ended; kill it if there is none in time."""
+        """Return the reply, None if the process has ended; kill it and raise `TimeoutError` if it is late."""
         self._socket.settimeout(seconds)
         try:
             self._socket.sendall(encode_frame(question))
@@ -175,7 +175,7 @@ def _end(process: subprocess.Popen[bytes], sock: socket.socket) -> None:
 
 
 def main() -> None:
-    """Read a vocabulary, then grammars; answer each."""
+    """Read a vocabulary, then grammars; reply to each."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tokenizer: llguidance.LLTokenizer | None = None

@@ -29,7 +29,7 @@ Compiled = llguidance.LLMatcher | Exception
 
 
 def grammar_bytes(text: str) -> int:
-    """Estimate the memory of a compiled grammar: large ones took 25 to 120 bytes for each byte of text."""
+    """Estimate the memory of a compiled grammar: large ones took 25 to 120 bytes per byte of text."""
     return 65536 + 128 * len(text)
 
 
@@ -40,8 +40,8 @@ class GrammarCompiler(Generic[Ticket]):
         self,
         load: Callable[[], Tokenizer] | None = None,  # reads the tokenizer, for the first grammar; None refuses all
         vocab_size: int = 0,  # width of the logits
-        eos_token_ids: Sequence[int] = (),  # the model's; one without gets an end id that is never drawn
-        cache_bytes: int = CACHE_BYTES,  # most memory of cached grammars, as estimated by `grammar_bytes`
+        eos_token_ids: Sequence[int] = (),  # the model's; a model without one gets an end id that is never drawn
+        cache_bytes: int = CACHE_BYTES,  # maximum memory of cached grammars, as estimated by `grammar_bytes`
     ) -> None:
         self._wakeup = threading.Event()
         self.on_ready = self._wakeup.set  # called from another thread when `drain` may have something

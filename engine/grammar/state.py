@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checker import TOO_SLOW, error_of
 
-MASK_SECONDS = 2.0  # a mask that takes longer ends its request; the parser's limits should end it long before
+MASK_SECONDS = 2.0  # a slower mask ends its request; the parser's own limits normally stop it much earlier
 Bits = npt.NDArray[np.uint8]
 MASK_TABLE = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
@@ -29,7 +29,7 @@ MASK_TABLE = np.where(
 
 @dataclass(eq=False, slots=True)
 class GrammarState:
-    """How far one sequence has come in its grammar."""
+    """One sequence's progress through its grammar."""
 
     matcher: llguidance.LLMatcher
     avoided: Bits | None  # bits of the tokens that are allowed only if no other is
@@ -68,7 +68,7 @@ class MaskBatch:
         self.states = states
         self.done = first  # rows of `masks` that are ready
         self.masks = np.zeros((len(states), 8 * states[0].mask_bytes), np.float32)
-        self.abandoned = False  # one of them hangs, so its thread must not write any more
+        self.abandoned = False  # one of the masks hangs, so the thread must not write any more
         self.error: Exception | None = None  # an internal error
         self.finished = threading.Event()
 
@@ -99,7 +99,7 @@ class MaskMaker:
     def finish(self, batch: MaskBatch) -> Tensor:
         """Wait for the masks, FP32 [len(states), vocab or more]: 0 for tokens that may come next, -inf for the rest.
 
-        Raises what failed while they were made.
+        Raises the internal error, if there was one.
         """
         done = batch.done
         while not batch.finished.wait(MASK_SECONDS):

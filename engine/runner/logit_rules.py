@@ -1,4 +1,4 @@
-"""Rules for single tokens' scores, made into tensors once per request and applied in every step."""
+"""Rules for single tokens' scores, turned into tensors once per request and applied in every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LogitRules:
     def __init__(self, request: Request, vocab_size: int, device: torch.device) -> None:
         params = request.params
         self._device = device
-        self.bias: tuple[Tensor, Tensor] | None = None  # int64 ids, and FP32 what is added to each
+        self.bias: tuple[Tensor, Tensor] | None = None  # int64 ids, and FP32 values to add to them
         if params.logit_bias:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
             self.bias = self._ids(params.logit_bias), values
@@ -44,12 +44,12 @@ class LogitRules:
         if self._stops is not None and request.num_output_tokens < request.params.min_tokens:
             found.append(self._stops)
         if self._endings and request.num_output_tokens:
-            tokens, most = request.token_ids, request.num_output_tokens
+            tokens, count = request.token_ids, request.num_output_tokens
             for before, lasts in self._endings.get(tokens[-1], ()):
-                if len(before) <= most and tokens[-len(before) :] == before:
+                if len(before) <= count and tokens[-len(before) :] == before:
                     found.append(lasts)
         return found
 
     def _ids(self, tokens: Iterable[int]) -> Tensor:
-        # Several times as fast as a tensor of a list.
+        # Several times as fast as `torch.tensor` of a list.
         return torch.from_numpy(np.fromiter(tokens, np.int64)).to(self._device)

@@ -12,11 +12,11 @@ from ..step.request import Request
 from ..step.scheduler import ScheduledSequence
 from .sampler import token_logprobs
 
-ROWS = 256  # most rows of scores at a time, each as wide as the vocabulary
+ROWS = 256  # maximum rows of scores at a time, each as wide as the vocabulary
 
 
 def read_prompts(model: DeepNetwork, sequences: Sequence[ScheduledSequence], hidden: Tensor) -> None:
-    """Store what the requests that read their prompt ask of a step's hidden states FP32 [T, H].
+    """Store what requests that read their prompt need of a step's hidden states FP32 [T, H].
 
     Call it before the step's progress is added to `num_computed_tokens`.
     """
@@ -41,7 +41,7 @@ def _pool(request: Request, hidden: Tensor) -> None:
 
 
 def _score(model: DeepNetwork, request: Request, hidden: Tensor) -> None:
-    """Score each token at the position before it, but for those scored before a preemption."""
+    """Score each token at the position before it, except those scored before a preemption."""
     first = request.num_computed_tokens
     end = min(first + len(hidden), request.num_prompt_tokens - 1)
     for start in range(max(first, len(request.prompt_logprobs)), end, ROWS):

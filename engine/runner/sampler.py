@@ -13,7 +13,7 @@ from ..messages import TokenLogprobs
 from ..step.request import Request, SampledToken
 from .logit_rules import LogitRules
 
-Draw = tuple[Request, Sequence[int]]  # a request, and the guessed tokens between its own and the drawn one
+Draw = tuple[Request, Sequence[int]]  # a request, and the draft tokens before the drawn one
 
 
 def sample_tokens(ops: Backend, logits: Tensor, draws: Sequence[Draw], allowed: Iterable[Tensor]) -> list[SampledToken]:
@@ -61,7 +61,7 @@ def _batch(ops: Backend, draws: Sequence[Draw], allowed: Iterable[Tensor], logit
 
 
 def token_logprobs(ops: Backend, raw: Tensor, chosen: Tensor, wanted: Sequence[int]) -> list[TokenLogprobs]:
-    """Report chosen tokens int64 [N] by raw scores FP32 [N, vocab], each with as many likeliest tokens as `wanted`."""
+    """Report chosen tokens int64 [N] by raw scores FP32 [N, vocab], each with as many top tokens as `wanted`."""
     of_chosen, ranks, best, ids = ops.logprobs(raw, chosen, max(wanted))
     columns = zip(wanted, chosen.tolist(), of_chosen.tolist(), ranks.tolist(), best.tolist(), ids.tolist(), strict=True)
     return [

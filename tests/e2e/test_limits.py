@@ -50,7 +50,7 @@ def test_flood_is_answered_or_refused_with_retry_after(checkpoint: Path, tmp_pat
                 assert answer.json()["usage"]["completion_tokens"] == FLOOD_TOKENS
         server.wait_until_idle()
         with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
-            with pytest.raises(openai.BadRequestError, match="at most 12 sequences at once, got 13"):
+            with pytest.raises(openai.BadRequestError, match="at most 12 sequences at once, but got 13"):
                 client.completions.create(model=checkpoint.name, prompt="x", n=13, max_tokens=1)
             answer = client.completions.create(model=checkpoint.name, prompt="x", n=12, max_tokens=1, **GREEDY)
             assert len(answer.choices) == 12

@@ -46,7 +46,7 @@ def test_a_busy_machine_is_not_the_grammar_s_error(monkeypatch):
 
 def test_a_checker_that_does_not_start_says_so(monkeypatch):
     monkeypatch.setattr("pyllm.engine.grammar.checker.python", lambda: ["false"])
-    with pytest.raises(RuntimeError, match="does not start"):
+    with pytest.raises(RuntimeError, match="did not start"):
         byte_checker().check(DIGITS)
 
 

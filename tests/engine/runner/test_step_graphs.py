@@ -89,7 +89,7 @@ def test_who_is_looked_into_is_computed_without_a_graph(plain, recorded):
 def test_experts_are_counted_in_graphs_and_padding_is_not(plain, recorded):
     llm, _ = recorded
     for engine in (llm, plain):
-        engine.core.expert_stats.reset()
+        engine.core.observer.reset()
         engine.generate(["Count my experts", "and mine", "mine"], PLAIN[:3])
     got, wanted = llm.core.stats(), plain.core.stats()
     assert got.expert_tokens == wanted.expert_tokens

@@ -59,7 +59,7 @@ def test_the_flags_choose_the_file_of_defaults_and_win_over_it(tmp_path):
     [
         ('{"temprature": 1}', "'temprature', which is unknown; did you mean temperature?"),
         ('{"zzz": 1}', "known keys: temperature, top_p"),
-        ('{"temperature": 3}', "temperature must be between 0 and 2, got 3"),
+        ('{"temperature": 3}', "temperature must be between 0 and 2, but got 3"),
         ('{"temperature": NaN}', "temperature must be between 0 and 2"),
         ('{"temperature": "hot"}', "Expected `float`, got `str`"),
         ('{"max_new_tokens": 0}', "max_new_tokens must be at least 1"),
