@@ -116,7 +116,7 @@ def test_how_many_sequences_run_at_once_is_chosen_by_device(device: str, most: i
          "--kv-cache-memory-bytes to 7000."),
         ({"num_kv_blocks": 2}, "or raise --num-kv-blocks to 7."),
         ({"kv_cache_memory_bytes": 1 << 50}, "but only "),
-        ({}, "or set --kv-cache-memory-bytes to 7000 if there is as much."),
+        ({}, "or set --kv-cache-memory-bytes to 7000 if that much is available."),
     ],
 )  # fmt: skip
 def test_too_little_is_one_sentence_that_says_what_to_set(
