@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds until a wait is given up: no test is about time, and the machine may be busy with other things."""
 FOREVER = 8000
 """Tokens that take so many steps that an abort is seen long before."""
