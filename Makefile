@@ -7,9 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
-# Tests with whole servers run one at a time, because servers and clients share the processors; the rest in two processes.
-TESTS = $(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) tests/e2e && $(PYTEST) --ignore tests/e2e --numprocesses 2 --dist loadfile \
-  --no-loadscope-reorder)
+TESTS = $(PYTEST) $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 .PHONY: serve test test-optimized lint bench clean lock audit
 
