@@ -37,7 +37,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
 class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
     """How a sequence is sampled (see also `DrawParams`) and when it ends; a wrong value raises `RequestError`."""
 
-    max_tokens: int | None = 16  # None: the rest of the context; 0: only read the prompt
+    max_tokens: int | None = 16  # at most what fits, and all of it if None; 0: only read the prompt
     stop: tuple[str, ...] = ()  # strings that end the text, and are removed unless `include_stop_str_in_output`
     stop_token_ids: tuple[int, ...] = ()  # in addition to the model's end-of-sequence ids
     include_stop_str_in_output: bool = False
@@ -87,7 +87,7 @@ class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
 
 
 class EngineRequest(Message, frozen=True, kw_only=True):
-    """A new sequence to generate; `resolve_request` fills in the `seed` and `max_tokens` of `params`."""
+    """A new sequence to generate; `resolve_request` sets the `seed` and `max_tokens` of `params`."""
 
     request_id: str  # unique among unfinished requests
     prompt_token_ids: list[int]  # at least one
@@ -276,7 +276,8 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
             where = param or "The prompt"
             raise RequestError(f"{where} has a token id outside 0 to {info.vocab_size - 1}.", param=param)
     output = 0 if message.pooling else 1 if params.max_tokens is None else params.max_tokens
-    has = f"the prompt has {prompt} tokens" + (f" and up to {output} more were requested" if output else "")
+    more = f"up to {output} more were requested" if output > 1 else "the answer needs at least one more"
+    has = f"the prompt has {prompt} tokens" + (f" and {more}" if output else "")
     context, capacity, code = info.config.max_model_len, info.kv_capacity_tokens, "context_length_exceeded"
     if prompt + output > context:
         raise RequestError(f"This model's context is {context} tokens, but {has}.", code=code)
@@ -289,12 +290,15 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
 
 
 def resolve_request(message: EngineRequest, info: EngineInfo, seeds: random.Random) -> EngineRequest:
-    """Fill in `max_tokens` and `seed` where they are None, and check the result; raises `RequestError`."""
-    params = message.params
-    room = max(info.config.max_model_len - len(message.prompt_token_ids), 1)
+    """Limit `max_tokens` to what fits, fill in `seed`, and check the result; raises `RequestError`."""
+    params, context, prompt = message.params, info.config.max_model_len, len(message.prompt_token_ids)
+    if 0 < context - prompt < params.min_tokens:
+        has = f"the context of {context} tokens has room for {context - prompt} after the prompt's {prompt}"
+        raise RequestError(f"min_tokens is {params.min_tokens}, but {has}.", param="min_tokens")
+    room = max(context - prompt, params.min_tokens, 1)  # of a prompt that is too long, which the check refuses
     params = msgspec.structs.replace(
         params,
-        max_tokens=max(room, params.min_tokens) if params.max_tokens is None else params.max_tokens,
+        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         seed=seeds.getrandbits(63) if params.seed is None else params.seed,
     )
     message = msgspec.structs.replace(message, params=params)

@@ -24,7 +24,7 @@ from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
 from . import reading
 from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, TokenLogprob, Usage
-from .types import MAX_INT, MAX_TOOLS, SchemaName, StrictModel
+from .types import MAX_TOKENS, MAX_TOOLS, SchemaName, StrictModel
 
 
 class FunctionName(StrictModel):
@@ -61,8 +61,10 @@ class ChatCompletionRequest(GenerationRequest, reading.TemplateOptions):
     messages: reading.Messages
     tool_choice: WireToolChoice | None = Field(None, description="auto if there are tools, else none.")
     parallel_tool_calls: bool | None = Field(None, description="If false, at most one call.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Takes precedence over max_tokens.")
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="The rest of the context by default.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=MAX_TOKENS, description="Takes precedence over max_tokens."
+    )
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="The rest of the context by default.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")
 
@@ -144,7 +146,7 @@ class ChatCompletionChunk(StrictModel):
 async def create_chat_completion(context: RequestContext, body: ChatCompletionRequest, model: ServedModel) -> Response:
     """Answer a chat in one response or as a stream; a refused request gets a plain error response."""
     turn = await prepare_turn(await off_loop_if_large(read_conversation, body, model), model)
-    generation = reading.start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
+    generation = reading.start_generation(context, body, model, [turn.prompt], turn.params, "messages")
     head = {"id": f"chatcmpl-{context.request_id}", "created": int(time.time()), "model": body.model}
     if body.stream:
         head["object"] = "chat.completion.chunk"

@@ -26,7 +26,7 @@ from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
 from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, Usage
 from .reading import read_response_format, read_sampling, start_generation
-from .types import MAX_INT, MAX_PROMPTS, StrictModel, Text, TokenIds
+from .types import MAX_PROMPTS, MAX_TOKENS, StrictModel, Text, TokenIds
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -40,7 +40,7 @@ class CompletionRequest(GenerationRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(description=f"One or more texts or lists of token ids; prompts times n ≤ {MAX_SEQUENCES}.")
-    max_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Default 16; 0 requires echo.")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="Default 16; 0 requires echo.")
     echo: bool | None = Field(None, description="Put the prompt before the text, and its logprobs before the others.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool | None = Field(None, description="Put the begin-of-sequence token before a text prompt.")
@@ -81,8 +81,7 @@ async def create_completion(context: RequestContext, body: CompletionRequest, mo
     params = await _params(body, model)
     keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
     prompts = await encode_prompts(body.prompt, model, add_bos=add_bos, keep=keep, max_tokens=params.max_tokens)
-    fitted = [_fitted(params, prompt, body, model) for prompt in prompts]
-    generation = start_generation(context, body, model, prompts, fitted, "prompt")
+    generation = start_generation(context, body, model, prompts, params, "prompt")
     head: dict[str, Any] = {"id": f"cmpl-{context.request_id}", "object": "text_completion"}
     head |= {"created": int(time.time()), "model": body.model}
     skip_special_tokens = params.skip_special_tokens
@@ -101,7 +100,7 @@ async def create_completion(context: RequestContext, body: CompletionRequest, mo
 
 
 async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams:
-    """Return the sampling parameters of a prompt that leaves enough room; raises `RequestError`."""
+    """Return the sampling parameters; raises `RequestError`."""
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens must be at least 1 without echo.", param="max_tokens")
     wanted = await off_loop_if_large(read_response_format, body)
@@ -113,14 +112,6 @@ async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     grammar = None if wanted is None else wanted.grammar
     return await off_loop_if_large(sampling_params, sampling, model, max_tokens=max_tokens, grammar=grammar)
-
-
-def _fitted(params: SamplingParams, prompt: list[int], body: CompletionRequest, model: ServedModel) -> SamplingParams:
-    """Limit the default of `max_tokens` to the rest of the context after `prompt`."""
-    room = max(model.engine.info.config.max_model_len - len(prompt), 1)
-    if body.max_tokens is not None or room >= DEFAULT_MAX_TOKENS:
-        return params
-    return msgspec.structs.replace(params, max_tokens=room)
 
 
 def _best(positions: Sequence[TokenLogprobs], count: int) -> list[TokenLogprobs]:

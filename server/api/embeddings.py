@@ -87,7 +87,7 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
     for start in range(0, len(prompts), batch):
         inputs = prompts[start : start + batch]
         generation = Generation(
-            model.engine, model.metrics, context, inputs, [params] * len(inputs),
+            model.engine, model.metrics, context, inputs, params,
             field="input", priority=body.priority or 0, pooling=body.pooling or "mean",
         )  # fmt: skip
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -158,7 +158,7 @@ def start_generation(
     body: fields.SamplingRequest,
     model: ServedModel,
     prompts: list[list[int]],
-    params: Sequence[SamplingParams],
+    params: SamplingParams,
     field: str,
 ) -> Generation:
     """Submit the prompts; errors report them under the name `field`. Raises as `Generation` does."""

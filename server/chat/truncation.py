@@ -14,13 +14,21 @@ Prompts = str | list[int] | list[str] | list[list[int]]  # one or more
 Render = Callable[[Messages], Awaitable[list[int]]]
 
 
+def prompt_room(context: int, max_tokens: int | None) -> int:
+    """Return how many tokens a prompt that may be shortened can keep.
+
+    It leaves room for `max_tokens`, or for one token if that is more than half of the context: such a limit is not a
+    wish to lose the prompt.
+    """
+    return context - (1 if max_tokens is None or max_tokens > context // 2 else max_tokens)
+
+
 def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max_tokens: int | None) -> list[int]:
-    """Return the last `keep` ids of a prompt, -1 keeps all that leave room for `max_tokens`; raises `RequestError`."""
+    """Return the last `keep` ids of a prompt, -1 keeps those of `prompt_room`; raises `RequestError`."""
     if keep is None:
         return prompt
-    room = model.engine.info.config.max_model_len - (1 if max_tokens is None else max_tokens)
     if keep == -1:
-        keep = max(room, 1)
+        keep = prompt_room(model.engine.info.config.max_model_len, max_tokens)
     if not keep:
         raise RequestError("truncate_prompt_tokens must be -1 or at least 1.", param="truncate_prompt_tokens")
     return prompt[-keep:]

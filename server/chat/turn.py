@@ -17,7 +17,7 @@ from .served_model import LARGE_TEXT, ServedModel
 from .template import MAX_DEPTH, ChatTemplate, ChatTemplateError, is_deeper
 from .tool_calls import Part, ToolCallFormat, TurnReader
 from .tool_choice import ToolOptions, read_tools
-from .truncation import render_newest, truncate_prompt
+from .truncation import prompt_room, render_newest, truncate_prompt
 
 MAX_VARIABLE_BYTES = 2**14
 LARGE_CHAT = 50  # chats of at least this many messages are rendered off the event loop
@@ -88,8 +88,8 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     prompt = await _render(conversation, model, tools)
     if conversation.keep_tokens is not None:
         prompt = truncate_prompt(prompt, conversation.keep_tokens, model, max_tokens)
-    if max_tokens is None and (default := model.defaults.get("max_tokens")) is not None:
-        max_tokens = min(default, max(model.engine.info.config.max_model_len - len(prompt), 1))
+    if max_tokens is None:
+        max_tokens = model.defaults.get("max_tokens")
     grammar = await _grammar(conversation, tools, model)
     # A grammar determines the answer's end, and the plain text that ends a turn may occur inside it, so it is then not
     # used as a stop string.
@@ -178,7 +178,7 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
     try:
         if conversation.keep_messages is None:
             return await render(conversation.messages)
-        room = context - (conversation.max_tokens or 1)
+        room = prompt_room(context, conversation.max_tokens)
         return await render_newest(conversation.messages, conversation.keep_messages, room, render)
     except ChatTemplateError as error:
         error.param = conversation.messages_field

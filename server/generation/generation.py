@@ -119,7 +119,7 @@ class Generation:
         counts: Counts,
         context: RequestContext,
         prompts: list[list[int]],
-        params: Sequence[SamplingParams],
+        params: SamplingParams,
         *,
         field: str,
         n: int = 1,
@@ -128,7 +128,7 @@ class Generation:
         pooling: Pooling | None = None,
         streams: bool = False,
     ) -> None:
-        """Submit all sequences; `params` has one entry for each prompt, `field` is the endpoint's name for prompts.
+        """Submit all sequences; `field` is the endpoint's name for prompts.
 
         Raises `RequestError`, `EngineBusyError` or `EngineDeadError` if the engine refuses one; then none runs.
         """
@@ -137,9 +137,9 @@ class Generation:
         self._counts = counts
         self.context = context
         self.n = n
-        self.params = params[0]  # those of the other prompts differ at most in `max_tokens`
+        self.params = params
         self.model_name = counts.model_name
-        self.with_logprobs = self.params.logprobs is not None
+        self.with_logprobs = params.logprobs is not None
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self.wakeup = Wakeup()  # set when there is something to drain
@@ -147,8 +147,7 @@ class Generation:
         salt = context.cache_owner + (cache_salt or "") or None  # unambiguous: all owners' names have the same length
         try:
             for index, choice in enumerate(self.choices):
-                own = params[index // n]
-                own = msgspec.structs.replace(own, seed=_shifted(own.seed, index % n))
+                own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
                 stream = self._engine.submit(
                     f"{context.request_id}-{index}", choice.prompt_token_ids, own,
                     priority=priority, cache_salt=salt, pooling=pooling, wakeup=self.wakeup,
@@ -266,7 +265,7 @@ class Generation:
 
 
 def _check_size(
-    engine: AsyncEngine, prompts: list[list[int]], params: Sequence[SamplingParams], field: str, n: int, streams: bool
+    engine: AsyncEngine, prompts: list[list[int]], params: SamplingParams, field: str, n: int, streams: bool
 ) -> None:
     """Raise `RequestError` or `EngineBusyError` for more sequences, or data about them, than memory allows."""
     count, info = len(prompts) * n, engine.info
@@ -280,22 +279,22 @@ def _check_size(
         error.param = field
         raise
     lists = {
-        "allowed_token_ids": sum(len(own.allowed_token_ids or ()) for own in params),
-        "bad_words": sum(len(word) for own in params for word in own.bad_words),
+        "allowed_token_ids": len(params.allowed_token_ids or ()),
+        "bad_words": sum(len(word) for word in params.bad_words),
     }
     for name, length in lists.items():
-        if length * n > MAX_LISTED_IDS:  # each sequence carries its own list
-            message = f"{name} is too long for {count} sequences: {length * n} ids; the limit is {MAX_LISTED_IDS}."
+        if length * count > MAX_LISTED_IDS:  # each sequence carries its own list
+            message = f"{name} is too long for {count} sequences: {length * count} ids; the limit is {MAX_LISTED_IDS}."
             raise RequestError(message, param=name)
     shown = 0
-    for prompt, own in zip(prompts, params, strict=True):
-        if own.prompt_logprobs is not None:
-            shown += len(prompt) * (own.prompt_logprobs + 1)
+    for prompt in prompts:
+        if params.prompt_logprobs is not None:
+            shown += len(prompt) * (params.prompt_logprobs + 1)
         if not streams:  # a stream sends each token's data immediately and keeps none
             room = max(info.config.max_model_len - len(prompt), 0)
-            tokens = room if own.max_tokens is None else min(own.max_tokens, room)
-            shown += tokens * (0 if own.logprobs is None else own.logprobs + 1)
-            shown += tokens * (info.num_layers // LAYERS_PER_CANDIDATE + 1 if own.return_dynamics else 0)
+            tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+            shown += tokens * (0 if params.logprobs is None else params.logprobs + 1)
+            shown += tokens * (info.num_layers // LAYERS_PER_CANDIDATE + 1 if params.return_dynamics else 0)
     if shown * n > MAX_SHOWN:
         message = f"Too many log-probabilities or dynamics: {shown * n} candidates; the limit is {MAX_SHOWN}."
         raise RequestError(message, param=field)

@@ -127,7 +127,7 @@ def test_options_reach_the_model(llm: ChatOpenAI, connection: dict[str, Any]) ->
 
 def test_a_refusal_raises_the_clients_error(connection: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError, match="context"):
-        ChatOpenAI(**connection, max_tokens=10**6).invoke("Hello")
+        ChatOpenAI(**connection).invoke("Hello " * 10**5)
     with pytest.raises(openai.NotFoundError):
         ChatOpenAI(**connection | {"model": "gpt-4o"}).invoke("Hello")
 

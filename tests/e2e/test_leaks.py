@@ -192,7 +192,7 @@ def exchanges(draw: random.Random) -> list[Exchange]:
         post("/v1/completions", prompt=[text, text[::-1]], max_tokens=4, n=2, logprobs=2, stop=["q"]),
         post("/v1/responses", input=text, max_output_tokens=6, store=False), post("/v1/embeddings", input=[text, "a"]),
         post("/v1/messages", model="tiny", **chat, stream=True), post("/tokenize", prompt=text),
-        post("/v1/completions", prompt=7), post("/v1/completions", prompt=text, max_tokens=10**6), post("/v1/nothing"),
+        post("/v1/completions", prompt=7), post("/v1/completions", prompt=text * 10**4), post("/v1/nothing"),
         hang_up("/v1/completions", prompt=text, max_tokens=1000, ignore_eos=True),
         half(head), half(head + b"\r\n{"), half(b"no HTTP at all\r\n\r\n"),
     ]  # fmt: skip

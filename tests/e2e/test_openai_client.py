@@ -265,7 +265,7 @@ ERRORS: dict[str, tuple[Call, type[openai.APIStatusError], str | None]] = {
     "bad value in a stream": (chat(temperature=5, stream=True), openai.BadRequestError, "temperature"),
     "unknown field": (chat(extra_body={"temprature": 1}), openai.BadRequestError, "temprature"),
     "no messages": (chat(messages=[]), openai.BadRequestError, "messages"),
-    "too long": (chat(max_tokens=10**6), openai.BadRequestError, "messages"),
+    "too long": (chat(messages=[{"role": "user", "content": "Hi " * 10**5}]), openai.BadRequestError, "messages"),
     "bad schema": (
         chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}),
         openai.BadRequestError,

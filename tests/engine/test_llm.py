@@ -107,6 +107,20 @@ def test_max_tokens_none_fills_the_context(llm):
     assert completion.finish_reason == "length"
 
 
+def test_max_tokens_is_limited_to_what_each_prompt_leaves(llm):
+    context = llm.core.info.config.max_model_len
+    prompts = [[5] * (context - 8), [5] * (context - 1), [5] * (context - 20)]
+    for limit in (4096, 10**6, 2**63 - 1, 10):
+        found = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True))
+        assert [len(completion.token_ids) for completion in found] == [8, 1, min(limit, 20)]
+        assert {completion.finish_reason for completion in found} == {"length"}
+    with pytest.raises(RequestError, match=rf"context is {context} tokens, but the prompt has {context}"):
+        llm.generate([[5] * context], GREEDY)
+    with pytest.raises(RequestError, match=rf"min_tokens is 9, .* {context} tokens has room for 8") as error:
+        llm.generate(prompts, SamplingParams(max_tokens=50, min_tokens=9))
+    assert error.value.param == "min_tokens"
+
+
 def test_one_impossible_prompt_refuses_the_whole_call(llm):
     with pytest.raises(RequestError, match="empty"):
         llm.generate(["fine", []], GREEDY)

@@ -34,7 +34,7 @@ async def create_message(context: RequestContext, body: wire.MessagesRequest, mo
     sampling = {**read_sampling(body, model), "stop": tuple(body.stop_sequences or ())}
     read = await off_loop_if_large(read_conversation, body, sampling=sampling, max_tokens=body.max_tokens)
     turn = await prepare_turn(read, model)
-    generation = start_generation(context, body, model, [turn.prompt], [turn.params], "messages")
+    generation = start_generation(context, body, model, [turn.prompt], turn.params, "messages")
     head = {"id": f"msg_{context.request_id}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
         events = MessageEvents(head, generation, turn, body)

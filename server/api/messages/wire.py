@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, RootModel
 
 from ..fields import ErrorBody, SamplingRequest
 from ..reading import GiveWay
-from ..types import MAX_INT, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StopText, StrictModel, Text
+from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StopText, StrictModel, Text
 
 
 def _refuse(value: Any) -> None:
@@ -188,7 +188,7 @@ class MessagesMetadata(StrictModel):
 class MessagesRequest(SamplingRequest, CountTokensRequest):
     """Body of `POST /v1/messages`: Anthropic's fields, and other sampling fields as on the other routes."""
 
-    max_tokens: int = Field(ge=1, le=MAX_INT)
+    max_tokens: int = Field(ge=1, le=MAX_TOKENS)
     stop_sequences: Annotated[list[StopText], Field(max_length=4)] | None = None
     metadata: MessagesMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

@@ -43,7 +43,7 @@ async def create_response(
     conversation, items = await off_loop_if_large(_read, body, sources, model)
     turn = await prepare_turn(conversation, model)
     response = await off_loop_if_large(_describe, body, turn)
-    generation = start_generation(context, body, model, [turn.prompt], [turn.params], "input")
+    generation = start_generation(context, body, model, [turn.prompt], turn.params, "input")
     put = None if body.store is False else partial(store.put, input_items=items, owner=context.owner)
     writer = ResponseWriter(response, turn, generation, model.tokenizer, put)
     if body.stream:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from ....engine.messages import MAX_LOGPROBS
 from ..fields import JsonObjectFormat, JsonSchemaFormat, OpenAIRequest, TextFormat, TokenLogprob
-from ..types import MAX_INT, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StrictModel, Text
+from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StrictModel, Text
 
 MAX_ITEMS = 4096
 Item = dict[str, Any]
@@ -157,7 +157,7 @@ class ResponseRequest(OpenAIRequest):
     instructions: Text | None = Field(None, description="System message of this response only.")
     previous_response_id: Name | None = Field(None, description="Continue from this stored response.")
     store: bool | None = Field(None, description="Store the response (default true).")
-    max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Default: the rest of the context.")
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="Default: the rest of the context.")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="auto drops the oldest items to fit.")
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = Field(None, description="Default: auto with tools, else none.")

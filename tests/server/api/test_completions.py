@@ -249,7 +249,8 @@ def test_the_default_of_max_tokens_is_what_each_prompt_leaves(harness):
     prompts = [[70] * (CONTEXT - 5), [70]]
     answer = harness.complete(prompt=prompts).json()
     assert [len(choice["text"]) for choice in answer["choices"]] == [5, 16]
-    assert harness.complete(prompt=prompts, max_tokens=16).status_code == 400
+    answer = harness.complete(prompt=prompts, max_tokens=16).json()
+    assert [len(choice["text"]) for choice in answer["choices"]] == [5, 16]
     assert harness.complete(prompt=[70] * CONTEXT).json()["error"]["code"] == "context_length_exceeded"
 
 

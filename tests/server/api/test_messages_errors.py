@@ -57,7 +57,7 @@ def failure(response: httpx.Response) -> dict[str, Any]:
             "messages[0].content[0].tool_use_id",
         ),
         ({"messages": [*HI, {"role": "assistant", "content": [CALL]}]}, "messages"),
-        ({"max_tokens": 10**6}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages"),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
