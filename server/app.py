@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -14,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
+from starlette.routing import Match, Route
 
 from .. import __version__
 from .api.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, create_chat_completion
@@ -30,16 +34,17 @@ from .api.messages.wire import (
     TokenCount,
 )
 from .api.models import add_model_routes
-from .api.pages import PAGE_PATHS, add_page_routes
+from .api.pages import PAGE_PATHS, add_base_route, add_page_routes, methods_of
 from .api.responses.route import create_response
 from .api.responses.store import add_store_routes
 from .api.responses.wire import ResponseEvent, ResponseObject, ResponseRequest
 from .api.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest, detokenize, tokenize
-from .http.errors import ApiError, JsonResponse, to_api_error, unavailable
+from .http.errors import MAX_ECHO, ApiError, JsonResponse, shorten, to_api_error, unavailable
 from .http.middleware import RequestContext, RequestMiddleware, error_response
 from .service import Endpoint, Service
 
 REFERENCE = "#/components/schemas/{model}"
+REFUSED_ORIGIN = "Pages of this origin may not call this server: see --allowed-origins."
 
 
 def create_app(service: Service) -> FastAPI:
@@ -48,13 +53,6 @@ def create_app(service: Service) -> FastAPI:
         title="PyLLM", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         responses=_error_schemas(ErrorAnswer),
     )  # fmt: skip
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(RequestMiddleware, service=service, public_paths=PAGE_PATHS)
-    if origins := service.config.allowed_origins:
-        app.add_middleware(
-            _Cors, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"],
-            expose_headers=["x-request-id", "request-id"],
-        )  # fmt: skip
     _add_state_routes(app, service)
     add_model_routes(app, service.ready_model)
     add_page_routes(app)
@@ -62,23 +60,65 @@ def create_app(service: Service) -> FastAPI:
     for endpoint in ENDPOINTS:
         _add_endpoint(app, service, endpoint)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    add_base_route(app, [route for route in app.routes if isinstance(route, Route)])
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    app.add_exception_handler(HTTPException, partial(_http_error, routes))
+    app.add_middleware(RequestMiddleware, service=service, public_paths=PAGE_PATHS, is_route=partial(_is_route, routes))
+    if origins := service.config.allowed_origins:
+        app.add_middleware(
+            _Cors, allow_origins=origins, allow_methods=["GET", "HEAD", "POST", "DELETE"], allow_headers=["*"],
+            expose_headers=["x-request-id", "request-id"], allow_private_network=True,
+        )  # fmt: skip
     return app
 
 
 class _Cors(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Refuse other origins in OpenAI's error format."""
+        """Refuse in OpenAI's error format, and say what is refused."""
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        message = "Pages of this origin may not call this server: see --allowed-origins."
+        message = REFUSED_ORIGIN
+        if self.is_allowed_origin(request_headers["origin"]):
+            method = shorten(request_headers["access-control-request-method"])
+            message = f"Pages may send {', '.join(self.allow_methods)} to this server, but not {method!r}."
         refusal = error_response(ApiError(response.status_code, message, code="cors"))
         refusal.headers.update({name: value for name, value in response.headers.items() if name == "vary"})
         return refusal
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    return error_response(to_api_error(error), RequestContext.of(request.scope))
+def _is_route(routes: Sequence[Route], path: str) -> bool:
+    """Whether an endpoint has this path; pages, and names with any slashes, need it to the letter."""
+    return any(
+        isinstance(route, APIRoute) and ":path}" not in route.path and route.path_regex.match(path) for route in routes
+    )
+
+
+async def _http_error(routes: Sequence[Route], request: Request, error: Exception) -> Response:
+    """Answer an unknown route or method with what is known instead."""
+    failure, context = to_api_error(error), RequestContext.of(request.scope)
+    if failure.code == "unknown_url":
+        failure.message = f"This route does not exist: {_nearest(routes, context.path)}"
+    elif failure.code == "method_not_allowed":
+        found = {m for r in routes if r.matches(request.scope)[0] is not Match.NONE for m in methods_of(r)}
+        allowed = ", ".join(sorted(found))
+        if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
+            return error_response(ApiError(400, REFUSED_ORIGIN, code="cors"))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
+        failure.message = f"This route takes {allowed}, but not {shorten(request.method)}."
+        failure.headers = {"allow": allowed}
+    return error_response(failure, context)
+
+
+def _nearest(routes: Sequence[Route], path: str) -> str:
+    """Hint at the route that a wrong path may mean."""
+    path = path[:MAX_ECHO].lower().rstrip("/")
+    names = {r.path: f"{'/'.join(methods_of(r)[:1])} {r.path}" for r in routes if "{" not in r.path and r.path[4:]}
+    same_end = [name for name in names if path.endswith(name.removeprefix("/v1"))]
+    if near := max(same_end, key=len, default="") or next(iter(get_close_matches(path, names, 1, 0.8)), ""):
+        return f"did you mean {names[near]}?"
+    return "GET /v1 lists those that do."
 
 
 def _error_schemas(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
+
+from ..http.errors import JsonResponse
 
 ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the API reference: all that is used of fastapi-offline
 NO_SNIFFING = {"x-content-type-options": "nosniff"}
-PAGE_PATHS = frozenset({"/", "/docs", "/openapi.json", *(f"/docs/{name}" for name in ASSETS)})
+PAGE_PATHS = frozenset({"/", "/v1", "/v1/", "/docs", "/openapi.json", *(f"/docs/{name}" for name in ASSETS)})
 """They need no key: they hold no data, and a browser that opens a page cannot send one."""
 
 
@@ -27,6 +30,29 @@ def add_page_routes(app: FastAPI) -> None:
     pages: dict[str, Any] = {"/": _page("chat.html"), "/docs": _page("docs.html")}
     pages |= {f"/docs/{name}": partial(_asset, assets / name) for name in ASSETS}
     app.router.routes += [Route(path, page, methods=["GET"]) for path, page in pages.items()]
+
+
+def methods_of(route: Route) -> list[str]:
+    """Return the methods that a route answers; HEAD is answered like GET."""
+    methods = route.methods or set()
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
+
+
+def add_base_route(app: FastAPI, routes: Sequence[Route]) -> None:
+    """Add a route at the base URL: it lists `routes` to a client, and leads a browser to the chat page."""
+    listed = [f"{method} {route.path}" for route in routes for method in methods_of(route) if method != "HEAD"]
+
+    async def show(request: Request) -> Response:
+        vary = {"vary": "accept"}
+        if "text/html" in request.headers.get("accept", ""):
+            path = request.scope["raw_path"].partition(b"?")[0]
+            return RedirectResponse(
+                ".." if path.endswith(b"/") else ".", headers=vary
+            )  # relative: a proxy may add to it
+        message = "This is the base URL of an API like OpenAI's. GET / is a chat page, GET /docs the reference."
+        return JsonResponse({"message": message, "endpoints": sorted(listed)}, headers=vary)
+
+    app.router.routes += [Route(path, show, methods=["GET"]) for path in ("/v1", "/v1/")]
 
 
 async def _asset(path: Path, request: Request) -> Response:

@@ -20,6 +20,8 @@ from .token_details import show_dynamics
 
 DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
+# Raw in JSON, but line ends to clients that read a stream line by line as Python does, such as httpx's `iter_lines`.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 def event(content: Any) -> bytes:
@@ -139,7 +141,7 @@ async def send_events(generation: Generation, writer: EventWriter) -> bytes:
     try:
         while generation.running:
             if data:
-                await context.send({"type": "http.response.body", "body": data, "more_body": True})
+                await context.send({"type": "http.response.body", "body": _escape_line_ends(data), "more_body": True})
                 data = b""
             await generation.wakeup.wait()
             for index, output in generation.drain():
@@ -152,9 +154,17 @@ async def send_events(generation: Generation, writer: EventWriter) -> bytes:
                     waiting[index] = output
                 if output.finish_reason is not None:
                     data += writer.ending(index, output)
-        return data + writer.closing()
+        return _escape_line_ends(data + writer.closing())
     except Exception as error:
-        return data + writer.failure(to_api_error(error, context.request_id))
+        return _escape_line_ends(data + writer.failure(to_api_error(error, context.request_id)))
+
+
+def _escape_line_ends(data: bytes) -> bytes:
+    """Leave the events' own line feeds as the only line ends."""
+    if data.isascii():
+        return data
+    text = data.decode()  # in which a search is several times as fast as in bytes
+    return text.translate(_LINE_ENDS).encode() if "\x85" in text or "\u2028" in text or "\u2029" in text else data
 
 
 def _joined(before: RequestOutput, output: RequestOutput) -> RequestOutput:
@@ -176,6 +186,7 @@ class EventStream(EventSourceResponse):
 
     def __init__(self, generation: Generation, writer: EventWriter, keep_alive_seconds: float) -> None:
         super().__init__(self._body(), ping=keep_alive_seconds, sep="\n", ping_message_factory=lambda: _KEEP_ALIVE)
+        del self.headers["connection"]  # the library's keep-alive is the default, and wrong where the connection closes
         self._generation = generation
         self._writer = writer
 

@@ -85,8 +85,7 @@ def to_api_error(error: Exception, request_id: str = "-") -> ApiError:
         case HTTPException(status_code=404):
             return ApiError(404, "This route does not exist.", code="unknown_url")
         case HTTPException(status_code=405):
-            message = "This route does not support this method."
-            return ApiError(405, message, code="method_not_allowed", headers=error.headers or {})
+            return ApiError(405, "This route does not support this method.", code="method_not_allowed")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
     logger.error("A request failed because of an internal error. id=%s", request_id, exc_info=error)

@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -121,8 +122,12 @@ class ServiceState(Protocol):
 class RequestMiddleware:
     """Plain ASGI, so that streams pass through untouched."""
 
-    def __init__(self, app: ASGIApp, service: ServiceState, public_paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, service: ServiceState, public_paths: frozenset[str], is_route: Callable[[str], bool]
+    ) -> None:
+        """`is_route` says whether a path is one that the app serves."""
         self._app = app
+        self._is_route = is_route
         self._service = service
         self._public_paths = PROBES | public_paths
         # A key's owner is named by a hash that does not reveal the key and changes with every start.
@@ -139,13 +144,18 @@ class RequestMiddleware:
         # A proxy may or may not strip the prefix.
         if self._root and (scope["path"] + "/").startswith(self._root + "/"):
             scope["root_path"] = self._root
-        path, headers = scope["path"].removeprefix(scope.get("root_path", "")), Headers(scope=scope)
+        prefix, headers = scope.get("root_path", ""), Headers(scope=scope)
+        asked = path = scope["path"].removeprefix(prefix)
+        if "//" in path or path[1:].endswith("/"):  # as made by joining a base URL and a path
+            tidy = "/" + "/".join(part for part in path.split("/") if part)
+            if self._is_route(tidy):
+                path, scope["path"] = tidy, prefix + tidy
         if not _REQUEST_ID.fullmatch(request_id := headers.get("x-request-id", "")):
             request_id = uuid.uuid4().hex
         scope[CONTEXT] = context = RequestContext(scope, receive, send, path, request_id, self._service.budget)
         self._service.enter()
         try:
-            if self._keys and context.path not in self._public_paths:
+            if self._keys and asked not in self._public_paths:
                 context.owner = self._owner(headers)
                 context.cache_owner = context.owner if self._service.config.isolate_cache_by_key else ""
             # HEAD is answered like GET; the HTTP server leaves out the body.

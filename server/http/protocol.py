@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import select
+import sys
+from functools import partial
 from typing import Any, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .connection_limits import ConnectionMonitor, ProgressTimer, Wait
@@ -30,6 +33,26 @@ class _Transport:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
+
+
+async def _answer_without_chunks(
+    app: ASGIApp, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Run `app` for an HTTP/1.0 client: a response of unknown length ends when the connection closes."""
+    is_delimited = True
+
+    async def send_unchunked(message: Message) -> None:
+        nonlocal is_delimited
+        while cycle.flow.write_paused and not cycle.disconnected:  # now, so that the length is still right below
+            await cycle.flow.drain()
+        if message["type"] == "http.response.start":
+            is_delimited = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = None if is_delimited else False
+        elif not is_delimited:  # uvicorn subtracts the piece, and compares the rest at the end
+            cycle.expected_content_length = sys.maxsize if message.get("more_body") else len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, send_unchunked)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -114,6 +137,11 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if not self.pipeline:
             self._answering = self.cycle
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = partial(_answer_without_chunks, app, cycle)
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Continue with the next request, or send the refusal that waits for the last response."""

@@ -125,7 +125,7 @@ class TestEveryRouteThatShowsSomething:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v2", "/v1/images/generations", "/v1/chat/completions/", "/chat/completions", "/V1/models"]
+    "path", ["/v2", "/v1/images/generations", "/v1/chat/completions/x", "/chat/completions", "/V1/models"]
 )
 def test_an_unknown_route_is_not_found_with_any_method(http: httpx.Client, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):

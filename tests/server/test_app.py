@@ -13,7 +13,6 @@ CHAT = "/v1/chat/completions"
 
 def test_unknown_routes_and_methods_have_the_same_shape(harness):
     assert error_of(harness.get("/v2/nothing")).code == "unknown_url"
-    assert harness.get("/health/").status_code == 404
     response = harness.get(CHAT)
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
@@ -48,15 +47,47 @@ def test_web_pages_of_other_origins_are_allowed_only_by_name(harness, make_harne
 def test_a_page_of_another_origin_is_refused_in_our_words(make_harness):
     harness = make_harness(allowed_origins=("http://mine",))
 
-    def preflight(origin: str) -> httpx.Response:
-        headers = {"origin": origin, "access-control-request-method": "POST"}
-        return harness.run(lambda client: client.options("/v1/models", headers=headers))
-
-    assert preflight("http://mine").status_code == 200
-    refused = preflight("http://other")
+    assert preflight(harness, "http://mine").status_code == 200
+    refused = preflight(harness, "http://other")
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "cors"
     assert "access-control-allow-origin" not in refused.headers
+
+
+def preflight(harness, origin: str, method: str = "POST", **headers: str) -> httpx.Response:
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    headers |= {"origin": origin, "access-control-request-method": method}
+    return harness.run(lambda client: client.options("/v1/chat/completions", headers=headers))
+
+
+PRIVATE = {"access_control_request_private_network": "true"}
+
+
+@pytest.mark.parametrize("origins", [("http://mine",), ("*",)])
+def test_an_allowed_page_may_call_into_a_private_network(make_harness, origins):
+    harness = make_harness(allowed_origins=origins, api_key=("k",))
+    allowed = preflight(harness, "http://mine", access_control_request_headers="authorization, x-mine", **PRIVATE)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-private-network"] == "true"
+    assert allowed.headers["access-control-allow-origin"] in ("http://mine", "*")
+    assert "access-control-allow-private-network" not in preflight(harness, "http://mine").headers
+
+
+@pytest.mark.parametrize("origins", [("http://mine",), ()])
+@pytest.mark.parametrize("headers", [{}, PRIVATE])
+def test_the_refusal_of_another_page_names_the_flag(make_harness, origins, headers):
+    refused = preflight(make_harness(allowed_origins=origins), "http://other", **headers)
+    assert refused.status_code == 400
+    assert "--allowed-origins" in error_of(refused).message
+    assert not [name for name in refused.headers if name.startswith("access-control-allow")]
+
+
+def test_a_method_that_pages_may_not_send_is_named(make_harness):
+    harness = make_harness(allowed_origins=("http://mine",))
+    assert preflight(harness, "http://mine", "HEAD").status_code == 200
+    message = error_of(preflight(harness, "http://mine", "PUT")).message
+    assert "'PUT'" in message
+    assert "origin" not in message
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics", "/", "/docs", "/v1/models"])
