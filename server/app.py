@@ -38,7 +38,15 @@ from .api.pages import PAGE_PATHS, add_base_route, add_page_routes, methods_of
 from .api.responses.route import create_response
 from .api.responses.store import add_store_routes
 from .api.responses.wire import ResponseEvent, ResponseObject, ResponseRequest
-from .api.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest, detokenize, tokenize
+from .api.tokenize import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+    add_tokenizer_route,
+    detokenize,
+    tokenize,
+)
 from .http.errors import MAX_ECHO, ApiError, JsonResponse, shorten, to_api_error, unavailable
 from .http.middleware import RequestContext, RequestMiddleware, error_response
 from .service import Endpoint, Service
@@ -55,6 +63,7 @@ def create_app(service: Service) -> FastAPI:
     )  # fmt: skip
     _add_state_routes(app, service)
     add_model_routes(app, service.ready_model)
+    add_tokenizer_route(app, service.ready_model)
     add_page_routes(app)
     add_store_routes(app, service.responses)
     for endpoint in ENDPOINTS:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Annotated
 
+from fastapi import FastAPI
 from pydantic import Field
 from starlette.responses import Response
 
@@ -17,6 +19,7 @@ from ..http.middleware import RequestContext
 from .reading import Messages, TemplateOptions, read_chat
 from .types import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 
+LONGEST_SPECIAL = 256  # characters
 LARGE_IDS = 4000  # this many token ids or more are converted to text off the event loop
 
 
@@ -52,6 +55,45 @@ class DetokenizeAnswer(StrictModel):
     prompt: str
 
 
+class AddedToken(StrictModel):
+    content: str
+    special: bool
+
+
+class TokenizerInfo(StrictModel):
+    """Response body of `GET /tokenizer_info`, with the names of transformers' `tokenizer_config.json`."""
+
+    tokenizer_class: str
+    chat_template: str
+    model_max_length: int
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    pad_token: str | None
+    pad_token_id: int | None
+    added_tokens_decoder: dict[str, AddedToken]
+
+
+def add_tokenizer_route(app: FastAPI, ready_model: Callable[[], ServedModel]) -> None:
+    """Add the route; `ready_model` returns the model or raises `ApiError`."""
+
+    @app.get("/tokenizer_info", response_model=TokenizerInfo)
+    async def tokenizer_info() -> Response:
+        """The special tokens and the chat template, for clients that prepare prompts themselves."""
+        model = ready_model()
+        tokenizer, info = model.tokenizer, model.engine.info
+        ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        texts = {id_: tokenizer.token_text(id_) for id_ in sorted(tokenizer.special_ids)}
+        return JsonResponse(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": model.template.source}
+            | {"model_max_length": info.config.max_model_len}
+            | {f"{role}_token_id": id_ for role, id_ in ids.items()}
+            | {f"{role}_token": None if id_ is None else tokenizer.token_text(id_) for role, id_ in ids.items()}
+            | {"added_tokens_decoder": {str(i): {"content": text, "special": True} for i, text in texts.items()}}
+        )
+
+
 async def tokenize(context: RequestContext, body: TokenizeRequest, model: ServedModel) -> Response:
     """Return the token ids of a prompt, or of messages rendered with the chat template."""
     ids = await _chat_ids(body, model) if body.prompt is None else await _prompt_ids(body, body.prompt, model)
@@ -70,7 +112,12 @@ async def _prompt_ids(body: TokenizeRequest, prompt: str, model: ServedModel) ->
     for name in TemplateOptions.model_fields:
         if getattr(body, name) is not None:
             raise RequestError(f"{name} is only for messages.", param=name)
-    return await model.encode(prompt, add_bos=bool(body.add_special_tokens), any_length=True)
+    add_bos = bool(body.add_special_tokens)
+    if not add_bos and len(prompt) < LONGEST_SPECIAL and model.tokenizer.spells_special(prompt):
+        ids = model.tokenizer.encode_prompt(prompt)
+        if len(ids) == 1:  # a client looks up the id of this special token
+            return ids
+    return await model.encode(prompt, add_bos=add_bos, any_length=True)
 
 
 async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:

@@ -21,6 +21,7 @@ GETS = {
     "/health": "application/json",
     "/ready": "application/json",
     "/version": "application/json",
+    "/tokenizer_info": "application/json",
     "/metrics": "text/plain",
     "/openapi.json": "application/json",
     "/docs": "text/html",
