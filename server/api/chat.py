@@ -200,10 +200,9 @@ def _choice_json(
     index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, model: ServedModel
 ) -> dict[str, Any]:
     """Return one choice of a response that is not streamed."""
-    read = read_turn(turn.reader(), choice.text)
+    read = read_turn(turn.reader(), choice.text, turn.is_cut(choice.finish_reason, choice.stop_reason))
     message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
     if read.calls:
-        message["content"] = read.content or None
         message["tool_calls"] = [call.to_openai() for call in read.calls]
     reason = read.finish_reason if choice.finish_reason == "stop" else choice.finish_reason
     entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
@@ -221,7 +220,7 @@ class ChatChunks(Chunks):
         self, head: dict[str, Any], generation: Generation, body: ChatCompletionRequest, model: ServedModel, turn: Turn
     ) -> None:
         super().__init__(head, generation, model.tokenizer, body)
-        self._must_call = turn.must_call
+        self._turn = turn
         self._readers = [turn.reader() for _ in self.choices]
         self._prompt_due = body.prompt_logprobs is not None
 
@@ -229,7 +228,7 @@ class ChatChunks(Chunks):
         """Return the assistant's role for every choice; the content is null if only calls can follow."""
         prompt = self.choices[0].prompt_token_ids
         ids = join_fields({"prompt_token_ids": prompt} if self.body.return_token_ids else {})
-        role = b'{"role":"assistant","content":%s}' % (b"null" if self._must_call else b'""')
+        role = b'{"role":"assistant","content":%s}' % (b"null" if self._turn.must_call else b'""')
         return b"".join(self.chunk(index, role, chunk_fields=ids) for index in range(len(self.choices)))
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
@@ -245,7 +244,8 @@ class ChatChunks(Chunks):
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """Return chunks for the text that the reader held back and for the finish reason."""
         prompt, reader = self._about_prompt(index), self._readers[index]
-        held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish()))
+        cut = self._turn.is_cut(output.finish_reason, output.stop_reason)
+        held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish(cut)))
         reason = reader.finish_reason if output.finish_reason == "stop" else output.finish_reason
         return held + self.last(index, reason, output.stop_reason, prompt)
 

@@ -29,10 +29,11 @@ class TurnReader(Protocol):
     """Reads one choice's text as it arrives; the parts add up to the same turn wherever the text is cut."""
 
     finish_reason: str  # what to report when the engine says "stop"; final after `finish`
+    unfinished: bool  # the text has ended inside a call, or before a call that had to come
 
     def feed(self, text: str) -> list[Part]: ...  # reads more text
 
-    def finish(self) -> list[Part]: ...  # returns what was held back, since the text has ended
+    def finish(self, cut: bool = False) -> list[Part]: ...  # returns what was held back; the text has ended or was cut
 
 
 # Patterns of characters that may be repeated: white space, characters of a JSON string, and those between bare calls.
@@ -115,12 +116,21 @@ class CallReader:
     A call is recognised once its function's name is complete and its arguments have begun. From then on the arguments
     are passed on as they arrive and exactly as they are written, even if they are not JSON, so that a stream need not
     wait for their end. Text that only looks like a call, or names an unknown function, is content. White space around
-    calls is dropped unless it separates two pieces of content.
+    calls is dropped unless it separates two pieces of content. A call that is cut off before its arguments is dropped,
+    so that no part of its markup is content.
     """
 
-    def __init__(self, format_: ToolCallFormat, functions: Collection[str], finish_reason: str = "tool_calls") -> None:
-        """`finish_reason` is reported for a turn that ends with complete calls."""
+    def __init__(
+        self,
+        format_: ToolCallFormat,
+        functions: Collection[str],
+        finish_reason: str = "tool_calls",
+        forced: bool = False,
+    ) -> None:
+        """`finish_reason` is reported for a turn that ends with complete calls; a `forced` turn has no content."""
         self.finish_reason = "stop"
+        self.unfinished = False
+        self._forced = forced
         self._format = format_
         self._functions = functions
         self._reason = finish_reason
@@ -141,23 +151,25 @@ class CallReader:
             pass
         return self._drain()
 
-    def finish(self) -> list[Part]:
+    def finish(self, cut: bool = False) -> list[Part]:
         """Return what was held back; a call that lacks only its closing mark is complete."""
         while self._held and self._step != self._read_tail:
             if self._step == self._read_header:
-                self._end_header()
-            elif not self._step():
-                self._add_content(len(self._held))
-        if not self._calls:
-            if self._space:
-                self._parts.append(self._space)
-        elif self._step != self._read_arguments:
+                self._end_header(cut)
+            elif not self._step():  # what is held may be the beginning of the opening mark
+                self._end_text(cut)
+        self.unfinished |= self._step == self._read_arguments or (self._forced and not self._calls)
+        if self.unfinished:
+            self.finish_reason = "length" if cut else "stop"
+        elif self._calls:
             self.finish_reason = self._reason
+        elif self._space:
+            self._parts.append(self._space)
         return self._drain()
 
     def _drain(self) -> list[Part]:
         parts, self._parts = self._parts, []
-        return parts
+        return [part for part in parts if not isinstance(part, str)] if self._forced else parts
 
     def _add_content(self, length: int) -> None:
         """Make this much of the held text content, except for white space at its end."""
@@ -213,12 +225,24 @@ class CallReader:
         self._held = self._held[end + len(closing) :]
         return True
 
-    def _end_header(self) -> None:
+    def _end_text(self, cut: bool) -> None:
+        """Drop what is held as an unfinished call if the text was cut, else make content of it."""
+        if cut and self._held:
+            self._held, self.unfinished = "", True
+        else:
+            self._add_content(len(self._held))
+
+    def _end_header(self, cut: bool) -> None:
         """Decide on an unfinished call, since the text has ended."""
         if self._format.opening and self._read_whole(self._held[len(self._format.opening) :]):
             self._held = ""
         elif not self._step():
-            self._reject()
+            if cut and (self._format.opening or "{" in self._held):
+                self._end_text(cut)
+            elif self._calls and "{" not in self._held:  # what separates bare calls
+                self._held = ""
+            else:
+                self._reject()
 
     def _read_whole(self, body: str) -> bool:
         """Read a complete call that has no arguments or its members in another order; return whether it is one."""

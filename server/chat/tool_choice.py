@@ -34,7 +34,8 @@ class ToolOptions:
     def reader(self) -> CallReader:
         """Return a reader for one choice."""
         names = frozenset(tool.name for tool in self.tools)
-        return CallReader(self.format, names, "stop" if self.mode == "named" else "tool_calls")
+        reason = "stop" if self.mode == "named" else "tool_calls"
+        return CallReader(self.format, names, reason, forced=self.mode != "auto")
 
     def describe(self) -> str:
         """Return instructions for the model, for chat templates that do not describe tools."""
@@ -105,6 +106,9 @@ def read_tools(conversation: Conversation, format_: ToolCallFormat) -> ToolOptio
         if is_deeper(tool.parameters, MAX_DEPTH):
             field = tool.parameters_field
             raise RequestError(f"{field} is nested deeper than {MAX_DEPTH} levels.", param=field)
+        if not _may_be_object(tool.parameters, tool.parameters, set()):
+            field = tool.parameters_field
+            raise RequestError(f"{field} must allow an object, because a call's arguments are one.", param=field)
         if by_name.setdefault(tool.name, tool) is not tool:
             field = f"{tool.field}.name"
             raise RequestError(f"{field}: another tool has the name {tool.name} too.", param=field)
@@ -123,12 +127,34 @@ def read_tools(conversation: Conversation, format_: ToolCallFormat) -> ToolOptio
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
     """Return the schema of a call's arguments, which forbids members that the function does not describe."""
-    if tool.strict and tool.parameters:
-        return tool.parameters  # which must forbid other members itself
-    schema = {"type": "object", **(tool.parameters or {})}
-    if not OPEN_KEYWORDS & schema.keys():
+    schema = {**(tool.parameters or {}), "type": "object"}
+    # A strict schema must forbid other members itself.
+    if not (tool.strict and tool.parameters) and not OPEN_KEYWORDS & schema.keys():
         schema |= {"properties": schema.get("properties", {}), "additionalProperties": False}
     return schema
+
+
+def _may_be_object(schema: Any, root: Any, seen: set[str]) -> bool:
+    """Return whether a schema may allow an object; `seen` collects the references that were followed."""
+    if not isinstance(schema, dict):
+        return schema is not False
+    kinds, values, part = schema.get("type", "object"), schema.get("enum"), root
+    values = [schema["const"]] if "const" in schema else values
+    if isinstance(kinds, (str, list)) and "object" not in ([kinds] if isinstance(kinds, str) else kinds):
+        return False
+    if isinstance(values, list) and not any(isinstance(value, dict) for value in values):
+        return False
+    for key, enough in (("anyOf", any), ("oneOf", any), ("allOf", all)):
+        branches = schema.get(key)
+        if isinstance(branches, list) and not enough(_may_be_object(branch, root, seen) for branch in branches):
+            return False
+    reference = schema.get("$ref")
+    if not isinstance(reference, str) or not reference.startswith("#/") or reference in seen:
+        return True
+    seen.add(reference)
+    for name in reference[2:].split("/"):
+        part = part.get(name.replace("~1", "/").replace("~0", "~"), {}) if isinstance(part, dict) else {}
+    return _may_be_object(part, root, seen)
 
 
 def _named(name: str, grammar: str) -> dict[str, Any]:

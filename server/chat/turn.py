@@ -31,18 +31,24 @@ class Turn:
     params: SamplingParams
     reader: Callable[[], TurnReader]  # makes a reader for one choice
     must_call: bool = False  # the turn consists of nothing but tool calls
+    turn_ends: tuple[str, ...] = ()  # plain texts with which the model ends a turn
+
+    def is_cut(self, reason: str | None, stop: str | int | None) -> bool:
+        """Return whether a text that ended for this reason, perhaps by this stop, was ended by the client's limits."""
+        return reason == "length" or (stop is not None and stop not in self.turn_ends)
 
 
 class PlainReader:
     """Reads one choice of a turn without tools: everything is content."""
 
     finish_reason = "stop"
+    unfinished = False
 
     def feed(self, text: str) -> list[Part]:
         """Return the text."""
         return [text] if text else []
 
-    def finish(self) -> list[Part]:
+    def finish(self, cut: bool = False) -> list[Part]:
         """Return nothing, since nothing is held back."""
         return []
 
@@ -53,11 +59,13 @@ class ParsedTurn:
 
     parts: list[str | ToolCall]
     finish_reason: str  # to report when the engine says "stop"
+    unfinished: bool
 
     @property
-    def content(self) -> str:
-        """The text apart from the calls."""
-        return "".join(part for part in self.parts if isinstance(part, str))
+    def content(self) -> str | None:
+        """The text apart from the calls; None if there are only calls, or was to be one."""
+        text = "".join(part for part in self.parts if isinstance(part, str))
+        return text or (None if self.calls or self.unfinished else "")
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -65,10 +73,10 @@ class ParsedTurn:
         return [part for part in self.parts if isinstance(part, ToolCall)]
 
 
-def read_turn(reader: TurnReader, text: str) -> ParsedTurn:
-    """Read a whole text with a fresh reader."""
+def read_turn(reader: TurnReader, text: str, cut: bool) -> ParsedTurn:
+    """Read a whole text, which was perhaps `cut`, with a fresh reader."""
     parts: list[str | ToolCall] = []
-    for part in [*reader.feed(text), *reader.finish()]:
+    for part in [*reader.feed(text), *reader.finish(cut)]:
         last = parts[-1] if parts else None
         if isinstance(part, str) and isinstance(last, str):
             parts[-1] = last + part
@@ -78,7 +86,7 @@ def read_turn(reader: TurnReader, text: str) -> ParsedTurn:
             parts.append(ToolCall(part.id, part.name or "", part.arguments))
         elif isinstance(last, ToolCall):
             parts[-1] = replace(last, arguments=last.arguments + part.arguments)
-    return ParsedTurn(parts, reader.finish_reason)
+    return ParsedTurn(parts, reader.finish_reason, reader.unfinished)
 
 
 async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
@@ -99,7 +107,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
         sampling_params, conversation.sampling, model, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends
     )
     reader, must_call = (PlainReader, False) if tools is None else (tools.reader, tools.mode != "auto")
-    return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call)
+    return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call, turn_ends=turn_ends)
 
 
 def _tools(conversation: Conversation, model: ServedModel) -> ToolOptions | None:
@@ -137,9 +145,8 @@ async def _grammar(conversation: Conversation, tools: ToolOptions | None, model:
         if tools is None:
             return answer.grammar
         if tools.mode != "auto":
-            message = f"{answer.field} cannot be combined with a tool_choice that requires a call."
-            raise RequestError(message, param=answer.field)
-        if not tools.format.opening:
+            answer = None  # calls are the whole turn
+        elif not tools.format.opening:
             message = f"{answer.field} cannot be combined with tools: this model writes calls as JSON too."
             raise RequestError(message, param=answer.field)
     found = await off_loop_if_large(tools.grammar, answer.grammar if answer else None) if tools else None

@@ -41,7 +41,7 @@ async def create_message(context: RequestContext, body: wire.MessagesRequest, mo
         return EventStream(generation, events, model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
-    parsed = read_turn(turn.reader(), choice.text)
+    parsed = read_turn(turn.reader(), choice.text, turn.is_cut(choice.finish_reason, choice.stop_reason))
     content, usage = [_block(part) for part in parsed.parts], token_counts(choice)
     end = ending(body, choice, parsed.finish_reason, bool(parsed.calls))
     return JsonResponse(head | {"content": content} | end | {"usage": usage})
@@ -171,6 +171,7 @@ class MessageEvents(EventWriter):
         self._head = head
         self._request_id = generation.context.request_id
         self._choice = generation.choices[0]
+        self._turn = turn
         self._reader = turn.reader()
         self._body = body
         self._started = self._calls = False
@@ -183,7 +184,8 @@ class MessageEvents(EventWriter):
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """Return events for the rest of the last block and for the reason why the answer ended."""
-        data = self._start() + self._show(self._reader.finish()) + self._close()
+        cut = self._turn.is_cut(output.finish_reason, output.stop_reason)
+        data = self._start() + self._show(self._reader.finish(cut)) + self._close()
         end = ending(self._body, self._choice, self._reader.finish_reason, self._calls)
         return data + named_event({"type": "message_delta", "delta": end, "usage": token_counts(self._choice)})
 

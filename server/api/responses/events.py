@@ -42,7 +42,7 @@ class ResponseWriter(EventWriter):
         self._generation = generation
         self._put = put
         self._reader = turn.reader()
-        self._must_call = turn.must_call
+        self._turn = turn
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if turn.params.skip_special_tokens else frozenset()
         self._sequence = 0
@@ -69,11 +69,12 @@ class ResponseWriter(EventWriter):
 
     def closing(self) -> bytes:
         """Write the text that the reader held back, and end the response."""
-        data = self._write(self._reader.finish())
-        if not self.response["output"] and not self._must_call:
+        choice = self._generation.choices[0]
+        data = self._write(self._reader.finish(self._turn.is_cut(choice.finish_reason, choice.stop_reason)))
+        if not self.response["output"] and not self._reader.unfinished:
             data += self._open_message()
         data += self._write_unfinished_character()
-        cut = self._generation.choices[0].finish_reason == "length"
+        cut = "length" in (choice.finish_reason, self._reader.finish_reason)
         status = "incomplete" if cut else "completed"
         data += self._close(status)
         if cut:

@@ -61,10 +61,6 @@ def failure(response: httpx.Response) -> dict[str, Any]:
         ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
-        (
-            {"tools": [WEATHER], "tool_choice": {"type": "any"}, "output_config": {"format": SCHEMA}},
-            "output_config.format",
-        ),
     ],
 )
 def test_a_refusal_names_the_field_in_both_shapes(harness: Harness, fields: dict[str, Any], param: str) -> None:

@@ -186,7 +186,6 @@ def test_sampling_fields_reach_the_engine(create, harness):
         ({"tools": [WEATHER, {"type": "function"}]}, "tools[1].name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "tool_choice"),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
-        ({"tools": [WEATHER], "tool_choice": "required", "text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"input": [{"type": "function_call_output", "call_id": "c1", "output": "x"}]}, "input"),
         ({"background": True}, "background"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
@@ -266,7 +265,7 @@ def outputs(harness):
         stored = []
         reader = lambda: CallReader(FORMATS["hermes"], {"get_weather"})  # noqa: E731
         turn = Turn(prompt=[1], params=SamplingParams(logprobs=0), reader=reader)
-        choice = SimpleNamespace(finish_reason="stop")
+        choice = SimpleNamespace(finish_reason="stop", stop_reason=None)
         generation = SimpleNamespace(with_logprobs=True, choices=[choice], usage=lambda: USAGE)
         writer = ResponseWriter({"id": "resp_1", "output": []}, turn, generation, harness.tokenizer, stored.append)
         for piece in pieces:

@@ -252,8 +252,6 @@ REGEX = {"regex": "a+"}
          "tools[1].function.parameters"),
         ({"tools": [PING, {"type": "function", "function": {"name": "f", "parameters": {"if": {}}}}],
           "tool_choice": "required"}, "tools[1].function.parameters"),
-        ({"tool_choice": "required", "response_format": JSON_MODE}, "response_format"),
-        ({"tool_choice": NAMED, "structured_outputs": REGEX}, "structured_outputs"),
         ({"response_format": JSON_MODE, "structured_outputs": REGEX}, "structured_outputs"),
         ({"structured_outputs": REGEX | {"choice": ["a"]}}, "structured_outputs"),
         ({"messages": [USER, RESULT]}, "messages[1].tool_call_id"),

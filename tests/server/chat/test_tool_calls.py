@@ -24,12 +24,12 @@ CALL = HERMES.write("get_weather", PARIS)
 Read = tuple[str, list[tuple[str, str]], str]
 
 
-def read(pieces: list[str], format_: ToolCallFormat = HERMES) -> Read:
+def read(pieces: list[str], format_: ToolCallFormat = HERMES, *, forced: bool = False, cut: bool = False) -> Read:
     """The content, the (name, arguments) of each call, and the finish reason, as the pieces of a turn add up."""
-    reader = CallReader(format_, KNOWN)
+    reader = CallReader(format_, KNOWN, forced=forced)
     content, names, arguments = "", [], []
     ids: set[str] = set()
-    for piece in [*map(reader.feed, pieces), reader.finish()]:
+    for piece in [*map(reader.feed, pieces), reader.finish(cut)]:
         for call in piece:
             if isinstance(call, str):
                 content += call
@@ -122,6 +122,66 @@ def test_where_a_text_is_cut_makes_no_difference(text: str, cuts: list[int], nam
     borders = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     pieces = [text[a:b] for a, b in pairwise(borders)]
     assert read(pieces, FORMATS[name]) == read([text], FORMATS[name]) == read(list(text), FORMATS[name])
+
+
+CUT: list[tuple[ToolCallFormat, str, Any]] = [
+    (HERMES, "Hello", ("Hello", [], "stop")),
+    (HERMES, "a <", ("a", [], "length")),
+    (HERMES, "a <b", ("a <b", [], "stop")),
+    (HERMES, " \n<tool_", ("", [], "length")),
+    (HERMES, "<tool_call>\n", ("", [], "length")),
+    (HERMES, '<tool_call>{"name": "g', ("", [], "length")),
+    (HERMES, '<tool_call>{"name": "f"}</tool_', ("", [], "length")),
+    (HERMES, f"{CALL}\n<tool_call>" + '{"na', ("", [("get_weather", PARIS)], "length")),
+    (HERMES, CALL.removesuffix("}}</tool_call>"), ("", [("get_weather", PARIS[:-1])], "length")),
+    (HERMES, CALL.removesuffix("l>"), ("", [("get_weather", PARIS)], "tool_calls")),
+    (HERMES, f"{CALL} Done", (" Done", [("get_weather", PARIS)], "tool_calls")),
+    (JSON, "{", ("", [], "length")),
+    (JSON, ' {"name": "f", "arg', ("", [], "length")),
+    (JSON, '{"name": "Ann", "ag', ('{"name": "Ann", "ag', [], "stop")),
+    (JSON, " \n", (" \n", [], "stop")),
+    (LLAMA, LLAMA.write("f", "{}") + '; {"', ("", [("f", "{}")], "length")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format_", "text", "expected"), CUT)
+def test_a_call_that_was_cut_off_leaves_no_markup(format_: ToolCallFormat, text: str, expected: Read) -> None:
+    assert read([text], format_, cut=True) == expected
+    assert read(list(text), format_, cut=True) == expected
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    calls=st.lists(
+        st.sampled_from(["{}", PARIS, '{"a": [{"b": "}</tool_call>"}], "c": "\\""}']), min_size=1, max_size=3
+    ),
+    before=st.sampled_from(["", "Look: ", "\n", "1 < 2", "{"]),
+    name=st.sampled_from(sorted(FORMATS)),
+    forced=st.booleans(),
+    data=st.data(),
+)
+def test_markup_is_never_content_wherever_it_is_cut(
+    calls: list[str], before: str, name: str, forced: bool, data: st.DataObject
+) -> None:
+    format_ = FORMATS[name]
+    before = before if format_.opening and not forced else ""
+    text = before + format_.separator.join(format_.write("f", arguments) for arguments in calls)
+    text = text[: data.draw(st.integers(0, len(text)))]
+    borders = sorted({0, len(text), *data.draw(st.lists(st.integers(0, len(text)), max_size=8))})
+    found = read([text[a:b] for a, b in pairwise(borders)], format_, forced=forced, cut=True)
+    assert found == read([text], format_, forced=forced, cut=True) == read([*text], format_, forced=forced, cut=True)
+    content, made, reason = found
+    assert before.rstrip().startswith(content.rstrip())
+    assert [arguments for _, arguments in made[:-1]] == calls[: len(made)][:-1]
+    is_whole = bool(made) and made[-1][1] == calls[len(made) - 1]
+    assert not made or calls[len(made) - 1].startswith(made[-1][1])
+    assert reason in (("tool_calls", "length") if is_whole else ("length",) if forced else ("length", "stop"))
+
+
+def test_a_forced_turn_has_no_content() -> None:
+    for text in ("", "Hello", "<", "<tool_call>", f" {CALL} Done"):
+        content, calls, reason = read([text], forced=True, cut=True)
+        assert (content, reason) == ("", "tool_calls" if calls else "length")
 
 
 json_values = st.recursive(
