@@ -76,7 +76,7 @@ def create_app(service: Service) -> FastAPI:
     if origins := service.config.allowed_origins:
         app.add_middleware(
             _Cors, allow_origins=origins, allow_methods=["GET", "HEAD", "POST", "DELETE"], allow_headers=["*"],
-            expose_headers=["x-request-id", "request-id"], allow_private_network=True,
+            expose_headers=["x-request-id", "request-id", "x-pyllm-ignored"], allow_private_network=True,
         )  # fmt: skip
     return app
 

@@ -79,6 +79,9 @@ class ServerConfig(ModelFlags):
     max_logprobs: int = setting(
         MAX_LOGPROBS, "maximum logprobs per token that a request may ask for", low=0, high=MAX_LOGPROBS
     )
+    ignore_unknown_fields: bool = setting(
+        False, "accept request fields that nothing here knows, and name them in x-pyllm-ignored, instead of refusing"
+    )
     tool_call_parser: str = setting("auto", "format of tool calls in the model's text; auto goes by the checkpoint")
     metrics_vllm_names: bool = setting(False, "export metrics under vLLM's names too, for its dashboards")
     log_format: Literal["text", "json"] = setting("text", "json writes one object per line")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,15 +12,21 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .api.fields import UNSUPPORTED, ErrorAnswer
+from .api.fields import ErrorAnswer
 from .api.responses.store import ResponseStore
+from .api.rules import RULES
 from .chat.served_model import ServedModel
 from .flags import ServerConfig
 from .generation.tracing import Tracing
 from .http.body import read_body
 from .http.budget import BodyBudget
-from .http.errors import unavailable
+from .http.errors import MAX_ECHO, unavailable
 from .http.middleware import PROBES, RequestContext
+from .http.tolerance import Tolerance
+
+logger = logging.getLogger("pyllm.server")
+
+MAX_REPORTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,7 @@ class Service:
     draining: bool = False  # the server is shutting down and refuses new requests
     in_flight: int = 0  # HTTP requests
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while there are none
+    reported: set[str] = field(default_factory=set)  # ignored fields that the log has named
     responses: ResponseStore = field(default_factory=ResponseStore)
     budget: BodyBudget = field(init=False)
 
@@ -66,6 +74,10 @@ class Service:
             self.idle.set()
         if self.model is not None and context.path not in PROBES:
             self.model.metrics.on_response(context.status)
+        for name in context.ignored:
+            if name not in self.reported and len(self.reported) < MAX_REPORTED:
+                self.reported.add(name)
+                logger.info("A request has the field %s, which has no effect here.", ascii(name[:MAX_ECHO])[1:-1])
         if self.tracing is not None:
             self.tracing.record(context, seconds)
 
@@ -90,7 +102,9 @@ class Service:
         """Read and check the body of a request, and answer it."""
         model, context = self.ready_model(), RequestContext.of(request.scope)
         try:
-            body: Any = await read_body(request, endpoint.body, UNSUPPORTED)
+            tolerance = Tolerance(RULES[endpoint.path], self.config.ignore_unknown_fields)
+            body: Any = await read_body(request, endpoint.body, tolerance)
+            context.ignored = tolerance.ignored
             context.model = body.model
             if body.model is None:
                 body.model = model.names[0]

@@ -24,11 +24,11 @@ from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
 from . import reading
 from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, TokenLogprob, Usage
-from .types import MAX_TOKENS, MAX_TOOLS, SchemaName, StrictModel
+from .types import MAX_TOKENS, MAX_TOOLS, StrictModel, ToolName
 
 
 class FunctionName(StrictModel):
-    name: SchemaName
+    name: ToolName
 
 
 class NamedToolChoice(StrictModel):
@@ -52,7 +52,8 @@ class AllowedToolsChoice(StrictModel):
     allowed_tools: AllowedTools
 
 
-WireToolChoice = Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice
+NamedTools = Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")]
+WireToolChoice = Literal["none", "auto", "required"] | NamedTools
 
 
 class ChatCompletionRequest(GenerationRequest, reading.TemplateOptions):
@@ -170,7 +171,7 @@ async def create_chat_completion(context: RequestContext, body: ChatCompletionRe
 
 def read_conversation(body: ChatCompletionRequest, model: ServedModel) -> Conversation:
     """Return the conversation that a request asks for; raises `RequestError`."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return reading.read_chat(

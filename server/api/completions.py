@@ -41,6 +41,9 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(description=f"One or more texts or lists of token ids; prompts times n ≤ {MAX_SEQUENCES}.")
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="Default 16; 0 requires echo.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=MAX_TOKENS, description="Takes precedence over max_tokens."
+    )
     echo: bool | None = Field(None, description="Put the prompt before the text, and its logprobs before the others.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool | None = Field(None, description="Put the begin-of-sequence token before a text prompt.")
@@ -78,6 +81,8 @@ class Completion(StrictModel):
 
 async def create_completion(context: RequestContext, body: CompletionRequest, model: ServedModel) -> Response:
     """Continue each prompt in one response or as a stream; a refused request gets a plain error response."""
+    if body.max_completion_tokens is not None:
+        body.max_tokens = body.max_completion_tokens
     params = await _params(body, model)
     keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
     prompts = await encode_prompts(body.prompt, model, add_bos=add_bos, keep=keep, max_tokens=params.max_tokens)

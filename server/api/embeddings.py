@@ -20,7 +20,7 @@ from ..chat.truncation import encode_prompts
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation
 from ..http.errors import JsonResponse
 from ..http.middleware import RequestContext
-from .types import MAX_INT, KeptTokens, Name, Priority, StrictModel, Text, TokenIds
+from .types import MAX_INT, KeptTokens, Name, Priority, Salt, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048
 LARGE_ANSWER = 2**16  # a response with at least this many numbers is encoded off the event loop
@@ -42,6 +42,7 @@ class EmbeddingRequest(StrictModel):
     add_special_tokens: bool | None = Field(None, description="Put the begin-of-sequence token before each text.")
     truncate_prompt_tokens: KeptTokens = None
     priority: Priority = None
+    cache_salt: Salt | None = Field(None, description="Only requests with the same salt share cached prompts.")
     user: Name | None = None
 
 
@@ -88,7 +89,7 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
         inputs = prompts[start : start + batch]
         generation = Generation(
             model.engine, model.metrics, context, inputs, params,
-            field="input", priority=body.priority or 0, pooling=body.pooling or "mean",
+            field="input", priority=body.priority or 0, cache_salt=body.cache_salt, pooling=body.pooling or "mean",
         )  # fmt: skip
         try:
             await generation.collect()

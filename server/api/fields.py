@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
 from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from ..chat.structured import MAX_CHOICES
 from ..generation.generation import MAX_SEQUENCES
-from .types import MAX_INT, JsonSchema, KeptTokens, Name, Priority, SchemaName, StopText, StrictModel, TokenId, TokenIds
-
-# OpenAI's fields that this server does not support, with the values that have no effect.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = dict.fromkeys(("audio", "prediction", "web_search_options"), ())
-UNSUPPORTED |= dict.fromkeys(("function_call", "reasoning_effort"), ("none",))
-UNSUPPORTED |= {"best_of": (1,), "echo": (False,), "functions": ([],), "suffix": ("",)}
+from .types import (
+    MAX_INT,
+    JsonSchema,
+    KeptTokens,
+    Name,
+    Priority,
+    Salt,
+    SchemaName,
+    StopText,
+    StrictModel,
+    TokenId,
+    TokenIds,
+)
 
 TokenIdText = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 LogitBias = Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)]
-Salt = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 BadWords = Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]], Field(max_length=128)]
 Grammar = Annotated[str, StringConstraints(min_length=1, max_length=2**16)]
 
 
 class StreamOptions(StrictModel):
     include_usage: bool | None = Field(None, description="Send a last chunk with the token counts.")
+    continuous_usage_stats: bool | None = Field(None, description="Send the token counts so far with every chunk.")
     include_obfuscation: Literal[False] | None = Field(None, description="Chunks are never padded.")
 
 
@@ -125,7 +132,6 @@ class GenerationRequest(OpenAIRequest):
 
     # Accepted and ignored.
     store: bool | None = None
-    verbosity: Name | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
 

@@ -16,7 +16,7 @@ from ..chat.structured import choice_grammar, json_schema_grammar, lark_grammar,
 from ..generation.generation import Generation
 from ..http.middleware import RequestContext
 from . import fields
-from .types import MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StrictModel, Text
+from .types import MAX_TOOLS, Description, JsonSchema, Name, StrictModel, Text, ToolName
 
 GiveWay = BeforeValidator(lambda value: value)
 """A Python no-op: without it pydantic checks a long list in one go and no other thread can run."""
@@ -59,16 +59,12 @@ class ToolCall(StrictModel):
 
 
 class AssistantMessage(StrictModel):
-    """An earlier answer; the must-be-empty fields are accepted so that clients can send a response back unchanged."""
+    """An earlier answer."""
 
     role: Literal["assistant"]
     content: Content | None = None
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ToolMessage(StrictModel):
@@ -83,7 +79,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fa
 
 
 class Function(StrictModel):
-    name: SchemaName
+    name: ToolName
     description: Description | None = None
     parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments, none by default.")
     strict: bool | None = Field(None, description="If true, unforced calls must obey the parameters' schema too.")

@@ -61,7 +61,7 @@ class ChunkOptions(Protocol):
 
     return_token_ids: bool | None
     return_dynamics: bool | None
-    stream_options: Any  # None, or with `include_usage`
+    stream_options: Any  # None, or with `include_usage` and `continuous_usage_stats`
 
 
 class Chunks(EventWriter):
@@ -78,6 +78,7 @@ class Chunks(EventWriter):
         self.with_logprobs = generation.with_logprobs
         self.shows_tokens = bool(self.with_logprobs or body.return_token_ids or body.return_dynamics)
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._with_usage_so_far = bool(body.stream_options and body.stream_options.continuous_usage_stats)
         self._generation = generation
         self._head = head
         start = b"data: " + encode_json(head)[:-1] + b',"choices":[{"index":'
@@ -87,7 +88,10 @@ class Chunks(EventWriter):
     def chunk(self, index: int, content: bytes, *, logprobs: bytes = b"null", reason: bytes = b"null",
               choice_fields: bytes = b"", chunk_fields: bytes = b"") -> bytes:  # fmt: skip
         """Return one chunk from parts in JSON; additional fields begin with a comma."""
-        parts = (self._starts[index], content, logprobs, reason, choice_fields, chunk_fields, self._tail)
+        tail = self._tail
+        if self._with_usage_so_far:
+            tail = b',"usage":%s}\n\n' % encode_json(self._generation.usage())
+        parts = (self._starts[index], content, logprobs, reason, choice_fields, chunk_fields, tail)
         return b'%s%s,"logprobs":%s,"finish_reason":%s%s}]%s%s' % parts
 
     def details(self, output: RequestOutput) -> bytes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,6 +20,8 @@ from starlette.requests import Request
 from .budget import MAX_BODY_BYTES
 from .errors import ApiError, shorten
 from .middleware import RequestContext
+from .shapes import ANYTHING, Shape
+from .tolerance import Tolerance, unknown_field
 
 LARGE_BODY_BYTES = 64 * 2**10
 MAX_CONTAINERS = 2**18  # objects and arrays in a body: each takes about 70 bytes of memory but only 2 on the wire
@@ -36,8 +40,6 @@ _pool = ThreadPoolExecutor(4, thread_name_prefix="read-request")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Body = TypeVar("Body", bound=BaseModel)
-Unsupported = Mapping[str, tuple[Any, ...]]
-"""Unsupported fields, each with the no-op values that are accepted anyway."""
 
 
 async def off_loop(call: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -52,7 +54,7 @@ async def off_loop_if_large(
     return await off_loop(call, *args, **kwargs) if is_large.get() else call(*args, **kwargs)
 
 
-async def read_body(request: Request, model: type[Body], unsupported: Unsupported) -> Body:
+async def read_body(request: Request, model: type[Body], tolerance: Tolerance) -> Body:
     """Read and check the body; raise `ApiError` (400, 408, 413, 415) or `EngineBusyError`.
 
     For a large body, the context then holds a reservation, which the caller releases.
@@ -67,7 +69,7 @@ async def read_body(request: Request, model: type[Body], unsupported: Unsupporte
     length = request.headers.get("content-length", "")
     data = await _read_bytes(request, int(length[:20]) if length.isdecimal() else MAX_BODY_BYTES)
     is_large.set(len(data) >= LARGE_BODY_BYTES)
-    return await off_loop_if_large(parse_body, data, model, unsupported)
+    return await off_loop_if_large(parse_body, data, model, tolerance)
 
 
 async def _read_bytes(request: Request, size: int) -> bytes:
@@ -98,8 +100,8 @@ def _number(text: str) -> float:
 _decode = msgspec.json.Decoder(float_hook=_number).decode
 
 
-def parse_body(data: bytes, model: type[Body], unsupported: Unsupported) -> Body:
-    """Check bytes of JSON against `model`; raise `ApiError` 400."""
+def parse_body(data: bytes, model: type[Body], tolerance: Tolerance) -> Body:
+    """Check bytes of JSON against `model`, without the fields that `tolerance` drops; raise `ApiError` 400."""
     if len(data) > 2 * MAX_CONTAINERS and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
         raise _invalid(f"has more than {MAX_CONTAINERS} objects and arrays")
     try:
@@ -112,14 +114,15 @@ def parse_body(data: bytes, model: type[Body], unsupported: Unsupported) -> Body
         raise _invalid(f"is not valid JSON: {shorten(str(error))}") from None
     if not isinstance(fields, dict):
         raise _invalid("must be a JSON object")
-    extra = [name for name in fields if name not in model.model_fields]
-    for name in extra:
-        if name not in unsupported:
-            raise _unknown(shorten(name))
-    for name in extra:
-        value = fields.pop(name)
-        if value is not None and not any(value == noop and type(value) is type(noop) for noop in unsupported[name]):
-            raise ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+    _note_hints(fields, tolerance)
+    if fields.keys() <= model.model_fields.keys():
+        with contextlib.suppress(ValidationError):  # else it may need tolerance
+            return model.model_validate(fields)
+    shape = Shape((model,))
+    fields = tolerance.relax(fields, shape)
+    for name in fields:
+        if shape.member(name) is None:
+            raise unknown_field(name)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -127,47 +130,63 @@ def parse_body(data: bytes, model: type[Body], unsupported: Unsupported) -> Body
             path = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], dict | list | str) else 0)
             message = f"{shorten(path)} has {error.error_count()} invalid values or field names."
             raise ApiError(400, message, param=shorten(path), code="invalid_value") from None
-        raise _describe(error, fields) from None
+        raise _describe(error, fields, shape) from None
+
+
+def _note_hints(fields: dict[str, Any], tolerance: Tolerance) -> None:
+    """Note the hints of a body; its model may know them."""
+    for place, names, rule in tolerance.rules.hints:
+        value: Any = fields
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None and not rule.asks_for_nothing(value):
+            tolerance.ignored[place] = None
 
 
 def _invalid(problem: str) -> ApiError:
     return ApiError(400, f"The body {problem}.", code="invalid_json")
 
 
-def _unknown(path: str) -> ApiError:
-    return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
-
-
-def _locate(steps: tuple[int | str, ...], kind: str, data: Any) -> tuple[str, int]:
-    """Write an error's location as a path and its depth, without pydantic's names of union members."""
+def _locate(steps: tuple[int | str, ...], kind: str, data: Any, shape: Shape) -> tuple[str, int, Any]:
+    """Write an error's location as a path, its depth and its value, without pydantic's names of union members."""
     path, depth = "", 0
     for position, step in enumerate(steps):
         last = position == len(steps) - 1
         if isinstance(step, int) and isinstance(data, list) and step < len(data):
             path, data, depth = f"{path}[{step}]", data[step], depth + 1
-        elif isinstance(step, str) and isinstance(data, dict) and (step in data or (last and kind == "missing")):
-            path, data, depth = f"{path}.{shorten(step)}" if path else shorten(step), data.get(step), depth + 1
-    return path, depth
+            shape = shape.items or ANYTHING
+        elif isinstance(step, str) and isinstance(data, dict):
+            if shape.tag is not None and step == data.get(shape.tag):  # the member of a union, which may share a
+                shape = replace(shape.narrow(data), tag=None)  # field's name
+            elif step in data or (last and kind == "missing"):
+                path, depth = f"{path}.{shorten(step)}" if path else shorten(step), depth + 1
+                data, shape = data.get(step), shape.narrow(data).member(step) or ANYTHING
+    return path, depth, data
 
 
-def _describe(error: ValidationError, data: dict[str, Any]) -> ApiError:
+def _describe(error: ValidationError, data: dict[str, Any], shape: Shape) -> ApiError:
     """Report the most deeply nested error of the first invalid field; for a union, what each member expects."""
     found = []
     for entry in error.errors(include_url=False, include_input=False):
-        path, depth = _locate(entry["loc"], entry["type"], data)
-        if entry["type"].startswith("union_tag"):
-            path = f"{path}.{entry['ctx']['discriminator'].strip(QUOTES)}"
-        found.append((path, depth, entry["type"], entry["msg"], entry.get("ctx", {}).get("expected_tags", "")))
+        path, depth, value = _locate(entry["loc"], entry["type"], data, shape)
+        kind = entry["type"]
+        if kind.startswith("union_tag"):
+            path, depth = f"{path}.{entry['ctx']['discriminator'].strip(QUOTES)}", depth + 1
+        if kind == "literal_error" and isinstance(value, dict | list):
+            kind = "literal_type"
+        found.append((path, depth, kind, entry["msg"], entry.get("ctx", {}).get("expected_tags", "")))
     field = re.split(r"[.\[]", found[0][0])[0]
     found = [item for item in found if re.split(r"[.\[]", item[0])[0] == field]
     path, _, kind, _, tags = max(found, key=lambda item: (item[1], not item[2].endswith("_type")))
     if kind == "extra_forbidden":
-        return _unknown(path)
+        return unknown_field(path)
     if kind in ("missing", "union_tag_not_found"):
         return ApiError(400, f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
     if kind == "union_tag_invalid":
         choices = " or ".join(", ".join(tag.strip(QUOTES) for tag in tags.split(", ")).rsplit(", ", 1))
-        return ApiError(400, f"{path} should be {choices}.", param=path, code="invalid_value")
+        whole = path.rpartition(".")[0]  # at fault if it could be a word too
+        param = whole if any(item[0] == whole for item in found) else path
+        return ApiError(400, f"{path} should be {choices}.", param=param, code="invalid_value")
     same = [item for item in found if item[0] == path and item[2].endswith("_type") == kind.endswith("_type")]
     texts = list(dict.fromkeys(SUBJECT.sub("", message).replace(" after validation", "") for *_, message, _ in same))
     text = " or ".join([texts[0], *(other.removeprefix("should be ") for other in texts[1:])])

@@ -10,9 +10,11 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -29,6 +31,8 @@ PROBES = frozenset({"/health", "/ready", "/metrics"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")  # anything else could forge fields in the log line
 ANTHROPIC_ROUTES = "/v1/messages"  # this route and those below it speak Anthropic's API
 CLIENT_GONE = 499  # the status of a request whose client left before the whole response was sent
+MAX_HEADER = 1024  # characters of `x-pyllm-ignored`
+MAX_NAME = 100  # characters of one name in it
 CONTEXT = "pyllm.context"  # the member of an ASGI scope that holds the context
 
 
@@ -57,6 +61,7 @@ class RequestContext:
     owner: str = ""  # names the API key without revealing it
     cache_owner: str = ""  # cached prompts are shared within this owner only; "" shares with everyone
     model: str | None = None  # as the body names it
+    ignored: Mapping[str, None] = field(default_factory=dict)  # places in the body of hints that have no effect
     generation: GenerationProgress | None = None
     reservation: Reservation | None = None
 
@@ -88,6 +93,8 @@ class RequestContext:
             headers["x-request-id"] = self.request_id
             if self.is_anthropic:
                 headers["request-id"] = self.request_id
+            if self.ignored:
+                headers["x-pyllm-ignored"] = _list_names(self.ignored)
         await self.send(message)
 
     async def reserve(self, size: int) -> None:
@@ -99,6 +106,14 @@ class RequestContext:
         """Release the reservation, if there is one; safe to call more than once."""
         if self.reservation is not None:
             self.reservation.release()
+
+
+def _list_names(names: Iterable[str]) -> str:
+    """Return names for a header, as many as fit; what could break a list or a header is percent-encoded."""
+    shown = ", ".join(quote(name[:MAX_NAME], safe="[]") for name in islice(names, MAX_HEADER))
+    if len(shown) <= MAX_HEADER:
+        return shown
+    return shown[:MAX_HEADER].rpartition(", ")[0] + ", ..."
 
 
 def error_response(error: ApiError, context: RequestContext | None = None) -> JsonResponse:

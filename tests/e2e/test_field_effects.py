@@ -12,35 +12,30 @@ import httpx
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from support.field_probes import BASES, BOOKKEEPING, COMPLETIONS, COUNT, ELSEWHERE, LIMIT, NESTED, PROBES, RESPONSES
+from support.field_probes import BASES, COMPLETIONS, COUNT, ELSEWHERE, LIMIT, NESTED, PROBES, RESPONSES
 from support.serving import ServerProcess
 
+from pyllm.server.api.rules import REFUSED, RULES
 from pyllm.server.app import ENDPOINTS
+from pyllm.server.http.shapes import Shape
 
 
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The pydantic models that a type mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in typing.get_args(annotation):
-        yield from models_in(part)
+def places(shape: Shape, place: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
+    """Every member of a shape: its place in the body, the model that has it, and its name there."""
+    for model in shape.models:
+        for name, field in model.model_fields.items():
+            at = f"{place}.{field.alias or name}".lstrip(".")
+            yield at, model, name
+            inner = Shape((model,)).member(field.alias or name) or Shape()
+            yield from places(inner, at)
+            items = inner.items
+            while items is not None:
+                at = f"{at}[]"
+                yield from places(items, at)
+                items = items.items
 
 
-def reachable(bodies: list[type[BaseModel]]) -> dict[str, type[BaseModel]]:
-    """The models that are parts of the bodies, by name."""
-    found: dict[str, type[BaseModel]] = {}
-    waiting = [
-        model for body in bodies for field in body.model_fields.values() for model in models_in(field.annotation)
-    ]
-    while waiting:
-        model = waiting.pop()
-        if model.__name__ not in found:
-            found[model.__name__] = model
-            waiting += [part for field in model.model_fields.values() for part in models_in(field.annotation)]
-    return found
-
-
-def asks_for_nothing(model: type[BaseModel], name: str, field: FieldInfo) -> bool:
+def asks_for_nothing(field: FieldInfo) -> bool:
     """Whether a field takes only null, or a single value: then there is nothing to be without effect."""
     leaves: set[Any] = set()
 
@@ -59,21 +54,32 @@ def asks_for_nothing(model: type[BaseModel], name: str, field: FieldInfo) -> boo
     return len(values) <= 1 and not any(isinstance(leaf, type) for leaf in values)
 
 
+ALL = [(e.path, *place) for e in ENDPOINTS for place in places(Shape((e.body,)))]
+"""(endpoint, place, model, member) of everything that a request may contain."""
+
+
+def without_effect(path: str, place: str) -> bool:
+    """Whether the table has the place, or one that it is part of."""
+    parts = place.split(".")
+    known = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return any(RULES[path].table.get(name, REFUSED).kind != "refused" for name in known)
+
+
 def field_cases() -> list[tuple[str, str]]:
     """(path, field) of every member of a body."""
-    return [(e.path, name) for e in ENDPOINTS for name, field in e.body.model_fields.items()
-            if not asks_for_nothing(e.body, name, field)]  # fmt: skip
+    return [(path, place) for path, place, model, member in ALL
+            if "." not in place and not asks_for_nothing(model.model_fields[member])]  # fmt: skip
 
 
 def nested_cases() -> list[str]:
-    found = reachable([endpoint.body for endpoint in ENDPOINTS])
-    return sorted(f"{name}.{member}" for name, model in found.items() for member, field in model.model_fields.items()
-                  if not asks_for_nothing(model, member, field))  # fmt: skip
+    return sorted({f"{model.__name__}.{member}" for path, place, model, member in ALL
+                   if "." in place and not without_effect(path, place)
+                   and not asks_for_nothing(model.model_fields[member])})  # fmt: skip
 
 
 def idle_cases() -> list[tuple[str, str]]:
-    return [(e.path, name) for e in ENDPOINTS for name, field in e.body.model_fields.items()
-            if asks_for_nothing(e.body, name, field)]  # fmt: skip
+    return [(path, place) for path, place, model, member in ALL
+            if "." not in place and asks_for_nothing(model.model_fields[member])]  # fmt: skip
 
 
 VOLATILE = {"id", "item_id", "call_id", "created", "created_at", "completed_at", "prompt_tokens_details",
@@ -109,15 +115,15 @@ def differ(http: httpx.Client, path: str, one: dict[str, Any], other: dict[str, 
 
 
 @pytest.mark.parametrize(("path", "field"), field_cases())
-def test_a_field_changes_the_answer_or_is_bookkeeping(http: httpx.Client, path: str, field: str) -> None:
+def test_a_field_changes_the_answer_or_is_in_the_table(http: httpx.Client, path: str, field: str) -> None:
     if f"{path} {field}" in ELSEWHERE or field in ELSEWHERE:
         return
     probe = PROBES.get(f"{path} {field}") or PROBES.get(field)
-    if field in BOOKKEEPING and not (path == RESPONSES and field == "metadata"):
+    if without_effect(path, field) and not (path == RESPONSES and field == "metadata"):
         return
     if path == COUNT and field == "output_config":
         return  # it does not change the prompt
-    assert probe is not None, f"{field} of {path} has no proof of an effect and is not listed as bookkeeping"
+    assert probe is not None, f"{field} of {path} has no proof of an effect and is not in the table of those without"
     common, change = probe
     known = next(e.body for e in ENDPOINTS if e.path == path).model_fields
     common = {name: value for name, value in common.items() if name in known or name == "logprobs"}
@@ -127,10 +133,10 @@ def test_a_field_changes_the_answer_or_is_bookkeeping(http: httpx.Client, path: 
 
 
 @pytest.mark.parametrize("member", nested_cases())
-def test_a_member_changes_the_answer_or_is_bookkeeping(http: httpx.Client, member: str) -> None:
-    if member in BOOKKEEPING or member in ELSEWHERE:
+def test_a_member_changes_the_answer_or_is_in_the_table(http: httpx.Client, member: str) -> None:
+    if member in ELSEWHERE:
         return
-    assert member in NESTED, f"{member} has no proof of an effect and is not listed as bookkeeping"
+    assert member in NESTED, f"{member} has no proof of an effect and is not in the table of those without"
     differ(http, *NESTED[member])
 
 
@@ -143,12 +149,9 @@ def test_a_field_that_can_only_ask_for_nothing_refuses_all_else(http: httpx.Clie
 
 
 def test_every_proof_is_of_a_field_that_exists() -> None:
-    fields = {name for endpoint in ENDPOINTS for name in endpoint.body.model_fields}
-    places = {f"{endpoint.path} {name}" for endpoint in ENDPOINTS for name in endpoint.body.model_fields}
-    members = {f"{name}.{field}" for name, model in reachable([e.body for e in ENDPOINTS]).items()
-               for field in model.model_fields}  # fmt: skip
-    known = fields | places | members
-    assert not {name for name in (*PROBES, *NESTED, *BOOKKEEPING, *ELSEWHERE) if name not in known}
+    known = {name for path, place, model, member in ALL for name in (place, f"{path} {place}")}
+    known |= {f"{model.__name__}.{member}" for _, _, model, member in ALL}
+    assert not {name for name in (*PROBES, *NESTED, *ELSEWHERE) if name not in known}
 
 
 def test_a_salt_keeps_a_prompt_to_itself(http: httpx.Client, server: ServerProcess) -> None:

@@ -115,6 +115,7 @@ PROBES: dict[str, Probe] = {
     "skip_special_tokens": (ENDS, {"skip_special_tokens": False}),
     "max_tokens": ({}, {"max_tokens": 3}),
     "max_completion_tokens": ({}, {"max_completion_tokens": 3}),
+    f"{COMPLETIONS} max_completion_tokens": ({}, {"max_completion_tokens": 3}),
     "max_output_tokens": ({}, {"max_output_tokens": 3}),
     "tools": ({}, {"tools": [tool()]}),
     "tool_choice": ({"tools": [tool()], "max_tokens": 60}, {"tool_choice": "required"}),
@@ -178,6 +179,10 @@ Nested = tuple[str, dict[str, Any], dict[str, Any]]
 NESTED: dict[str, Nested] = {
     "StreamOptions.include_usage": (
         CHAT, {"stream": True, "stream_options": {}}, {"stream": True, "stream_options": {"include_usage": True}}
+    ),
+    "StreamOptions.continuous_usage_stats": (
+        CHAT, {"stream": True, "stream_options": {}},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
     ),
     "JsonSchemaFormat.json_schema": (
         CHAT, {"response_format": schema_format()}, {"response_format": schema_format(schema=OTHER_SCHEMA)}
@@ -349,30 +354,12 @@ NESTED: dict[str, Nested] = {
     ),
 }  # fmt: skip
 
-BOOKKEEPING = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity", "modalities",
-    "cache_control",
-    # They can only ask for what is the case anyway.
-    "reasoning", "thinking", "ToolUseBlock.caller",
-    "TextOptions.verbosity", "MessagesMetadata.user_id", "CacheControl.ttl", "TextBlock.cache_control",
-    "ToolUseBlock.cache_control", "ToolResultBlock.cache_control", "CustomTool.cache_control",
-    # Names for people, and marks that come back as they were given.
-    "JsonSchemaFormat.name", "JsonSchemaFormat.description", "SchemaFormat.description",
-    "AssistantText.annotations", "AssistantText.logprobs", "AssistantMessage.annotations",
-    "InputMessage.id", "InputMessage.status", "InputCall.id", "InputCall.status",
-    "InputCallOutput.id", "InputCallOutput.status",
-    # Only with a choice of auto, where what a model does is its own affair.
-    "ToolChoiceTool.disable_parallel_tool_use",
-    # What another model thought is left out of the prompt.
-    "ThinkingBlock.thinking", "ThinkingBlock.signature", "RedactedThinking.data",
-}  # fmt: skip
-"""Accepted and without effect, and docs/api.md says so."""
-
 ELSEWHERE = {
     "priority": "test_limits.py",
     "cache_salt": "test_limits.py",
     f"{RESPONSES} store": "test_openai_client.py",
     f"{RESPONSES} previous_response_id": "test_openai_client.py",
     "ItemReference.id": "a test of the responses",
+    "ToolChoiceTool.disable_parallel_tool_use": "the choice is one call anyway",
 }
 """Effects that two answers alone do not show."""

@@ -8,16 +8,7 @@ from pydantic import BeforeValidator, Field, RootModel
 
 from ..fields import ErrorBody, SamplingRequest
 from ..reading import GiveWay
-from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StopText, StrictModel, Text
-
-
-def _refuse(value: Any) -> None:
-    if value is not None and value != [] and value != {}:
-        raise ValueError("is not supported by this server")
-
-
-Unsupported = Annotated[None, BeforeValidator(_refuse)]
-"""A field of Anthropic's API that this server does not support: only values that ask for nothing are accepted."""
+from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, StopText, StrictModel, Text, ToolName
 
 
 class CacheControl(StrictModel):
@@ -31,11 +22,6 @@ class TextBlock(StrictModel):
     type: Literal["text"]
     text: Text
     cache_control: CacheControl | None = None
-    citations: Unsupported = None
-
-
-class DirectCaller(StrictModel):
-    type: Literal["direct"]
 
 
 class ToolUseBlock(StrictModel):
@@ -44,8 +30,6 @@ class ToolUseBlock(StrictModel):
     name: Name
     input: dict[str, Any]
     cache_control: CacheControl | None = None
-    caller: DirectCaller | None = None
-    toolset_name: Unsupported = None
 
 
 TextBlocks = Annotated[list[TextBlock], Field(max_length=1024, fail_fast=True)]
@@ -57,7 +41,6 @@ class ToolResultBlock(StrictModel):
     content: Text | TextBlocks | None = None
     is_error: bool | None = Field(None, description="With true, the model reads `Error: ` before the content.")
     cache_control: CacheControl | None = None
-    toolset_name: Unsupported = None
 
 
 class ThinkingBlock(StrictModel):
@@ -113,16 +96,12 @@ class CustomTool(StrictModel):
     """A tool that the client runs."""
 
     type: Annotated[Literal["custom"] | None, BeforeValidator(_only_custom)] = None
-    name: SchemaName
+    name: ToolName
     description: Description | None = None
     input_schema: JsonSchema = Field(description="JSON Schema of the input.")
     strict: bool | None = Field(
         None, description="If true, unforced calls obey the schema too, and OpenAI's rules for strict schemas apply."
     )
-    eager_input_streaming: Literal[True] | None = Field(None, description="Input is always streamed as it arrives.")
-    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
-    defer_loading: Literal[False] | None = None
-    input_examples: Unsupported = None
     cache_control: CacheControl | None = None
 
 
@@ -137,7 +116,7 @@ class ToolChoiceTool(StrictModel):
     """The model must call this tool."""
 
     type: Literal["tool"]
-    name: SchemaName
+    name: ToolName
     disable_parallel_tool_use: bool | None = Field(None, description="Without effect: there is one call.")
 
 
@@ -148,12 +127,6 @@ class ToolChoiceNone(StrictModel):
 MessagesToolChoice = Annotated[ToolChoiceAny | ToolChoiceTool | ToolChoiceNone, Field(discriminator="type")]
 
 
-class ThinkingDisabled(StrictModel):
-    """No thinking before the answer: the only supported value."""
-
-    type: Literal["disabled"]
-
-
 class OutputSchema(StrictModel):
     type: Literal["json_schema"]
     json_schema: JsonSchema = Field(alias="schema", description="JSON Schema of the answer.")
@@ -161,7 +134,6 @@ class OutputSchema(StrictModel):
 
 class OutputConfig(StrictModel):
     format: OutputSchema | None = None
-    effort: Unsupported = None
 
 
 class CountTokensRequest(StrictModel):
@@ -172,27 +144,15 @@ class CountTokensRequest(StrictModel):
     system: Text | TextBlocks | None = None
     tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: MessagesToolChoice | None = None
-    thinking: ThinkingDisabled | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
-    context_management: Unsupported = None
-    mcp_servers: Unsupported = None
-
-
-class MessagesMetadata(StrictModel):
-    """Accepted and ignored."""
-
-    user_id: Name | None = None
 
 
 class MessagesRequest(SamplingRequest, CountTokensRequest):
     """Body of `POST /v1/messages`: Anthropic's fields, and other sampling fields as on the other routes."""
 
     max_tokens: int = Field(ge=1, le=MAX_TOKENS)
-    stop_sequences: Annotated[list[StopText], Field(max_length=4)] | None = None
-    metadata: MessagesMetadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
-    container: Unsupported = None
+    stop_sequences: Annotated[list[StopText], Field(max_length=64)] | None = None
 
 
 class AnswerText(StrictModel):

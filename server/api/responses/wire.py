@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from ....engine.messages import MAX_LOGPROBS
 from ..fields import JsonObjectFormat, JsonSchemaFormat, OpenAIRequest, TextFormat, TokenLogprob
-from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, SchemaName, StrictModel, Text
+from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, StrictModel, Text, ToolName
 
 MAX_ITEMS = 4096
 Item = dict[str, Any]
@@ -21,7 +21,6 @@ def _refuse(value: Any) -> Any:
     return value
 
 
-Unsupported = Annotated[None, BeforeValidator(_refuse)]
 UnsupportedFlag = Annotated[Literal[False] | None, BeforeValidator(_refuse)]
 
 
@@ -33,12 +32,10 @@ class InputText(StrictModel):
 
 
 class AssistantText(StrictModel):
-    """A text part of an earlier response, as the server returned it."""
+    """A text part of an earlier response."""
 
     type: Literal["output_text"]
     text: Text
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: Annotated[list[Any], Field(max_length=2**17)] | None = None
 
 
 MessagePart = Annotated[InputText | AssistantText, Field(discriminator="type")]
@@ -52,7 +49,6 @@ class InputMessage(StrictModel):
     content: Text | Annotated[list[MessagePart], Field(min_length=1, max_length=1024, fail_fast=True)]
     id: Name | None = None
     status: Status | None = None
-    phase: None = None
 
 
 class InputCall(StrictModel):
@@ -64,8 +60,6 @@ class InputCall(StrictModel):
     arguments: Text = Field(description="JSON text of an object.")
     id: Name | None = None
     status: Status | None = None
-    namespace: None = None
-    caller: None = None
 
 
 class InputCallOutput(StrictModel):
@@ -100,7 +94,7 @@ class FunctionTool(StrictModel):
     """A function that the model may call: the only kind of tool."""
 
     type: Literal["function"]
-    name: SchemaName
+    name: ToolName
     description: Description | None = None
     parameters: JsonSchema | None = Field(None, description="JSON Schema of the arguments (default: none).")
     strict: bool | None = None
@@ -110,7 +104,7 @@ class FunctionChoice(StrictModel):
     """The function that must be called, or one of those that are allowed."""
 
     type: Literal["function"]
-    name: SchemaName
+    name: ToolName
 
 
 class AllowedFunctions(StrictModel):
@@ -135,15 +129,14 @@ class TextOptions(StrictModel):
     """The format of the output text."""
 
     format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Ignored.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Has no effect.")
 
 
 class ReasoningOptions(StrictModel):
-    """No options: the models do not reason before they answer."""
+    """How the answer was reasoned: the models do not reason."""
 
-    effort: Literal["none"] | None = None
-    summary: None = None
-    generate_summary: None = None
+    effort: Literal["none"]
+    summary: None
 
 
 class ResponseStreamOptions(StrictModel):
@@ -166,16 +159,7 @@ class ResponseRequest(OpenAIRequest):
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Above 0, logprobs are included.")
     stream_options: ResponseStreamOptions | None = None
-    reasoning: ReasoningOptions | None = None
     background: UnsupportedFlag = None
-    background_options: Unsupported = None
-    context_management: Unsupported = None
-    conversation: Unsupported = None
-    max_tool_calls: Unsupported = None
-    moderation: Unsupported = None
-    prompt: Unsupported = None
-    prompt_cache_options: Unsupported = None
-    prompt_cache_retention: Unsupported = None
 
 
 class OutputText(StrictModel):

@@ -1,0 +1,112 @@
+"""Fields that no wire model has: which are dropped, in silence or by name, and which are refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from .errors import ApiError, shorten
+from .shapes import ANYTHING, Shape
+
+Kind = Literal["bookkeeping", "hint", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What happens to a field, or to some items of a list, that the server cannot act on."""
+
+    kind: Kind
+    nothing: tuple[Any, ...] = ()  # values that ask for nothing: accepted in silence, as null is
+    items: tuple[str, ...] = ()  # of a list: patterns of the strings, or of the objects' types, that are meant
+    needs_others: bool = False  # the rule is for lists that have other items too
+    advice: str = ""  # ends the message of a refusal
+
+    def asks_for_nothing(self, value: Any) -> bool:
+        """Whether a value means the same as leaving the field out; true and 1 are different values."""
+        return any(value == nothing and type(value) is type(nothing) for nothing in self.nothing)
+
+    def matches(self, item: Any) -> bool:
+        """Whether the rule is about this item of a list."""
+        name = item.get("type") if isinstance(item, dict) else item
+        return isinstance(name, str) and any(fnmatchcase(name, pattern) for pattern in self.items)
+
+
+class Rules:
+    """The rules of an endpoint by place, such as `tools[].function.strict`: `[]` is every item of a list."""
+
+    def __init__(self, table: Mapping[str, Rule]) -> None:
+        self.table = table
+        self.hints = [(place, place.split("."), rule) for place, rule in table.items()
+                      if rule.kind == "hint" and "[" not in place]  # fmt: skip
+        self.parents = {place[: end.start()] for place in table for end in re.finditer(r"\.|\[", place)}
+
+
+@dataclass(slots=True)
+class Tolerance:
+    """Drops from one body what the rules allow to drop."""
+
+    rules: Rules
+    ignore_unknown: bool = False  # unknown fields are dropped too
+    ignored: dict[str, None] = field(default_factory=dict)  # the places of dropped hints, in order
+
+    def relax(self, value: Any, shape: Shape, path: str = "", place: str = "") -> Any:
+        """Return a value without what asks for nothing; raise `ApiError` 400 for a field that is refused.
+
+        `path` is where the value is, with the numbers of list items, and `place` is the same with `[]`.
+        """
+        if isinstance(value, list):
+            return self._relax_list(value, shape.items or ANYTHING, path, f"{place}[]")
+        if not isinstance(value, dict) or not (shape.models or place in self.rules.parents):
+            return value
+        shape, kept = shape.narrow(value), dict[str, Any]()
+        for name, member in value.items():
+            inner, at = (f"{path}.{name}", f"{place}.{name}") if path else (name, name)
+            rule, known = self.rules.table.get(at), shape.member(name)
+            if member is None or (rule is not None and rule.asks_for_nothing(member)):
+                continue
+            if known is not None:
+                kept[name] = self.relax(member, known, inner, at)
+            elif at in self.rules.parents and not (rest := self.relax(member, ANYTHING, inner, at)):
+                continue
+            elif rule is not None:
+                self._apply(rule, inner, at)
+            elif at in self.rules.parents and isinstance(rest, dict):
+                raise unknown_field(f"{inner}.{next(iter(rest))}")
+            elif self.ignore_unknown:
+                self.ignored[at] = None
+            else:
+                kept[name] = member
+        return kept
+
+    def _relax_list(self, items: list[Any], shape: Shape, path: str, place: str) -> list[Any]:
+        rule = self.rules.table.get(place)
+        if rule is None and not (shape.models or shape.items or place in self.rules.parents):
+            return items
+        drops = [rule is not None and rule.matches(item) for item in items]
+        if all(drops) and rule is not None and rule.needs_others:
+            return items  # the model refuses them by name
+        for item, drop in zip(items, drops, strict=True):
+            if drop and rule is not None:
+                name = item["type"] if isinstance(item, dict) else item
+                self._apply(rule, path, f"{place.removesuffix('[]')}.{name}")
+        return [
+            self.relax(item, shape, f"{path}[{number}]", place)
+            for number, (item, drop) in enumerate(zip(items, drops, strict=True))
+            if not drop
+        ]
+
+    def _apply(self, rule: Rule, path: str, place: str) -> None:
+        if rule.kind == "refused":
+            message = f"{shorten(path)} is not supported by this server.{rule.advice and ' ' + rule.advice}"
+            raise ApiError(400, message, param=shorten(path), code="unsupported_parameter")
+        if rule.kind == "hint":
+            self.ignored[place] = None
+
+
+def unknown_field(path: str) -> ApiError:
+    """Make the error for a field that no model and no rule knows."""
+    path = shorten(path)
+    return ApiError(400, f"Unrecognized request argument: {path}.", param=path, code="unknown_parameter")
