@@ -102,7 +102,7 @@ class Service:
         """Read and check the body of a request, and answer it."""
         model, context = self.ready_model(), RequestContext.of(request.scope)
         try:
-            tolerance = Tolerance(RULES[endpoint.path], self.config.ignore_unknown_fields)
+            tolerance = Tolerance(RULES[endpoint.path], self.config.ignore_unknown_fields, model.template.variables)
             body: Any = await read_body(request, endpoint.body, tolerance)
             context.ignored = tolerance.ignored
             context.model = body.model

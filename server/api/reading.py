@@ -16,7 +16,7 @@ from ..chat.structured import choice_grammar, json_schema_grammar, lark_grammar,
 from ..generation.generation import Generation
 from ..http.middleware import RequestContext
 from . import fields
-from .types import MAX_TOOLS, Description, JsonSchema, Name, StrictModel, Text, ToolName
+from .types import MAX_TOOLS, Description, JsonSchema, Name, StrictModel, TemplateVariables, Text, ToolName
 
 GiveWay = BeforeValidator(lambda value: value)
 """A Python no-op: without it pydantic checks a long list in one go and no other thread can run."""
@@ -98,9 +98,7 @@ class TemplateOptions(StrictModel):
         None, description="End the prompt with the opening of a turn (default: the opposite of continue_final_message)."
     )
     continue_final_message: bool | None = Field(None, description="Continue the last message.")
-    chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = Field(
-        None, description="Values for variables of the checkpoint's chat template."
-    )
+    chat_template_kwargs: TemplateVariables = None
 
 
 def read_chat(messages: list[Message], options: TemplateOptions, **more: Any) -> Conversation:

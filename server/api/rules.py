@@ -26,6 +26,11 @@ def hint(*nothing: Any) -> Rule:
     return Rule("hint", nothing)
 
 
+def switch(name: str) -> Rule:
+    """Return the rule of a template variable that makes a model reason, where the template has it."""
+    return Rule("hint", variables=lambda value: {name: value})
+
+
 def refused(*nothing: Any, use: str = "") -> Rule:
     """Return the rule of a field that is refused, unless its value asks for nothing; `use` works instead."""
     return Rule("refused", nothing, advice=f"Use {use}." if use else "")
@@ -46,6 +51,15 @@ HOSTED = ("web_search*", "web_fetch*", "file_search", "code_interpreter", "code_
           "image_generation", "local_shell", "shell", "apply_patch", "custom", "namespace", "tool_search*",
           "programmatic_tool_calling", "bash_*", "text_editor_*", "memory_*", "advisor_*")  # fmt: skip
 HOSTED_TOOLS = Rule("hint", items=HOSTED, needs_others=True)
+
+# Reasoning, where the chat template has a variable for it.
+SWITCHES: Table = {
+    f"chat_template_kwargs.{name}": switch(name)
+    for name in ("enable_thinking", "thinking", "preserve_thinking", "thinking_budget", "reasoning_effort")
+}
+EFFORT = Rule("hint", ("none",), variables=lambda word: {"reasoning_effort": word, "enable_thinking": word != "none"})
+NO_THINKING = {"type": "disabled"}
+THINKING = Rule("hint", (NO_THINKING,), variables=lambda value: {"enable_thinking": value != NO_THINKING})
 
 REQUEST_IDS = all_of("request_id rid session_id custom_labels", BOOKKEEPING)
 PROMPT_CACHE = all_of("prompt_cache_retention prompt_cache_options client_metadata", BOOKKEEPING)
@@ -81,7 +95,7 @@ OTHER_SERVERS: Table = {
 STREAM_OPTIONS: Table = {"stream_options.include_obfuscation": OFF}
 BOTH: Table = OTHER_SERVERS | PROMPT_CACHE | STREAM_OPTIONS
 BOTH |= all_of("user metadata store service_tier safety_identifier prompt_cache_key", BOOKKEEPING)
-BOTH |= {"reasoning_effort": hint("none"), "verbosity": hint("medium"), "modalities": refused(["text"], [])}
+BOTH |= {"reasoning_effort": EFFORT, "verbosity": hint("medium"), "modalities": refused(["text"], [])}
 
 CHAT_MESSAGES: Table = {
     **all_of("cache_control id phase provider_specific_fields annotations parsed", BOOKKEEPING),
@@ -106,6 +120,7 @@ CHAT: Table = {
     "chat_template": REFUSED,
     "documents": refused([]),
     "add_special_tokens": OFF,
+    **SWITCHES,
     **all_of("audio web_search_options moderation task", REFUSED),
     "input_ids": refused([]),
     "best_of": refused(1, use="n"),
@@ -114,7 +129,7 @@ CHAT: Table = {
     "prediction": HINT,
     "functions": refused([], use="tools"),
     "function_call": refused("none", "auto", use="tool_choice"),
-    "thinking": hint({"type": "disabled"}),
+    "thinking": THINKING,
     "reasoning": HINT,
 }
 COMPLETIONS: Table = {
@@ -138,14 +153,15 @@ RESPONSES: Table = {
                                      "computer_call_output.*", "code_interpreter_call.*")),
     "input[]": Rule("hint", items=("reasoning",), needs_others=True),
     **below("text.format", SCHEMA_NAMES),
-    **all_of("input[].id input[].status input[].phase input[].parsed_arguments input[].content[].annotations "
-             "input[].content[].logprobs input[].content[].parsed input[].content[].prompt_cache_breakpoint "
+    **all_of("input[].name input[].id input[].status input[].phase input[].parsed_arguments "
              "input[].output[].prompt_cache_breakpoint", BOOKKEEPING),
+    **below("input[].content[]", all_of("annotations logprobs parsed prompt_cache_breakpoint", BOOKKEEPING)),
     "input[].caller": refused({"type": "direct"}),
     "input[].async": OFF,
     "input[].namespace": refused(""),
     **all_of("reasoning.summary reasoning.generate_summary reasoning.context reasoning.mode", HINT),
-    "reasoning.effort": hint("none"),
+    "reasoning.effort": EFFORT,
+    **SWITCHES,
     "text.verbosity": hint("medium"),
     "max_tool_calls": REFUSED,
     **all_of("user metadata service_tier safety_identifier prompt_cache_key access_programs", BOOKKEEPING),
@@ -160,14 +176,16 @@ COUNT: Table = {
              "messages[].content[].content[].cache_control", BOOKKEEPING),
     **all_of("messages[].content[].thinking messages[].content[].signature messages[].content[].data", BOOKKEEPING),
     "tools[]": HOSTED_TOOLS,
-    "thinking": hint({"type": "disabled"}),
-    "output_config.effort": HINT,
+    "thinking": THINKING,
+    "output_config.effort": EFFORT,
+    "messages[].output_config": HINT,
+    **SWITCHES,
     "output_config.task_budget": HINT,
     "context_management": REFUSED,
     "context_management.edits[]": Rule("hint", items=("clear_thinking_*",)),
     "speed": hint("standard"),
     "inference_geo": hint("global"),
-    **all_of("user_profile_id workspace_id betas metadata diagnostics", BOOKKEEPING),
+    **all_of("user_profile_id workspace_id betas metadata diagnostics billing_policy", BOOKKEEPING),
     **all_of("system[].citations messages[].content[].citations messages[].content[].content[].citations", BOOKKEEPING),
     "messages[].content[].parsed_output": BOOKKEEPING,
     "messages[].content[].caller": refused({"type": "direct"}),
@@ -181,7 +199,7 @@ COUNT: Table = {
 MESSAGES: Table = {
     **OTHER_SERVERS,
     **COUNT,
-    **all_of("service_tier billing_policy fallback_credit_token", BOOKKEEPING),
+    **all_of("service_tier fallback_credit_token", BOOKKEEPING),
 }
 
 EMBEDDINGS: Table = {
@@ -196,6 +214,9 @@ EMBEDDINGS: Table = {
     "user": BOOKKEEPING,
     "lora_path": refused("", []),
     **all_of("embed_override_token_id embed_overrides messages", refused([])),
+    **all_of("add_generation_prompt continue_final_message", OFF),
+    "chat_template": REFUSED,
+    "chat_template_kwargs": refused({}),
 }
 TOKENIZE: Table = {
     **below("messages[]", CHAT_MESSAGES),
@@ -203,7 +224,8 @@ TOKENIZE: Table = {
     **MEDIA,
     "chat_template": REFUSED,
     "documents": refused([]),
-    "reasoning_effort": hint("none"),
+    **SWITCHES,
+    "reasoning_effort": EFFORT,
     "tool_choice": hint("auto", "none"),
 }
 DETOKENIZE: Table = {"skip_special_tokens": refused(False)}

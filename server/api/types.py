@@ -22,6 +22,9 @@ ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Description = Annotated[str, StringConstraints(max_length=2**16)]
 JsonSchema = dict[str, Any]
+TemplateVariables = Annotated[
+    dict[Name, Any] | None, Field(max_length=32, description="Values for variables of the checkpoint's chat template.")
+]
 Priority = Annotated[
     int | None, Field(ge=-(2**31), le=MAX_INT, description="Lower goes first, under policy `priority`.")
 ]

@@ -199,7 +199,7 @@ def _check_template_options(conversation: Conversation, template: ChatTemplate) 
         raise RequestError(f"{field} needs {needed}.", param=field)
     for name, value in conversation.template_variables.items():
         field = f"chat_template_kwargs.{shorten(name)}"
-        if name not in template.variables:
+        if name not in template.variables and value is not None:
             known = ", ".join(sorted(template.variables)) or "none"
             message = f"{field} is not a variable of this model's chat template; its variables: {known}."
             raise RequestError(message, param=field)

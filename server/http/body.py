@@ -114,12 +114,11 @@ def parse_body(data: bytes, model: type[Body], tolerance: Tolerance) -> Body:
         raise _invalid(f"is not valid JSON: {shorten(str(error))}") from None
     if not isinstance(fields, dict):
         raise _invalid("must be a JSON object")
-    _note_hints(fields, tolerance)
-    if fields.keys() <= model.model_fields.keys():
+    if not _has_hints(fields, tolerance) and fields.keys() <= model.model_fields.keys():
         with contextlib.suppress(ValidationError):  # else it may need tolerance
             return model.model_validate(fields)
     shape = Shape((model,))
-    fields = tolerance.relax(fields, shape)
+    fields = tolerance.relax_body(fields, shape)
     for name in fields:
         if shape.member(name) is None:
             raise unknown_field(name)
@@ -133,14 +132,18 @@ def parse_body(data: bytes, model: type[Body], tolerance: Tolerance) -> Body:
         raise _describe(error, fields, shape) from None
 
 
-def _note_hints(fields: dict[str, Any], tolerance: Tolerance) -> None:
-    """Note the hints of a body; its model may know them."""
+def _has_hints(fields: dict[str, Any], tolerance: Tolerance) -> bool:
+    """Note the hints of a body that have no effect, also those that its model knows; return whether it has hints."""
+    found = False
     for place, names, rule in tolerance.rules.hints:
         value: Any = fields
         for name in names:
             value = value.get(name) if isinstance(value, dict) else None
-        if value is not None and not rule.asks_for_nothing(value):
-            tolerance.ignored[place] = None
+        if value is not None:
+            found = True
+            if not rule.asks_for_nothing(value) and not tolerance.acts(rule, value):
+                tolerance.ignored[place] = None
+    return found
 
 
 def _invalid(problem: str) -> ApiError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -22,6 +22,7 @@ class Rule:
     nothing: tuple[Any, ...] = ()  # values that ask for nothing: accepted in silence, as null is
     items: tuple[str, ...] = ()  # of a list: patterns of the strings, or of the objects' types, that are meant
     needs_others: bool = False  # the rule is for lists that have other items too
+    variables: Callable[[Any], dict[str, Any]] | None = None  # what a hint sets, if the chat template reads it
     advice: str = ""  # ends the message of a refusal
 
     def asks_for_nothing(self, value: Any) -> bool:
@@ -50,40 +51,57 @@ class Tolerance:
 
     rules: Rules
     ignore_unknown: bool = False  # unknown fields are dropped too
+    variables: frozenset[str] = frozenset()  # those that the chat template reads
+    settings: dict[str, Any] = field(default_factory=dict)  # what hints set of them
     ignored: dict[str, None] = field(default_factory=dict)  # the places of dropped hints, in order
 
-    def relax(self, value: Any, shape: Shape, path: str = "", place: str = "") -> Any:
-        """Return a value without what asks for nothing; raise `ApiError` 400 for a field that is refused.
+    def relax_body(self, fields: dict[str, Any], shape: Shape) -> dict[str, Any]:
+        """Return a body without what asks for nothing; raise `ApiError` 400 for a field that is refused."""
+        kept: dict[str, Any] = self._relax(fields, shape, "", "")
+        if self.settings:
+            kept["chat_template_kwargs"] = self.settings | (kept.get("chat_template_kwargs") or {})
+        return kept
 
-        `path` is where the value is, with the numbers of list items, and `place` is the same with `[]`.
+    def acts(self, rule: Rule, value: Any) -> dict[str, Any]:
+        """Return the template variables that a hint sets."""
+        wanted = rule.variables(value) if rule.variables is not None else {}
+        return {name: setting for name, setting in wanted.items() if name in self.variables}
+
+    def _relax(self, value: Any, shape: Shape | None, path: str, place: str) -> Any:
+        """Return a value that is at `path`, or at `place` with `[]` for the numbers of items.
+
+        Without a shape only the rules know what is in it.
         """
         if isinstance(value, list):
-            return self._relax_list(value, shape.items or ANYTHING, path, f"{place}[]")
-        if not isinstance(value, dict) or not (shape.models or place in self.rules.parents):
+            return self._relax_list(value, shape and (shape.items or ANYTHING), path, f"{place}[]")
+        if not isinstance(value, dict) or not ((shape and shape.models) or place in self.rules.parents):
             return value
-        shape, kept = shape.narrow(value), dict[str, Any]()
+        shape, kept = shape and shape.narrow(value), dict[str, Any]()
+        is_free = shape is not None and not shape.models
         for name, member in value.items():
             inner, at = (f"{path}.{name}", f"{place}.{name}") if path else (name, name)
-            rule, known = self.rules.table.get(at), shape.member(name)
-            if member is None or (rule is not None and rule.asks_for_nothing(member)):
+            rule, known = self.rules.table.get(at), shape.member(name) if shape else None
+            if rule is not None and (settings := self.acts(rule, member)):
+                self.settings |= settings
+            elif (member is None and not is_free) or (rule is not None and rule.asks_for_nothing(member)):
                 continue
-            if known is not None:
-                kept[name] = self.relax(member, known, inner, at)
-            elif at in self.rules.parents and not (rest := self.relax(member, ANYTHING, inner, at)):
+            elif known is not None:
+                kept[name] = self._relax(member, known, inner, at)
+            elif at in self.rules.parents and not (rest := self._relax(member, None, inner, at)):
                 continue
             elif rule is not None:
                 self._apply(rule, inner, at)
-            elif at in self.rules.parents and isinstance(rest, dict):
-                raise unknown_field(f"{inner}.{next(iter(rest))}")
-            elif self.ignore_unknown:
-                self.ignored[at] = None
-            else:
+            elif is_free or not self.ignore_unknown:
+                if at in self.rules.parents and isinstance(rest, dict):
+                    raise unknown_field(f"{inner}.{next(iter(rest))}")
                 kept[name] = member
+            else:
+                self.ignored[at] = None
         return kept
 
-    def _relax_list(self, items: list[Any], shape: Shape, path: str, place: str) -> list[Any]:
+    def _relax_list(self, items: list[Any], shape: Shape | None, path: str, place: str) -> list[Any]:
         rule = self.rules.table.get(place)
-        if rule is None and not (shape.models or shape.items or place in self.rules.parents):
+        if rule is None and not ((shape and (shape.models or shape.items)) or place in self.rules.parents):
             return items
         drops = [rule is not None and rule.matches(item) for item in items]
         if all(drops) and rule is not None and rule.needs_others:
@@ -93,7 +111,7 @@ class Tolerance:
                 name = item["type"] if isinstance(item, dict) else item
                 self._apply(rule, path, f"{place.removesuffix('[]')}.{name}")
         return [
-            self.relax(item, shape, f"{path}[{number}]", place)
+            self._relax(item, shape, f"{path}[{number}]", place)
             for number, (item, drop) in enumerate(zip(items, drops, strict=True))
             if not drop
         ]

@@ -235,7 +235,7 @@ def test_an_answer_can_be_made_to_fit_a_schema(claude: Anthropic, ask: Any, name
         ({"model": "claude"}, NotFoundError, "not_found_error", "'claude' does not exist"),
         ({"extra_body": {"nonsense": 1}}, BadRequestError, "invalid_request_error", "nonsense"),
         ({"messages": []}, BadRequestError, "invalid_request_error", "messages"),
-        ({"thinking": {"type": "adaptive"}}, BadRequestError, "invalid_request_error", "thinking"),
+        ({"container": "c"}, BadRequestError, "invalid_request_error", "container"),
         ({"max_tokens": 10**6}, BadRequestError, "invalid_request_error", "context"),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}},

@@ -68,6 +68,7 @@ def read_conversation(body: wire.CountTokensRequest, **more: Any) -> Conversatio
         parallel_tool_calls=not getattr(body.tool_choice, "disable_parallel_tool_use", None),
         answer_format=_answer_format(body.output_config),
         continue_final_message=messages[-1].role == "assistant",
+        template_variables=body.chat_template_kwargs or {},
         **more,
     )
 

@@ -8,7 +8,18 @@ from pydantic import BeforeValidator, Field, RootModel
 
 from ..fields import ErrorBody, SamplingRequest
 from ..reading import GiveWay
-from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, StopText, StrictModel, Text, ToolName
+from ..types import (
+    MAX_TOKENS,
+    MAX_TOOLS,
+    Description,
+    JsonSchema,
+    Name,
+    StopText,
+    StrictModel,
+    TemplateVariables,
+    Text,
+    ToolName,
+)
 
 
 class CacheControl(StrictModel):
@@ -145,6 +156,7 @@ class CountTokensRequest(StrictModel):
     tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: MessagesToolChoice | None = None
     output_config: OutputConfig | None = None
+    chat_template_kwargs: TemplateVariables = None
     cache_control: CacheControl | None = None
 
 

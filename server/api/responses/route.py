@@ -181,6 +181,7 @@ def read_conversation(body: wire.ResponseRequest, messages: list[Message], model
         ],
         tool_choice=_tool_choice(body),
         parallel_tool_calls=body.parallel_tool_calls is not False,
+        template_variables=body.chat_template_kwargs or {},
         answer_format=read_format(wanted, body.structured_outputs, "text.format", "text.format.schema"),
         # Instructions are not dropped with old items.
         keep_messages=int(body.instructions is not None) if body.truncation == "auto" else None,

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from ....engine.messages import MAX_LOGPROBS
 from ..fields import JsonObjectFormat, JsonSchemaFormat, OpenAIRequest, TextFormat, TokenLogprob
-from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, StrictModel, Text, ToolName
+from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, StrictModel, TemplateVariables, Text, ToolName
 
 MAX_ITEMS = 4096
 Item = dict[str, Any]
@@ -156,6 +156,7 @@ class ResponseRequest(OpenAIRequest):
     tool_choice: ToolChoice | None = Field(None, description="Default: auto with tools, else none.")
     parallel_tool_calls: bool | None = Field(None, description="false allows one call at most.")
     text: TextOptions | None = None
+    chat_template_kwargs: TemplateVariables = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Above 0, logprobs are included.")
     stream_options: ResponseStreamOptions | None = None

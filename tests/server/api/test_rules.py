@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from support.answers import error_of
 
 from pyllm.server.api.rules import RULES
 from pyllm.server.app import ENDPOINTS
+from pyllm.server.chat.template import ChatTemplate
 from pyllm.server.http.shapes import Shape
 from pyllm.server.http.tolerance import Rule
 
@@ -52,7 +54,8 @@ BASES: dict[str, dict[str, Any]] = {
     "/tokenize": CHAT,
     "/detokenize": {"tokens": [5]},
 }
-VALUES = ("low", {"a": "b"}, ["x"], True, 7, {"type": "ephemeral"}, "completed")
+VALUES = ("low", {"a": "b"})
+TYPED_VALUES = (*VALUES, True, 7, ["x"], "completed", {"type": "ephemeral"})
 CASES = [(path, place, rule) for path, rules in RULES.items() for place, rule in rules.table.items()]
 IDS = [f"{path} {place}" for path, place, _ in CASES]
 
@@ -111,14 +114,14 @@ def bodies(path: str, place: str, value: Any) -> Iterator[dict[str, Any]]:
         yield body
 
 
-def examples(rule: Rule) -> Iterator[Any]:
-    """Values that ask for something."""
+def examples(rule: Rule, is_typed: bool) -> Iterator[Any]:
+    """Values that ask for something; where the model checks the type, one of them passes."""
     if rule.items:
         for pattern in rule.items:
             name = pattern.replace("*", "x")
             yield name if "." in pattern else {"type": name}
     else:
-        yield from (value for value in VALUES if not rule.asks_for_nothing(value))
+        yield from (value for value in (TYPED_VALUES if is_typed else VALUES) if not rule.asks_for_nothing(value))
 
 
 def ignored(response: httpx.Response) -> set[str]:
@@ -138,14 +141,14 @@ def outcome(response: httpx.Response, place: str) -> str:
 
 @pytest.mark.parametrize(("path", "place", "rule"), CASES, ids=IDS)
 def test_each_entry_is_what_the_table_says(shared: Harness, path: str, place: str, rule: Rule) -> None:
-    outcomes = [
-        {outcome(shared.post(path, body), place) for body in bodies(path, place, value)} for value in examples(rule)
-    ]
-    if is_known(path, place) and not rule.items:
+    is_typed = is_known(path, place) and not rule.items
+    values = list(examples(rule, is_typed))
+    outcomes = [{outcome(shared.post(path, body), place) for body in bodies(path, place, value)} for value in values]
+    if is_typed:
         assert rule.kind in set().union(*outcomes)
     else:  # an object of another kind may have a field of this name that acts
         assert outcomes
-        assert all(rule.kind in found for found in outcomes), list(zip(examples(rule), outcomes, strict=True))
+        assert all(rule.kind in found for found in outcomes), list(zip(values, outcomes, strict=True))
 
 
 @pytest.mark.parametrize(("path", "place", "rule"), CASES, ids=IDS)
@@ -172,6 +175,30 @@ def test_streams_name_ignored_hints_too(shared: Harness, path: str, fields: dict
     response = shared.post(path, BASES[path] | fields | {"stream": True})
     assert response.headers["content-type"].startswith("text/event-stream")
     assert ignored(response) == names
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "prompt"),
+    [
+        ("/v1/chat/completions", {"reasoning_effort": "high"}, "high True"),
+        ("/v1/chat/completions", {"reasoning_effort": "none"}, "none False"),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": False}}, " False"),
+        ("/v1/responses", {"reasoning": {"effort": "low", "summary": None}}, "low True"),
+        ("/v1/messages", {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, "max True"),
+        ("/v1/messages", {"thinking": {"type": "disabled"}}, " False"),
+    ],
+)
+def test_a_template_that_reasons_reads_the_hints(make_harness: Any, path: str, fields: Any, prompt: str) -> None:
+    harness = make_harness()
+    template = "{{ reasoning_effort or '' }} {{ enable_thinking }}"
+    replaced = ChatTemplate.from_tokenizer(harness.tokenizer, override=template)
+    harness.service.model = dataclasses.replace(harness.model, template=replaced)
+    body = {"model": "alias", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    body = body if "responses" not in path else {"input": "Hi", "max_output_tokens": 3}
+    response = harness.post(path, body | fields)
+    assert response.status_code == 200, response.text
+    assert not ignored(response)
+    assert harness.tokenizer.decode(harness.engine.requests[-1][1], skip_special_tokens=True) == prompt
 
 
 def test_null_asks_for_nothing_under_any_name(shared: Harness) -> None:
