@@ -18,7 +18,7 @@ from ..chat.tool_calls import Part
 from ..chat.turn import Turn, prepare_turn, read_turn
 from ..generation.generation import Choice, Generation
 from ..generation.streaming import Chunks, EventStream, join_fields, show_details
-from ..generation.token_details import chat_logprobs, show_prompt_logprobs
+from ..generation.token_details import ShownLogprobs, show_prompt_logprobs
 from ..http.body import off_loop_if_large
 from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
@@ -208,7 +208,8 @@ def _choice_json(
     reason = read.finish_reason if choice.finish_reason == "stop" else choice.finish_reason
     entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
     if body.logprobs:
-        entry["logprobs"] = chat_logprobs(choice.logprobs, model.tokenizer)
+        writer = ShownLogprobs(model.tokenizer, turn.params.skip_special_tokens)
+        entry["logprobs"] = {"content": writer.add(choice.logprobs, choice.text) + writer.finish()}
     return entry | show_details(choice, body, model.tokenizer)
 
 
@@ -223,6 +224,7 @@ class ChatChunks(Chunks):
         super().__init__(head, generation, model.tokenizer, body)
         self._turn = turn
         self._readers = [turn.reader() for _ in self.choices]
+        self._logprobs = [ShownLogprobs(model.tokenizer, turn.params.skip_special_tokens) for _ in self.choices]
         self._prompt_due = body.prompt_logprobs is not None
 
     def opening(self) -> bytes:
@@ -237,7 +239,7 @@ class ChatChunks(Chunks):
         deltas = _deltas(self._readers[index].feed(output.text)) or ([self.empty] if self.shows_tokens else [])
         if not deltas:
             return b""
-        shown = encode_json(chat_logprobs(output.logprobs, self.tokenizer)) if self.with_logprobs else b"null"
+        shown = _logprobs(self._logprobs[index].add(output.logprobs, output.text) if self.with_logprobs else [])
         details, prompt = self.details(output), self._about_prompt(index)
         first = self.chunk(index, deltas[0], logprobs=shown, choice_fields=details, chunk_fields=prompt)
         return first + b"".join(self.chunk(index, delta) for delta in deltas[1:])
@@ -247,6 +249,8 @@ class ChatChunks(Chunks):
         prompt, reader = self._about_prompt(index), self._readers[index]
         cut = self._turn.is_cut(output.finish_reason, output.stop_reason)
         held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish(cut)))
+        if hidden := self._logprobs[index].finish():
+            held += self.chunk(index, self.empty, logprobs=_logprobs(hidden))
         reason = reader.finish_reason if output.finish_reason == "stop" else output.finish_reason
         return held + self.last(index, reason, output.stop_reason, prompt)
 
@@ -258,6 +262,10 @@ class ChatChunks(Chunks):
         choice = self.choices[0]
         shown = show_prompt_logprobs(choice.prompt_token_ids, choice.prompt_logprobs, self.tokenizer)
         return join_fields({"prompt_logprobs": shown})
+
+
+def _logprobs(entries: list[dict[str, Any]]) -> bytes:
+    return encode_json({"content": entries}) if entries else b"null"
 
 
 def _deltas(parts: list[Part]) -> list[bytes]:

@@ -124,6 +124,11 @@ def _best(positions: Sequence[TokenLogprobs], count: int) -> list[TokenLogprobs]
     return [msgspec.structs.replace(position, top=position.top[:count]) for position in positions]
 
 
+def _joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Join two objects of log-probabilities."""
+    return {name: first[name] + second[name] for name in first} if first and second else first or second
+
+
 class ChoiceWriter:
     """Writes one choice; with echo, the prompt's text and log-probabilities come first."""
 
@@ -139,16 +144,18 @@ class ChoiceWriter:
 
     def write(self, text: str, positions: Sequence[TokenLogprobs]) -> tuple[str, dict[str, Any] | None]:
         """Return the next piece of text and its log-probabilities, or None if they were not requested."""
-        count, before = self._body.logprobs, {}
+        count, before, echoed = self._body.logprobs, None, ""
         if self.prompt_due and self._body.echo:
             prompt = self._choice.prompt_token_ids
-            text = self._tokenizer.decode(prompt, self._skip) + text
+            echoed = self._tokenizer.decode(prompt, self._skip)
             if count is not None:
-                before = self._logprobs.write_prompt(prompt, _best(self._choice.prompt_logprobs, count))
-        if count is None:
-            return text, None
-        shown = self._logprobs.write(positions)
-        return text, {name: before[name] + shown[name] for name in shown} if before else shown
+                before = self._logprobs.write_prompt(prompt, _best(self._choice.prompt_logprobs, count), echoed)
+        shown = None if count is None else _joined(before, self._logprobs.write(positions, text))
+        return echoed + text, shown
+
+    def hidden(self) -> dict[str, Any] | None:
+        """Return the log-probabilities of the last tokens, if they begin after the end of the text."""
+        return self._logprobs.finish()
 
     def prompt_fields(self) -> dict[str, Any]:
         """Return the requested details of the prompt's tokens, once."""
@@ -165,6 +172,7 @@ class ChoiceWriter:
     def whole(self, index: int) -> dict[str, Any]:
         """Return the finished choice."""
         text, logprobs = self.write(self._choice.text, self._choice.logprobs)
+        logprobs = _joined(logprobs, self.hidden())
         shown = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self._choice.finish_reason}
         return shown | show_details(self._choice, self._body, self._tokenizer) | self.prompt_fields()
 
@@ -199,4 +207,6 @@ class CompletionChunks(Chunks):
         before = b""
         if self._writers[index].prompt_due:
             before = self.piece(index, msgspec.structs.replace(output, text="", token_ids=[], logprobs=[], dynamics=[]))
+        if (hidden := self._writers[index].hidden()) is not None:
+            before += self.chunk(index, self.empty, logprobs=encode_json(hidden))
         return before + super().ending(index, output)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -14,46 +15,112 @@ from ...model.tokenizer import Tokenizer
 LOWEST_LOGPROB = -9999.0  # replaces minus infinity, which JSON lacks; OpenAI uses the same number
 
 
-def chat_logprobs(positions: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return log-probabilities in the chat format."""
+class ShownLogprobs:
+    """Writes one text's log-probabilities in the chat format.
 
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text, data = tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
-        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(data)}
+    An entry's bytes are what the text shows of its token, so that joined they are the text: none for a special token
+    that is left out, and for the hidden part of a stop string. An entry waits until its text is shown.
+    """
 
-    return {
-        "content": [
-            entry(position.token_id, position.logprob) | {"top_logprobs": [entry(*pair) for pair in position.top]}
-            for position in positions
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._waiting: deque[tuple[TokenLogprobs, int, int, tuple[bytes, int]]] = deque()
+        self._tokens_end = self._text_end = 0  # in characters
+
+    def add(self, positions: Sequence[TokenLogprobs], text: str) -> list[dict[str, Any]]:
+        """Return the entries that are complete after more tokens and more of the text that is shown of them."""
+        for position in positions:
+            start, state = self._tokens_end, self._decoder.getstate()
+            self._tokens_end += len(self._decoder.decode(self._bytes(position.token_id)))
+            end = self._tokens_end + bool(self._decoder.getstate()[0])  # an unfinished character is not shown yet
+            self._waiting.append((position, start, end, state))
+        self._text_end += len(text)
+        entries = []
+        while self._waiting and self._waiting[0][2] <= self._text_end:
+            position = self._waiting.popleft()[0]
+            entries.append(self._entry(position, self._bytes(position.token_id)))
+        return entries
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Return the other entries, since the text has ended."""
+        entries = [
+            self._entry(position, self._shown(position, start, state)) for position, start, _, state in self._waiting
         ]
-    }
+        self._waiting.clear()
+        return entries
+
+    def _shown(self, position: TokenLogprobs, start: int, state: tuple[bytes, int]) -> bytes:
+        """Return the first bytes of a token that begins at `start`: those of characters before the end of the text."""
+        data, count, room = self._bytes(position.token_id), 0, self._text_end - start
+        self._decoder.setstate(state)
+        while room > 0 and count < len(data):
+            room -= len(self._decoder.decode(data[count : count + 1]))
+            count += room >= 0
+        return data[: max(count - len(self._decoder.getstate()[0]), 0)]
+
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether all text is shown except for a character that is unfinished."""
+        return bool(self._decoder.getstate()[0]) and self._text_end == self._tokens_end
+
+    def _bytes(self, token_id: int) -> bytes:
+        return b"" if token_id in self._hidden else self._tokenizer.token_bytes(token_id)
+
+    def _entry(self, position: TokenLogprobs, shown: bytes) -> dict[str, Any]:
+        def candidate(token_id: int, logprob: float, data: bytes) -> dict[str, Any]:
+            text = self._tokenizer.token_text(token_id)
+            return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(data)}
+
+        top = [candidate(token_id, logprob, self._bytes(token_id)) for token_id, logprob in position.top]
+        return candidate(position.token_id, position.logprob, shown) | {"top_logprobs": top}
 
 
 class LegacyLogprobs:
-    """Writes one choice's log-probabilities in the older format; all parts of a character have its `text_offset`."""
+    """Writes one choice's log-probabilities in the older format.
+
+    All parts of a character have its `text_offset`, and hidden tokens the end of the text. A token waits until the text
+    before it is shown.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._offset = 0
+        self._waiting: deque[tuple[TokenLogprobs, int]] = deque()
+        self._tokens_end = self._text_end = 0  # in characters
 
-    def write(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Return the object for the next positions."""
-        text = self._tokenizer.token_text
-        return {
-            "tokens": [text(position.token_id) for position in positions],
-            "token_logprobs": [max(position.logprob, LOWEST_LOGPROB) for position in positions],
-            "top_logprobs": [self._candidates(position) for position in positions],
-            "text_offset": [self._advance(position.token_id) for position in positions],
-        }
+    def write(self, positions: Sequence[TokenLogprobs], text: str = "") -> dict[str, Any]:
+        """Return the object for the tokens that begin in the text so far, after more tokens and more text."""
+        self._text_end += len(text)
+        for position in positions:
+            self._waiting.append((position, self._tokens_end))
+            if position.token_id not in self._hidden:
+                self._tokens_end += len(self._decode(self._tokenizer.token_bytes(position.token_id)))
+        ready = []
+        while self._waiting and self._waiting[0][1] <= self._text_end:
+            ready.append(self._waiting.popleft())
+        return self._object(ready)
 
-    def write_prompt(self, prompt: Sequence[int], positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any] | None:
+        """Return the object for the other tokens, since the text has ended; None if there are none."""
+        return self._object(self._waiting) if self._waiting else None
+
+    def write_prompt(self, prompt: Sequence[int], positions: Sequence[TokenLogprobs], text: str) -> dict[str, Any]:
         """Return the object for a whole prompt, whose first token has no log-probabilities; to be called first."""
-        shown = self.write([TokenLogprobs(token_id=prompt[0], logprob=0.0, top=[]), *positions])
+        shown = self.write([TokenLogprobs(token_id=prompt[0], logprob=0.0, top=[]), *positions], text)
         shown["token_logprobs"][0] = shown["top_logprobs"][0] = None
-        self._offset += len(self._decode(b"", True))  # the prompt's unfinished character ends with it
+        self._tokens_end += len(self._decode(b"", True))  # the prompt's unfinished character ends with it
         return shown
+
+    def _object(self, ready: Collection[tuple[TokenLogprobs, int]]) -> dict[str, Any]:
+        return {
+            "tokens": [self._tokenizer.token_text(position.token_id) for position, _ in ready],
+            "token_logprobs": [max(position.logprob, LOWEST_LOGPROB) for position, _ in ready],
+            "top_logprobs": [self._candidates(position) for position, _ in ready],
+            "text_offset": [min(start, self._text_end) for _, start in ready],
+        }
 
     def _candidates(self, position: TokenLogprobs) -> dict[str, float]:
         shown: dict[str, float] = {}
@@ -61,13 +128,6 @@ class LegacyLogprobs:
             # Of tokens with the same text, such as parts of characters, keep the likeliest, which comes first.
             shown.setdefault(self._tokenizer.token_text(id_), max(logprob, LOWEST_LOGPROB))
         return shown
-
-    def _advance(self, token_id: int) -> int:
-        """Move past a token; return where it begins."""
-        offset = self._offset
-        if token_id not in self._hidden:
-            self._offset += len(self._decode(self._tokenizer.token_bytes(token_id)))
-        return offset
 
 
 def show_prompt_logprobs(

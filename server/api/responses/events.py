@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ....engine.client.output_processor import RequestOutput
-from ....engine.messages import TokenLogprobs
 from ....model.tokenizer import Tokenizer
 from ...chat.tool_calls import CallPiece, Part
 from ...chat.turn import Turn
 from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventWriter
-from ...generation.token_details import chat_logprobs
+from ...generation.token_details import ShownLogprobs
 from ...http.errors import ApiError, encode_json
 from .wire import Item
 
@@ -43,17 +40,12 @@ class ResponseWriter(EventWriter):
         self._put = put
         self._reader = turn.reader()
         self._turn = turn
-        self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_ids if turn.params.skip_special_tokens else frozenset()
         self._sequence = 0
         self._item: Item | None = None  # the one that is being written
         self._pieces: list[str] = []
         self._has_calls = False
-        # The log-probabilities of a text are those of the tokens that begin inside it.
-        self._logprobs: list[dict[str, Any]] = []
-        self._ahead: deque[tuple[int, TokenLogprobs]] = deque()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._tokens_end = self._text_end = 0
+        self._logprobs: list[dict[str, Any]] = []  # of the text that is being written: those of tokens that it shows
+        self._tokens = ShownLogprobs(tokenizer, turn.params.skip_special_tokens)
 
     def opening(self) -> bytes:
         """Return the response before it has any output."""
@@ -61,10 +53,7 @@ class ResponseWriter(EventWriter):
 
     def piece(self, index: int, output: RequestOutput | Choice) -> bytes:
         """Write new text."""
-        for position in output.logprobs:
-            self._ahead.append((self._tokens_end, position))
-            if position.token_id not in self._hidden:
-                self._tokens_end += len(self._decoder.decode(self._tokenizer.token_bytes(position.token_id)))
+        self._tokens.add(output.logprobs, "")
         return self._write(self._reader.feed(output.text))
 
     def closing(self) -> bytes:
@@ -73,7 +62,7 @@ class ResponseWriter(EventWriter):
         data = self._write(self._reader.finish(self._turn.is_cut(choice.finish_reason, choice.stop_reason)))
         if not self.response["output"] and not self._reader.unfinished:
             data += self._open_message()
-        data += self._write_unfinished_character()
+        data += self._write_last_logprobs()
         cut = "length" in (choice.finish_reason, self._reader.finish_reason)
         status = "incomplete" if cut else "completed"
         data += self._close(status)
@@ -121,22 +110,19 @@ class ResponseWriter(EventWriter):
     def _write_text(self, text: str) -> bytes:
         """Add text to the open message."""
         self._pieces.append(text)
-        positions = []
-        if not self._has_calls:  # after a call, positions in the text no longer match: the reader removed the call
-            self._text_end += len(text)
-            while self._ahead and self._ahead[0][0] < self._text_end:
-                positions.append(self._ahead.popleft()[1])
-        return self._delta(text, positions)
+        # After a call, positions in the text no longer match: the reader removed the call.
+        entries = [] if self._has_calls else self._tokens.add([], text)
+        return self._delta(text, [entry for entry in entries if entry["bytes"]])
 
-    def _write_unfinished_character(self) -> bytes:
-        """Add the tokens of a last character that the text does not show because it is incomplete."""
-        if self._has_calls or not self._decoder.getstate()[0] or self._text_end != self._tokens_end:
+    def _write_last_logprobs(self) -> bytes:
+        """Add the tokens that the text shows in part, and those of a last character that is unfinished."""
+        if self._has_calls or self._item is None:
             return b""
-        positions = [position for _, position in self._ahead if position.token_id not in self._hidden]
-        return self._delta("", positions) if positions and self._item is not None else b""
+        is_unfinished = self._tokens.is_inside_character
+        entries = [entry for entry in self._tokens.finish() if entry["bytes"] or is_unfinished]
+        return self._delta("", entries) if entries else b""
 
-    def _delta(self, text: str, positions: list[TokenLogprobs]) -> bytes:
-        shown = chat_logprobs(positions, self._tokenizer)["content"] if positions else []
+    def _delta(self, text: str, shown: list[dict[str, Any]]) -> bytes:
         self._logprobs += shown
         return self._event("output_text.delta", **self._place(), content_index=0, delta=text, logprobs=shown)
 

@@ -69,6 +69,28 @@ def test_logprobs_and_token_ids_are_the_same_whole_and_streamed(harness, events_
     assert events[0]["prompt_token_ids"] == whole.prompt_token_ids
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("fields", "hidden"),
+    [({}, 1), ({"stop": ["wö"]}, 3), ({"stop": ["ö"], "n": 2}, 2), ({"stop": ["ld!?"]}, 1), ({"max_tokens": 9}, 1),
+     ({"stop": ["wö"], "include_stop_str_in_output": True}, 0), ({"skip_special_tokens": False}, 1),
+     ({"ignore_eos": True, "max_tokens": 20}, 1)],
+)  # fmt: skip
+def test_the_bytes_of_logprobs_add_up_to_the_content(harness, events_of, fields, hidden, stream):
+    response = harness.chat(logprobs=True, top_logprobs=1, stream=stream, **fields)
+    choices = [choice for event in events_of(response) for choice in event["choices"]] if stream else None
+    for index in range(fields.get("n", 1)):
+        if choices is None:
+            choice = response.json()["choices"][index]
+            content, entries = choice["message"]["content"], choice["logprobs"]["content"]
+        else:
+            own = [choice for choice in choices if choice["index"] == index]
+            content = "".join(choice["delta"].get("content") or "" for choice in own)
+            entries = [entry for choice in own for entry in (choice["logprobs"] or {"content": []})["content"]]
+        assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == content
+        assert sum(not entry["bytes"] for entry in entries) == hidden
+
+
 def test_logprobs_alone_report_the_chosen_token(harness):
     answer = ChatCompletion.model_validate_json(harness.chat(logprobs=True).content)
     assert all(entry.top_logprobs == [] for entry in answer.choices[0].logprobs.content)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from pyllm.engine.messages import TokenLogprobs
@@ -89,6 +91,25 @@ def test_text_offsets_point_at_characters_of_the_text(harness):
     start = logprobs["tokens"].index("w")
     assert logprobs["text_offset"][start : start + 4] == [7, 8, 8, 9]
     assert logprobs["top_logprobs"][0] == {"H": -0.5}
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"stop": ["wö"]}, {"stop": ["o"]}, {"max_tokens": 9}, {"stop": ["ld!?"]}])
+def test_offsets_divide_the_text_whole_and_streamed(harness, events_of, fields, echo):
+    asked = {"logprobs": 1, "echo": echo, "max_tokens": 30} | fields
+    whole = harness.complete(**asked).json()["choices"][0]
+    pieces = [event["choices"][0] for event in events_of(harness.complete(stream=True, **asked))]
+    assert "".join(piece["text"] for piece in pieces) == whole["text"]
+    for name, values in whole["logprobs"].items():
+        assert [value for piece in pieces if piece["logprobs"] for value in piece["logprobs"][name]] == values
+    offsets = [*whole["logprobs"]["text_offset"], len(whole["text"])]
+    slices = [whole["text"][a:b] for a, b in pairwise(offsets)]
+    assert "".join(slices) == whole["text"]
+    assert len(slices) == len(whole["logprobs"]["tokens"])
+    assert all(
+        part in ("", token) or "\ufffd" in token
+        for part, token in zip(slices, whole["logprobs"]["tokens"], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
