@@ -66,7 +66,9 @@ class ModelFlags(EngineSettings):
 class ServerConfig(ModelFlags):
     """The flags of `pyllm serve`."""
 
-    served_model_name: tuple[str, ...] = setting((), "name of the model in the API; repeat it for aliases")
+    served_model_name: tuple[str, ...] = setting(
+        (), "name of the model in the API, or a pattern such as gpt-*; repeat it for several"
+    )
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 picks a free one", low=0, high=65535)
     uds: str | None = setting(None, "Unix socket to listen on, instead of host and port")

@@ -47,6 +47,4 @@ def add_model_routes(app: FastAPI, ready_model: Callable[[], ServedModel]) -> No
     async def get_model(name: str) -> Response:
         """One served model; a name may contain slashes."""
         model = ready_model()
-        if name not in model.names:
-            raise model.not_found(name)
-        return JsonResponse(card(model, name))
+        return JsonResponse(card(model, model.resolve_name(name)))

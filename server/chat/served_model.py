@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import re
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ from .tool_calls import FORMATS, ToolCallFormat, detect_format
 
 logger = logging.getLogger("pyllm.server")
 
+PLACEHOLDERS = ("", "dummy")  # of clients that have no model to name, such as Hugging Face's InferenceClient
+WILDCARDS = frozenset("*?[")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LARGE_TEXT = 4000  # text of at least this many characters is tokenised off the event loop
 
 
@@ -32,7 +38,8 @@ LARGE_TEXT = 4000  # text of at least this many characters is tokenised off the 
 class ServedModel:
     """Everything that requests need of a loaded checkpoint."""
 
-    names: tuple[str, ...]  # under which clients may ask for it; the first is its id
+    names: tuple[str, ...]  # under which it is listed; the first is its id
+    patterns: tuple[str, ...] = ()  # of further names that clients may use
     tokenizer: Tokenizer
     template: ChatTemplate
     engine: AsyncEngine
@@ -42,6 +49,14 @@ class ServedModel:
     longest_token: int  # in bytes: refuses a text that is far too long without tokenising it
     flags: ServerConfig
     tool_format: ToolCallFormat = FORMATS["hermes"]  # of calls in the model's text
+
+    def resolve_name(self, name: str | None) -> str:
+        """Return the name that answers a request for `name` show; raise `ApiError` 404 if this is another model."""
+        if name is not None and (name in self.names or any(fnmatchcase(name, pattern) for pattern in self.patterns)):
+            return name
+        if name is None or name in PLACEHOLDERS:
+            return self.names[0]
+        raise self.not_found(name)
 
     def not_found(self, name: str) -> ApiError:
         """Return the error for a request that names another model."""
@@ -82,11 +97,16 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
     longest_token = max(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size))
     engine = await AsyncEngine.start(config, tokenizer, process)
     logger.info("Sampling defaults: %s", description)
-    names = names or (model_name(flags.model),)
+    patterns = tuple(name for name in names if WILDCARDS.intersection(name))
+    names = tuple(name for name in names if name not in patterns)
+    if not names:
+        names = model_names(flags.model)
+        patterns += (escape(flags.model),) if flags.model else ()  # a path is not listed
     metrics = Metrics(names[0], lambda: engine.stats, vllm_names=server.metrics_vllm_names)
     engine.step_listener = metrics.on_step
     return ServedModel(
         names=names,
+        patterns=patterns,
         tokenizer=tokenizer,
         template=template,
         engine=engine,
@@ -108,6 +128,16 @@ def find_format(name: str, template: ChatTemplate) -> ToolCallFormat:
         hint = f"did you mean {near[0]}?" if near else f"known parsers: auto, {', '.join(FORMATS)}."
         raise ConfigError(f"--tool-call-parser {shorten(name)} is unknown; {hint}")
     return FORMATS[name]
+
+
+def model_names(model: str | None) -> tuple[str, ...]:
+    """Return the names under which a model is listed by default: its own, its last part, and `org/name` as given."""
+    names = [model_name(model)]
+    if model is not None:
+        last = Path(model).name
+        names += [last] if last != ".." else []
+        names += [model] if HUB_ID.fullmatch(model) else []
+    return tuple(dict.fromkeys(filter(None, names)))
 
 
 def model_name(model: str | None) -> str:
