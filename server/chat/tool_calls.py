@@ -208,7 +208,7 @@ class CallReader:
         end = self._held.find(closing, len(opening)) if closing else -1
         match = self._format.header.match(self._held)
         if match and (end < 0 or match.end() <= end):
-            name = _decoded(match[1])
+            name = decode_json(match[1])
             if name not in self._functions:
                 return self._reject()
             self._open(name)
@@ -246,13 +246,13 @@ class CallReader:
 
     def _read_whole(self, body: str) -> bool:
         """Read a complete call that has no arguments or its members in another order; return whether it is one."""
-        call = _decoded(body)
+        call = decode_json(body)
         name = call.get("name") if isinstance(call, dict) else None
         if not isinstance(name, str) or name not in self._functions:
             return False
         arguments = call.get("arguments", call.get("parameters"))
         text = arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments)
-        if not isinstance(_decoded(text), dict):
+        if not isinstance(decode_json(text), dict):
             return False
         self._open(name)
         self._add_arguments(text)
@@ -311,7 +311,7 @@ class CallReader:
         return True
 
 
-def _decoded(text: str) -> Any:
+def decode_json(text: str) -> Any:
     """Return the value of JSON text, None if it is not JSON."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)

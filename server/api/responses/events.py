@@ -9,7 +9,7 @@ from typing import Any
 
 from ....engine.client.output_processor import RequestOutput
 from ....model.tokenizer import Tokenizer
-from ...chat.tool_calls import CallPiece, Part
+from ...chat.tool_calls import CallPiece, Part, decode_json
 from ...chat.turn import Turn
 from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventWriter
@@ -156,6 +156,8 @@ class ResponseWriter(EventWriter):
             data += self._event("content_part.done", **place, content_index=0, part=part)
         else:
             item["arguments"] = text
+            # Clients run a call that is completed, whatever became of the response.
+            item["status"] = "incomplete" if decode_json(text) is None else "completed"
             data = self._event("function_call_arguments.done", **place, arguments=text)
         self._item, self._pieces, self._logprobs = None, [], []
         return data + self._event("output_item.done", output_index=place["output_index"], item=item)

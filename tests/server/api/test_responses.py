@@ -129,6 +129,23 @@ def test_a_failure_in_a_stream_is_its_last_event(create, harness):
     assert create(500)["type"] == "server_error"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_is_completed_exactly_if_its_arguments_are(create, harness, stream):
+    harness.engine.configure(max_model_len=1000)
+    for reply, limit, statuses in (
+        (CALL, len(CALL), ["completed"]),
+        (f"{CALL}\n{CALL}", len(CALL) + 20, ["completed"]),
+        (f"{CALL}\n{CALL}", 2 * len(CALL) - 20, ["completed", "incomplete"]),
+        (CALL[:-20], 900, ["incomplete"]),
+        (f"{CALL} Done.", len(CALL) + 4, ["completed", "incomplete"]),
+    ):
+        harness.engine.reply = reply
+        answer = create(tools=[WEATHER], max_output_tokens=limit, stream=stream)
+        response = answer[-1]["response"] if stream else answer
+        assert [item["status"] for item in response["output"]] == statuses
+        assert response["status"] == ("completed" if limit == 900 else "incomplete")
+
+
 def test_what_the_engine_refuses_later_names_no_field(create, harness, monkeypatch):
     process = harness.engine.processor.process
 
