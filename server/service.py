@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..engine.errors import RequestError
 from .api.fields import ErrorAnswer
 from .api.responses.store import ResponseStore
 from .api.rules import RULES
@@ -20,7 +21,7 @@ from .flags import ServerConfig
 from .generation.tracing import Tracing
 from .http.body import read_body
 from .http.budget import BodyBudget
-from .http.errors import MAX_ECHO, unavailable
+from .http.errors import MAX_ECHO, to_api_error, unavailable
 from .http.middleware import PROBES, RequestContext
 from .http.tolerance import Tolerance
 
@@ -108,6 +109,9 @@ class Service:
             context.model = body.model
             body.model = model.resolve_name(body.model)
             shared = (self.responses,) if endpoint.uses_store else ()
-            return await endpoint.handle(context, body, model, *shared)
+            try:
+                return await endpoint.handle(context, body, model, *shared)
+            except RequestError as error:
+                raise tolerance.renumber(to_api_error(error)) if tolerance.numbers else error from None
         finally:
             context.release()

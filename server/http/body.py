@@ -129,7 +129,7 @@ def parse_body(data: bytes, model: type[Body], tolerance: Tolerance) -> Body:
             path = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], dict | list | str) else 0)
             message = f"{shorten(path)} has {error.error_count()} invalid values or field names."
             raise ApiError(400, message, param=shorten(path), code="invalid_value") from None
-        raise _describe(error, fields, shape) from None
+        raise tolerance.renumber(_describe(error, fields, shape)) from None
 
 
 def _has_hints(fields: dict[str, Any], tolerance: Tolerance) -> bool:

@@ -53,6 +53,7 @@ class Tolerance:
     ignore_unknown: bool = False  # unknown fields are dropped too
     variables: frozenset[str] = frozenset()  # those that the chat template reads
     settings: dict[str, Any] = field(default_factory=dict)  # what hints set of them
+    numbers: dict[str, list[int]] = field(default_factory=dict)  # of the items that are left in a list, by its path
     ignored: dict[str, None] = field(default_factory=dict)  # the places of dropped hints, in order
 
     def relax_body(self, fields: dict[str, Any], shape: Shape) -> dict[str, Any]:
@@ -61,6 +62,19 @@ class Tolerance:
         if self.settings:
             kept["chat_template_kwargs"] = self.settings | (kept.get("chat_template_kwargs") or {})
         return kept
+
+    def renumber(self, error: ApiError) -> ApiError:
+        """Return an error about what is left of the body with the numbers that items have in the whole body."""
+        for path, numbers in self.numbers.items():
+            item = re.compile(rf"\b{re.escape(path)}\[(\d{{1,9}})\]")
+
+            def restored(found: re.Match[str], path: str = path, numbers: list[int] = numbers) -> str:
+                number = int(found[1])
+                return f"{path}[{numbers[number] if number < len(numbers) else number}]"
+
+            error.message = item.sub(restored, error.message)
+            error.param = error.param and item.sub(restored, error.param)
+        return error
 
     def acts(self, rule: Rule, value: Any) -> dict[str, Any]:
         """Return the template variables that a hint sets."""
@@ -110,11 +124,10 @@ class Tolerance:
             if drop and rule is not None:
                 name = item["type"] if isinstance(item, dict) else item
                 self._apply(rule, path, f"{place.removesuffix('[]')}.{name}")
-        return [
-            self._relax(item, shape, f"{path}[{number}]", place)
-            for number, (item, drop) in enumerate(zip(items, drops, strict=True))
-            if not drop
-        ]
+        left = [number for number, drop in enumerate(drops) if not drop]
+        if len(left) < len(items):
+            self.numbers[path] = left
+        return [self._relax(items[number], shape, f"{path}[{number}]", place) for number in left]
 
     def _apply(self, rule: Rule, path: str, place: str) -> None:
         if rule.kind == "refused":
