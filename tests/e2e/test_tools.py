@@ -170,6 +170,22 @@ def test_logprobs_of_a_call_cover_all_its_tokens(client: OpenAI) -> None:
     assert [entry.token for entry in streamed] == [entry.token for entry in answer.choices[0].logprobs.content]
 
 
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_that_is_cut_off_leaves_no_markup(client: OpenAI, choice: Any) -> None:
+    whole = ask(client, WEATHER, tool_choice=choice).choices[0].message.tool_calls[0].function.arguments
+    cuts: list[dict[str, Any]] = [{"max_tokens": limit} for limit in (1, 3, 6, 9, 12, 15)]
+    cuts += [{"stop": stop} for stop in ("name", "weather", "city", "Par", "tool_call>")]
+    for cut in cuts:
+        choice_ = ask(client, WEATHER, tool_choice=choice, **cut).choices[0]
+        assert (choice_.message.content, choice_.finish_reason) == (None, "length"), cut
+        arguments = "".join(call.function.arguments for call in choice_.message.tool_calls or [])
+        assert whole.startswith(arguments)
+        chunks = [chunk.choices[0] for chunk in ask(client, WEATHER, tool_choice=choice, stream=True, **cut)]
+        assert not any(chunk.delta.content for chunk in chunks)
+        pieces = [call.function.arguments for chunk in chunks for call in chunk.delta.tool_calls or []]
+        assert ("".join(pieces), chunks[-1].finish_reason) == (arguments, "length")
+
+
 def test_strict_function_with_auto_choice_is_called_validly(client: OpenAI) -> None:
     class GetWeather(BaseModel):
         """Get the current weather in a city"""

@@ -127,6 +127,24 @@ def test_a_call_cut_by_a_stop_string_is_no_words(harness, path, choice, included
             assert flow[1] == calls
 
 
+@pytest.mark.parametrize("choice", ["required", "auto"])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_failure_inside_a_call_leaves_no_markup(harness, path, choice):
+    harness.engine.reply = CALL
+    for failing in (1, 5, 20, len(START), len(START) + 9):
+        harness.engine.fail_after = failing
+        assert harness.post(path, body(path, choice=choice)).status_code == 500
+        text = harness.post(path, body(path, choice=choice, stream=True)).text
+        assert "The engine failed on this request." in text
+        if path == RESPONSES:
+            events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+            assert [item["type"] for item in events[-1]["response"]["output"]] in ([], ["function_call"])
+            assert all(item["status"] == "incomplete" for item in events[-1]["response"]["output"])
+        else:
+            flow = streamed(path, "\n".join(line for line in text.splitlines() if '"error"' not in line))
+            assert (flow[0], "".join(flow[1])) == ("", ARGUMENTS[: max(failing - 1 - len(START), 0)])
+
+
 def test_a_stop_string_after_a_whole_call_ends_it_as_usual(harness):
     harness.engine.reply = CALL
     for stop in ("}</", "</tool", "call>"):
