@@ -11,9 +11,10 @@ import torch
 
 from ..model.backend import Backend
 from ..model.checkpoint.loader import load_checkpoint
-from ..model.config import CheckpointError, DeepConfig
+from ..model.config import DeepConfig
 from ..model.cpu.backend import NativeBackend
 from ..model.cpu.backend import available as native_available
+from ..model.files import CheckpointError
 from ..model.fp8 import centre, has_fp8
 from ..model.network import DeepNetwork
 from ..model.tokenizer import Tokenizer
@@ -64,10 +65,12 @@ def build_engine(config: EngineConfig) -> EngineCore:
 
 def _build(config: EngineConfig) -> EngineCore:
     device = _device(config)
-    native = device.type == "cpu" and native_available(DeepConfig.from_folder(Path(config.model)))
+    shape = DeepConfig.from_folder(config.model, config.generation_config)
+    native = device.type == "cpu" and native_available(shape)
     check_settings(config, device, native)
+    _check_context(config, shape)
     model, report = load_checkpoint(
-        Path(config.model), network=DeepNetwork, dtype=_dtype(config, device), device=device,
+        Path(config.model), network=DeepNetwork, config=shape, dtype=_dtype(config, device), device=device,
         load_format=config.load_format, seed=config.seed or 0, progress=not config.quiet,
     )  # fmt: skip
     model.eval().requires_grad_(False)
@@ -223,6 +226,17 @@ def check_settings(config: EngineConfig, device: torch.device, native: bool) -> 
         raise EngineStartError("--kv-cache-dtype fp8 needs a GPU: the compiled CPU kernels do not support it.")
     if config.kv_cache_dtype == "fp8" and not has_fp8(device):
         raise EngineStartError("--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or more; this one has less.")
+
+
+def _check_context(config: EngineConfig, shape: DeepConfig) -> None:
+    """Raise `EngineStartError` for a context that the model was not trained for, unless the user insists."""
+    asked, context = config.max_model_len or 0, shape.max_position_embeddings
+    if asked > context and not config.allow_long_max_model_len:
+        raise EngineStartError(
+            f"--max-model-len {asked} is more than the {context} positions that the model was trained for "
+            "(max_position_embeddings in its config.json), and beyond them it writes nonsense: lower it, or insist "
+            "with --allow-long-max-model-len (PYLLM_ALLOW_LONG_MAX_MODEL_LEN=1)."
+        )
 
 
 def block_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:

@@ -52,9 +52,12 @@ class Setting:
         """Convert text or a value from YAML, JSON or Python; raise a `ValueError` that names `source`."""
         if (raw is None and self.default is None) or (self.kind == "json" and isinstance(raw, SpeculativeConfig)):
             return raw
+        if not all(_is_text(part) for part in (raw if isinstance(raw, list) else [raw])):
+            raise ValueError(f"{source} is not UTF-8 text.")
         if self.kind == "list":
             items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
-            if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
+            whole = isinstance(items, list) and all(isinstance(item, str) and item.strip() for item in items)
+            if not whole or (self.secret and not items):  # a list of no keys would open the server
                 raise ValueError(f"{source} must be one or more strings, none of them empty.")
             return tuple(items)
         if self.kind == "switch":
@@ -69,11 +72,13 @@ class Setting:
             except ValueError:
                 number = math.nan
             return self.check(number, source, raw)
-        value = str(raw) if isinstance(raw, (str, int, float)) else ""
+        if not isinstance(raw, (str, int, float)) or isinstance(raw, bool):
+            raise ValueError(f"{source} must be text, but got {raw!r:.200}.")
+        value = str(raw)
         if self.choices and value not in self.choices:
             words = ", ".join(self.choices)
             raise ValueError(f"{source} must be one of {words}, but got {value!r:.200}{nearest(value, self.choices)}")
-        if not value and self.default:
+        if not value and self.default != "":
             raise ValueError(f"{source} must not be empty.")
         return value
 
@@ -123,6 +128,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "."
 
 
+def _is_text(value: Any) -> bool:
+    """Return whether a value is no string, or one that UTF-8 can encode: other bytes of an argument are surrogates."""
+    return not isinstance(value, str) or value == value.encode("utf-8", "replace").decode()
+
+
 def _parse_bytes(text: str) -> int:
     """Read a size in bytes; raise `ValueError` for anything else."""
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
@@ -158,10 +168,20 @@ class EngineSettings:
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "number format of the weights")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     load_format: Literal["auto", "dummy"] = setting("auto", "dummy makes random weights of the configured shapes")
+    generation_config: str = setting(
+        "auto",
+        "source of sampling defaults and end tokens: auto (the checkpoint's generation_config.json), a folder with "
+        "one, or none",
+    )
     quantization: Literal["none", "int8"] = setting("none", "int8 packs the large weights to 8 bits while loading")
     kv_cache_dtype: Literal["auto", "fp8"] = setting("auto", "fp8 fits twice as many tokens in the KV cache, on a GPU")
     seed: int | None = setting(None, "seed for requests that have none, and for dummy weights", low=0, high=2**63 - 1)
-    max_model_len: int | None = setting(None, "maximum prompt and output tokens (default: the model's context)", low=2)
+    max_model_len: int | None = setting(
+        None, "maximum prompt and output tokens (default: the model's context)", low=2, high=2**31 - 1
+    )
+    allow_long_max_model_len: bool = setting(
+        False, "accept a --max-model-len above what the model was trained for, beyond which it writes nonsense"
+    )
     max_num_seqs: int | None = setting(
         None,
         f"maximum sequences per step (default: {MAX_NUM_SEQS['cpu']}; GPU: {MAX_NUM_SEQS['cuda']})",
@@ -172,7 +192,9 @@ class EngineSettings:
     max_num_prefill_tokens: int | None = setting(
         None, "maximum prompt tokens per step with up to 8 decoding sequences (default: by device)", low=1, high=2**20
     )
-    max_num_queued_reqs: int = setting(1024, "maximum requests waiting to run; further ones get a 429", low=1)
+    max_num_queued_reqs: int = setting(
+        1024, "maximum requests waiting to run; further ones get a 429", low=1, high=2**31 - 1
+    )
     scheduling_policy: Literal["fcfs", "priority"] = setting(
         "fcfs", "fcfs runs requests in order of arrival; priority runs those with the lowest priority value first"
     )
@@ -187,7 +209,7 @@ class EngineSettings:
     gpu_memory_utilization: float = setting(
         0.92, "share of the GPU's memory to fill when the KV cache is given no size", low=0.01, high=1
     )
-    num_kv_blocks: int | None = setting(None, "number of blocks in the KV cache, instead of a size", low=1)
+    num_kv_blocks: int | None = setting(None, "number of blocks in the KV cache, instead of a size", low=1, high=2**60)
     enforce_eager: bool = setting(False, "do not record steps as CUDA graphs")
     deterministic: bool = setting(
         False,

@@ -51,12 +51,13 @@ class Completion:
 class LLM:
     """An engine in this process, for scripts and experiments.
 
-    `model` is the folder or hub id of a checkpoint, and `engine_args` are fields of `EngineConfig`. Raises
-    `CheckpointError` if the model cannot be found or has no tokenizer, `EngineStartError` if the engine cannot start.
+    `model` is the folder or hub id of a checkpoint, `revision` a branch, tag or commit on the hub; `engine_args` are
+    fields of `EngineConfig`. Raises `CheckpointError` if the model cannot be found or has no tokenizer,
+    `EngineStartError` if the engine cannot start.
     """
 
-    def __init__(self, model: str, **engine_args: Any) -> None:
-        folder = resolve_model(model)
+    def __init__(self, model: str, *, revision: str | None = None, **engine_args: Any) -> None:
+        folder = resolve_model(model, revision)
         self.tokenizer = Tokenizer.from_folder(folder)
         try:
             config = from_values(EngineConfig, {"model": str(folder), **engine_args})

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import AttentionMetadata
-    from .config import Architecture, CheckpointError, DeepConfig
+    from .config import Architecture, DeepConfig
+    from .files import CheckpointError
     from .pretrained import DeepForCausalLM
 
 __all__ = ["Architecture", "AttentionMetadata", "CheckpointError", "DeepConfig", "DeepForCausalLM"]
 
-_MODULES = {"AttentionMetadata": ".backend", "DeepForCausalLM": ".pretrained"}
+_MODULES = {"AttentionMetadata": ".backend", "CheckpointError": ".files", "DeepForCausalLM": ".pretrained"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .backend import AttentionMetadata, Backend
-from .config import Architecture, CheckpointError, DeepConfig
+from .config import Architecture, DeepConfig
+from .files import CheckpointError
 from .parameters import DeepLayer, DynamicsLayer, GuidedLayer
 
 

@@ -25,10 +25,15 @@ class DeepForCausalLM(DeepNetwork):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,  # branch, tag or commit of a hub id
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> Self:
         """Load a checkpoint of any era from a folder or a hub id; raise `CheckpointError` if that fails."""
-        folder = resolve_model(str(name_or_path))
+        folder = resolve_model(str(name_or_path), revision)
         model, _ = load_checkpoint(folder, network=cls, dtype=dtype, device=torch.device(device))
         return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import tokenizers
 
-from .config import CheckpointError, read_json
+from .files import CheckpointError, folder_of, read_json, read_text, shown
 
+MAX_BYTES = 256 << 20  # of tokenizer.json; the largest published one has 40 MB
+MAX_ID = 2**22  # as in `DeepConfig`
 LARGE_TEXT = 4000  # from this many characters, tokenising takes so long that other threads should run meanwhile
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+EXTRAS = ("additional_special_tokens", "extra_special_tokens")  # keys for special tokens without a role
 
 
 class Tokenizer:
@@ -28,7 +32,9 @@ class Tokenizer:
         *,
         names: Mapping[str, str] | None = None,  # special tokens by role, or any other key
         ids: Mapping[str, int] | None = None,  # by role, for roles without a name; ignored if the token is plain text
-        chat_template: str | None = None,  # Jinja source
+        chat_templates: Mapping[str, str]
+        | None = None,  # Jinja sources; "default", and "tool_use" for chats with tools
+        template_origin: str = "",  # where they come from, for messages
     ) -> None:
         known = {role: name for role, name in (names or {}).items() if library.token_to_id(name) is not None}
         names = {**_special_tokens(library, ids or {}), **known}
@@ -38,7 +44,8 @@ class Tokenizer:
         library.add_special_tokens(list(names.values()))
         library.encode_special_tokens = True
         self._library = library
-        self.chat_template = chat_template
+        self.chat_templates = chat_templates or {}
+        self.template_origin = template_origin
 
         added = library.get_added_tokens_decoder()
         role_ids = [library.token_to_id(names[role]) if role in names else None for role in ROLES]
@@ -61,31 +68,30 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """Read the tokenizer of a checkpoint folder.
 
-        Besides `tokenizer.json`, this reads `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`
-        and `config.json` if they exist. Raises `CheckpointError` for a file that is missing, broken or unsupported.
+        Besides `tokenizer.json`, this reads `tokenizer_config.json`, `special_tokens_map.json`, the files of chat
+        templates and `config.json` if they exist. Raises `CheckpointError` for a file that is missing, broken or
+        unsupported.
         """
-        folder = Path(folder)
+        folder = folder_of(Path(folder))
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        text = read_text(path, most=MAX_BYTES)
+        if text is None:
             raise CheckpointError(f"{folder} has no tokenizer.json: copy it there from the checkpoint's source.")
-        try:
-            library = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.") from None
-        if "ByteLevel" not in repr(library.decoder):
-            raise CheckpointError(f"{path} is not a byte-level BPE tokenizer, the only kind that this family uses.")
-        settings, tokens, model = (
-            read_json(file) if (file := folder / name).is_file() else {}
-            for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
-        )
+        library = _parse(path, text)
+        model = read_json(folder / "config.json") or {}
+        names: dict[str, str] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            names |= _special_names(folder / name, read_json(folder / name) or {})
         values = {role: model.get(f"{role}_id") for role in ROLES}
         firsts = {role: v[0] if isinstance(v, list) and v else v for role, v in values.items()}
-        return cls(
-            library,
-            names={**_special_names(tokens), **_special_names(settings)},
-            ids={role: id_ for role, id_ in firsts.items() if isinstance(id_, int)},
-            chat_template=_find_chat_template(folder, settings, model),
-        )
+        templates, origin = find_chat_templates(folder)
+        ids = {role: id_ for role, id_ in firsts.items() if isinstance(id_, int)}
+        try:
+            return cls(library, names=names, ids=ids, chat_templates=templates, template_origin=str(origin))
+        except BaseException as error:  # the library raises bare Exception, or panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise CheckpointError(f"{path} cannot be used as a tokenizer ({error!s:.200}): fetch it again.") from None
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Encode plain text: a special token spelled in it stays text, and only `add_bos` adds one, in front."""
@@ -198,6 +204,39 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _ALPHABET = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
 
 
+def _parse(path: Path, text: str) -> tokenizers.Tokenizer:
+    """Read a `tokenizer.json`; raise `CheckpointError` if it is broken or of a kind that the family does not use."""
+    try:
+        library = tokenizers.Tokenizer.from_str(text)
+        highest = max(library.get_vocab(with_added_tokens=True).values(), default=0)
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error!s:.200}): fetch it again.") from None
+    if "ByteLevel" not in repr(library.decoder):
+        raise CheckpointError(f"{path} is not a byte-level BPE tokenizer, the only kind that this family uses.")
+    if highest >= MAX_ID:
+        raise CheckpointError(
+            f"{path} has a token with the id {highest}, but ids must be below {MAX_ID}: fetch it again."
+        )
+    if missing := _undeclared_tokens(library):
+        raise CheckpointError(f"{path}: the post_processor uses {shown(missing)} without declaring it: fetch it again.")
+    return library
+
+
+def _undeclared_tokens(library: tokenizers.Tokenizer) -> list[str]:
+    """List the tokens that a template of the post-processor uses without declaring them: the library would panic."""
+    state = json.loads(library.post_processor.__getstate__()) if library.post_processor else {}
+    used: list[str] = []
+    for processor in [state, *state.get("processors", ())]:
+        if processor.get("type") == "TemplateProcessing":
+            pieces = [
+                piece["SpecialToken"]["id"]
+                for piece in processor["single"] + processor["pair"]
+                if "SpecialToken" in piece
+            ]
+            used += [name for name in pieces if name not in processor["special_tokens"]]
+    return used
+
+
 def _piece_bytes(library: tokenizers.Tokenizer, added: Mapping[int, str]) -> list[bytes]:
     """List the bytes of each id up to the highest; b"" for ids without a token."""
     vocabulary = library.get_vocab(with_added_tokens=True)
@@ -240,29 +279,63 @@ def _well_formed(text: str) -> str:
     return text
 
 
-def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Read the special tokens of a configuration by role; those without a role get a key of their own."""
-    extra = settings.get("additional_special_tokens") or []
+def _special_names(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Read the special tokens in the file at `path` by role; those without a role get a key of their own."""
+
+    def require(condition: bool, name: str, kind: str) -> None:
+        if not condition:
+            raise CheckpointError(f"{path}: {name} must be {kind}, but got {shown(settings[name])}: fetch it again.")
+
+    entries: dict[str, Any] = {}
+    for name in EXTRAS:
+        extra = settings.get(name) or []
+        require(isinstance(extra, (list, dict)), name, "a list of tokens")
+        entries |= {
+            f"{name}_{n}": entry for n, entry in enumerate(extra.values() if isinstance(extra, dict) else extra)
+        }
+        require(all(isinstance(_content(entry), str) for entry in entries.values()), name, "a list of tokens")
     declared = settings.get("added_tokens_decoder") or {}
-    entries: dict[str, Any] = {role: settings.get(role) for role in ROLES}
-    entries |= {f"additional_{n}": entry for n, entry in enumerate(extra)}
+    require(isinstance(declared, dict), "added_tokens_decoder", "an object of tokens by id")
     entries |= {f"added_{id_}": entry for id_, entry in declared.items()
                 if isinstance(entry, dict) and entry.get("special")}  # fmt: skip
-    names = {role: entry.get("content") if isinstance(entry, dict) else entry for role, entry in entries.items()}
+    for role in ROLES:
+        entries[role] = settings.get(role)
+        require(entries[role] is None or isinstance(_content(entries[role]), str), role, "a token")
+    names = {role: _content(entry) for role, entry in entries.items()}
     return {role: name for role, name in names.items() if isinstance(name, str) and name}
 
 
-def _find_chat_template(folder: Path, settings: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
-    """Find the checkpoint's chat template: in its own file, the tokenizer's settings or the model's."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): fetch it again.") from None
-    for template in (settings.get("chat_template"), model.get("chat_template")):
-        if isinstance(template, list):
-            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-        if isinstance(template, str):
-            return template
-    return None
+def _content(entry: Any) -> Any:
+    """Return the text of a token, which may be written as an object with its properties."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def find_chat_templates(folder: Path) -> tuple[dict[str, str], Path]:
+    """Return a checkpoint's chat templates by name, and the file that they come from.
+
+    As in transformers, the files `chat_template.jinja` ("default") and `additional_chat_templates/NAME.jinja` replace
+    what `tokenizer_config.json` has; then come `chat_template.json` and `config.json`. Raises `CheckpointError`.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    named = (folder / "additional_chat_templates").glob("*.jinja")
+    files |= {path.name.removesuffix(".jinja"): path for path in sorted(named)}
+    found = {name: text for name, path in files.items() if (text := read_text(path)) is not None}
+    if found:
+        return found, files[next(iter(found))]
+    for name in ("tokenizer_config.json", "chat_template.json", "config.json"):
+        path = folder / name
+        if (value := (read_json(path) or {}).get("chat_template")) is not None:
+            return _named_templates(path, value), path
+    return {}, folder
+
+
+def _named_templates(path: Path, value: Any) -> dict[str, str]:
+    """Return the templates that `chat_template` holds: one, an object of them by name, or a list with their names."""
+    pairs: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else [("default", value)]
+    if isinstance(value, list):
+        entries = [entry if isinstance(entry, dict) else {} for entry in value]
+        pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
+    if not pairs or not all(isinstance(part, str) and part.strip() for pair in pairs for part in pair):
+        kinds = 'a template, or templates by name such as {"default": "…", "tool_use": "…"}'
+        raise CheckpointError(f"{path}: chat_template must be {kinds}, but got {shown(value)}: fetch it again.")
+    return dict(pairs)

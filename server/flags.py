@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -20,6 +21,12 @@ DEMO_FOLDER = Path(__file__).parent.parent / "model" / "demo"
 DEMO_NAME = "pyllm-demo"
 ENVIRONMENT_PREFIX = "PYLLM_"
 DAY = 86400.0  # seconds
+MAX_YAML_BYTES, MAX_YAML_VALUES = 2**16, 10_000
+# What Kubernetes sets for a Service whose name begins with `pyllm`, and Docker for a linked container. Its PYLLM_PORT
+# is an address, which tells it from the flag's.
+SERVICE_NAME = re.compile(r"PYLLM_(.*_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
+OTHER_VARIABLES = ("PYLLM_NATIVE",)  # see model/cpu/backend.py
 
 
 class ConfigError(ValueError):
@@ -32,11 +39,8 @@ class ModelFlags(EngineSettings):
 
     config: str | None = setting(None, "YAML file with values for these flags")
     model: str | None = setting(None, "folder or hub id of the checkpoint (default: the bundled demo model)")
+    revision: str | None = setting(None, "branch, tag or commit of a hub id (default: its main branch)")
     chat_template: str | None = setting(None, "file with a Jinja chat template to use instead of the checkpoint's")
-    generation_config: str = setting(
-        "auto",
-        "source of sampling defaults: auto (the checkpoint's generation_config.json), a folder with one, or none",
-    )
     override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - it is a field
         None, 'sampling defaults that override that file, such as {"temperature": 0.5}; null removes one'
     )
@@ -156,6 +160,18 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _with_dashes(arguments: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the words of a command line with each known flag in dashes, since vLLM takes `--max_tokens` too."""
+    options, words = {_option(prefix + name) for name in known for prefix in ("", "no_")}, list(arguments)
+    for n, word in enumerate(words):
+        if word == "--":  # what follows are no flags
+            break
+        name, equals, value = word.partition("=")
+        if (dashed := name.replace("_", "-")) in options:
+            words[n] = dashed + equals + value
+    return words
+
+
 def _parser(cls: type[Config], program: str, description: str) -> _Parser:
     parser = _Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     engine = parser.add_argument_group("engine")
@@ -184,7 +200,10 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(MAX_YAML_BYTES + 1).decode("utf-8-sig")
+        node: Any = yaml.compose(text, yaml.SafeLoader)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except yaml.YAMLError as error:
@@ -192,13 +211,49 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "it cannot be read"
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"--config {path} is not valid YAML: {problem}{where}.") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path} is not valid YAML: it is nested too deeply.") from None
+    except Exception:  # the library's conversions of dates, numbers and tags raise many types
+        reason = "a value is no valid date or number, or does not fit its tag: put it in quotes"
+        raise ConfigError(f"--config {path} is not valid YAML: {reason}.") from None
+    if len(text) > MAX_YAML_BYTES or not _is_small(content):
+        raise ConfigError(f"--config {path} is too large for a file of flags.")
+    if not text.strip():
+        raise ConfigError(f"--config {path} is empty.")
     if not isinstance(content, (dict, type(None))):
         raise ConfigError(f"--config {path} must hold lines of the form `flag: value`.")
-    values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
-    for name in values:
+    names = [str(key.value).replace("-", "_") for key, _ in (node.value if content else ())]
+    for name in names:
         if name not in known or name == "config":
             raise ConfigError(f"{path} has an unknown flag {name!r:.200}{nearest(name, known)}")
-    return values
+        if names.count(name) > 1:
+            raise ConfigError(f"{path} has the flag {name} twice.")
+    return {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
+
+
+def _is_small(content: Any) -> bool:
+    """Return whether a file's values stay few when its aliases, which may refer to each other, are written out."""
+    values = [content]
+    for count, value in enumerate(values):
+        if count > MAX_YAML_VALUES:
+            return False
+        if isinstance(value, (dict, list, tuple, set)):
+            values += [*value, *value.values()] if isinstance(value, dict) else value
+    return True
+
+
+def unknown_variables(
+    environment: Mapping[str, str], own: type[ModelFlags], others: Iterable[type[ModelFlags]]
+) -> list[str]:
+    """Return a sentence for each variable that is named like a flag, but is one of neither this nor another command."""
+    ours = [ENVIRONMENT_PREFIX + name.upper() for name in settings_of(own)]
+    known = {ENVIRONMENT_PREFIX + name.upper() for cls in others for name in settings_of(cls)}.union(ours)
+    return [
+        f"The environment has {name:.200}, which is no variable of PyLLM and has no effect{nearest(name, ours)}"
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and name not in OTHER_VARIABLES
+        if not SERVICE_NAME.fullmatch(name) and not SERVICE_ADDRESS.fullmatch(value)
+    ]
 
 
 def load_config(
@@ -206,9 +261,9 @@ def load_config(
 ) -> Config:
     """Make a configuration of class `cls`; raise `ConfigError` for anything unknown or out of range."""
     known = settings_of(cls)
-    given, unknown = _parser(cls, program, description).parse_known_args(arguments)
+    given, unknown = _parser(cls, program, description).parse_known_args(_with_dashes(arguments, known))
     for word in unknown:
-        name = word.split("=")[0]
+        name = word.split("=")[0].replace("_", "-")
         if name.startswith("-"):
             raise ConfigError(f"Unknown flag {name[:200]}{nearest(name, [_option(flag) for flag in known])}")
         if any(argument.partition("=")[0] == "--api-key" for argument in arguments):
@@ -221,8 +276,10 @@ def load_config(
     for name, own in known.items():
         variable = ENVIRONMENT_PREFIX + name.upper()
         # An empty variable counts as absent; but a key that failed to load must not open the server to all.
-        if environment.get(variable) or (variable in environment and own.secret):
-            raw[name] = environment[variable], variable
+        if SERVICE_ADDRESS.fullmatch(value := environment.get(variable, "")) and name == "port":
+            continue
+        if value or (variable in environment and own.secret):
+            raw[name] = value, variable
     raw |= {name.lstrip("_"): (value, _option(name.lstrip("_"))) for name, value in found.items()}
     if "config" in raw:
         path = raw["config"][0]

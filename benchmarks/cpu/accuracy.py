@@ -51,9 +51,9 @@ def prompts(folder: Path, vocab_size: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(4, vocab_size, (len(PROMPTS), 16), generator=generator).tolist()
     tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_templates:
         return [tokenizer.encode(text, add_bos=True) for text in PROMPTS]
-    template = ChatTemplate(tokenizer, tokenizer.chat_template)
+    template = ChatTemplate.from_tokenizer(tokenizer)
     return [template.render([Message("user", text)]) for text in PROMPTS]
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..config import Architecture, CheckpointError, DeepConfig
+from ..config import Architecture, DeepConfig
+from ..files import CheckpointError
 from ..network import DeepNetwork
 
 
@@ -146,7 +147,9 @@ def detect(shapes: Mapping[str, tuple[int, ...]], config: DeepConfig, path: Path
             f"{path} belongs to no known era of Complexity-Deep, with tensors such as "
             f"{shortened(sorted(shapes)) or 'none'}: pass a checkpoint of this family."
         )
-    shared = next((sum(shape[:1]) for key, shape in shapes.items() if key.endswith("shared_gate.weight")), 0)
+    shared = next(
+        (min(sum(shape[:1]), 2**20) for key, shape in shapes.items() if key.endswith("shared_gate.weight")), 0
+    )
     return era, Architecture(
         era=era.name,
         contextual_mu="dynamics.mu_proj.weight" in names,
@@ -161,7 +164,7 @@ def detect(shapes: Mapping[str, tuple[int, ...]], config: DeepConfig, path: Path
 
 def shortened(names: list[str]) -> str:
     """Join the first three names, and count the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name[:100] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _blocks(config: DeepConfig, arch: Architecture) -> dict[str, slice]:

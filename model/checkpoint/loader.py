@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,13 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import Architecture, CheckpointError, DeepConfig
+from ..config import Architecture, DeepConfig
+from ..files import CheckpointError, is_present, read_json, shown
 from ..network import DeepNetwork
 from .eras import BUFFER, LATEST, OPTIONAL, REWRITE, Entry, Era, detect, plan, shortened
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SHARD = re.compile(r"(?!\.)[\w.+-]{1,200}\.safetensors", re.ASCII)
 PIECE_ELEMENTS = 1 << 20  # mapped and copied at once: 4 MiB of FP32
 PROGRESS_DELAY = 1.5  # loading takes at least this many seconds before a bar is shown
 DUMMY_STD = 0.02
@@ -61,6 +63,7 @@ def load_checkpoint(
     folder: Path,  # holds `config.json` and the weights; or a `.safetensors` file next to its `config.json`
     *,
     network: type[Network],
+    config: DeepConfig | None = None,  # that of its `config.json` by default
     dtype: torch.dtype,  # of the large matrices; values are rounded to nearest
     device: torch.device,
     load_format: Literal["auto", "dummy"] = "auto",
@@ -75,7 +78,7 @@ def load_checkpoint(
     started = time.monotonic()
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist: pass the folder that holds config.json and model.safetensors.")
-    config = DeepConfig.from_folder(folder if folder.is_dir() else folder.parent)
+    config = config or DeepConfig.from_folder(folder)
     read: list[StoredTensor] = []
     if load_format == "dummy":
         arch = Architecture.latest(config)
@@ -85,10 +88,11 @@ def load_checkpoint(
     else:
         stored = _read_headers(folder)
         era, arch = detect({key: tensor.shape for key, tensor in stored.items()}, config, folder)
+        # Without memory, since the sizes in the file may be nonsense.
+        outline = network(config, arch, dtype=dtype, device=torch.device("meta"))
+        _check(stored, plan(era, outline), outline, era, folder)
         model = network(config, arch, dtype=dtype, device=device)
-        expected = plan(era, model)
-        _check(stored, expected, model, era, folder)
-        read = _fill(model, expected, stored, progress)
+        read = _fill(model, plan(era, model), stored, progress)
         name = era.name
     dtypes = tuple(sorted({tensor.dtype for tensor in read if tensor.dtype in FLOATS}))
     parameters, size = sum(p.numel() for p in model.parameters()), sum(tensor.nbytes for tensor in read)
@@ -97,22 +101,18 @@ def load_checkpoint(
 
 def _find_files(path: Path) -> list[Path]:
     """Find the safetensors files of the checkpoint at `path`, a folder or a file."""
-    if path.is_file():
-        if path.suffix == ".safetensors":
+    if not path.is_dir():
+        if path.suffix == ".safetensors" and is_present(path):
             return [path]
         if path.suffix in PICKLES:
             raise _pickle_error(path)
         raise CheckpointError(f"{path} is not a .safetensors file: pass one, or the folder that holds it.")
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
+    if is_present(single):
         return [single]
-    if index.exists():
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            shards = [path / name for name in sorted(set(listed))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{index} is not an index with a weight_map: fetch it again.") from None
-        if absent := shortened([shard.name for shard in shards if not shard.exists()]):
+    if (listed := read_json(index)) is not None:
+        shards = [path / name for name in _shards(index, listed.get("weight_map"))]
+        if absent := shortened([shard.name for shard in shards if not is_present(shard)]):
             raise CheckpointError(f"{path} lacks {absent}, which {index.name} lists: fetch the folder again.")
         return shards
     files = sorted(path.glob("*.safetensors"))
@@ -123,9 +123,21 @@ def _find_files(path: Path) -> list[Path]:
         return files
     if names := shortened([file.name for file in files]):
         raise CheckpointError(f"{path} holds {names}: pass the path of one of them.")
-    if pickles := sorted(file for file in path.iterdir() if file.suffix in PICKLES):
+    if pickles := sorted(file for file in path.glob("*") if file.suffix in PICKLES):
         raise _pickle_error(pickles[0])
     raise CheckpointError(f"{path} holds no .safetensors file: pass the folder that holds model.safetensors.")
+
+
+def _shards(index: Path, weight_map: Any) -> list[str]:
+    """Return the names of the files in the `weight_map` of an index; raise for one that names no file next to it."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is not an index with a weight_map: fetch it again.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise CheckpointError(
+                f"{index} lists {shown(name)}, which is no name of a .safetensors file: fetch it again."
+            )
+    return sorted(set(weight_map.values()))
 
 
 def _pickle_error(file: Path) -> CheckpointError:
@@ -140,6 +152,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Read where all files' tensors are, by name without a leading `model.`."""
     stored: dict[str, StoredTensor] = {}
     for path in _find_files(folder):
+        is_present(path)
         try:
             with safe_open(path, framework="np"):
                 pass  # opening it checks the length of the file and every offset
@@ -148,7 +161,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is truncated or not a safetensors file ({str(error).rstrip('.')}): fetch it again."
+                f"{path} is truncated or not a safetensors file ({str(error)[:200].rstrip('.')}): fetch it again."
             ) from None
         header.pop("__metadata__", None)
         for name, value in header.items():

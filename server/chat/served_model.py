@@ -17,6 +17,7 @@ from ...engine.client.async_engine import AsyncEngine
 from ...engine.client.launch import EngineProcess
 from ...engine.errors import RequestError
 from ...model.checkpoint.hub import resolve_model
+from ...model.files import folder_of, read_text
 from ...model.tokenizer import Tokenizer
 from ..flags import DEMO_FOLDER, DEMO_NAME, ConfigError, ModelFlags, ServerConfig
 from ..generation.defaults import read_defaults
@@ -83,15 +84,15 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
 
     Raises `CheckpointError`, `ChatTemplateError`, `ConfigError` or `EngineStartError`, with one sentence for the user.
     """
-    path = DEMO_FOLDER if flags.model is None else await asyncio.to_thread(resolve_model, flags.model)
-    folder = path if path.is_dir() else path.parent
-    if flags.model is None and not (folder / "config.json").exists():
+    if flags.model is None and not (DEMO_FOLDER / "config.json").exists():
         raise ConfigError("This copy of pyllm has no demo model: pass a folder or a hub id.")
+    path = await asyncio.to_thread(resolve_model, flags.model or str(DEMO_FOLDER), flags.revision)
+    folder = folder_of(path)
     defaults, description = read_defaults(folder, flags.generation_config, flags.override_generation_config)
     config = flags.engine_config(path)
     process.configure(config)
     tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
-    template = ChatTemplate.from_tokenizer(tokenizer, override=_read_template(flags.chat_template))
+    template = ChatTemplate.from_tokenizer(tokenizer, _read_template(flags.chat_template), flags.chat_template or "")
     server = flags if isinstance(flags, ServerConfig) else ServerConfig()
     tool_format = find_format(server.tool_call_parser, template)
     longest_token = max(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size))
@@ -122,7 +123,7 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
 def find_format(name: str, template: ChatTemplate) -> ToolCallFormat:
     """Return the format of `--tool-call-parser`, or the template's for "auto"; raises `ConfigError`."""
     if name == "auto":
-        name = detect_format(template.source)
+        name = detect_format(template.with_tools.source)
     if name not in FORMATS:
         near = difflib.get_close_matches(name, ["auto", *FORMATS], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known parsers: auto, {', '.join(FORMATS)}."
@@ -149,10 +150,7 @@ def model_name(model: str | None) -> str:
 
 
 def _read_template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ConfigError(f"--chat-template {path} cannot be read: {reason}.") from None
+    text = None if path is None else read_text(Path(path))
+    if path is not None and text is None:
+        raise ConfigError(f"--chat-template {path} does not exist: pass a file with a Jinja template.")
+    return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -22,6 +23,17 @@ FALLBACK = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+
+_QUOTED = r""" "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' """
+_PIECE = re.compile(  # a tag, or what only looks like one: in a comment or as raw text
+    rf"""\{{\#.*?(?:\#\}}|\Z) | \{{%[-+]?\s*raw\s*[-+]?%\}}.*?(?:\{{%[-+]?\s*endraw\s*[-+]?%\}}|\Z)
+    | (?P<open>\{{%[-+]?)\s*(?P<end>end)?generation\s*(?P<close>[-+]?%\}})
+    | (?P<tag>\{{[{{%](?:{_QUOTED}|(?!%\}}|\}}\}})[^"'])*)""",
+    re.DOTALL | re.VERBOSE,
+)
+MAX_SOURCE, MAX_TAG, MAX_BRANCHES = 2**20, 4000, 1000
+"""Characters of a template and, apart from texts, of one tag, and the `elif`s of a template: the compiler nests deeper
+with each operator and each branch, and what exhausts its stack ends the process."""
 
 FUEL = 5_000_000
 """Template instructions per rendering: about a tenth of a second. A long chat needs about ten thousand."""
@@ -46,8 +58,8 @@ class ChatTemplateError(RequestError):
 class ChatTemplate:
     """Renders conversations for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, source: str) -> None:
-        """Compile `source`; raises `ChatTemplateError` if it is not Jinja."""
+    def __init__(self, tokenizer: Tokenizer, source: str, origin: str = "the checkpoint") -> None:
+        """Compile `source`, which is from the file `origin`; raises `ChatTemplateError` if it is not Jinja."""
         self._tokenizer = tokenizer
         self.source = source
         # trim_blocks and lstrip_blocks are off: the models were fine-tuned on the output of plain Jinja.
@@ -66,10 +78,11 @@ class ChatTemplate:
         texts = ["" if id_ is None else tokenizer.token_text(id_) for id_ in ids]
         self._tokens = dict(zip(("bos_token", "eos_token", "pad_token"), texts, strict=True))
         try:
-            self._environment.add_template("chat", source)
+            self._environment.add_template("chat", _prepared(source))
             variables = self._environment.undeclared_variables_in_template("chat")
-        except minijinja.TemplateError as error:
-            raise ChatTemplateError(f"The chat template is not valid Jinja: {error.message}.") from None
+        except (minijinja.TemplateError, ValueError) as error:
+            reason = f"is not valid Jinja ({getattr(error, 'message', error)}): correct it, or pass another"
+            raise ChatTemplateError(f"The chat template of {origin} {reason} with --chat-template.") from None
         self._knows_generation_prompt = "add_generation_prompt" in variables
         self.knows_tools = "tools" in variables  # it describes the tools
         self.knows_calls = "tool_calls" in source  # it writes calls of tools
@@ -78,11 +91,21 @@ class ChatTemplate:
         # What ends the assistant's turn if the format marks turns by plain text (`\n\nUser:`). Empty if a special token
         # ends it, since the engine stops at that.
         self.stop_strings = self._find_stop_strings()
+        self.with_tools = self  # the template for chats with tools
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Tokenizer, override: str | None = None) -> ChatTemplate:
-        """Compile `override`, else the checkpoint's template, else the family's own format."""
-        return cls(tokenizer, next((t for t in (override, tokenizer.chat_template) if t is not None), FALLBACK))
+    def from_tokenizer(cls, tokenizer: Tokenizer, override: str | None = None, origin: str = "") -> ChatTemplate:
+        """Compile `override`, from the file `origin`, else the checkpoint's templates, else the family's own format."""
+        sources, origin = tokenizer.chat_templates, origin or tokenizer.template_origin
+        if override is not None or not sources:
+            return cls(tokenizer, FALLBACK if override is None else override, origin)
+        if "default" not in sources:
+            reason = f"names its chat templates {', '.join(sources)!r:.200}, and none is the default"
+            raise ChatTemplateError(f"{origin} {reason}: pass the one to use with --chat-template.")
+        template = cls(tokenizer, sources["default"], origin)
+        if "tool_use" in sources:
+            template.with_tools = cls(tokenizer, sources["tool_use"], origin)
+        return template
 
     def render(
         self,
@@ -228,6 +251,26 @@ def is_deeper(value: Any, levels: int) -> bool:
         rows: Iterable[Iterable[Any]] = (each.values() if isinstance(each, dict) else each for each in inner)
         inner = [item for row in rows for item in row if isinstance(item, (dict, list))]
     return bool(inner)
+
+
+def _prepared(source: str) -> str:
+    """Return what minijinja compiles: without transformers' `generation` tags, which mark what a model learns from.
+
+    Raises `ValueError` for a source that is too large to compile.
+    """
+    if len(source) > MAX_SOURCE:
+        raise ValueError(f"it has {len(source)} characters; the limit is {MAX_SOURCE}")
+    branches = 0
+
+    def replace(match: re.Match[str]) -> str:
+        nonlocal branches
+        if tag := match["tag"]:
+            branches += re.match(r"\{%[-+]?\s*elif\b", tag) is not None
+            if len(re.sub(_QUOTED, "", tag, flags=re.DOTALL | re.VERBOSE)) > MAX_TAG or branches > MAX_BRANCHES:
+                raise ValueError(f"it has a tag of more than {MAX_TAG} characters, or more than {MAX_BRANCHES} elifs")
+        return match[0] if match["open"] is None else f"{match['open']} {match['end'] or ''}with {match['close']}"
+
+    return _PIECE.sub(replace, source)
 
 
 def _tojson(

@@ -102,7 +102,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     # A grammar determines the answer's end, and the plain text that ends a turn may occur inside it, so it is then not
     # used as a stop string.
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
-    turn_ends = model.template.stop_strings if is_free else ()
+    turn_ends = _template(model, tools).stop_strings if is_free else ()
     params = await off_loop_if_large(
         sampling_params, conversation.sampling, model, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends
     )
@@ -164,7 +164,8 @@ async def _grammar(conversation: Conversation, tools: ToolOptions | None, model:
 
 async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> list[int]:
     """Return the prompt, without the messages that do not fit and may be dropped."""
-    await off_loop_if_large(_check_template_options, conversation, model.template)
+    template = _template(model, tools)
+    await off_loop_if_large(_check_template_options, conversation, template)
     context = model.engine.info.config.max_model_len
     options: dict[str, Any] = {
         "tools": tools.tools if tools else None,
@@ -179,7 +180,7 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
         if conversation.keep_tokens is None and characters // model.longest_token > context:
             raise model.too_long(characters, conversation.messages_field)
         is_long = len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT
-        work = partial(model.template.render, messages, **options)
+        work = partial(template.render, messages, **options)
         return await off_loop(work) if is_large.get() or is_long else work()
 
     try:
@@ -190,6 +191,10 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
     except ChatTemplateError as error:
         error.param = conversation.messages_field
         raise
+
+
+def _template(model: ServedModel, tools: ToolOptions | None) -> ChatTemplate:
+    return model.template.with_tools if tools else model.template
 
 
 def _check_template_options(conversation: Conversation, template: ChatTemplate) -> None:
@@ -210,13 +215,14 @@ def _check_template_options(conversation: Conversation, template: ChatTemplate) 
 
 def _tools_as_text(messages: Sequence[Message], model: ServedModel, tools: ToolOptions | None) -> Sequence[Message]:
     """Return the messages, with tools, calls and results written as text if the template cannot render them."""
-    if tools and not model.template.knows_tools:
+    template = _template(model, tools)
+    if tools and not template.knows_tools:
         first, text = messages[0], tools.describe()
         if first.role in ("system", "developer"):
             messages = [replace(first, text=f"{first.text}\n\n{text}"), *messages[1:]]
         else:
             messages = [Message("system", text), *messages]
-    if not model.template.knows_calls:
+    if not template.knows_calls:
         messages = [_calls_as_text(message, model.tool_format) for message in messages]
     return messages
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ import msgspec
 
 from ...engine.errors import RequestError
 from ...engine.messages import SamplingParams
+from ...model.config import read_generation_config
+from ...model.files import CheckpointError, shown
 from ..flags import ConfigError
 
 logger = logging.getLogger("pyllm.server")
@@ -22,26 +23,39 @@ DEFAULT_FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_
 DEFAULT_FIELDS["max_new_tokens"] = "max_tokens"
 """The keys of the file that are used, and the fields of `SamplingParams` that they set."""
 
+IGNORED = {
+    "bad_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": None,
+    "min_length": 0, "min_new_tokens": None, "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": None,
+    "sequence_bias": None, "suppress_tokens": None, "typical_p": 1.0,
+}  # fmt: skip
+"""Keys that change what transformers generates and have no effect here, and the values that turn them off."""
+
 
 def read_defaults(
     folder: Path, source: str = "auto", override: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], str]:
     """Return the defaults as fields of `SamplingParams`, and a sentence that says where they come from.
 
-    `source` is "auto" (the checkpoint's `folder`), another folder with the file, or "none" (in vLLM's words "vllm").
-    `override` has values that replace the file's; None removes one. Raises `ConfigError` for an unusable
-    flag; an unusable value of the file is ignored with a warning, since the user did not write it.
+    `source` is where the file is, as for `read_generation_config`. `override` has values that replace the file's; None
+    removes one. Raises `ConfigError` for an unusable flag, `CheckpointError` for an unusable file.
     """
     origin = f"{'the checkpoint' if source == 'auto' else source}'s {FILE}"
     overrides = _overrides(override or {})
-    content = _read_file(folder, source, origin) if source not in ("none", "vllm") else {}
+    content, path = read_generation_config(folder, source)
     values = {}
     for key in DEFAULT_FIELDS:
-        if content.get(key) is not None and key not in overrides:
+        if (value := content.get(key)) is not None and key not in overrides:
             try:
-                values[key] = _checked(key, content[key])
-            except ValueError:
-                logger.warning("%s has %s = %r, which is ignored.", FILE, key, content[key])
+                values[key] = _checked(key, value)
+            except ValueError as error:
+                reason = f"{str(error).rstrip('.')}: correct it, or pass --override-generation-config"
+                raise CheckpointError(
+                    f"{path} has {key} = {shown(value)}, but {reason} '{{\"{key}\": null}}'."
+                ) from None
+    if _is_greedy(content, path) and "temperature" not in overrides:
+        values["temperature"] = 0.0
+    if ignored := [key for key, off in IGNORED.items() if content.get(key) not in (None, off)]:
+        logger.warning("%s sets %s, which have no effect here.", path, ", ".join(ignored))
     replaced = {key: value for key, value in overrides.items() if value is not None}
     parts = [
         ", ".join(f"{key} = {value}" for key, value in found.items()) + f" from {where}"
@@ -52,19 +66,12 @@ def read_defaults(
     return fields, "; ".join([*parts, "else OpenAI's" if parts else "OpenAI's"])
 
 
-def _read_file(folder: Path, source: str, origin: str) -> dict[str, Any]:
-    try:
-        content = json.loads(((folder if source == "auto" else Path(source)) / FILE).read_bytes())
-        if isinstance(content, dict):
-            return content
-        raise ValueError
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a JSON object"
-        if source != "auto":
-            raise ConfigError(f"--generation-config: {origin} cannot be read: {reason}.") from None
-        if not isinstance(error, FileNotFoundError):
-            logger.warning("%s cannot be read and is ignored: %s.", FILE, reason)
-        return {}
+def _is_greedy(content: Mapping[str, Any], path: Path) -> bool:
+    """Return whether the file turns sampling off, which is what `do_sample: false` means at any temperature."""
+    sampled = content.get("do_sample")
+    if not isinstance(sampled, (bool, type(None))):
+        raise CheckpointError(f"{path} has do_sample = {shown(sampled)}, but it must be true or false: correct it.")
+    return sampled is False
 
 
 def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +93,8 @@ def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(key: str, value: Any) -> Any:
     """Return a value in its field's type; raises `ValueError` with a sentence if it is out of range."""
     name = DEFAULT_FIELDS[key]
-    if name == "max_tokens" and value == 0:
-        raise ValueError(f"{key} must be at least 1, but got 0.")
+    if name == "max_tokens" and type(value) is int and not 1 <= value < 2**31:
+        raise ValueError(f"{key} must be at least 1 and below 2**31, but got {shown(value)}.")
     try:
         return getattr(msgspec.convert({"type": "SamplingParams", name: value}, SamplingParams), name)
     except RequestError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -167,3 +168,28 @@ def test_a_setting_that_no_engine_has_is_refused(tiny_checkpoint, setting, sente
 def test_oversized_cache_is_refused_in_one_sentence(tiny_checkpoint):
     with pytest.raises(EngineStartError, match="--kv-cache-memory-bytes"):
         LLM(str(tiny_checkpoint), num_kv_blocks=10**12, quiet=True)
+
+
+def test_end_tokens_of_both_files_end_a_text(llm, tiny_checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    ids = llm.generate(["Hello there"], GREEDY)[0].token_ids
+    end = next(n for n, id_ in enumerate(ids) if n >= 3 and id_ not in ids[:n])
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[end]]}))
+    flags = {"dtype": "float32", "device": "cpu", "quiet": True, "num_kv_blocks": 64}
+    stopped = LLM(str(copy), **flags)
+    assert stopped.core.info.eos_token_ids == (0, ids[end])
+    (completion,) = stopped.generate(["Hello there"], SamplingParams(temperature=0.0, max_tokens=12))
+    assert (completion.token_ids[:end], completion.finish_reason) == (ids[:end], "stop")
+    assert len(completion.token_ids) <= end + 1
+    assert LLM(str(copy / "model.safetensors"), generation_config="none", **flags).core.info.eos_token_ids == (0,)
+
+
+def test_a_context_beyond_the_models_must_be_insisted_on(tiny_checkpoint):
+    flags = {"dtype": "float32", "device": "cpu", "quiet": True, "num_kv_blocks": 400}
+    with pytest.raises(EngineStartError) as refused:
+        LLM(str(tiny_checkpoint), max_model_len=5000, **flags)
+    for part in ("5000", "256", "--allow-long-max-model-len", "PYLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+        assert part in str(refused.value)
+    longer = LLM(str(tiny_checkpoint), max_model_len=5000, allow_long_max_model_len=True, **flags)
+    assert longer.core.info.config.max_model_len == 5000

@@ -219,14 +219,14 @@ def test_token_called_special_by_the_configuration_is_one(save: SaveFolder) -> N
 
 def test_chat_template_is_looked_up_in_order(save: SaveFolder) -> None:
     folder = save(byte_level(SPECIAL))
-    assert Tokenizer.from_folder(folder).chat_template is None
+    assert Tokenizer.from_folder(folder).chat_templates == {}
     (folder / "config.json").write_text(json.dumps({"chat_template": "model"}))
-    assert Tokenizer.from_folder(folder).chat_template == "model"
+    assert Tokenizer.from_folder(folder).chat_templates == {"default": "model"}
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "settings"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Tokenizer.from_folder(folder).chat_template == "settings"
+    assert Tokenizer.from_folder(folder).chat_templates == {"tool_use": "tools", "default": "settings"}
     (folder / "chat_template.jinja").write_text("own file")
-    assert Tokenizer.from_folder(folder).chat_template == "own file"
+    assert Tokenizer.from_folder(folder).chat_templates == {"default": "own file"}
 
 
 def test_unusable_tokenizer_is_refused_in_one_sentence(tmp_path: Path, save: SaveFolder) -> None:

@@ -62,6 +62,18 @@ def prompt_of(harness: Any) -> str:
     return harness.tokenizer.decode(harness.engine.requests[-1][1])
 
 
+def test_a_template_for_tools_is_used_with_tools_only(harness) -> None:
+    harness.engine.configure(max_model_len=4000, num_kv_blocks=1000)
+    harness.tokenizer.chat_templates = {"default": "plain: {{ messages[0].content }}", "tool_use": TEMPLATE}
+    template = ChatTemplate.from_tokenizer(harness.tokenizer)
+    harness.service.model = dataclasses.replace(harness.model, template=template)
+    assert harness.chat(messages=[USER]).status_code == 200
+    assert prompt_of(harness) == "plain: Hi"
+    assert harness.chat(messages=[USER], tools=[WEATHER]).status_code == 200
+    assert "get_weather" in prompt_of(harness)
+    assert "plain" not in prompt_of(harness)
+
+
 def gather(events: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
     """What the chunks of one choice add up to."""
     found: dict[str, Any] = {"content": "", "calls": [], "reason": None, "logprobs": [], "ids": [], "dynamics": []}

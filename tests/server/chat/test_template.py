@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 
@@ -115,7 +118,7 @@ def test_checkpoint_without_template_gets_the_familys_format() -> None:
 
 def test_override_wins_over_the_checkpoints_template() -> None:
     tokenizer = byte_level(wrap=False)
-    tokenizer.chat_template = "checkpoint"
+    tokenizer.chat_templates = {"default": "checkpoint"}
     assert tokenizer.decode(ChatTemplate.from_tokenizer(tokenizer).render(chat("A"))) == "checkpoint"
     assert tokenizer.decode(ChatTemplate.from_tokenizer(tokenizer, "override").render(chat("A"))) == "override"
 
@@ -245,6 +248,69 @@ def test_empty_chat_and_failing_template_are_plain_errors() -> None:
         text_of("{{ messages[7].content.text }}", chat("A"))
     with pytest.raises(ChatTemplateError, match="not valid Jinja"):
         ChatTemplate(PLAIN, "{% if")
+
+
+def test_generation_tags_only_mark_what_they_enclose() -> None:
+    body = (
+        "{% if m.role == 'user' %}Q: {{ m.content }}\n{% else %}A:{% generation %} {{ m.content }}{% endgeneration %}"
+    )
+    marked = f"{{% for m in messages %}}{body}{{% endif %}}{{% endfor %}}"
+    assert text_of(marked, chat("A", "B", "C"), add_generation_prompt=False) == "Q: A\nA: BQ: C\n"
+    stripped = "{{ messages[0].content }} {%-generation-%} x {%- endgeneration -%} y"
+    assert text_of(stripped, chat("A"), add_generation_prompt=False) == "Axy"
+    quoted = (
+        "{# {% generation %} #}{% raw %}{% generation %}{% endraw %}{{ '{% generation %}' }}{{ messages[0].content }}"
+    )
+    assert text_of(quoted, chat("A"), add_generation_prompt=False) == "{% generation %}{% generation %}A"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if loop.index == 3 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{{ messages | tojson(indent=2) }}{{ messages[0] | tojson(4) }}",
+        "{{ messages | tojson(ensure_ascii=true, sort_keys=true, separators=(',', ':')) }}",
+        "{{ strftime_now('%Y') }}{{ messages | tojson }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+        "{% macro show(m, end='!') %}{{ m.role }}{{ end }}{% endmacro %}{{ show(messages[0]) }}{{ show('', '?') }}",
+        "{{ messages[::-1] | map(attribute='role') | join('/') }}{{ messages[-1]['role'] }}{{ messages[1:] | count }}",
+        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}",
+        "{{ messages | rejectattr('role', 'in', ['user']) | list | length }}",
+        "{{ messages[0].content.split('é')[-1].lstrip('l').rstrip().startswith('e') }}{{ 'a,b'.split(',', 1)[1] }}",
+        "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ messages[0].get('nope') is none }}",
+        "{{ messages[0] is mapping }}{{ messages is iterable }}{{ messages[0].role is string }}{{ nope is defined }}",
+        "{{ (messages[0].content | trim | upper | replace('É', 'E')) ~ '\n' }}{{ 7 // 2 }}{{ 7 % 4 }}",
+        "{%- if messages[0].role != 'system' -%} {{- messages[0].content -}} {%- endif %}{{ '%05.1f' | format(2.5) }}",
+        "{% set text %}in {{ messages[0].content }}{% endset %}{{ text }}{% filter upper %}x{% endfilter %}",
+    ],
+)
+def test_templates_render_as_with_jinja2(source: str) -> None:
+    """The rest is in Jinja's sandbox as transformers sets it up, but for `trim_blocks` and `lstrip_blocks`."""
+    reference = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
+    reference.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    reference.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
+        json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
+    messages = [{"role": "user", "content": " élan <b> & 'x'"}, {"role": "assistant", "content": "B"}]
+    messages.append({"role": "user", "content": "C"})
+    given = [Message(message["role"], message["content"]) for message in messages]
+    found = text_of(source, given, add_generation_prompt=False)
+    assert found == reference.from_string(source).render(messages=messages)
+
+
+def test_a_checkpoints_template_for_tools_is_used_with_tools() -> None:
+    tokenizer = byte_level(wrap=False)
+    tokenizer.chat_templates = {
+        "default": "plain {{ messages[0].content }}", "tool_use": "{{ tools | length }} {{ messages[0].content }}",
+        "rag": "{% if",
+    }  # fmt: skip
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    assert (template.knows_tools, template.with_tools.knows_tools) == (False, True)
+    assert tokenizer.decode(template.render(chat("A"), add_generation_prompt=False)) == "plain A"
+    tools = [Tool(name="f", description=None, parameters=None)]
+    assert tokenizer.decode(template.with_tools.render(chat("A"), tools=tools, add_generation_prompt=False)) == "1 A"
+    assert ChatTemplate.from_tokenizer(tokenizer, "mine").with_tools.source == "mine"
 
 
 def test_endless_template_runs_out_of_fuel() -> None:

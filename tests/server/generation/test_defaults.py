@@ -6,34 +6,61 @@ import json
 
 import pytest
 
+from pyllm.model import CheckpointError
 from pyllm.server.flags import ConfigError
 from pyllm.server.generation.defaults import read_defaults
 
 
-def test_the_file_gives_values_of_the_right_type_only(tmp_path):
+def test_the_file_gives_values_in_their_fields_types(tmp_path):
+    assert read_defaults(tmp_path)[0] == {}
     file = tmp_path / "generation_config.json"
-    file.write_text('{"temperature": 1, "top_k": 50.0, "top_p": true, "min_p": "0.5", "max_new_tokens": 2.5}')
+    file.write_text('{"temperature": 1, "top_k": 50, "top_p": null, "max_new_tokens": 9, "eos_token_id": 0}')
     defaults, _ = read_defaults(tmp_path)
-    assert defaults.pop("top_k", 50) == 50
-    assert defaults == {"temperature": 1.0}
+    assert defaults == {"temperature": 1.0, "top_k": 50, "max_tokens": 9}
     assert type(defaults["temperature"]) is float
-    file.write_text('{"top_k": true, "max_new_tokens": false, "top_p": NaN, "temperature": 1e999}')
-    assert read_defaults(tmp_path)[0] == {}
 
 
-def test_the_file_gives_defaults_without_unusable_values(tmp_path, caplog):
-    assert read_defaults(tmp_path)[0] == {}
+@pytest.mark.parametrize(
+    "value", ['{"top_p": 7}', '{"top_k": 50.5}', '{"top_p": true}', '{"min_p": "0.5"}', '{"top_p": NaN}']
+)
+def test_an_unusable_value_of_the_file_is_refused(tmp_path, value):
     file = tmp_path / "generation_config.json"
-    file.write_text(
-        '{"temperature": 0.7, "top_k": 50, "top_p": 7, "max_new_tokens": 9, "min_p": "x", "eos_token_id": 0}'
-    )
-    assert read_defaults(tmp_path)[0] == {"temperature": 0.7, "top_k": 50, "max_tokens": 9}
-    assert "top_p" in caplog.text
-    for text in ("[]", "{", "\xff"):
-        file.write_text(text, encoding="latin-1")
-        assert read_defaults(tmp_path)[0] == {}
-        with pytest.raises(ConfigError, match="cannot be read: it is not a JSON object"):
-            read_defaults(tmp_path, str(tmp_path))
+    file.write_text(value)
+    (key,) = json.loads(value)
+    with pytest.raises(CheckpointError) as caught:
+        read_defaults(tmp_path)
+    assert str(caught.value).startswith(f"{file} has {key} = ")
+    assert str(caught.value).endswith(f"""or pass --override-generation-config '{{"{key}": null}}'.""")
+    assert read_defaults(tmp_path, override={key: None})[0] == {}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "\xff"])
+def test_a_file_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "generation_config.json").write_text(text, encoding="latin-1")
+    for source in ("auto", str(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"generation_config\.json .+: fetch it again"):
+            read_defaults(tmp_path, source)
+    assert read_defaults(tmp_path, "none")[0] == {}
+
+
+def test_without_sampling_answers_are_greedy(tmp_path):
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"do_sample": false}')
+    values, said = read_defaults(tmp_path)
+    assert values == {"temperature": 0.0}
+    assert said == "temperature = 0.0 from the checkpoint's generation_config.json; else OpenAI's"
+    file.write_text('{"do_sample": false, "temperature": 0.9, "top_p": 0.6}')
+    assert read_defaults(tmp_path)[0] == {"temperature": 0.0, "top_p": 0.6}
+    assert read_defaults(tmp_path, override={"temperature": 0.5})[0] == {"temperature": 0.5, "top_p": 0.6}
+    file.write_text('{"do_sample": true}')
+    assert read_defaults(tmp_path)[0] == {}
+
+
+def test_keys_without_effect_are_named_in_the_log(tmp_path, caplog):
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"num_beams": 4, "typical_p": 1.0, "min_length": 0, "bad_words_ids": [[1]], "max_length": 20}')
+    read_defaults(tmp_path)
+    assert f"{file} sets bad_words_ids, num_beams, which have no effect here." in caplog.text
 
 
 def test_the_flags_choose_the_file_of_defaults_and_win_over_it(tmp_path):
@@ -50,7 +77,7 @@ def test_the_flags_choose_the_file_of_defaults_and_win_over_it(tmp_path):
     assert values == {"temperature": 0.0, "max_tokens": 7}
     assert said == "temperature = 0.0, max_new_tokens = 7 from --override-generation-config; else OpenAI's"
     assert read_defaults(tmp_path, "auto", {"top_p": 0.5})[0] == {"top_p": 0.5}
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match="which --generation-config names, does not exist"):
         read_defaults(own, str(tmp_path))
 
 
