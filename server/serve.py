@@ -96,7 +96,9 @@ def _bind(host: str, port: int) -> list[socket.socket]:
         for family, *_, address in dict.fromkeys(found):
             chosen = sockets[0].getsockname()[1] if sockets else port
             try:
-                sockets.append(socket.create_server((address[0], chosen, *address[2:]), family=family))
+                both = address[0] == "::" and socket.has_dualstack_ipv6()  # all addresses, those of IPv4 too
+                listener = socket.create_server((address[0], chosen, *address[2:]), family=family, dualstack_ipv6=both)
+                sockets.append(listener)
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise

@@ -17,10 +17,10 @@ from http.client import HTTPConnection, HTTPException
 import uvloop
 
 from ...engine.client.launch import python
-from ...engine.config import settings_of
-from ..flags import ENVIRONMENT_PREFIX, BenchConfig, ConfigError, ServerConfig
+from ..flags import ENVIRONMENT_PREFIX, OTHER_VARIABLES, BenchConfig, ConfigError
 from .load_client import Client, LoadError, Target, closed_loop, summarize
 
+USAGE_ERROR = 2  # with which `pyllm serve` exits if it cannot start
 LOWEST_ID = 100  # lower ids may be special tokens
 COLUMNS = ("clients", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "ITL p50 ms", "ITL p99 ms", "failed")
 
@@ -102,18 +102,21 @@ def own_server(
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start `pyllm serve` on a free port, wait until it is ready, yield its base URL and process, and stop it.
 
-    `environment` is added to that of this process. Raises `ConfigError` if the server, which logs why, does not start.
+    `environment` is added to that of this process. Raises `ConfigError` if the server, which logs why, does not start,
+    or exits with its code.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # The flags already include this process's PYLLM_ variables, and those of `serve` could move the server elsewhere.
-    ours = {ENVIRONMENT_PREFIX + name.upper() for name in settings_of(ServerConfig)}
-    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    kept = [name for name in os.environ if not name.startswith(ENVIRONMENT_PREFIX) or name in OTHER_VARIABLES]
+    inherited = {name: os.environ[name] for name in kept}
     command = [*python(), "-m", "pyllm", "serve", "--log-level", "warning", *flags, "--port", str(port)]
     with subprocess.Popen(command, env=inherited | dict(environment or {}), stdin=subprocess.DEVNULL) as server:
         try:
             while not _is_ready(port):
+                if server.poll() == USAGE_ERROR:
+                    sys.exit(USAGE_ERROR)  # it has said why
                 if server.poll() is not None:
                     raise ConfigError(f"The server exited with code {server.returncode} while starting.")
                 time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -9,8 +10,19 @@ from importlib import import_module
 
 from ... import __version__
 from ...engine.client.launch import EngineProcess
-from ..flags import BenchConfig, ConfigError, GenerateConfig, ModelFlags, ServerConfig, TerminalConfig, load_config
+from ..flags import (
+    BenchConfig,
+    ConfigError,
+    GenerateConfig,
+    ModelFlags,
+    ServerConfig,
+    TerminalConfig,
+    load_config,
+    unknown_variables,
+)
 from ..http.logs import configure_logging
+
+logger = logging.getLogger("pyllm.server")
 
 # Modules that take long to import are loaded when a command needs them, so that --help and usage errors are fast.
 
@@ -22,6 +34,7 @@ COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
     "bench": (BenchConfig, ".bench:bench", "Measure the speed of a server, PyLLM or another."),
 }
 USAGE_ERROR = 2
+MAX_MESSAGE = 4000  # characters of an error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,6 +66,8 @@ def _run(command: str, words: list[str]) -> int:
     except ConfigError as error:
         return _fail(error)
     configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
+    for sentence in unknown_variables(os.environ, cls, [other for other, *_ in COMMANDS.values()]):
+        logger.warning(sentence)
     # The engine's libraries take a second to load, so its process starts now, while this one loads its own.
     process = None if isinstance(config, BenchConfig) else EngineProcess()
     try:
@@ -65,7 +80,7 @@ def _run(command: str, words: list[str]) -> int:
 def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
     """Run a command's function; if it fails, print why in one sentence."""
     from ...engine.errors import EngineDeadError, EngineStartError, RequestError
-    from ...model.config import CheckpointError
+    from ...model.files import CheckpointError
     from ..chat.template import ChatTemplateError
 
     try:
@@ -85,5 +100,7 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
 
 
 def _fail(error: Exception, code: int = USAGE_ERROR) -> int:
-    print(f"pyllm: {error}", file=sys.stderr)
+    # One line, whatever names of files or tensors are in it.
+    line = "".join(character if character.isprintable() else " " for character in str(error)[:MAX_MESSAGE])
+    print(f"pyllm: {line}", file=sys.stderr)
     return code

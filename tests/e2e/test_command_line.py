@@ -80,6 +80,20 @@ def test_a_setting_in_the_environment_is_checked_as_a_flag_is() -> None:
     assert_refused(run("serve", setting="PYLLM_MAX_NUM_SEQS=0"), "PYLLM_MAX_NUM_SEQS")
 
 
+def test_an_unknown_variable_is_one_warning_and_a_service_none(checkpoint: Path) -> None:
+    words = ("generate", "Hi", "--model", str(checkpoint), "--max_tokens", "1", *SHORT)
+    done = run(*words, setting="PYLLM_PROT=1")
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("PYLLM_PROT, which is no variable of PyLLM and has no effect; did you mean PYLLM_PROMPT?")
+    assert run(*words, setting="PYLLM_PORT=tcp://10.96.12.3:8000").stderr == ""
+
+
+def test_a_context_beyond_the_models_is_refused(checkpoint: Path) -> None:
+    done = run("serve", "--model", str(checkpoint), "--max-model-len", "9000", "--port", "0")
+    assert_refused(done, "9000", "8192", "--allow-long-max-model-len", "PYLLM_ALLOW_LONG_MAX_MODEL_LEN=1")
+
+
 def test_a_port_in_use_is_named_before_anything_is_loaded(checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
@@ -97,6 +111,17 @@ def broken_copy(checkpoint: Path, folder: Path, kind: str) -> Path:
         weights.rename(copy / "pytorch_model.bin")
     elif kind == "no tokenizer":
         (copy / "tokenizer.json").unlink()
+    elif kind == "pipe":
+        (copy / "tokenizer.json").unlink()
+        os.mkfifo(copy / "tokenizer.json")
+    elif kind == "deep":
+        (copy / "config.json").write_text("[" * 100_000)
+    elif kind == "template":
+        (copy / "tokenizer_config.json").write_text('{"chat_template": ["x"]}')
+    elif kind == "ends":
+        (copy / "generation_config.json").write_text('{"eos_token_id": [[0]]}')
+    elif kind == "not UTF-8":
+        copy = copy.rename(folder / os.fsdecode(b"\xff"))
     return copy
 
 
@@ -106,6 +131,30 @@ def broken_copy(checkpoint: Path, folder: Path, kind: str) -> Path:
 )
 def test_unusable_checkpoint_is_refused_in_one_sentence(checkpoint: Path, tmp_path: Path, kind: str, part: str) -> None:
     assert_refused(run("serve", str(broken_copy(checkpoint, tmp_path, kind)), "--port", "0"), part)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "part"),
+    [
+        (("serve", "--port", "0"), "pipe", "tokenizer.json is a device, pipe or socket where a file must be"),
+        (("generate", "Hi"), "deep", "config.json cannot be read as JSON (it is nested too deeply)"),
+        (("chat",), "template", "tokenizer_config.json: chat_template must be a template, or templates by name"),
+        (("serve", "--port", "0"), "ends", "generation_config.json: eos_token_id must be ids below 272"),
+        (("serve", "--port", "0"), "not UTF-8", "--model is not UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_odd_files_are_refused_by_every_command(
+    checkpoint: Path, tmp_path: Path, words: tuple[str, ...], kind: str, part: str
+) -> None:
+    assert_refused(run(*words, "--model", str(broken_copy(checkpoint, tmp_path, kind))), part)
+
+
+def test_a_measured_server_says_alone_why_it_cannot_start(checkpoint: Path, tmp_path: Path) -> None:
+    done = run("bench", "--model", str(broken_copy(checkpoint, tmp_path, "deep")))
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("pyllm: "))
+    assert "config.json cannot be read as JSON (it is nested too deeply)" in line
+    assert "Traceback" not in done.stderr
 
 
 def test_generate_writes_the_text_that_the_server_gives(checkpoint: Path, client: OpenAI) -> None:

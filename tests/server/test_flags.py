@@ -6,13 +6,23 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from pyllm.engine.config import settings_of
 from pyllm.engine.messages import MAX_LOGPROBS
 from pyllm.server.chat.served_model import model_name
-from pyllm.server.flags import ConfigError, GenerateConfig, ServerConfig, TerminalConfig, load_config
+from pyllm.server.flags import (
+    BenchConfig,
+    ConfigError,
+    GenerateConfig,
+    ServerConfig,
+    TerminalConfig,
+    load_config,
+    unknown_variables,
+)
 
 
 def load(cls, *arguments, **environment):
@@ -115,7 +125,33 @@ def test_unusable_arguments_are_refused_in_one_sentence(arguments, sentence):
         ("- a", "lines of the form"),
         ("a: b: c", "not valid YAML"),
         ("host: {a: 1}", "host in"),
+        ("host: yes", "must be text, but got True"),
+        ("host: 2024-11-30", "must be text, but got datetime.date"),
         ("api-key: [1]", "api_key in"),
+        *(
+            (f"api_key: {none}", "must be one or more strings, none of them empty")
+            for none in ("[]", "", "~", "''", "[null]", "[' ']", "{}", "0", "false", "[a, '']")
+        ),
+        ("api_key: [a]\napi-key: []", "has the flag api_key twice"),
+        ("uds: ''", "uds in"),
+        ("model: ''", "must not be empty"),
+        ("", "is empty"),
+        ("port: 2024-99-99", "a value is no valid date or number, or does not fit its tag"),
+        ("port: !!int x", "a value is no valid date or number, or does not fit its tag"),
+        ("port: !!int ''", "a value is no valid date or number, or does not fit its tag"),
+        ("port: !!timestamp x", "a value is no valid date or number, or does not fit its tag"),
+        ("host: !!bool x", "a value is no valid date or number, or does not fit its tag"),
+        ("port: " + "1" * 5000, "a value is no valid date or number, or does not fit its tag"),
+        ("host: !!python/object:os.system x", "not valid YAML: could not determine a constructor"),
+        ("host: \0", "not valid YAML"),
+        ("host: " + "[" * 5_000, "is nested too deeply"),
+        ("- " * 5_000, "is nested too deeply"),
+        ("host: " + "a" * 70_000, "is too large"),
+        ("host: &a [*a]", "is too large"),
+        (
+            "a: &a [x, x]\n" + "\n".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghij")),
+            "is too large",
+        ),
     ],
 )
 def test_unusable_files_are_refused_in_one_sentence(tmp_path, text, sentence):
@@ -125,6 +161,67 @@ def test_unusable_files_are_refused_in_one_sentence(tmp_path, text, sentence):
         load(ServerConfig, "--config", str(file))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_binary_file_of_flags_is_refused(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"--config .+ cannot be read: 'utf-8' codec"):
+        load(ServerConfig, "--config", str(file))
+    file.write_text("\ufeffport: 9")
+    assert load(ServerConfig, "--config", str(file)).port == 9
+
+
+def test_a_value_that_is_not_utf_8_is_refused():
+    for arguments in (["--model", "\udcff"], ["--served-model-name", "\udcff"], ["--generation-config", "\udcff"]):
+        with pytest.raises(ConfigError, match=f"^{arguments[0]} is not UTF-8 text"):
+            load(ServerConfig, *arguments)
+
+
+@pytest.mark.parametrize("flag", ["--model", "--uds", "--chat-template", "--ssl-keyfile", "--revision"])
+def test_a_value_that_a_script_left_empty_is_refused(flag):
+    with pytest.raises(ConfigError, match=f"^{flag} must not be empty"):
+        load(ServerConfig, flag, "")
+
+
+def test_flags_may_be_spelled_with_underscores():
+    config = load(ServerConfig, "--max_model_len", "50", "--no_enable_prefix_caching", "--served_model_name=a_b")
+    assert (config.max_model_len, config.enable_prefix_caching, config.served_model_name) == (50, False, ("a_b",))
+    config = load(GenerateConfig, "Once upon a time", "--max_tokens", "100", "--top_p=0.5")
+    assert (config.prompt, config.max_tokens, config.top_p) == ("Once upon a time", 100, 0.5)
+    assert load(GenerateConfig, "--", "--max_tokens").prompt == "--max_tokens"
+    for cls in (ServerConfig, TerminalConfig, GenerateConfig, BenchConfig):
+        for name, own in settings_of(cls).items():
+            if own.kind == "int":
+                assert getattr(load(cls, f"--{name}", str(int(max(own.low, 1)))), name) == max(own.low, 1)
+    with pytest.raises(ConfigError, match=r"Unknown flag --max-modl-len; did you mean --max-model-len\?"):
+        load(ServerConfig, "--max_modl_len", "5")
+
+
+SERVICE = {
+    "PYLLM_PORT": "tcp://10.96.12.3:8000", "PYLLM_SERVICE_HOST": "10.96.12.3", "PYLLM_SERVICE_PORT": "8000",
+    "PYLLM_SERVICE_PORT_HTTP": "8000", "PYLLM_PORT_8000_TCP": "tcp://10.96.12.3:8000",
+    "PYLLM_PORT_8000_TCP_PROTO": "tcp", "PYLLM_PORT_8000_TCP_PORT": "8000", "PYLLM_PORT_8000_TCP_ADDR": "10.96.12.3",
+    "PYLLM_API_PORT": "tcp://[fd00::1]:80", "PYLLM_API_SERVICE_HOST": "fd00::1", "PYLLM_API_PORT_53_UDP_PROTO": "udp",
+}  # fmt: skip
+
+
+def test_variables_of_a_kubernetes_service_are_no_flags():
+    assert load(ServerConfig, **SERVICE).port == 8000
+    assert load(ServerConfig, "--port", "9", **SERVICE).port == 9
+    assert load(ServerConfig, **SERVICE | {"PYLLM_PORT": "8080"}).port == 8080
+    assert unknown_variables(SERVICE, ServerConfig, []) == []
+    with pytest.raises(ConfigError, match="PYLLM_PORT must be"):
+        load(ServerConfig, PYLLM_PORT="10.96.12.3:8000")
+
+
+def test_an_unknown_variable_is_named_with_the_nearest():
+    known = {"PYLLM_PORT": "1", "PYLLM_NATIVE": "0", "PYLLM_TEMPERATURE": "1", "HOME": "/", "VLLM_PORT": "1"}
+    assert unknown_variables(known, ServerConfig, [TerminalConfig]) == []
+    (sentence,) = unknown_variables(known | {"PYLLM_PROT": "secret"}, ServerConfig, [GenerateConfig, TerminalConfig])
+    assert sentence == (
+        "The environment has PYLLM_PROT, which is no variable of PyLLM and has no effect; did you mean PYLLM_PORT?"
+    )
 
 
 def test_environment_is_named_in_its_errors():

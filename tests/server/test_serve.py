@@ -88,6 +88,15 @@ def test_a_host_without_any_address_here_is_refused(listener, monkeypatch):
         listener.run(host="localhost")
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_the_host_of_all_ipv6_addresses_takes_ipv4_too():
+    (listener,) = module._bind("::", 0)
+    port = listener.getsockname()[1]
+    for address in ("127.0.0.1", "::1"):
+        socket.create_connection((address, port), timeout=10).close()
+    listener.close()
+
+
 @pytest.mark.parametrize(
     ("dtypes", "source"),
     [(("BF16", "F32"), "read from BF16/F32 files in 2.5 s"), ((), "randomly initialized in 2.5 s")],
