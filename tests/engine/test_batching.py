@@ -86,7 +86,7 @@ def test_bf16_prompts_are_chunk_invariant_in_a_crowd(tiny_checkpoint):
     """BF16 rounds coarsely, so it shows at once when a token is computed in another way than alone."""
     rng = random.Random(9)
     requests = [random_request(rng, str(i), longest=900) for i in range(12)]
-    sizes = {"max_model_len": 1024, "max_num_seqs": 16, "num_kv_blocks": 1000}
+    sizes = {"max_model_len": 1024, "allow_long_max_model_len": True, "max_num_seqs": 16, "num_kv_blocks": 1000}
     roomy = make_core(tiny_checkpoint, "bfloat16", max_num_batched_tokens=2048, **sizes)
     alone = [run(roomy, [request])[0] for request in requests]
     for budget in (2048, 700, 16 + 256):

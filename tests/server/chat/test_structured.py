@@ -34,7 +34,14 @@ FORMATS = ["date", "time", "ipv4", "uuid", "date-time"]
 @pytest.fixture(scope="module")
 def llm(tiny_checkpoint) -> LLM:
     return LLM(
-        str(tiny_checkpoint), dtype="float32", device="cpu", quiet=True, num_kv_blocks=4096, max_model_len=512, seed=1
+        str(tiny_checkpoint),
+        dtype="float32",
+        device="cpu",
+        quiet=True,
+        num_kv_blocks=4096,
+        max_model_len=512,
+        seed=1,
+        allow_long_max_model_len=True,
     )
 
 
