@@ -224,7 +224,8 @@ class ChatChunks(Chunks):
         super().__init__(head, generation, model.tokenizer, body)
         self._turn = turn
         self._readers = [turn.reader() for _ in self.choices]
-        self._logprobs = [ShownLogprobs(model.tokenizer, turn.params.skip_special_tokens) for _ in self.choices]
+        choices = self.choices if self.with_logprobs else []
+        self._logprobs = [ShownLogprobs(model.tokenizer, turn.params.skip_special_tokens) for _ in choices]
         self._prompt_due = body.prompt_logprobs is not None
 
     def opening(self) -> bytes:
@@ -249,7 +250,7 @@ class ChatChunks(Chunks):
         prompt, reader = self._about_prompt(index), self._readers[index]
         cut = self._turn.is_cut(output.finish_reason, output.stop_reason)
         held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish(cut)))
-        if hidden := self._logprobs[index].finish():
+        if self.with_logprobs and (hidden := self._logprobs[index].finish()):
             held += self.chunk(index, self.empty, logprobs=_logprobs(hidden))
         reason = reader.finish_reason if output.finish_reason == "stop" else output.finish_reason
         return held + self.last(index, reason, output.stop_reason, prompt)

@@ -236,7 +236,7 @@ def test_an_answer_can_be_made_to_fit_a_schema(claude: Anthropic, ask: Any, name
         ({"extra_body": {"nonsense": 1}}, BadRequestError, "invalid_request_error", "nonsense"),
         ({"messages": []}, BadRequestError, "invalid_request_error", "messages"),
         ({"container": "c"}, BadRequestError, "invalid_request_error", "container"),
-        ({"max_tokens": 10**6}, BadRequestError, "invalid_request_error", "context"),
+        ({"messages": [user("Hi " * 10**4)]}, BadRequestError, "invalid_request_error", "context"),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}},
             BadRequestError, "invalid_request_error", "other",
