@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from pyllm.model.checkpoint.hub import resolve_model
 from pyllm.model.config import CheckpointError
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, OLD = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
+REVISIONS = {"main": COMMIT, COMMIT: COMMIT, "v1.0": OLD, "experiment/long": OLD, OLD: OLD}
 REPOSITORY = {
     "config.json": b"{}",
     "model-00001-of-00001.safetensors": b"weights",
@@ -27,13 +29,15 @@ REPOSITORY = {
     "tokenizer.json": b"{}",
     "tokenizer_config.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
     "pytorch_model.bin": b"pickle",
     "checkpoint.pt": b"pickle",
     "modeling_deep.py": b"raise SystemExit",
     "training/optimizer.safetensors": b"moments",
+    "training/config.json": b"{}",
     "README.md": b"card",
 }
-FETCHED = set(list(REPOSITORY)[:6])
+FETCHED = set(list(REPOSITORY)[:7])
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -47,17 +51,22 @@ class FakeHub(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
-        headers = {"X-Repo-Commit": COMMIT}
+        kind, _, rest = path.removeprefix("/api/models/org/deep").removeprefix("/org/deep").strip("/").partition("/")
+        commit = REVISIONS.get(unquote(rest) or "main", rest.partition("/")[0])
+        headers = {"X-Repo-Commit": commit}
         status = 200
-        if path in ("/api/models/org/deep", "/api/models/org/deep/revision/main"):
-            content = json.dumps({"id": "org/deep", "sha": COMMIT, "siblings": []}).encode()
-        elif path == f"/api/models/org/deep/tree/{COMMIT}":
+        if path.startswith("/api/models/org/deep") and kind in ("", "revision") and commit in REVISIONS:
+            content = json.dumps({"id": "org/deep", "sha": commit, "siblings": []}).encode()
+        elif path.startswith("/api/models/org/deep/revision/"):
+            status, content = 404, b"{}"
+            headers["X-Error-Code"] = "RevisionNotFound"
+        elif kind == "tree":
             files = [{"type": "file", "path": p, "size": len(c), "oid": p} for p, c in REPOSITORY.items()]
             content = json.dumps(files).encode()
-        elif path.startswith(f"/org/deep/resolve/{COMMIT}/"):
-            name = path.removeprefix(f"/org/deep/resolve/{COMMIT}/")
-            content = REPOSITORY[name]
-            headers["ETag"] = f'"{name}"'
+        elif kind == "resolve":
+            name = rest.partition("/")[2]
+            content = b'{"old": 1}' if (name, commit) == ("config.json", OLD) else REPOSITORY[name]
+            headers["ETag"] = f'"{name} {len(content)}"'
         elif "org/gated" in path:
             status, content = 403, b"{}"
             headers["X-Error-Code"] = "GatedRepo"
@@ -89,19 +98,19 @@ def serving() -> Iterator[str]:
         thread.join()
 
 
-def resolve_in_process(name: str, home: Path, **environment: str) -> tuple[str, float]:
+def resolve_in_process(name: str, home: Path, revision: str = "", **environment: str) -> tuple[str, float]:
     """What `resolve_model` returns or refuses with, and its seconds; the library reads its settings at import."""
     code = (
         "import sys\n"
         "from pyllm.model.config import CheckpointError\n"
         "from pyllm.model.checkpoint.hub import resolve_model\n"
-        "try:\n    print(resolve_model(sys.argv[1]))\n"
+        "try:\n    print(resolve_model(sys.argv[1], sys.argv[2] or None))\n"
         "except CheckpointError as error:\n    print('refused:', error)\n"
     )
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HTTP", "ALL_PROXY"))}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", code, name],
+        [sys.executable, "-W", "error::ResourceWarning", "-c", code, name, revision],
         env=kept | {"HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"} | environment,
         cwd=home,
         capture_output=True,
@@ -142,6 +151,36 @@ def test_only_weights_configuration_and_tokenizer_are_fetched(tmp_path: Path) ->
     assert again == answer
     offline, _ = resolve_in_process("org/deep", tmp_path, HF_HUB_OFFLINE="1")
     assert offline == answer
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(tmp_path: Path) -> None:
+    with serving() as url:
+        folders = {
+            revision: Path(resolve_in_process("org/deep", tmp_path, revision, HF_ENDPOINT=url)[0])
+            for revision in ("", "v1.0", "experiment/long", OLD)
+        }
+        refused, _ = resolve_in_process("org/deep", tmp_path, "v2.0", HF_ENDPOINT=url)
+    texts = {revision: (folder / "config.json").read_text() for revision, folder in folders.items()}
+    assert texts == {"": "{}", "v1.0": '{"old": 1}', "experiment/long": '{"old": 1}', OLD: '{"old": 1}'}
+    assert refused.startswith(
+        "refused: org/deep has no revision 'v2.0': pass a branch, a tag or a commit as --revision"
+    )
+    offline, _ = resolve_in_process("org/deep", tmp_path, "v1.0", HF_HUB_OFFLINE="1")
+    assert Path(offline) == folders["v1.0"]
+
+
+def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is on this machine, and --revision is for hub ids: leave it out"):
+        resolve_model(str(tmp_path), "main")
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "~no-such-user/x", "a\0b", "/proc/self/mem/x", os.fsdecode(b"/tmp/\xff"), "/tmp/" + "x" * 300]
+)
+def test_a_path_that_cannot_be_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        resolve_model(name)
+    assert len(str(refused.value)) < 500
 
 
 @pytest.mark.parametrize(("name", "says"), [("org/missing", "is not on the hub"), ("org/gated", "is gated")])
