@@ -20,6 +20,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Match, Route
 
 from .. import __version__
+from .api.batches.route import add_batch_routes
+from .api.batches.wire import BatchRequest
 from .api.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, create_chat_completion
 from .api.completions import Completion, CompletionRequest, create_completion
 from .api.embeddings import EmbeddingList, EmbeddingRequest, create_embedding
@@ -64,6 +66,7 @@ def create_app(service: Service) -> FastAPI:
     _add_state_routes(app, service)
     add_model_routes(app, service.ready_model)
     add_tokenizer_route(app, service.ready_model)
+    add_batch_routes(app, lambda: service.batches)
     add_page_routes(app)
     add_store_routes(app, service.responses)
     for endpoint in ENDPOINTS:
@@ -197,7 +200,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """Complete FastAPI's schema with the models of bodies and events."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        models = {e.body for e in ENDPOINTS} | {e.chunk for e in ENDPOINTS if e.chunk is not None}
+        models: set[type[BaseModel]] = {BatchRequest, *(e.body for e in ENDPOINTS)}
+        models |= {e.chunk for e in ENDPOINTS if e.chunk is not None}
         ordered = sorted(models, key=lambda model: model.__name__)
         _, extra = models_json_schema([(m, "validation") for m in ordered], ref_template=REFERENCE)
         schema["components"]["schemas"] |= extra["$defs"]

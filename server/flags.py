@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from ..engine.config import MAX_LOGPROBS, EngineConfig, EngineSettings, nearest, setting, settings_of
+from ..engine.config import MAX_LOGPROBS, Bytes, EngineConfig, EngineSettings, nearest, setting, settings_of
 
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "demo"
 DEMO_NAME = "pyllm-demo"
@@ -105,6 +105,13 @@ class ServerConfig(ModelFlags):
     write_timeout: float = setting(
         30.0, "seconds within which a client must read more of its response, or its generation stops", low=0.1, high=DAY
     )
+    batch_dir: str | None = setting(None, "folder for files and batches, which are off without one")
+    batch_dir_size: Bytes = setting(  # noqa: RUF009 - it is a field
+        10 * 10**9, "maximum bytes of that folder", low=10**6
+    )
+    batch_concurrency: int | None = setting(
+        None, "lines of batches that run at a time (default: a quarter of --max-num-seqs)", low=1, high=4096
+    )
     restart_engine: int = setting(0, "times in a row to restart a dead engine before exiting", low=0, high=1000)
     shutdown_timeout: float = setting(30.0, "seconds that running requests get to finish on SIGTERM", low=0, high=DAY)
 
@@ -131,6 +138,16 @@ class GenerateConfig(TerminalConfig):
 
     prompt: str = setting("", "text to continue")
     chat: bool = setting(False, "put the prompt through the chat template, as a user message")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunBatchConfig(ModelFlags):
+    """The flags of `pyllm run-batch`."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "minimum severity to log")
+    input_file: str = setting("", "file with one request a line, in OpenAI's batch format; - is standard input (-i)")
+    output_file: str = setting("", "file for one answer a line; - is standard output (-o)")
+    served_model_name: tuple[str, ...] = setting((), "name of the model in the requests; repeat it for aliases")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,8 @@ import uvloop
 
 from .. import __version__
 from ..engine.client.launch import EngineProcess
+from .api.batches.store import BatchStore
+from .api.batches.worker import BatchWorker
 from .app import create_app
 from .chat.served_model import ServedModel, load
 from .flags import ConfigError, ServerConfig
@@ -53,10 +55,11 @@ def serve(config: ServerConfig, process: EngineProcess) -> int:
         _check_certificate(config.ssl_keyfile, config.ssl_certfile)
     if config.isolate_cache_by_key and not config.api_key:
         raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key.")
+    batches = BatchStore(Path(config.batch_dir).expanduser(), config.batch_dir_size) if config.batch_dir else None
     tracing = Tracing(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     sockets = [] if config.uds else _bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        server = _ServerProcess(config, process, sockets, tracing)
+        server = _ServerProcess(config, process, sockets, tracing, batches)
         code = runner.run(server.run())
         if server.interrupted_loading:
             # A download may still run in a thread, and the interpreter would wait for it.
@@ -145,15 +148,19 @@ class _ServerProcess:
     """Listens, loads the model, serves and shuts down, in this order."""
 
     def __init__(
-        self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket], tracing: Tracing | None
-    ) -> None:
+        self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket], tracing: Tracing | None,
+        batches: BatchStore | None,
+    ) -> None:  # fmt: skip
         self.interrupted_loading = False
         self._config, self._process, self._sockets = config, process, sockets
-        self._service = Service(config, tracing=tracing)
+        self._service = Service(config, tracing=tracing, batches=batches)
+        if batches is not None:
+            self._service.owner_secret = batches.secret  # so that files keep their owners
+        self._app = create_app(self._service)
         self._monitor = ConnectionMonitor(ConnectionLimits.from_config(config))
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(self._service), uds=config.uds,
+                self._app, uds=config.uds,
                 http=functools.partial(HttpProtocol, monitor=self._monitor), ws="none",  # type: ignore[arg-type]  # it is only called
                 ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile, lifespan="off",
                 log_config=None, access_log=False, server_header=False,
@@ -237,10 +244,12 @@ class _ServerProcess:
         """Wait for a signal or the engine's last death, drain the requests, and end the engine."""
         service = self._service
         supervision = asyncio.create_task(Restarts(self._config.restart_engine).supervise(service, model))
+        worker = asyncio.create_task(self._run_batches(model))
         await _first_of(supervision, http, self._stop.wait())
         restarting = service.restarting != ""  # the requests of the dead engine have failed already
         supervision.cancel()
-        await asyncio.wait([supervision])
+        worker.cancel()
+        await asyncio.wait([supervision, worker])
         if not supervision.cancelled():
             supervision.result()
         engine = (service.model or model).engine
@@ -259,6 +268,18 @@ class _ServerProcess:
         await engine.shutdown(timeout=0.1 if code else 5.0)
         await _first_of(service.idle.wait(), self._force.wait(), seconds=LAST_ERRORS_SECONDS)
         return code
+
+    async def _run_batches(self, model: ServedModel) -> None:
+        """Answer batches until cancelled, if there is a folder for them."""
+        if (batches := self._service.batches) is not None:
+            concurrency = self._config.batch_concurrency or max(model.engine.info.config.max_num_seqs // 4, 1)
+            await BatchWorker(
+                batches,
+                self._app,
+                concurrency,
+                in_flight=lambda: self._service.in_flight,
+                is_alive=lambda: self._service.alive,
+            ).run()
 
 
 def _http_ended(http: asyncio.Task[None]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine.errors import RequestError
+from .api.batches.store import BatchStore
 from .api.fields import ErrorAnswer
 from .api.responses.store import ResponseStore
 from .api.rules import RULES
@@ -57,6 +59,8 @@ class Service:
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while there are none
     reported: set[str] = field(default_factory=set)  # ignored fields that the log has named
     responses: ResponseStore = field(default_factory=ResponseStore)
+    owner_secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))  # for the names of keys' owners
+    batches: BatchStore | None = None  # None without --batch-dir
     budget: BodyBudget = field(init=False)
 
     def __post_init__(self) -> None:

@@ -173,6 +173,7 @@ class AsyncEngine:
         params: messages.SamplingParams,
         *,
         priority: int = 0,
+        background: bool = False,
         cache_salt: str | None = None,
         pooling: messages.Pooling | None = None,
         wakeup: Wakeup | None = None,
@@ -189,7 +190,7 @@ class AsyncEngine:
         wire_id = f"{request_id}#{next(self._serial)}"
         message = messages.EngineRequest(
             request_id=wire_id, prompt_token_ids=prompt_token_ids, params=params,
-            priority=priority, cache_salt=cache_salt, pooling=pooling,
+            priority=priority, background=background, cache_salt=cache_salt, pooling=pooling,
         )  # fmt: skip
         message = messages.resolve_request(message, self.info, self._seeds)
         stream = RequestStream(wire_id, wakeup or Wakeup(), self._forget)

@@ -46,12 +46,13 @@ class Request:
     token_ids: list[int] = field(init=False)  # prompt and output so far
     stop_token_ids: frozenset[int] = field(init=False)
     priority: int = field(init=False)  # lower goes first under the policy `priority`
+    background: bool = field(init=False)  # goes after all requests that are not
     cache_salt: str | None = field(init=False)  # only requests with the same salt share blocks
     pooling: Pooling | None = field(init=False)  # which hidden state to return instead of tokens
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
-    rank: tuple[int, int] = (0, 0)  # order of service, lowest first; set by the scheduler
+    rank: tuple[bool, int, int] = (False, 0, 0)  # order of service, lowest first; set by the scheduler
     scheduled_time: float = 0.0  # `time.monotonic()` when it first ran
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # prompt tokens that were in the prefix cache when it first ran
@@ -79,7 +80,8 @@ class Request:
 
     def __post_init__(self, message: EngineRequest, eos_token_ids: tuple[int, ...]) -> None:
         self.request_id, self.pooling = message.request_id, message.pooling
-        self.priority, self.cache_salt = message.priority, message.cache_salt
+        self.priority, self.background = message.priority, message.background
+        self.cache_salt = message.cache_salt
         params = self.params = message.params
         self.token_ids = list(message.prompt_token_ids)
         self.stop_token_ids = frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_token_ids))

@@ -3,8 +3,9 @@
 There is no prefill phase and no decode phase: each request has tokens that are not computed yet, and a step computes
 some of them, within a budget of tokens. The rules, in this order:
 
-- Requests are served by rank: first come, first served, or by priority first. No request is overtaken by one of lower
-  rank, so the first in the queue waits only for running requests.
+- Requests are served by rank: first come, first served, or by priority first; background requests (those of batches)
+  come after all others. No request is overtaken by one of lower rank, so the first in the queue waits only for running
+  requests.
 - Every running sequence that needs a single token (a decode) is in the step. Prompts share the rest of the budget, by
   rank, in chunks if need be. In a step with decodes they get at most `max_num_prefill_tokens` (proportionally
   more when there are many decodes), which limits how much arriving prompts slow down running streams.
@@ -105,7 +106,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
-        request.rank = (request.priority if self.policy == "priority" else 0, next(self._arrivals))
+        priority = request.priority if self.policy == "priority" else 0
+        request.rank = (request.background, priority, next(self._arrivals))
         insort(self.waiting, request, key=by_rank)
 
     def schedule(self, *, ahead: bool = False) -> list[ScheduledSequence]:
@@ -214,7 +216,7 @@ class Scheduler:
     def _preempt_for_priority(self) -> None:
         """Preempt running requests of lower rank than the first in the queue until it fits.
 
-        Under fcfs there is nothing to preempt: running requests arrived before waiting ones.
+        Under fcfs that concerns only background requests: others that run arrived before those that wait.
         """
         if not self.waiting or not self.running or self.running[-1].rank < self.waiting[0].rank:
             return

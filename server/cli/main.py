@@ -15,6 +15,7 @@ from ..flags import (
     ConfigError,
     GenerateConfig,
     ModelFlags,
+    RunBatchConfig,
     ServerConfig,
     TerminalConfig,
     load_config,
@@ -31,8 +32,10 @@ COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
     "serve": (ServerConfig, "..serve:serve", "Serve a Complexity-Deep model with an OpenAI-compatible HTTP API."),
     "generate": (GenerateConfig, ".terminal:generate", "Continue a prompt."),
     "chat": (TerminalConfig, ".terminal:chat", "Chat with a model in the terminal."),
+    "run-batch": (RunBatchConfig, ".run_batch:run_batch", "Answer the requests in a file, in OpenAI's batch format."),
     "bench": (BenchConfig, ".bench:bench", "Measure the speed of a server, PyLLM or another."),
 }
+SHORT = {"run-batch": {"-i": "--input-file", "-o": "--output-file"}}  # vLLM's
 USAGE_ERROR = 2
 MAX_MESSAGE = 4000  # characters of an error
 
@@ -60,6 +63,7 @@ def _run(command: str, words: list[str]) -> int:
         if command not in COMMANDS:
             raise ConfigError(f"Unknown command {command[:200]!r}: use one of {', '.join(COMMANDS)}.")
         cls, entry, description = COMMANDS[command]
+        words = [SHORT.get(command, {}).get(word, word) for word in words]
         config = load_config(cls, words, os.environ, program=f"pyllm {command}", description=description)
         if isinstance(config, GenerateConfig) and not config.prompt:
             raise ConfigError('A prompt is needed, as in: pyllm generate "Once upon a time".')

@@ -150,7 +150,8 @@ class Generation:
                 own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
                 stream = self._engine.submit(
                     f"{context.request_id}-{index}", choice.prompt_token_ids, own,
-                    priority=priority, cache_salt=salt, pooling=pooling, wakeup=self.wakeup,
+                    priority=priority, background=context.background, cache_salt=salt, pooling=pooling,
+                    wakeup=self.wakeup,
                 )  # fmt: skip
                 self._streams.append(stream)
         except BaseException as error:

@@ -7,7 +7,6 @@ import hashlib
 import hmac
 import logging
 import re
-import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +33,7 @@ CLIENT_GONE = 499  # the status of a request whose client left before the whole 
 MAX_HEADER = 1024  # characters of `x-pyllm-ignored`
 MAX_NAME = 100  # characters of one name in it
 CONTEXT = "pyllm.context"  # the member of an ASGI scope that holds the context
+BATCH_OWNER = "pyllm.batch_owner"  # the member that makes a scope a line of this owner's batch
 
 
 class GenerationProgress(Protocol):
@@ -60,6 +60,7 @@ class RequestContext:
     complete: bool = False  # the whole response is sent
     owner: str = ""  # names the API key without revealing it
     cache_owner: str = ""  # cached prompts are shared within this owner only; "" shares with everyone
+    background: bool = False  # a line of a batch, which gives way to all other requests
     model: str | None = None  # as the body names it
     ignored: Mapping[str, None] = field(default_factory=dict)  # places in the body of hints that have no effect
     generation: GenerationProgress | None = None
@@ -128,6 +129,7 @@ class ServiceState(Protocol):
     config: ServerConfig
     budget: BodyBudget
     draining: bool
+    owner_secret: bytes
 
     def enter(self) -> None: ...
 
@@ -145,9 +147,8 @@ class RequestMiddleware:
         self._is_route = is_route
         self._service = service
         self._public_paths = PROBES | public_paths
-        # A key's owner is named by a hash that does not reveal the key and changes with every start.
-        secret = secrets.token_bytes(32)
-        keys = [key.encode() for key in service.config.api_key]
+        # A key's owner is named by a hash that does not reveal the key.
+        secret, keys = service.owner_secret, [key.encode() for key in service.config.api_key]
         self._keys = [(key, hashlib.blake2b(key, key=secret, digest_size=16).hexdigest()) for key in keys]
         self._root = service.config.root_path.rstrip("/")
 
@@ -168,10 +169,11 @@ class RequestMiddleware:
         if not _REQUEST_ID.fullmatch(request_id := headers.get("x-request-id", "")):
             request_id = uuid.uuid4().hex
         scope[CONTEXT] = context = RequestContext(scope, receive, send, path, request_id, self._service.budget)
+        context.background = BATCH_OWNER in scope
         self._service.enter()
         try:
             if self._keys and asked not in self._public_paths:
-                context.owner = self._owner(headers)
+                context.owner = self._owner(headers, scope.get(BATCH_OWNER))
                 context.cache_owner = context.owner if self._service.config.isolate_cache_by_key else ""
             # HEAD is answered like GET; the HTTP server leaves out the body.
             get_scope = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
@@ -194,13 +196,14 @@ class RequestMiddleware:
             self._service.leave(context, seconds)
             _log(context, seconds)
 
-    def _owner(self, headers: Headers) -> str:
-        """Name the owner of the request's key; raise `ApiError` 401 without a valid one."""
+    def _owner(self, headers: Headers, batch_owner: str | None) -> str:
+        """Name the owner of the request's key, or of its batch; raise `ApiError` 401 without a valid one."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
         given = [text.encode("latin-1") for text in (bearer, headers.get("x-api-key")) if text]
         # All keys are compared, so that timing does not reveal a near match.
         owners = [owner for text in given for key, owner in self._keys if hmac.compare_digest(text, key)]
+        owners += [owner for _, owner in self._keys if owner == batch_owner]
         if not owners:
             message = "This server needs a valid API key, as `Authorization: Bearer KEY` or `x-api-key: KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def same_shape(shown: Any, found: Any, place: str = "") -> None:
     else:
         numbers = (int, float)
         assert type(shown) is type(found) or isinstance(shown, numbers) == isinstance(found, numbers), place
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("documented")
+    with ServerProcess(folder / "log", "--batch-dir", str(folder / "batches")) as process:
+        yield process
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"{e.page}:{e.line}" for e in EXAMPLES])

@@ -113,7 +113,7 @@ class ScriptedEngine:
 
     def submit(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, wakeup: Wakeup | None = None,
-        priority: int = 0, cache_salt: str | None = None, pooling: Pooling | None = None,
+        priority: int = 0, background: bool = False, cache_salt: str | None = None, pooling: Pooling | None = None,
     ) -> RequestStream:  # fmt: skip
         if self.error is not None:
             raise EngineDeadError(self.error)

@@ -11,9 +11,12 @@ from pyllm.engine.step.request import Request
 from pyllm.engine.step.scheduler import ScheduledSequence, Scheduler
 
 
-def make_request(name: str, tokens: list[int], output: int, priority: int = 0) -> Request:
+def make_request(name: str, tokens: list[int], output: int, priority: int = 0, background: bool = False) -> Request:
     params = SamplingParams(max_tokens=output)
-    return Request(EngineRequest(request_id=name, prompt_token_ids=tokens, params=params, priority=priority))
+    message = EngineRequest(
+        request_id=name, prompt_token_ids=tokens, params=params, priority=priority, background=background
+    )
+    return Request(message)
 
 
 @dataclass
@@ -36,10 +39,19 @@ class Bench:
         )  # fmt: skip
         return cls(Scheduler(info))
 
-    def add(self, name: str, prompt: int, output: int, *, priority: int = 0, kind: int | None = None) -> Request:
+    def add(
+        self,
+        name: str,
+        prompt: int,
+        output: int,
+        *,
+        priority: int = 0,
+        kind: int | None = None,
+        background: bool = False,
+    ) -> Request:
         """A request whose prompt is like those of its `kind`, and like no other without one."""
         tokens = [1000 + len(self.arrived) if kind is None else kind] * prompt
-        request = make_request(name, tokens, output, priority)
+        request = make_request(name, tokens, output, priority, background)
         self.arrived.append(request)
         self.scheduler.add(request)
         return request
@@ -100,7 +112,7 @@ class Bench:
         best = min(request.rank for request in [*before, *scheduler.waiting, *scheduler.running]) if before else None
         if before and before[0].rank == best:
             assert before[0] in scheduler.running, "the first of all is never set back"
-        if scheduler.policy == "fcfs":
+        if scheduler.policy == "fcfs" and not any(request.background for request in self.arrived):
             assert gone == set_back
             assert not preempted or not newcomers
             assert not running or not waiting or running[-1] < waiting[0]

@@ -140,3 +140,29 @@ def test_no_preemption_for_a_request_that_would_still_not_fit():
     scheduler.schedule()
     assert later.status is RequestStatus.RUNNING
     assert scheduler.num_preemptions == 0
+
+
+def test_background_requests_run_only_where_others_leave_room():
+    for policy in ("fcfs", "priority"):
+        bench = Bench.make(blocks=40, block_size=4, seqs=2, policy=policy)
+        early = [bench.add(f"early {n}", 4, 9, priority=-5, background=True) for n in range(2)]
+        bench.step()
+        assert {request.status for request in early} == {RequestStatus.RUNNING}
+        bench.add("late line", 4, 2, background=True)
+        bench.add("client", 4, 2, priority=5)
+        bench.step()
+        assert [request.request_id for request in bench.scheduler.running] == ["client", "early 0"]
+        bench.run(100)
+        assert [request.request_id for request in bench.finished] == ["client", "early 0", "early 1", "late line"]
+
+
+def test_a_background_request_gives_its_blocks_to_others():
+    bench = Bench.make(blocks=8, block_size=4)
+    line = bench.add("line", 8, 20, background=True)
+    bench.step()
+    bench.add("client", 8, 14)
+    while bench.scheduler.num_preemptions == 0:
+        bench.step()
+    assert line.status is RequestStatus.PREEMPTED
+    bench.run(100)
+    assert [request.request_id for request in bench.finished] == ["client", "line"]

@@ -1,0 +1,1 @@
+"""Files and batches: many requests in one file, answered while no other request needs the engine."""

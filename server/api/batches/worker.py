@@ -1,0 +1,272 @@
+"""Runs the batches one after another, each with a few lines at a time, and fewer while clients wait for answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp
+
+from .lines import Line, LineError, answer_row, error_row, execute, parse_line, read_lines
+from .store import MAX_LINES, ROWS, UNFINISHED, BatchRecord, BatchStore, repair_rows
+
+logger = logging.getLogger("pyllm.server")
+
+POLL_SECONDS = 0.1
+PURGE_SECONDS = 3600.0
+MAX_CRASHES = 3
+MAX_ERRORS = 100  # of a file that is no batch, in the batch's record
+LIVE_SHARE = 4  # while clients wait for answers, this share of the lines runs at a time
+EXPIRED = LineError("This request was not executed before the completion window expired.", code="batch_expired")
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    """The usage of either API; `msgspec` ignores the rest."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    prompt_tokens_details: dict[str, int] = {}
+    input_tokens_details: dict[str, int] = {}
+
+
+class _Body(msgspec.Struct, frozen=True):
+    usage: _Usage | None = None
+
+
+class _Response(msgspec.Struct, frozen=True):
+    status_code: int
+    body: _Body = _Body()
+
+
+class _Row(msgspec.Struct, frozen=True):
+    custom_id: str
+    response: _Response | None
+
+
+_row = msgspec.json.Decoder(_Row).decode
+_body = msgspec.json.Decoder(_Body).decode
+
+
+class DiskFull(Exception):  # noqa: N818 - an end, not an error
+    """The rows of a batch do not fit on the disk, or within the bound."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """A batch whose lines are running."""
+
+    batch: BatchRecord
+    files: dict[str, FileIO]
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class BatchWorker:
+    """Answers the batches of a store through the application itself."""
+
+    def __init__(
+        self,
+        store: BatchStore,
+        app: ASGIApp,
+        concurrency: int,
+        *,
+        in_flight: Callable[[], int],  # all requests of the application, with those of batches
+        is_alive: Callable[[], bool],  # whether the engine is
+    ) -> None:
+        """At most `concurrency` lines run at a time."""
+        self._store, self._app = store, app
+        self._concurrency = concurrency
+        self._in_flight, self._is_alive = in_flight, is_alive
+        self._lines = 0  # that are being answered
+
+    async def run(self) -> None:
+        """Run until cancelled; what is unfinished then is continued by the next run."""
+        purged = 0.0
+        while True:
+            if time.monotonic() - purged >= PURGE_SECONDS:
+                self._store.purge()
+                purged = time.monotonic()
+            batch = next((b for b in self._store.batches.values() if b.status in UNFINISHED), None)
+            if batch is None:
+                await asyncio.sleep(POLL_SECONDS)
+                continue
+            try:
+                await self._process(batch)
+            except (OSError, DiskFull) as error:
+                self._fail(batch, "storage_full", f"The batch's results could not be written: {error}.")
+            except Exception:
+                logger.exception("Batch %s failed because of an internal error.", batch.id)
+                self._fail(batch, "internal_error", "The server failed to run this batch.")
+
+    async def _process(self, batch: BatchRecord) -> None:
+        if batch.status == "validating":
+            errors = await asyncio.to_thread(_validate, self._store.content(batch.input_file_id), batch)
+            if errors:
+                batch.errors = errors
+                batch.enter("failed")
+                self._store.save(batch)
+                logger.info("Batch %s failed: its file has lines that are no requests", batch.id)
+                return
+            if batch.status == "validating":  # not cancelled meanwhile
+                batch.enter("in_progress")
+                self._store.save(batch)
+                logger.info("Batch %s runs: %d lines for %s", batch.id, batch.total, batch.endpoint)
+        if batch.status != "finalizing":
+            if batch.crashes >= MAX_CRASHES:
+                self._fail(batch, "server_died", f"The server died {batch.crashes} times while it ran this batch.")
+                return
+            batch.crashes += 1
+            self._store.save(batch)
+            try:
+                await self._run_lines(batch)
+            finally:
+                if self._is_alive():
+                    batch.crashes -= 1
+                    self._store.save(batch)
+        self._store.finalize(batch)
+        counts = batch.completed, batch.failed, batch.total
+        logger.info("Batch %s %s: %d answered, %d failed of %d lines", batch.id, batch.status, *counts)
+
+    def _fail(self, batch: BatchRecord, code: str, message: str) -> None:
+        """End a batch with the rows that it has."""
+        batch.errors = [{"code": code, "message": message, "line": None, "param": None}]
+        batch.ends_as = "failed"
+        try:
+            for kind in ROWS:
+                deque(repair_rows(self._store.rows(batch, kind)), maxlen=0)
+            self._store.finalize(batch)
+        except OSError as error:
+            batch.status = "failed"  # at least until the next start
+            logger.error("The end of batch %s could not be written: %s", batch.id, error.strerror)
+
+    async def _run_lines(self, batch: BatchRecord) -> None:
+        """Answer the lines that have no row yet, until the batch ends, is cancelled or expires."""
+        done = await asyncio.to_thread(self._recount, batch)
+        with contextlib.ExitStack() as stack:
+            files = {kind: stack.enter_context(self._store.rows(batch, kind).open("ab", buffering=0)) for kind in ROWS}
+            lines = stack.enter_context(self._store.content(batch.input_file_id).open("rb"))
+            run = _Run(batch, files)
+            try:
+                for data in lines:
+                    if self._is_over(batch):
+                        break
+                    if not data.strip() or (line := parse_line(data, batch.endpoint)).custom_id in done:
+                        continue
+                    await self._wait(run, self._slots)
+                    if self._is_over(batch):
+                        break
+                    run.tasks.add(asyncio.create_task(self._answer(run, line)))
+                await self._wait(run, lambda: 1)
+            finally:
+                for task in run.tasks:
+                    task.cancel()
+                await asyncio.gather(*run.tasks, return_exceptions=True)
+            if batch.ends_as == "expired":
+                await asyncio.to_thread(self._expire, run)
+
+    def _slots(self) -> int:
+        """Return how many lines may run now."""
+        is_live = self._in_flight() > self._lines
+        return max(self._concurrency // LIVE_SHARE, 1) if is_live else self._concurrency
+
+    async def _wait(self, run: _Run, slots: Callable[[], int]) -> None:
+        """Wait until fewer than `slots()` lines run, or the batch is over; raises what a line has raised."""
+        while len(run.tasks) >= slots() and not self._is_over(run.batch):
+            done, run.tasks = await asyncio.wait(run.tasks, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
+    @staticmethod
+    def _is_over(batch: BatchRecord) -> bool:
+        """Whether a batch is cancelled or has expired, which is noted in `ends_as`."""
+        if batch.status == "cancelling":
+            batch.ends_as = "cancelled"
+        elif time.time() > batch.expires_at:
+            batch.ends_as = "expired"
+        return batch.ends_as != "completed"
+
+    async def _answer(self, run: _Run, line: Line) -> None:
+        self._lines += 1
+        try:
+            outcome = await execute(self._app, line, run.batch.owner)
+        finally:
+            self._lines -= 1
+        self._write(run, "output" if outcome.status < 400 else "errors", answer_row(line.custom_id, outcome))
+        _count(run.batch, outcome.status, _body(outcome.body).usage)
+
+    def _write(self, run: _Run, kind: str, row: bytes) -> None:
+        if self._store.used + len(row) > self._store.max_bytes:
+            raise DiskFull(f"the server's files may have {self._store.max_bytes} bytes in all (--batch-dir-size)")
+        if run.files[kind].write(row) != len(row):
+            raise DiskFull("the disk is full")
+        self._store.used += len(row)
+
+    def _recount(self, batch: BatchRecord) -> set[str]:
+        """Count a batch's rows again, and return the ids of the lines that have one."""
+        done: set[str] = set()
+        batch.completed = batch.failed = 0
+        batch.usage = {}
+        for kind in ROWS:
+            for data in repair_rows(self._store.rows(batch, kind)):
+                row = _row(data)
+                done.add(row.custom_id)
+                response = row.response or _Response(400)
+                _count(batch, response.status_code, response.body.usage)
+        return done
+
+    def _expire(self, run: _Run) -> None:
+        """Write a row for each line that was not executed in time."""
+        done = self._recount(run.batch)
+        with self._store.content(run.batch.input_file_id).open("rb") as lines:
+            for data in lines:
+                if data.strip() and (line := parse_line(data, run.batch.endpoint)).custom_id not in done:
+                    self._write(run, "errors", error_row(line.custom_id, EXPIRED))
+                    run.batch.failed += 1
+
+
+def _count(batch: BatchRecord, status: int, usage: _Usage | None) -> None:
+    usage = usage or _Usage()
+    if status >= 400:
+        batch.failed += 1
+        return
+    batch.completed += 1
+    read, written = usage.prompt_tokens + usage.input_tokens, usage.completion_tokens + usage.output_tokens
+    details = usage.prompt_tokens_details | usage.input_tokens_details
+    new = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+    new["cached_tokens"] = details.get("cached_tokens", 0)
+    batch.usage = {name: batch.usage.get(name, 0) + count for name, count in new.items()}
+
+
+def _validate(path: Path, batch: BatchRecord) -> list[dict[str, Any]]:
+    """Count the lines of an input file, and return what is wrong with the first bad ones."""
+    errors: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    total = 0
+    with path.open("rb") as file:
+        for number, data in read_lines(file):
+            total += 1
+            try:
+                if total > MAX_LINES:
+                    raise LineError(f"The file has more than {MAX_LINES} lines.", code="too_many_lines")
+                line = parse_line(data, batch.endpoint)
+                if line.custom_id in seen:
+                    raise LineError("Another line has the same custom_id.", "custom_id", "duplicate_custom_id")
+                seen.add(line.custom_id)
+            except LineError as error:
+                errors.append({"code": error.code, "message": str(error), "param": error.param, "line": number})
+                if len(errors) == MAX_ERRORS or total > MAX_LINES:
+                    break
+    batch.total = total
+    if not total:
+        errors.append({"code": "empty_file", "message": "The file has no lines.", "param": None, "line": None})
+    return errors
