@@ -37,6 +37,7 @@ class TextPart(StrictModel):
 
 
 Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
+AnswerContent = Text | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)]
 
 
 class TextMessage(StrictModel):
@@ -62,7 +63,7 @@ class AssistantMessage(StrictModel):
     """An earlier answer."""
 
     role: Literal["assistant"]
-    content: Content | None = None
+    content: AnswerContent | None = None
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 

@@ -85,12 +85,18 @@ OTHER_SERVERS: Table = {
     **all_of("custom_logit_processor stop_regex lora_path", refused("", [])),
     **all_of("sampling_logprobs_mode logprob_token_ids extra_key", refused([])),
     **all_of("regex ebnf json_schema guided_json guided_regex guided_choice guided_grammar guided_json_object "
-             "guided_decoding_backend guided_whitespace_pattern", refused("", False, use="structured_outputs")),
+             "guided_decoding_backend guided_whitespace_pattern", refused("", [], {}, False, use="structured_outputs")),
+    **all_of("structured_outputs.disable_any_whitespace structured_outputs.disable_additional_properties", OFF),
+    **all_of("structured_outputs.whitespace_pattern structured_outputs.structural_tag", REFUSED),
+    "structured_outputs.json_object": refused(False, use="response_format"),
+    **all_of("early_stopping skip_reading_prefix_cache", OFF),
+    "logits_processors": refused([]),
     "no_stop_trim": refused(False, use="include_stop_str_in_output"),
     "length_penalty": refused(1),
     "truncation_side": refused("left"),
     "stream_interval": hint(1),
     "thinking_token_budget": HINT,
+    "enable_thinking": switch("enable_thinking"),
 }  # fmt: skip
 STREAM_OPTIONS: Table = {"stream_options.include_obfuscation": OFF}
 BOTH: Table = OTHER_SERVERS | PROMPT_CACHE | STREAM_OPTIONS
@@ -138,6 +144,8 @@ COMPLETIONS: Table = {
     "best_of": refused(1, use="n"),
     "suffix": refused(""),
     "prompt_embeds": refused([]),
+    "continue_final_message": OFF,
+    "add_generation_prompt": ANY_FLAG,
     "logprobs": refused(False),
 }
 
@@ -170,10 +178,13 @@ RESPONSES: Table = {
     **all_of("context_management previous_input_messages", refused([])),
 }  # fmt: skip
 
+MARKS = "cache_control system[].cache_control tools[].cache_control messages[].content[].cache_control "
+MARKS += "messages[].content[].content[].cache_control"
+
 # The prefix cache needs no marks, and what another model thought is left out of the prompt.
 COUNT: Table = {
-    **all_of("cache_control system[].cache_control tools[].cache_control messages[].content[].cache_control "
-             "messages[].content[].content[].cache_control", BOOKKEEPING),
+    **all_of(MARKS, BOOKKEEPING),
+    **all_of(MARKS.replace("control", "control.scope"), BOOKKEEPING),
     **all_of("messages[].content[].thinking messages[].content[].signature messages[].content[].data", BOOKKEEPING),
     "tools[]": HOSTED_TOOLS,
     "thinking": THINKING,

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import FastAPI
-from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ...http.body import LARGE_BODY_BYTES, is_large, off_loop_if_large
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
 from ...http.middleware import RequestContext
+from ..rules import RULES
 from .wire import DeletedResponse, InputItemList, Item, ResponseObject
 
 MAX_RESPONSES = 4096
@@ -145,7 +145,7 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
     @app.get(path, response_model=ResponseObject)
     async def get_response(response_id: str, request: Request) -> Response:
         """A stored response."""
-        _check_query(request.query_params, include_obfuscation=("false",), stream=("false",))
+        _check_query(request, include_obfuscation=("false",), stream=("false",))
         return Response(bytes(find(response_id, request).read().response), media_type="application/json")
 
     @app.delete(path, response_model=DeletedResponse)
@@ -172,7 +172,7 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
     async def list_input_items(response_id: str, request: Request) -> Response:
         """The items that the model read for a response, newest first, including those of earlier responses."""
         query = request.query_params
-        _check_query(query, order=("asc", "desc"), limit=None, after=None)
+        _check_query(request, order=("asc", "desc"), limit=None, after=None)
         text = query.get("limit", "20")
         limit = int(text) if re.fullmatch("[0-9]{1,3}", text) else 0
         if not 1 <= limit <= MAX_PAGE:
@@ -184,14 +184,18 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
         return JsonResponse(await off_loop_if_large(_page, items, newest_first, query.get("after"), limit))
 
 
-def _check_query(query: QueryParams, **known: tuple[str, ...] | None) -> None:
-    """Raise `ApiError` 400 for an unknown argument or a value that is not listed for it."""
+def _check_query(request: Request, **known: tuple[str, ...] | None) -> None:
+    """Raise `ApiError` 400 for an unknown argument or a value that is not listed for it; note ignored ones."""
     known |= {"include": ("message.output_text.logprobs",)}
-    for name, value in query.multi_items():
+    includes, ignored = RULES["/v1/responses"].table["include[]"], dict[str, None]()
+    RequestContext.of(request.scope).ignored = ignored
+    for name, value in request.query_params.multi_items():
         field = name.removesuffix("[]") if name == "include[]" else name
         if field not in known:
             raise ApiError(400, f"Unrecognized query argument: {shorten(name)}.", param=name, code="unknown_parameter")
-        if (values := known[field]) is not None and value not in values:
+        if field == "include" and includes.matches(value):
+            ignored[f"include.{value}"] = None
+        elif (values := known[field]) is not None and value not in values:
             message = f"{field} should be {' or '.join(values)}, but got {shorten(value)!r}."
             raise ApiError(400, message, param=field, code="invalid_value")
 

@@ -22,7 +22,10 @@ VLLM = {"use_beam_search": False, "length_penalty": 1.0, "spaces_between_special
         "kv_transfer_params": None, "chat_template": None, "chat_template_kwargs": {"enable_thinking": False},
         "top_logprobs": 0, "logprobs": False, "stop": [], "stop_token_ids": [], "bad_words": [],
         "min_tokens": 0, "echo": False}  # fmt: skip
-MARK = {"cache_control": {"type": "ephemeral"}}
+MARK = {"cache_control": {"type": "ephemeral", "ttl": None, "scope": "global"}}
+DUMP = {"json": {"type": "object"}, "regex": None, "choice": None, "grammar": None, "json_object": None,
+        "disable_any_whitespace": False, "disable_additional_properties": False, "whitespace_pattern": None,
+        "structural_tag": None}  # fmt: skip
 AGENT = {
     "model": "alias", "max_tokens": 32_000, "temperature": 1,
     "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"} | MARK]}],
@@ -66,6 +69,11 @@ BODIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         "/v1/completions", {"prompt": "Hi", "max_completion_tokens": 3, "max_tokens": 3, "stop": None, "stream": True,
          "stream_options": {"include_usage": True, "continuous_usage_stats": True}}, set()),
     "all of vLLM's defaults": ("/v1/chat/completions", CHAT | VLLM, {"chat_template_kwargs.enable_thinking"}),
+    "vLLM's structured outputs": ("/v1/chat/completions", CHAT | {"structured_outputs": DUMP}, set()),
+    "a call without words": ("/v1/chat/completions", CHAT | {"messages": [
+        USER, {"role": "assistant", "content": [], "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "4"}]}, set()),
     "an agent's messages": ("/v1/messages?beta=true", AGENT, {
         "tools.web_search_20250305", "thinking", "output_config.effort",
         "context_management.edits.clear_thinking_20251015"}),

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel
 from support import rules_table
 from support.answers import error_of
 
@@ -77,7 +78,12 @@ def owners(value: Any, names: list[str]) -> Iterator[dict[str, Any]]:
             if isinstance(item, dict):
                 yield from owners(item, rest)
     elif isinstance(value, dict):
-        yield from owners(value.setdefault(name, {}), rest)
+        yield from owners(value.setdefault(name, {"type": "ephemeral"} if name == "cache_control" else {}), rest)
+
+
+def wire(path: str) -> type[BaseModel]:
+    """The endpoint's model."""
+    return next(endpoint.body for endpoint in ENDPOINTS if endpoint.path == path)
 
 
 def fresh(path: str, place: str) -> dict[str, Any]:
@@ -85,6 +91,8 @@ def fresh(path: str, place: str) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(json.dumps(BASES[path]))
     if place.startswith("stream_options"):
         body["stream"] = True
+    if place.startswith("structured_outputs") and "structured_outputs" in wire(path).model_fields:
+        body["structured_outputs"] = {"json": SCHEMA}
     if place.startswith("response_format"):
         body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     if place.startswith("text.format"):
@@ -94,7 +102,7 @@ def fresh(path: str, place: str) -> dict[str, Any]:
 
 def is_known(path: str, place: str) -> bool:
     """Whether the endpoint's model has the place, and checks its type."""
-    shape: Shape | None = Shape((next(endpoint.body for endpoint in ENDPOINTS if endpoint.path == path),))
+    shape: Shape | None = Shape((wire(path),))
     for name in place.split("."):
         shape = shape.member(name.removesuffix("[]")) if shape else None
         shape = shape.items if shape and name.endswith("[]") else shape
