@@ -201,7 +201,7 @@ def _choice_json(
     index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, model: ServedModel
 ) -> dict[str, Any]:
     """Return one choice of a response that is not streamed."""
-    read = read_turn(turn.reader(), choice.text, turn.is_cut(choice.finish_reason, choice.stop_reason))
+    read = read_turn(turn.reader(), choice.text, turn.cut_off(choice.finish_reason, choice.stop_reason))
     message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
     if read.calls:
         message["tool_calls"] = [call.to_openai() for call in read.calls]
@@ -248,7 +248,7 @@ class ChatChunks(Chunks):
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """Return chunks for the text that the reader held back and for the finish reason."""
         prompt, reader = self._about_prompt(index), self._readers[index]
-        cut = self._turn.is_cut(output.finish_reason, output.stop_reason)
+        cut = self._turn.cut_off(output.finish_reason, output.stop_reason)
         held = b"".join(self.chunk(index, delta) for delta in _deltas(reader.finish(cut)))
         if self.with_logprobs and (hidden := self._logprobs[index].finish()):
             held += self.chunk(index, self.empty, logprobs=_logprobs(hidden))

@@ -33,7 +33,9 @@ class TurnReader(Protocol):
 
     def feed(self, text: str) -> list[Part]: ...  # reads more text
 
-    def finish(self, cut: bool = False) -> list[Part]: ...  # returns what was held back; the text has ended or was cut
+    def finish(self, cut: str | None = None) -> list[Part]: ...
+
+    # Returns what was held back. None: the text has ended by itself; else the stop string that was cut off it, or "".
 
 
 # Patterns of characters that may be repeated: white space, characters of a JSON string, and those between bare calls.
@@ -151,7 +153,7 @@ class CallReader:
             pass
         return self._drain()
 
-    def finish(self, cut: bool = False) -> list[Part]:
+    def finish(self, cut: str | None = None) -> list[Part]:
         """Return what was held back; a call that lacks only its closing mark is complete."""
         while self._held and self._step != self._read_tail:
             if self._step == self._read_header:
@@ -160,7 +162,7 @@ class CallReader:
                 self._end_text(cut)
         self.unfinished |= self._step == self._read_arguments or (self._forced and not self._calls)
         if self.unfinished:
-            self.finish_reason = "length" if cut else "stop"
+            self.finish_reason = "stop" if cut is None else "length"
         elif self._calls:
             self.finish_reason = self._reason
         elif self._space:
@@ -225,21 +227,32 @@ class CallReader:
         self._held = self._held[end + len(closing) :]
         return True
 
-    def _end_text(self, cut: bool) -> None:
-        """Drop what is held as an unfinished call if the text was cut, else make content of it."""
-        if cut and self._held:
-            self._held, self.unfinished = "", True
+    def _end_text(self, cut: str | None) -> None:
+        """Decide on what may begin an opening mark, since the text has ended."""
+        text, opening = self._held + (cut or ""), self._format.opening
+        if cut is not None and self._held and (opening.startswith(text) or text.startswith(opening)):
+            self._drop()
         else:
             self._add_content(len(self._held))
 
-    def _end_header(self, cut: bool) -> None:
+    def _drop(self) -> None:
+        """Drop what is held as the beginning of a call that was cut off."""
+        self._held, self.unfinished = "", True
+
+    def _end_header(self, cut: str | None) -> None:
         """Decide on an unfinished call, since the text has ended."""
         if self._format.opening and self._read_whole(self._held[len(self._format.opening) :]):
             self._held = ""
         elif not self._step():
-            if cut and (self._format.opening or "{" in self._held):
-                self._end_text(cut)
-            elif self._calls and "{" not in self._held:  # what separates bare calls
+            form, is_open = self._format, bool(self._format.opening) or "{" in self._held
+            text = self._held + (cut or "")
+            if (
+                cut is not None
+                and is_open
+                and (form.opening or form.header_begun.fullmatch(text) or form.header.match(text))
+            ):
+                self._drop()
+            elif self._calls and not is_open:  # what separates bare calls
                 self._held = ""
             else:
                 self._reject()

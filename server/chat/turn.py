@@ -33,9 +33,11 @@ class Turn:
     must_call: bool = False  # the turn consists of nothing but tool calls
     turn_ends: tuple[str, ...] = ()  # plain texts with which the model ends a turn
 
-    def is_cut(self, reason: str | None, stop: str | int | None) -> bool:
-        """Return whether a text that ended for this reason, perhaps by this stop, was ended by the client's limits."""
-        return reason == "length" or (stop is not None and stop not in self.turn_ends)
+    def cut_off(self, reason: str | None, stop: str | int | None) -> str | None:
+        """Return the hidden stop string with which the client cut the text off, "" for another limit, None for none."""
+        if isinstance(stop, str) and stop not in self.turn_ends:
+            return "" if self.params.include_stop_str_in_output else stop
+        return "" if reason == "length" or isinstance(stop, int) else None
 
 
 class PlainReader:
@@ -48,7 +50,7 @@ class PlainReader:
         """Return the text."""
         return [text] if text else []
 
-    def finish(self, cut: bool = False) -> list[Part]:
+    def finish(self, cut: str | None = None) -> list[Part]:
         """Return nothing, since nothing is held back."""
         return []
 
@@ -73,8 +75,8 @@ class ParsedTurn:
         return [part for part in self.parts if isinstance(part, ToolCall)]
 
 
-def read_turn(reader: TurnReader, text: str, cut: bool) -> ParsedTurn:
-    """Read a whole text, which was perhaps `cut`, with a fresh reader."""
+def read_turn(reader: TurnReader, text: str, cut: str | None) -> ParsedTurn:
+    """Read a whole text with a fresh reader; `cut` is what was cut off it (see `Turn.cut_off`)."""
     parts: list[str | ToolCall] = []
     for part in [*reader.feed(text), *reader.finish(cut)]:
         last = parts[-1] if parts else None

@@ -33,7 +33,7 @@ def _mixed(draw: random.Random) -> tuple[str, dict[str, Any]]:
     return draw.choice([
         ("/v1/chat/completions", chat), ("/v1/chat/completions", chat | {"stream": True, "logprobs": True}),
         ("/v1/chat/completions", chat | {"response_format": form, "max_tokens": 30}),
-        ("/v1/chat/completions", chat | {"max_tokens": 10**6}),
+        ("/v1/chat/completions", chat | {"messages": [{"role": "user", "content": text * 500}]}),
         ("/v1/completions", {"prompt": text, "n": 3, "seed": number}), ("/v1/completions", {"prompt": 7}),
         ("/v1/completions", {"prompt": [text, text[::-1]], "logprobs": 5, "stream": True}),
         ("/v1/responses", {"input": text, "max_output_tokens": 8}), ("/v1/embeddings", {"input": [text, "a"]}),

@@ -41,7 +41,7 @@ async def create_message(context: RequestContext, body: wire.MessagesRequest, mo
         return EventStream(generation, events, model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
-    parsed = read_turn(turn.reader(), choice.text, turn.is_cut(choice.finish_reason, choice.stop_reason))
+    parsed = read_turn(turn.reader(), choice.text, turn.cut_off(choice.finish_reason, choice.stop_reason))
     content, usage = [_block(part) for part in parsed.parts], token_counts(choice)
     end = ending(body, choice, parsed.finish_reason, bool(parsed.calls))
     return JsonResponse(head | {"content": content} | end | {"usage": usage})
@@ -185,7 +185,7 @@ class MessageEvents(EventWriter):
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """Return events for the rest of the last block and for the reason why the answer ended."""
-        cut = self._turn.is_cut(output.finish_reason, output.stop_reason)
+        cut = self._turn.cut_off(output.finish_reason, output.stop_reason)
         data = self._start() + self._show(self._reader.finish(cut)) + self._close()
         end = ending(self._body, self._choice, self._reader.finish_reason, self._calls)
         return data + named_event({"type": "message_delta", "delta": end, "usage": token_counts(self._choice)})

@@ -59,7 +59,7 @@ class ResponseWriter(EventWriter):
     def closing(self) -> bytes:
         """Write the text that the reader held back, and end the response."""
         choice = self._generation.choices[0]
-        data = self._write(self._reader.finish(self._turn.is_cut(choice.finish_reason, choice.stop_reason)))
+        data = self._write(self._reader.finish(self._turn.cut_off(choice.finish_reason, choice.stop_reason)))
         if not self.response["output"] and not self._reader.unfinished:
             data += self._open_message()
         data += self._write_last_logprobs()

@@ -24,7 +24,7 @@ CALL = HERMES.write("get_weather", PARIS)
 Read = tuple[str, list[tuple[str, str]], str]
 
 
-def read(pieces: list[str], format_: ToolCallFormat = HERMES, *, forced: bool = False, cut: bool = False) -> Read:
+def read(pieces: list[str], format_: ToolCallFormat = HERMES, *, forced: bool = False, cut: str | None = None) -> Read:
     """The content, the (name, arguments) of each call, and the finish reason, as the pieces of a turn add up."""
     reader = CallReader(format_, KNOWN, forced=forced)
     content, names, arguments = "", [], []
@@ -146,8 +146,29 @@ CUT: list[tuple[ToolCallFormat, str, Any]] = [
 
 @pytest.mark.parametrize(("format_", "text", "expected"), CUT)
 def test_a_call_that_was_cut_off_leaves_no_markup(format_: ToolCallFormat, text: str, expected: Read) -> None:
-    assert read([text], format_, cut=True) == expected
-    assert read(list(text), format_, cut=True) == expected
+    assert read([text], format_, cut="") == expected
+    assert read(list(text), format_, cut="") == expected
+
+
+@pytest.mark.parametrize(
+    ("format_", "text", "stop", "expected"),
+    [
+        (HERMES, "a <", "b", ("a <", [], "stop")),
+        (HERMES, "a <", "tool", ("a", [], "length")),
+        (HERMES, "a <", "tool_call>{", ("a", [], "length")),
+        (HERMES, "a <", "t<", ("a <", [], "stop")),
+        (HERMES, "<tool_call>", "{", ("", [], "length")),
+        (JSON, "{", '"answer"', ("{", [], "stop")),
+        (JSON, "{", '"name": 5', ("{", [], "stop")),
+        (JSON, "{", '"name', ("", [], "length")),
+        (JSON, '{"name": "f', '"', ("", [], "length")),
+    ],
+)
+def test_a_stop_string_cuts_a_call_only_if_it_continues_it(
+    format_: ToolCallFormat, text: str, stop: str, expected: Read
+) -> None:
+    assert read([text], format_, cut=stop) == expected
+    assert read(list(text), format_, cut=stop) == expected
 
 
 @settings(max_examples=400, deadline=None)
@@ -168,8 +189,8 @@ def test_markup_is_never_content_wherever_it_is_cut(
     text = before + format_.separator.join(format_.write("f", arguments) for arguments in calls)
     text = text[: data.draw(st.integers(0, len(text)))]
     borders = sorted({0, len(text), *data.draw(st.lists(st.integers(0, len(text)), max_size=8))})
-    found = read([text[a:b] for a, b in pairwise(borders)], format_, forced=forced, cut=True)
-    assert found == read([text], format_, forced=forced, cut=True) == read([*text], format_, forced=forced, cut=True)
+    found = read([text[a:b] for a, b in pairwise(borders)], format_, forced=forced, cut="")
+    assert found == read([text], format_, forced=forced, cut="") == read([*text], format_, forced=forced, cut="")
     content, made, reason = found
     assert before.rstrip().startswith(content.rstrip())
     assert [arguments for _, arguments in made[:-1]] == calls[: len(made)][:-1]
@@ -180,7 +201,7 @@ def test_markup_is_never_content_wherever_it_is_cut(
 
 def test_a_forced_turn_has_no_content() -> None:
     for text in ("", "Hello", "<", "<tool_call>", f" {CALL} Done"):
-        content, calls, reason = read([text], forced=True, cut=True)
+        content, calls, reason = read([text], forced=True, cut="")
         assert (content, reason) == ("", "tool_calls" if calls else "length")
 
 
