@@ -129,8 +129,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether a value is no string, or one that UTF-8 can encode: other bytes of an argument are surrogates."""
-    return not isinstance(value, str) or value == value.encode("utf-8", "replace").decode()
+    """Return whether a value is no string, or one that UTF-8 can encode (other bytes of an argument are surrogates)."""
+    return not isinstance(value, str) or ("\0" not in value and value == value.encode("utf-8", "replace").decode())
 
 
 def _parse_bytes(text: str) -> int:

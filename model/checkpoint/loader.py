@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import Architecture, DeepConfig
-from ..files import CheckpointError, is_present, read_json, shown
+from ..files import CheckpointError, folder_of, is_present, read_json, shown
 from ..network import DeepNetwork
 from .eras import BUFFER, LATEST, OPTIONAL, REWRITE, Entry, Era, detect, plan, shortened
 
@@ -82,14 +82,14 @@ def load_checkpoint(
     read: list[StoredTensor] = []
     if load_format == "dummy":
         arch = Architecture.latest(config)
+        _outline(config, arch, dtype, folder)
         model = network(config, arch, dtype=dtype, device=device)
         _fill_at_random(model, seed)
         name = f"dummy {arch.era}"
     else:
         stored = _read_headers(folder)
         era, arch = detect({key: tensor.shape for key, tensor in stored.items()}, config, folder)
-        # Without memory, since the sizes in the file may be nonsense.
-        outline = network(config, arch, dtype=dtype, device=torch.device("meta"))
+        outline = _outline(config, arch, dtype, folder)
         _check(stored, plan(era, outline), outline, era, folder)
         model = network(config, arch, dtype=dtype, device=device)
         read = _fill(model, plan(era, model), stored, progress)
@@ -97,6 +97,14 @@ def load_checkpoint(
     dtypes = tuple(sorted({tensor.dtype for tensor in read if tensor.dtype in FLOATS}))
     parameters, size = sum(p.numel() for p in model.parameters()), sum(tensor.nbytes for tensor in read)
     return model, LoadReport(name, dtypes, parameters, size, time.monotonic() - started)
+
+
+def _outline(config: DeepConfig, arch: Architecture, dtype: torch.dtype, folder: Path) -> DeepNetwork:
+    """Build the network without memory, since the sizes in the file may be nonsense; raise for one that cannot be."""
+    try:
+        return DeepNetwork(config, arch, dtype=dtype, device="meta")
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder_of(folder) / 'config.json'}: {error}") from None
 
 
 def _find_files(path: Path) -> list[Path]:

@@ -170,6 +170,7 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("config.json", {"eos_token_id": [[0]]}, "eos_token_id must be ids below 272"),
     ("config.json", {"eos_token_id": 0.0}, "eos_token_id must be ids below 272"),
     ("config.json", {"bos_token_id": [2]}, "bos_token_id must be an id or null"),
+    ("config.json", {"hidden_act": "relu"}, "hidden_act 'relu' exists for the dense MLP only"),
     ("config.json", {"hidden_act": ["silu"]}, "hidden_act ['silu'] is not one of"),
     ("config.json", {"mlp_type": {"a": 1}}, "mlp_type {'a': 1} belongs to another line"),
     ("config.json", {"sliding_window": 10**30}, "sliding_window"),

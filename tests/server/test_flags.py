@@ -134,6 +134,7 @@ def test_unusable_arguments_are_refused_in_one_sentence(arguments, sentence):
         ),
         ("api_key: [a]\napi-key: []", "has the flag api_key twice"),
         ("uds: ''", "uds in"),
+        ('generation_config: "a\\0b"', "is not UTF-8 text"),
         ("model: ''", "must not be empty"),
         ("", "is empty"),
         ("port: 2024-99-99", "a value is no valid date or number, or does not fit its tag"),
