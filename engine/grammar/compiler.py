@@ -20,12 +20,13 @@ import numpy as np
 from ...model.tokenizer import Tokenizer
 from ..errors import RequestError
 from .checker import GrammarChecker, Vocabulary, compile_grammar, error_of
+from .keys import KeyTokens, KeyTracker, tracker_for
 from .state import GrammarState
 
 COMPILERS = 2
 CACHE_BYTES = 256 << 20
 Ticket = TypeVar("Ticket")
-Compiled = llguidance.LLMatcher | Exception
+Compiled = tuple[llguidance.LLMatcher, KeyTracker | None] | Exception
 
 
 def grammar_bytes(text: str) -> int:
@@ -54,6 +55,7 @@ class GrammarCompiler(Generic[Ticket]):
         end_bits[list(eos_token_ids)] = 1
         self._end_bits = np.packbits(end_bits, bitorder="little") if eos_token_ids else None
         self._tokenizer: llguidance.LLTokenizer | None = None
+        self._key_tokens = KeyTokens([])
         self._checkers: queue.SimpleQueue[GrammarChecker] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")  # starts threads when it needs them
         self._lock = threading.Lock()
@@ -124,7 +126,9 @@ class GrammarCompiler(Generic[Ticket]):
         if isinstance(result, Exception):
             return result
         try:
-            return GrammarState(result.deep_copy(), self._end_bits if ignore_eos else None, self._mask_bytes)
+            matcher, keys = result
+            avoided = self._end_bits if ignore_eos else None
+            return GrammarState(matcher.deep_copy(), avoided, self._mask_bytes, keys=keys.copy() if keys else None)
         except Exception as error:
             return error
 
@@ -139,8 +143,9 @@ class GrammarCompiler(Generic[Ticket]):
             finally:
                 self._checkers.put(checker)
             if not reason:
-                result = compile_grammar(tokenizer, grammar)
-                reason = error_of(result)
+                matcher = compile_grammar(tokenizer, grammar)
+                reason = error_of(matcher)
+                result = matcher, tracker_for(grammar, self._key_tokens)
         except UnicodeEncodeError:
             reason = "it has half a character (a lone surrogate)"
         except Exception as error:
@@ -158,6 +163,7 @@ class GrammarCompiler(Generic[Ticket]):
                 special = [id_ for id_ in tokenizer.special_ids if id_ < self._num_tokens]
                 tokens = [tokenizer.token_bytes(id_) for id_ in range(self._num_tokens)]
                 vocabulary = Vocabulary(tokens, special, self._ends)
+                self._key_tokens = KeyTokens(tokens)
                 self._tokenizer = vocabulary.tokenizer(tokenizer.encode)
                 for _ in range(COMPILERS):
                     self._checkers.put(GrammarChecker(vocabulary))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .checker import TOO_SLOW, error_of
+from .keys import KeyTracker
 
 MASK_SECONDS = 2.0  # a slower mask ends its request; the parser's own limits normally stop it much earlier
 Bits = npt.NDArray[np.uint8]
@@ -36,6 +37,7 @@ class GrammarState:
     mask_bytes: int  # length of a bit mask
     error: str = ""  # why the grammar cannot be followed any further
     finished: bool = False  # nothing can follow what has been written
+    keys: KeyTracker | None = None  # rules out keys that the grammar would repeat
 
     def fill(self, bits: Bits) -> None:
         """Set the bits of the tokens that may come next, uint8 [mask_bytes]; all of them after an error."""
@@ -43,6 +45,10 @@ class GrammarState:
             self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
             if self.matcher.is_error():
                 self.fail(error_of(self.matcher))
+            elif self.keys is not None:
+                self.keys.forbid(bits)
+                if not bits.any():
+                    self.fail("every key that it allows here is already in the object")
         if self.error:
             bits[:] = 255
         elif self.avoided is not None and (rest := bits & ~self.avoided).any():
@@ -55,6 +61,8 @@ class GrammarState:
                 self.fail(error_of(self.matcher))
             else:
                 self.finished = self.matcher.is_stopped()
+                if self.keys is not None:
+                    self.keys.consume(token_id)
 
     def fail(self, reason: str) -> None:
         """Stop following the grammar; the request ends with this error."""

@@ -1,0 +1,126 @@
+"""Keeps the keys of a JSON object different while they are written.
+
+A grammar cannot remember which keys of an open object it has seen. This follows the text of a sequence, knows the keys
+of each object that is open, and rules out the tokens that would complete one of them again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the API server reads this module's constants, and has no use for numpy
+    import numpy as np
+    import numpy.typing as npt
+
+UNIQUE_KEYS = "// the keys of each object differ"
+"""The line of a grammar that asks for this."""
+CALL_OPENING = "// a call begins with "
+"""Begins a line with a JSON string: JSON begins there, or at the start of the text."""
+
+
+class KeyTokens:
+    """The tokens of a vocabulary that may end a key."""
+
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        self.tokens = tokens
+        quoted = [(token, id_) for id_, token in enumerate(tokens) if b'"' in token]
+        self._sorted = sorted(quoted)
+        self.long = [id_ for token, id_ in quoted if token.count(b'"') > 1]  # may contain a whole key
+
+    def beginning_with(self, text: bytes) -> Iterator[int]:
+        """Yield the tokens with a quote that begin so."""
+        start = bisect_left(self._sorted, (text, -1))
+        for token, id_ in self._sorted[start:]:
+            if not token.startswith(text):
+                return
+            yield id_
+
+
+class KeyTracker:
+    """Follows one sequence's text."""
+
+    __slots__ = ("_escaped", "_in_string", "_is_key", "_key", "_objects", "_opening", "_recent", "_repeated", "_tokens")
+
+    def __init__(self, tokens: KeyTokens, opening: bytes = b"") -> None:
+        self._tokens = tokens
+        self._opening = opening
+        self._recent = b""  # the end of the text between calls
+        self._objects: list[set[bytes] | None] = []  # the keys of each open object; None: an array
+        self._in_string = self._escaped = False
+        self._is_key = False  # the string that is open, or the next one, is a key
+        self._key = bytearray()
+        self._repeated = False
+
+    def copy(self) -> KeyTracker:
+        """Return a tracker that continues on its own."""
+        twin = KeyTracker(self._tokens, self._opening)
+        for name in ("_recent", "_in_string", "_escaped", "_is_key"):
+            setattr(twin, name, getattr(self, name))
+        twin._objects, twin._key = [None if keys is None else set(keys) for keys in self._objects], bytearray(self._key)
+        return twin
+
+    def consume(self, token_id: int) -> None:
+        """Read a token."""
+        for byte in self._tokens.tokens[token_id]:
+            self._read(byte)
+
+    def forbid(self, bits: npt.NDArray[np.uint8]) -> None:
+        """Clear the bits of the tokens that would repeat a key."""
+        ids: list[int] = []
+        if self._in_string and self._is_key and self._objects and (keys := self._objects[-1]):
+            written = bytes(self._key)
+            for key in keys:
+                if key.startswith(written):
+                    ids += self._tokens.beginning_with(key[len(written) :] + b'"')
+        for id_ in self._tokens.long:
+            if bits[id_ >> 3] >> (id_ & 7) & 1 and self._repeats(id_):
+                ids.append(id_)
+        for id_ in ids:
+            bits[id_ >> 3] &= 255 ^ (1 << (id_ & 7))
+
+    def _repeats(self, token_id: int) -> bool:
+        twin = self.copy()
+        twin.consume(token_id)
+        return twin._repeated
+
+    def _read(self, byte: int) -> None:
+        if self._in_string:
+            self._read_string(byte)
+        elif byte in b"{[":
+            if self._objects or not self._opening or not self._recent or self._recent.endswith(self._opening):
+                self._objects.append(set() if byte == ord("{") else None)
+                self._is_key = byte == ord("{")
+                self._recent = b" "
+        elif not self._objects:
+            self._recent = (self._recent + bytes((byte,)))[-max(len(self._opening), 1) :]
+        elif byte in b"}]":
+            self._objects.pop()
+        elif byte == ord('"'):
+            self._in_string, self._key = True, bytearray()
+        elif byte in b",:":
+            self._is_key = byte == ord(",") and self._objects[-1] is not None
+
+    def _read_string(self, byte: int) -> None:
+        if self._escaped or byte == ord("\\"):
+            self._escaped = not self._escaped
+        elif byte == ord('"'):
+            self._in_string = False
+            keys = self._objects[-1]
+            if self._is_key and keys is not None:
+                self._repeated |= bytes(self._key) in keys
+                keys.add(bytes(self._key))
+            return
+        self._key.append(byte)
+
+
+def tracker_for(grammar: str, tokens: KeyTokens) -> KeyTracker | None:
+    """Return a tracker if a grammar asks for it."""
+    if UNIQUE_KEYS not in grammar:
+        return None
+    parts = [part.get("lark_grammar", "") for part in json.loads(grammar)["grammars"]]
+    match = re.match(re.escape(CALL_OPENING) + "(.*)", parts[0])
+    return KeyTracker(tokens, json.loads(match[1]).encode() if match else b"")
