@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,7 +24,17 @@ SHAPES = {
         num_attention_heads=16,
         num_key_value_heads=8,
     ),
+    "tiny": DeepConfig(  # for checks of what is written, not of how fast
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    ),
 }
+SHAPES["tiny-32k"] = replace(SHAPES["tiny"], vocab_size=32000)
 SPECIAL = ["</s>", "<pad>", "<s>", "<unk>"]
 
 

@@ -173,7 +173,7 @@ def read_format(
         raise RequestError(f"structured_outputs and {field} cannot both be given.", param="structured_outputs")
     if isinstance(wanted, fields.JsonObjectFormat):
         return AnswerFormat(json_schema_grammar({"type": "object"}), field, field)
-    grammar = json_schema_grammar(wanted.json_schema, wanted.strict is True, schema_field)
+    grammar = json_schema_grammar(wanted.json_schema, schema_field)
     return AnswerFormat(grammar, field, schema_field)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import llguidance
 
 from ...engine.errors import RequestError
-from ..http.errors import shorten
+from .schema.compiler import Compiler
+from .schema.reader import Reader
 
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_GRAMMAR_BYTES = 64 << 10  # of a regular expression, a Lark grammar, or all choices together
@@ -20,40 +21,14 @@ MAX_CHOICES = 2000
 MAX_DEPTH = 64
 MAX_NODES = 20_000
 
-# White space between JSON tokens: nothing, a space, or a line break with an indent. A model may write compact,
-# spaced or indented JSON as it was trained to, but cannot write white space without end.
-WHITE_SPACE = r" |\n {0,32}|\n\t{0,8}"
 
-SUBSCHEMA = ("items", "additionalItems", "additionalProperties")
-SUBSCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-SUBSCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
-ENFORCED = {
-    *SUBSCHEMA, *SUBSCHEMA_LISTS, *SUBSCHEMA_MAPS, "$ref", "$id", "id", "$anchor", "$schema", "const", "enum", "type",
-    "minItems", "maxItems", "required", "minProperties", "maxProperties", "minLength", "maxLength", "pattern", "format",
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
-}  # fmt: skip
-DESCRIPTIVE = {
-    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
-    "contentEncoding", "contentMediaType", "contentSchema", "discriminator", "externalDocs", "xml",
-}  # fmt: skip
-
-
-def json_schema_grammar(schema: dict[str, Any], strict: bool = False, param: str | None = None) -> str:
+def json_schema_grammar(schema: dict[str, Any], param: str | None = None) -> str:
     """Return a grammar for the JSON values that are valid against `schema`.
 
-    A `strict` schema must be as OpenAI demands: an object at the root, and in each object `additionalProperties: false`
-    and all its properties in `required`. Raises `RequestError` if it is too large or has a keyword that cannot be
-    enforced.
+    Raises `RequestError` if it is too large, no value is valid, or a keyword cannot be enforced.
     """
     _check_size(schema, param)
-    if strict and schema.get("type") != "object":
-        raise RequestError("The root of a strict schema must have the type 'object'.", param=param)
-    bare = _enforceable(schema, strict, param)
-    options = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": False, "lenient": False}
-    try:
-        return json.dumps({"grammars": [{"json_schema": bare | {"x-guidance": options}}]}, allow_nan=False)
-    except ValueError:
-        raise RequestError("The schema has a number that JSON cannot represent.", param=param) from None
+    return _wrap(Compiler(Reader(schema, param)).compile())
 
 
 def regex_grammar(regex: str, param: str | None = None) -> str:
@@ -80,7 +55,11 @@ def choice_grammar(choices: list[str], param: str | None = None) -> str:
 def lark_grammar(grammar: str, param: str | None = None, *, name: str = "The grammar") -> str:
     """Return a grammar in llguidance's variant of Lark; raises `RequestError` if it is too long or not Unicode."""
     _check_text(grammar, name, param)
-    return json.dumps({"grammars": [{"lark_grammar": grammar}]})
+    return _wrap(grammar)
+
+
+def _wrap(lark: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 
 def _check_size(schema: Any, param: str | None) -> None:
@@ -94,7 +73,10 @@ def _check_size(schema: Any, param: str | None) -> None:
             raise RequestError(f"The schema has too many {things}; the limit is {limit}.", param=param)
         if isinstance(value, (dict, list)):
             pending += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
-    size = len(json.dumps(schema))
+    try:
+        size = len(json.dumps(schema, allow_nan=False))
+    except ValueError:
+        raise RequestError("The schema has a number that JSON cannot represent.", param=param) from None
     if size > MAX_SCHEMA_BYTES:
         raise RequestError(f"The schema is too large: {size} bytes; the limit is {MAX_SCHEMA_BYTES}.", param=param)
 
@@ -106,37 +88,3 @@ def _check_text(text: str, name: str, param: str | None) -> None:
         raise RequestError(f"{name} is not valid Unicode: it has a lone surrogate.", param=param) from None
     if size > MAX_GRAMMAR_BYTES:
         raise RequestError(f"{name} is too large: {size} bytes; the limit is {MAX_GRAMMAR_BYTES}.", param=param)
-
-
-def _check_strict(node: dict[str, Any], param: str | None) -> None:
-    kind, properties = node.get("type"), node.get("properties")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind) and properties is None:
-        return
-    if node.get("additionalProperties") is not False:
-        raise RequestError("In a strict schema, every object needs 'additionalProperties': false.", param=param)
-    required = node.get("required")
-    missing = [name for name in properties or () if not isinstance(required, list) or name not in required]
-    if missing:
-        message = f"In a strict schema, every property must be in 'required'; {shorten(missing[0])!r} is missing."
-        raise RequestError(message, param=param)
-
-
-def _enforceable(schema: Any, strict: bool, param: str | None) -> Any:
-    """Return a schema without descriptive keywords; raise `RequestError` for a keyword that cannot be enforced."""
-    if not isinstance(schema, dict):
-        return schema
-    if strict:
-        _check_strict(schema, param)
-    bare: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in DESCRIPTIVE or (key.startswith("x-") and key != "x-guidance"):
-            continue
-        if key not in ENFORCED:
-            raise RequestError(f"The schema has the unsupported keyword {shorten(key)!r}.", param=param)
-        if key in SUBSCHEMA_MAPS and isinstance(value, dict):
-            bare[key] = {name: _enforceable(item, strict, param) for name, item in value.items()}
-        elif key in SUBSCHEMA_LISTS and isinstance(value, list):
-            bare[key] = [_enforceable(item, strict, param) for item in value]
-        else:
-            bare[key] = _enforceable(value, strict, param) if key in SUBSCHEMA else value
-    return bare

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...engine.errors import RequestError
+from ...engine.grammar.keys import CALL_OPENING
 from ..http.errors import shorten
 from .conversation import Conversation, Tool, ToolChoice
 from .structured import choice_grammar, json_schema_grammar
@@ -64,7 +65,7 @@ class ToolOptions:
         schema = arguments_schema(tool)
         if schema == NO_ARGUMENTS:
             return choice_grammar(["{}"])
-        return json_schema_grammar(schema, bool(tool.strict), tool.parameters_field)
+        return json_schema_grammar(schema, tool.parameters_field)
 
     def _rules(self, with_answer: bool) -> str:
         """Return the rules of the turn in llguidance's Lark: calls, and the other text that is allowed."""
@@ -79,7 +80,7 @@ class ToolOptions:
             start = "(LEAD call)* TEXT?" if self.parallel else "LEAD call | TEXT?"
         else:
             start = f"{calls} | TEXT?" if free else f"{calls} | @answer" if with_answer else calls
-        rules = [f"start: {start}"]
+        rules = [f"{CALL_OPENING}{quote(opening)}", f"start: {start}"]
         rules.append(f"call: {'' if led or not opening else quote(opening)} ({' | '.join(bodies)})")
         if free:
             begun = re.escape(opening).replace("/", r"\/") if opening else r'\{[ \t\r\n]*"name"'

@@ -110,9 +110,7 @@ class CustomTool(StrictModel):
     name: ToolName
     description: Description | None = None
     input_schema: JsonSchema = Field(description="JSON Schema of the input.")
-    strict: bool | None = Field(
-        None, description="If true, unforced calls obey the schema too, and OpenAI's rules for strict schemas apply."
-    )
+    strict: bool | None = Field(None, description="If true, unforced calls obey the schema too.")
     cache_control: CacheControl | None = None
 
 

@@ -1,0 +1,98 @@
+"""The keywords of JSON Schema that are known, and the shape of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...http.errors import shorten
+
+ALL_TYPES = ("null", "boolean", "number", "string", "array", "object")
+SUBSCHEMAS = {
+    "additionalItems",
+    "additionalProperties",
+    "unevaluatedProperties",
+    "propertyNames",
+    "not",
+    "if",
+    "then",
+    "else",
+}
+SUBSCHEMA_LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
+SUBSCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+COUNTS = {f"{bound}{what}" for bound in ("min", "max") for what in ("Length", "Items", "Properties")}
+NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+TEXTS = {"pattern", "format", "$ref", "$id", "id", "$anchor", "$schema"}
+FLAGS = {"uniqueItems", "nullable"}
+ENFORCED = {
+    *SUBSCHEMAS, *SUBSCHEMA_LISTS, *SUBSCHEMA_MAPS, *COUNTS, *NUMBERS, *TEXTS, *FLAGS, "items", "const", "enum", "type",
+    "required", "dependentRequired", "dependencies",
+}  # fmt: skip
+DESCRIPTIVE = {
+    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
+    "contentEncoding", "contentMediaType", "contentSchema", "discriminator", "externalDocs", "xml", "$vocabulary",
+    "enumNames", "enumDescriptions", "markdownDescription", "markdownEnumDescriptions", "propertyOrdering", "units",
+    "errorMessage", "defaultSnippets", "tsType", "format_description", "options", "widget", "order",
+}  # fmt: skip
+LISTED = "must be a list of different strings"
+
+
+def check_keywords(schema: dict[str, Any]) -> Iterator[tuple[tuple[Any, str], str]]:
+    """Yield the schemas with an id or an anchor of their own, as ((schema, path), name).
+
+    Raises `ValueError` for an unknown keyword or a value that its keyword cannot have, with its place.
+    """
+    pending: list[tuple[Any, str]] = [(schema, "")]
+    while pending:
+        node, path = pending.pop()
+        if isinstance(node, bool):
+            continue
+        if not isinstance(node, dict):
+            raise ValueError(f"{path} must be an object or a boolean, but is {shorten(repr(node))}")
+        for keyword, value in node.items():
+            if keyword in DESCRIPTIVE or keyword.startswith(("x-", "ui:")):
+                continue
+            where = f"{path}.{keyword}" if path else keyword
+            if keyword not in ENFORCED or (problem := _problem(keyword, value)):
+                said = f"has the unsupported keyword {shorten(keyword)!r}" if keyword not in ENFORCED else ""
+                raise ValueError(f"{path or 'the root'} {said}" if said else f"{shorten(where)} {problem}")
+            if keyword in SUBSCHEMAS or (keyword == "items" and not isinstance(value, list)):
+                pending.append((value, where))
+            elif keyword in SUBSCHEMA_LISTS or keyword == "items":
+                pending += [(item, f"{where}[{n}]") for n, item in enumerate(value)]
+            elif keyword in SUBSCHEMA_MAPS or keyword == "dependencies":
+                pending += [(one, f"{where}.{name}") for name, one in value.items() if not isinstance(one, list)]
+        for keyword, sign in (("$id", ""), ("id", ""), ("$anchor", "#")):
+            if isinstance(name := node.get(keyword), str):
+                yield (node, path), sign + name
+
+
+def _problem(keyword: str, value: Any) -> str:
+    """Return what is wrong with the value of a keyword, "" for nothing."""
+    shown = shorten(repr(value))
+    if keyword in SUBSCHEMA_LISTS and not (isinstance(value, list) and (value or keyword == "prefixItems")):
+        return f"must be a list of schemas, but is {shown}"
+    if keyword in SUBSCHEMA_MAPS | {"dependencies", "dependentRequired"} and not isinstance(value, dict):
+        return f"must be an object, but is {shown}"
+    if keyword in COUNTS and not (isinstance(value, (int, float)) and value >= 0 and value == int(value)):
+        return f"must be a whole number that is not negative, but is {shown}"
+    if keyword in TEXTS and not isinstance(value, str):
+        return f"must be a string, but is {shown}"
+    if keyword in FLAGS and not isinstance(value, bool):
+        return f"must be true or false, but is {shown}"
+    if keyword in NUMBERS:
+        draft4 = keyword.startswith("exclusive") and isinstance(value, bool)
+        if not draft4 and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            return f"must be a number, but is {shown}"
+        if keyword == "multipleOf" and value <= 0:
+            return f"must be greater than 0, but is {shown}"
+    if keyword == "enum" and not (isinstance(value, list) and value):
+        return "must be a list of at least one value"
+    if keyword == "type":
+        kinds = value if isinstance(value, list) and value else [value]
+        wrong = [kind for kind in kinds if kind not in (*ALL_TYPES, "integer")]
+        return f"is {shorten(repr(wrong[0]))}, which is not a type of JSON" if wrong else ""
+    lists = [value] if keyword == "required" else list(value.values()) if keyword == "dependentRequired" else []
+    if keyword == "dependencies":
+        lists = [one for one in value.values() if isinstance(one, list)]
+    return "" if all(isinstance(one, list) and all(isinstance(name, str) for name in one) for one in lists) else LISTED

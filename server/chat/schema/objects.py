@@ -1,0 +1,141 @@
+"""The members of an object: which names it may have, and what is valid under each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from .reader import Part, Parts, Reader, UnsatisfiableError
+
+MAX_WORDS = 60  # names that a pattern is spelled out for
+OPENING = ("additionalProperties", "patternProperties", "propertyNames", "!open")
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The members that an object may have."""
+
+    named: list[tuple[str, Parts, bool]]  # name, what its value must satisfy, whether it must be there
+    others: list[
+        tuple[list[str], Parts]
+    ]  # Lark for what a name must match, none of the above; what its value must satisfy
+
+
+def members_of(reader: Reader, parts: Parts, texts: Callable[[Parts], list[str]], low: int) -> Members:
+    """Return the members of an object that has at least `low`; `texts` returns Lark for what a string must match."""
+    patterns = list(dict.fromkeys(text for part in parts for text in part.get("patternProperties") or ()))
+    required = dict.fromkeys(name for part in parts for name in part.get("required") or ())
+    listed = dict.fromkeys([*(name for part in parts for name in part.get("properties") or ()), *required])
+    allowed, rules, lengths = _names(reader, parts, texts)
+    is_open = not is_closed(parts) or low > len(listed)
+    if is_open and allowed is not None:
+        listed |= dict.fromkeys(allowed)
+        is_open = False
+    words = _words(reader, parts, patterns) if is_open else None
+    if words is not None and not rules:
+        listed |= dict.fromkeys(words)
+        is_open = False
+    named = []
+    for name in listed:
+        value = reader.member(parts, name, [text for text in patterns if _matches(reader, parts, text, name)])
+        if (allowed is not None and name not in allowed) or not _fits(reader, name, rules, lengths):
+            value = (*value, Part(False, f"{parts[0].path}.propertyNames~"))
+        named.append((name, value, name in required))
+    if not is_open:
+        return Members(named, [])
+    matches = {text: f"({reader.pattern(text, _path(parts, text)).terminal})" for text in patterns}
+    size = f"/(?s:.{{{lengths[0]},{'' if lengths[1] is None else lengths[1]}}})/"
+    base = [*rules.values(), *([size] if lengths != (0, None) else [])]
+    others = []
+    for text in [*patterns, None]:
+        value = tuple(found for part in parts if (found := _other(part, text)) is not None)
+        keys = [one if pattern == text else f"~{one}" for pattern, one in matches.items()]
+        if not any(part.schema is False for part in value):
+            others.append(([*keys, *base], value))
+    return Members(named, others)
+
+
+def is_closed(parts: Parts) -> bool:
+    """Whether there are no members but those that are listed."""
+    if any(part.get("unevaluatedProperties") is False for part in parts):
+        return not any(part.get(keyword) is not None for part in parts for keyword in OPENING[:2])
+    lists = any(part.get("properties") is not None for part in parts)
+    return lists and not any(part.get(keyword) is not None for part in parts for keyword in OPENING)
+
+
+def _names(
+    reader: Reader, parts: Parts, texts: Callable[[Parts], list[str]]
+) -> tuple[list[str] | None, dict[str, str], tuple[int, int | None]]:
+    """Return what propertyNames demands: the names if they are known, Lark by pattern, and the length."""
+    rules = tuple(part.at("propertyNames") for part in parts if part.get("propertyNames") is not None)
+    if not rules:
+        return None, {}, (0, None)
+    try:
+        rules, choice = reader.expand(rules)
+    except UnsatisfiableError:
+        return [], {}, (0, None)
+    if choice is not None or any(
+        part.get(keyword) is not None for part in rules for keyword in ("format", "!enum", "!pattern")
+    ):
+        raise reader.error(choice.path if choice else rules[0].path, "cannot be enforced on the names of members")
+    values = reader.values(rules)
+    if "string" not in reader.types(rules):
+        values = []
+    patterns = {text: part for part in rules if (text := part.get("pattern")) is not None}
+    larks = {text: f"({reader.pattern(text, part.at('pattern').path).terminal})" for text, part in patterns.items()}
+    return None if values is None else [v for v in values if isinstance(v, str)], larks, reader.counts(rules, "Length")
+
+
+def _words(reader: Reader, parts: Parts, patterns: list[str]) -> list[str] | None:
+    """Return all names that match one of the patterns if there are few and no other names are allowed."""
+    if not patterns or not any(part.get("additionalProperties") is False for part in parts):
+        return None
+    found: list[str] = []
+    for text in patterns:
+        words = reader.pattern(text, _path(parts, text)).words(MAX_WORDS)
+        if words is None:
+            return None
+        found += words
+    return found
+
+
+def _other(part: Part, pattern: str | None) -> Part | None:
+    """Return what a part says of the members that match just this pattern, or none."""
+    if pattern is not None and pattern in (part.get("patternProperties") or {}):
+        return part.at("patternProperties", pattern)
+    return part.at("additionalProperties") if part.get("additionalProperties") is not None else None
+
+
+def _path(parts: Parts, pattern: str) -> str:
+    part = next(part for part in parts if pattern in (part.get("patternProperties") or {}))
+    return part.at("patternProperties", pattern).path
+
+
+def _fits(reader: Reader, name: str, rules: dict[str, str], lengths: tuple[int, int | None]) -> bool:
+    low, high = lengths
+    if not low <= len(name) <= (len(name) if high is None else high):
+        return False
+    return all(_search(reader, text, "propertyNames.pattern", name) for text in rules)
+
+
+def _matches(reader: Reader, parts: Parts, pattern: str, name: str) -> bool:
+    return _search(reader, pattern, _path(parts, pattern), name)
+
+
+def _search(reader: Reader, pattern: str, path: str, text: str) -> bool:
+    """Whether a pattern matches somewhere, by an engine without backtracking."""
+    reader.count(1)
+    try:
+        return _searcher(pattern).isinstance_python(text)
+    except SchemaError:
+        raise reader.error(
+            path, f"cannot be compared with the name {text!r}: it has a look-around or a back reference"
+        ) from None
+
+
+@lru_cache(100)
+def _searcher(pattern: str) -> SchemaValidator:
+    return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
