@@ -111,7 +111,10 @@ class Service:
             body: Any = await read_body(request, endpoint.body, tolerance)
             context.ignored = tolerance.ignored
             context.model = body.model
-            body.model = model.resolve_name(body.model)
+            if body.model is None:
+                body.model = model.names[0]
+            elif body.model not in model.names:
+                body.model = model.resolve_name(body.model)
             shared = (self.responses,) if endpoint.uses_store else ()
             try:
                 return await endpoint.handle(context, body, model, *shared)

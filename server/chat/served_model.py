@@ -51,11 +51,11 @@ class ServedModel:
     flags: ServerConfig
     tool_format: ToolCallFormat = FORMATS["hermes"]  # of calls in the model's text
 
-    def resolve_name(self, name: str | None) -> str:
+    def resolve_name(self, name: str) -> str:
         """Return the name that answers a request for `name` show; raise `ApiError` 404 if this is another model."""
-        if name is not None and (name in self.names or any(fnmatchcase(name, pattern) for pattern in self.patterns)):
+        if name in self.names or any(fnmatchcase(name, pattern) for pattern in self.patterns):
             return name
-        if name is None or name in PLACEHOLDERS:
+        if name in PLACEHOLDERS:
             return self.names[0]
         raise self.not_found(name)
 

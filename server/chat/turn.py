@@ -173,7 +173,7 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
         "tools": tools.tools if tools else None,
         "add_generation_prompt": conversation.add_generation_prompt,
         "continue_final_message": conversation.continue_final_message,
-        "variables": conversation.template_variables,
+        "variables": {n: v for n, v in conversation.template_variables.items() if n in template.variables},
     }
 
     async def render(messages: Sequence[Message]) -> list[int]:

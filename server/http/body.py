@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,7 +19,7 @@ from starlette.requests import Request
 from .budget import MAX_BODY_BYTES
 from .errors import ApiError, shorten
 from .middleware import RequestContext
-from .shapes import ANYTHING, Shape
+from .shapes import ANYTHING, Shape, shape_of
 from .tolerance import Tolerance, unknown_field
 
 LARGE_BODY_BYTES = 64 * 2**10
@@ -117,7 +116,7 @@ def parse_body(data: bytes, model: type[Body], tolerance: Tolerance) -> Body:
     if not _has_hints(fields, tolerance) and fields.keys() <= model.model_fields.keys():
         with contextlib.suppress(ValidationError):  # else it may need tolerance
             return model.model_validate(fields)
-    shape = Shape((model,))
+    shape = shape_of(model)
     fields = tolerance.relax_body(fields, shape)
     for name in fields:
         if shape.member(name) is None:
@@ -160,7 +159,7 @@ def _locate(steps: tuple[int | str, ...], kind: str, data: Any, shape: Shape) ->
             shape = shape.items or ANYTHING
         elif isinstance(step, str) and isinstance(data, dict):
             if shape.tag is not None and step == data.get(shape.tag):  # the member of a union, which may share a
-                shape = replace(shape.narrow(data), tag=None)  # field's name
+                shape = Shape(shape.narrow(data).models)  # field's name
             elif step in data or (last and kind == "missing"):
                 path, depth = f"{path}.{shorten(step)}" if path else shorten(step), depth + 1
                 data, shape = data.get(step), shape.narrow(data).member(step) or ANYTHING

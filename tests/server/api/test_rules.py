@@ -272,3 +272,17 @@ def test_the_log_names_an_ignored_field_once(harness: Harness, caplog: pytest.Lo
         for _ in range(3):
             harness.complete(thinking_token_budget=5)
     assert caplog.text.count("thinking_token_budget") == 1
+
+
+@pytest.mark.parametrize("value", [[], {}, 5, None, True, "x", 2**63, [["a"]]])
+@pytest.mark.parametrize("member", ["role", "type", "content"])
+def test_odd_types_of_members_are_a_400(shared: Harness, member: str, value: Any) -> None:
+    for path, name in (("/v1/chat/completions", "messages"), ("/v1/messages", "messages"), ("/v1/responses", "input")):
+        message = {"role": "user", "content": [{"type": "text", "text": "a", member: value}], "x": None, member: value}
+        response = shared.post(path, BASES[path] | {name: [message]})
+        assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token", "no_such_variable"])
+def test_a_variable_that_is_null_asks_for_nothing(shared: Harness, name: str) -> None:
+    assert shared.chat(chat_template_kwargs={name: None}).status_code == 200
