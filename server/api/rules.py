@@ -172,6 +172,7 @@ RESPONSES: Table = {
     **SWITCHES,
     "text.verbosity": hint("medium"),
     "max_tool_calls": REFUSED,
+    "n": refused(1),
     **all_of("user metadata service_tier safety_identifier prompt_cache_key access_programs", BOOKKEEPING),
     **all_of("background enable_response_messages", OFF),
     **all_of("background_options conversation moderation prompt image", REFUSED),
@@ -211,6 +212,7 @@ MESSAGES: Table = {
     **OTHER_SERVERS,
     **COUNT,
     **all_of("service_tier fallback_credit_token", BOOKKEEPING),
+    "n": refused(1),
 }
 
 EMBEDDINGS: Table = {
