@@ -12,6 +12,7 @@ from typing import Any
 import llguidance
 
 from ...engine.errors import RequestError
+from . import gbnf
 from .schema.compiler import Compiler
 from .schema.reader import Reader
 
@@ -39,7 +40,7 @@ def regex_grammar(regex: str, param: str | None = None) -> str:
     _check_text(regex, "The regular expression", param)
     if (len(regex) - len(regex.rstrip("\\"))) % 2:
         raise RequestError("The regular expression ends inside an escape sequence.", param=param)
-    return lark_grammar(f"start: /{llguidance.regex_to_lark(regex, 'dw')}/", param, name="The regular expression")
+    return _wrap(f"start: /{llguidance.regex_to_lark(regex, 'dw')}/")
 
 
 def choice_grammar(choices: list[str], param: str | None = None) -> str:
@@ -49,13 +50,23 @@ def choice_grammar(choices: list[str], param: str | None = None) -> str:
     if not all(choices):
         raise RequestError("A choice cannot be empty.", param=param)
     spelled = [json.dumps(choice, ensure_ascii=False).replace("\x7f", "\\u007f") for choice in dict.fromkeys(choices)]
-    return lark_grammar(f"start: CHOICE\nCHOICE: {' | '.join(spelled)}", param, name="The list of choices")
-
-
-def lark_grammar(grammar: str, param: str | None = None, *, name: str = "The grammar") -> str:
-    """Return a grammar in llguidance's variant of Lark; raises `RequestError` if it is too long or not Unicode."""
-    _check_text(grammar, name, param)
+    grammar = f"start: CHOICE\nCHOICE: {' | '.join(spelled)}"
+    _check_text(grammar, "The list of choices", param)
     return _wrap(grammar)
+
+
+def lark_grammar(grammar: str, param: str | None = None) -> str:
+    """Return a grammar in llguidance's variant of Lark, or in GBNF, which is translated.
+
+    Raises `RequestError` if it is too long, not Unicode, or wrong as GBNF.
+    """
+    _check_text(grammar, "The grammar", param)
+    if not gbnf.MARK.search(grammar):
+        return _wrap(grammar)
+    try:
+        return _wrap(gbnf.to_lark(grammar))
+    except ValueError as error:
+        raise RequestError(f"The grammar is in GBNF (it has ::=), but {error}.", param=param) from None
 
 
 def _wrap(lark: str) -> str:
