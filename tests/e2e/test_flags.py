@@ -131,4 +131,6 @@ def test_determinism_is_refused_where_plain_torch_would_compute() -> None:
 def test_defaults_that_cannot_be_used_are_refused() -> None:
     sentence = refusal("--override-generation-config", '{"temprature": 1}')
     assert sentence.endswith("'temprature', which is unknown; did you mean temperature?")
-    assert "generation_config.json cannot be read" in refusal("--generation-config", "/no/such/folder")
+    assert "/no/such/folder/generation_config.json, which --generation-config" in refusal(
+        "--generation-config", "/no/such/folder"
+    )
