@@ -241,7 +241,6 @@ TOKENIZE: Table = {
     "reasoning_effort": EFFORT,
     "tool_choice": hint("auto", "none"),
 }
-DETOKENIZE: Table = {"skip_special_tokens": refused(False)}
 
 RULES: dict[str, Rules] = {
     path: Rules(table)
@@ -253,7 +252,7 @@ RULES: dict[str, Rules] = {
         "/v1/messages/count_tokens": COUNT,
         "/v1/embeddings": EMBEDDINGS,
         "/tokenize": TOKENIZE,
-        "/detokenize": DETOKENIZE,
+        "/detokenize": {},
     }.items()
 }
 """The rules of each endpoint."""

@@ -47,6 +47,7 @@ class DetokenizeRequest(StrictModel):
 
     model: Name | None = None
     tokens: Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text.")
 
 
 class DetokenizeAnswer(StrictModel):
@@ -132,12 +133,12 @@ async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
 
 
 async def detokenize(context: RequestContext, body: DetokenizeRequest, model: ServedModel) -> Response:
-    """Return the text of token ids, including special tokens."""
+    """Return the text of token ids, with special tokens unless they are to be skipped."""
     size = model.engine.info.vocab_size
     if body.tokens and max(body.tokens) >= size:
         raise RequestError(f"tokens has a token id outside 0 to {size - 1}.", param="tokens")
 
     def answer() -> Response:
-        return JsonResponse({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return JsonResponse({"prompt": model.tokenizer.decode(body.tokens, bool(body.skip_special_tokens))})
 
     return answer() if len(body.tokens) < LARGE_IDS else await asyncio.to_thread(answer)

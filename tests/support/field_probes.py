@@ -113,6 +113,7 @@ PROBES: dict[str, Probe] = {
     "stream_options": ({"stream": True}, {"stream_options": {"include_usage": True}}),
     "return_token_ids": ({}, {"return_token_ids": True}),
     "skip_special_tokens": (ENDS, {"skip_special_tokens": False}),
+    f"{DETOKENIZE} skip_special_tokens": ({"tokens": [EOS, A]}, {"skip_special_tokens": True}),
     "max_tokens": ({}, {"max_tokens": 3}),
     "max_completion_tokens": ({}, {"max_completion_tokens": 3}),
     f"{COMPLETIONS} max_completion_tokens": ({}, {"max_completion_tokens": 3}),
