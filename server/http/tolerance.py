@@ -100,6 +100,8 @@ class Tolerance:
             elif (member is None and not is_free) or (rule is not None and rule.asks_for_nothing(member)):
                 continue
             elif known is not None:
+                if rule is not None and rule.kind == "bookkeeping" and isinstance(member, dict):
+                    member = {key: item for key, item in member.items() if item is not None}
                 kept[name] = self._relax(member, known, inner, at)
             elif at in self.rules.parents and not (rest := self._relax(member, None, inner, at)):
                 continue

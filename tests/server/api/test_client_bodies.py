@@ -69,6 +69,7 @@ BODIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         "/v1/completions", {"prompt": "Hi", "max_completion_tokens": 3, "max_tokens": 3, "stop": None, "stream": True,
          "stream_options": {"include_usage": True, "continuous_usage_stats": True}}, set()),
     "all of vLLM's defaults": ("/v1/chat/completions", CHAT | VLLM, {"chat_template_kwargs.enable_thinking"}),
+    "metadata with nulls": ("/v1/chat/completions", CHAT | {"metadata": {"a": "b", "c": None}}, set()),
     "vLLM's structured outputs": ("/v1/chat/completions", CHAT | {"structured_outputs": DUMP}, set()),
     "a call without words": ("/v1/chat/completions", CHAT | {"messages": [
         USER, {"role": "assistant", "content": [], "tool_calls": [
