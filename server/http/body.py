@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from decimal import Decimal
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,7 +25,8 @@ from .tolerance import Tolerance, unknown_field
 
 LARGE_BODY_BYTES = 64 * 2**10
 MAX_CONTAINERS = 2**18  # objects and arrays in a body: each takes about 70 bytes of memory but only 2 on the wire
-MAX_WHOLE = 2**53  # up to here, every integer is exactly representable as a float
+MAX_EXACT = 2**53  # up to here, every integer is exactly representable as a float
+MAX_WHOLE = 2**64  # a larger whole number with a point or an exponent stays a float
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
 QUOTES = "'"
@@ -93,7 +95,11 @@ def _number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("Number out of range")
-    return int(value) if value.is_integer() and abs(value) <= MAX_WHOLE else value
+    if not value.is_integer() or abs(value) > MAX_WHOLE:
+        return value
+    # A double has no more than 53 bits, and an id of 64 bits may be written with a point too.
+    exact = Decimal(text) if abs(value) > MAX_EXACT else value
+    return int(exact) if exact == int(exact) else value
 
 
 _decode = msgspec.json.Decoder(float_hook=_number).decode
