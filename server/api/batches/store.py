@@ -180,8 +180,7 @@ class BatchStore:
 
     def _keep(self, path: Path, file_id: str, owner: str, filename: str, purpose: str, keep_seconds: int) -> FileRecord:
         if path.exists():  # else it is already there
-            with path.open("rb") as content:
-                os.fsync(content.fileno())
+            sync(path)
             path.replace(self.content(file_id))
         now = int(time.time())
         record = FileRecord(
@@ -288,6 +287,13 @@ def _read(path: Path, kind: type[Any]) -> Any:
     except (msgspec.MsgspecError, ValueError) as error:
         logger.error("%s is left alone, since it is not a record: %s", path, error)
         return None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, if there is one, is on the disk."""
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def repair_rows(path: Path) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,8 @@ async def receive_upload(request: Request, path: Path) -> Upload:
                 form.parser.write(chunk)
                 await asyncio.sleep(0)  # a fast client must not keep others waiting
             form.parser.finalize()
+            sink.flush()
+            await asyncio.to_thread(os.fsync, sink.fileno())
         except FormParserError as error:
             raise ApiError(400, f"The form cannot be read: {shorten(str(error))}.", code="invalid_form") from None
     if not form.upload.has_file:

@@ -17,7 +17,7 @@ import msgspec
 from starlette.types import ASGIApp
 
 from .lines import Line, LineError, answer_row, error_row, execute, parse_line, read_lines
-from .store import MAX_LINES, ROWS, UNFINISHED, BatchRecord, BatchStore, repair_rows
+from .store import MAX_LINES, ROWS, UNFINISHED, BatchRecord, BatchStore, repair_rows, sync
 
 logger = logging.getLogger("pyllm.server")
 
@@ -133,6 +133,8 @@ class BatchWorker:
                 if self._is_alive():
                     batch.crashes -= 1
                     self._store.save(batch)
+        for kind in ROWS:  # many bytes may be left to write
+            await asyncio.to_thread(sync, self._store.rows(batch, kind))
         self._store.finalize(batch)
         counts = batch.completed, batch.failed, batch.total
         logger.info("Batch %s %s: %d answered, %d failed of %d lines", batch.id, batch.status, *counts)
@@ -161,6 +163,7 @@ class BatchWorker:
                     if self._is_over(batch):
                         break
                     if not data.strip() or (line := parse_line(data, batch.endpoint)).custom_id in done:
+                        await asyncio.sleep(0)  # many such lines must not keep clients waiting
                         continue
                     await self._wait(run, self._slots)
                     if self._is_over(batch):

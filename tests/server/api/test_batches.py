@@ -9,8 +9,10 @@ import pytest
 from support.answers import error_of
 from support.batches import COMPLETIONS, UNFINISHED, Batches, ended, line, make_batch, post_file, until
 
+from pyllm.server.api.batches.lines import Line, execute
 from pyllm.server.api.batches.store import BatchStore
 from pyllm.server.flags import ConfigError
+from pyllm.server.http.middleware import BATCH_OWNER
 
 
 @pytest.fixture
@@ -251,3 +253,28 @@ def test_clients_leave_fewer_places_to_lines(harness, tmp_path):
         return next_to_it, len(running)
 
     assert batches.run(work) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("failures", "sent", "status"),
+    [
+        ([(429, "queue_full"), (503, "loading"), (429, "queue_full"), (503, "engine_restarting")], 5, 200),
+        ([(503, "engine_dead"), (503, "aborted")], 3, 200),
+        ([(503, "aborted")] * 9, 4, 503),
+        ([(500, "internal_error")], 1, 500),
+    ],
+)
+def test_a_line_is_sent_again_while_the_server_cannot_answer(monkeypatch, failures, sent, status):
+    monkeypatch.setattr("pyllm.server.api.batches.lines.FIRST_PAUSE", 0.001)
+    owners = []
+
+    async def app(scope, receive, send):
+        assert (await receive())["body"] == b"{}"
+        code, name = dict(enumerate(failures)).get(len(owners), (200, ""))
+        owners.append(scope[BATCH_OWNER])
+        await send({"type": "http.response.start", "status": code})
+        for part in (b'{"error":{"code"', b':"%s"}}' % name.encode()):
+            await send({"type": "http.response.body", "body": part, "more_body": part.startswith(b"{")})
+
+    outcome = asyncio.run(execute(app, Line("a", COMPLETIONS, b"{}"), "me"))
+    assert (len(owners), set(owners), outcome.status) == (sent, {"me"}, status)
