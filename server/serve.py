@@ -273,13 +273,7 @@ class _ServerProcess:
         """Answer batches until cancelled, if there is a folder for them."""
         if (batches := self._service.batches) is not None:
             concurrency = self._config.batch_concurrency or max(model.engine.info.config.max_num_seqs // 4, 1)
-            await BatchWorker(
-                batches,
-                self._app,
-                concurrency,
-                in_flight=lambda: self._service.in_flight,
-                is_alive=lambda: self._service.alive,
-            ).run()
+            await BatchWorker(batches, self._app, concurrency, lambda: self._service.alive).run()
 
 
 def _http_ended(http: asyncio.Task[None]) -> int:

@@ -6,7 +6,8 @@ some of them, within a budget of tokens. The rules, in this order:
 - Requests are served by rank: first come, first served, or by priority first; background requests (those of batches)
   come after all others. No request is overtaken by one of lower rank, so the first in the queue waits only for running
   requests.
-- Every running sequence that needs a single token (a decode) is in the step. Prompts share the rest of the budget, by
+- Every running sequence that needs a single token (a decode) is in the step; but of background requests only a few, if
+  there are others, so that these are hardly slower. Prompts share the rest of the budget, by
   rank, in chunks if need be. In a step with decodes they get at most `max_num_prefill_tokens` (proportionally
   more when there are many decodes), which limits how much arriving prompts slow down running streams.
 - A request is admitted when there are blocks for all its tokens, and one more for each running sequence.
@@ -38,6 +39,7 @@ Longs = npt.NDArray[np.int64]
 Ints = npt.NDArray[np.int32]
 by_rank = attrgetter("rank")
 FEW_DECODES = 8
+BACKGROUND_SHARE = 64  # in a step with other requests, at most this share of `max_num_seqs` are background requests
 MIN_TOKENS = 16  # a step of one sequence is not made smaller than this
 
 
@@ -122,13 +124,14 @@ class Scheduler:
         self._preempt_for_priority()
         decodes: list[ScheduledSequence] = []
         chunks: list[ScheduledSequence] = []
-        budget = self._prefill_budget()
-        preemptions = self.num_preemptions
-        index = -1
+        budget, places = self._prefill_budget(), self._background_places()
+        preemptions, index = self.num_preemptions, -1
         while (index := index + 1) < len(self.running):
             request = self.running[index]
             if self._ahead and request.is_complete:
                 continue
+            if request.background and (places := places - 1) < 0:
+                break  # those of lower rank are background requests too
             start, end = request.num_computed_tokens, request.num_tokens
             count = 1 if end - start == 1 else self._chunk(start, end, budget)
             if not count:  # a prompt whose next chunk does not fit in the rest of the budget
@@ -150,10 +153,11 @@ class Scheduler:
             prefix = self.kv_cache.find_prefix(request)
             start, end = len(prefix) * self.kv_cache.block_size, request.num_tokens
             count = self._chunk(start, end, budget)
-            if not count or not self._fits(request, prefix):
+            if not count or (request.background and places < 1) or not self._fits(request, prefix):
                 break
             self._admit(request, prefix)
             budget -= count
+            places -= request.background
             samples = start + count == end and request.generates
             (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, samples))
         self._ahead = False
@@ -193,6 +197,13 @@ class Scheduler:
         budget = self.max_num_batched_tokens - decodes
         limit = self.max_num_prefill_tokens * max(decodes, FEW_DECODES) // FEW_DECODES
         return min(budget, limit) if decodes else budget
+
+    def _background_places(self) -> int:
+        """Return how many background requests the step may have."""
+        firsts = self.running[:1] + self.waiting[:1]
+        if all(request.background for request in firsts):
+            return self.max_num_seqs
+        return max(self.max_num_seqs // BACKGROUND_SHARE, 1)
 
     def _draft(self, request: Request, drafter: Drafter, budget: int) -> Sequence[int]:
         """Guess the tokens after the request's last one, if they fit and are worth their cost."""

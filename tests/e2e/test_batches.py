@@ -138,6 +138,24 @@ def test_a_client_does_not_wait_for_a_batch(serving: ServerProcess, client: Open
     assert ended(client, batch).status == "cancelled"
 
 
+def test_lines_that_waited_for_clients_answer_the_same(client: OpenAI) -> None:
+    """In steps with a client's request, all lines but one pause."""
+    lines = [
+        line(f"n{n}", messages=[{"role": "user", "content": f"Hi {n}"}], max_tokens=60, temperature=0) for n in range(4)
+    ]
+    batch = start(client, lines)
+    live = []
+    while (now := client.batches.retrieve(batch.id)).status != "completed":
+        assert now.status != "failed", now.errors
+        live.append(client.chat.completions.create(model="tiny", messages=[USER], max_tokens=9, temperature=0))  # type: ignore[list-item]
+    assert len({answer.choices[0].message.content for answer in live}) == 1
+    rows = rows_of(client, now.output_file_id)
+    for each in lines:
+        alone = client.post(CHAT.removeprefix("/v1"), body=each["body"], cast_to=ChatCompletion)
+        found = rows[each["custom_id"]]["response"]["body"]["choices"][0]["message"]["content"]
+        assert found == alone.choices[0].message.content
+
+
 def test_a_killed_server_continues_where_it_was(checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--batch-dir", str(tmp_path / "kept"), "--batch-concurrency", "2")
     lines = [line(f"n{n}", max_tokens=40) for n in range(20)]

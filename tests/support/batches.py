@@ -33,11 +33,7 @@ class Batches:
 
     def run(self, work, *, works=True):
         async def main(client):
-            service = self.harness.service
-            worker = BatchWorker(
-                self.store, self.harness.app, self.concurrency,
-                in_flight=lambda: service.in_flight, is_alive=lambda: True,
-            )  # fmt: skip
+            worker = BatchWorker(self.store, self.harness.app, self.concurrency, lambda: True)
             task = asyncio.ensure_future(worker.run()) if works else None
             try:
                 return await work(client)

@@ -88,11 +88,14 @@ class Bench:
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert len(chosen) == len(counts), "a request is in a step once"
         assert [count > 1 for count in counts] == sorted(count > 1 for count in counts), "single tokens come first"
+        alone = all(request.background for request in scheduler.running)
         decodes = [request for request in before if left[id(request)] == 1 and request in scheduler.running]
+        decodes = [request for request in decodes if alone or not request.background]
         assert all(id(request) in chosen for request in decodes), "no decode waits"
         if decodes:
             limit = scheduler.max_num_prefill_tokens * max(8, len(decodes)) // 8
-            assert sum(counts) - len(decodes) <= limit
+            others = sum(sequence.request.background for sequence in planned if not alone)
+            assert sum(counts) - len(decodes) - others <= limit
         if scheduler.has_work:
             assert scheduler.running, "a step moves on"
             assert id(scheduler.running[0]) in chosen, "the first in rank moves on in every step"
@@ -123,7 +126,8 @@ class Bench:
         owned = {block for request in scheduler.running for block in request.block_ids}
         assert len(owned) == pool.num_blocks - pool.num_free
         for request in scheduler.running:
-            assert len(request.block_ids) == -(-request.num_tokens // scheduler.kv_cache.block_size)
+            tokens = {request.num_tokens, request.num_computed_tokens if request.background else request.num_tokens}
+            assert len(request.block_ids) in {-(-count // scheduler.kv_cache.block_size) for count in tokens}
         assert all(not request.block_ids and not request.num_computed_tokens for request in scheduler.waiting)
 
     def run(self, limit: int) -> None:

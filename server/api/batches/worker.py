@@ -1,4 +1,4 @@
-"""Runs the batches one after another, each with a few lines at a time, and fewer while clients wait for answers."""
+"""Runs the batches one after another, each with a few lines at a time, in the background of other requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ POLL_SECONDS = 0.1
 PURGE_SECONDS = 3600.0
 MAX_CRASHES = 3
 MAX_ERRORS = 100  # of a file that is no batch, in the batch's record
-LIVE_SHARE = 4  # while clients wait for answers, this share of the lines runs at a time
 EXPIRED = LineError("This request was not executed before the completion window expired.", code="batch_expired")
 
 
@@ -74,20 +73,11 @@ class _Run:
 class BatchWorker:
     """Answers the batches of a store through the application itself."""
 
-    def __init__(
-        self,
-        store: BatchStore,
-        app: ASGIApp,
-        concurrency: int,
-        *,
-        in_flight: Callable[[], int],  # all requests of the application, with those of batches
-        is_alive: Callable[[], bool],  # whether the engine is
-    ) -> None:
-        """At most `concurrency` lines run at a time."""
+    def __init__(self, store: BatchStore, app: ASGIApp, concurrency: int, is_alive: Callable[[], bool]) -> None:
+        """At most `concurrency` lines run at a time; `is_alive` says whether the engine does."""
         self._store, self._app = store, app
         self._concurrency = concurrency
-        self._in_flight, self._is_alive = in_flight, is_alive
-        self._lines = 0  # that are being answered
+        self._is_alive = is_alive
 
     async def run(self) -> None:
         """Run until cancelled; what is unfinished then is continued by the next run."""
@@ -165,11 +155,11 @@ class BatchWorker:
                     if not data.strip() or (line := parse_line(data, batch.endpoint)).custom_id in done:
                         await asyncio.sleep(0)  # many such lines must not keep clients waiting
                         continue
-                    await self._wait(run, self._slots)
+                    await self._wait(run, self._concurrency)
                     if self._is_over(batch):
                         break
                     run.tasks.add(asyncio.create_task(self._answer(run, line)))
-                await self._wait(run, lambda: 1)
+                await self._wait(run, 1)
             finally:
                 for task in run.tasks:
                     task.cancel()
@@ -177,14 +167,9 @@ class BatchWorker:
             if batch.ends_as == "expired":
                 await asyncio.to_thread(self._expire, run)
 
-    def _slots(self) -> int:
-        """Return how many lines may run now."""
-        is_live = self._in_flight() > self._lines
-        return max(self._concurrency // LIVE_SHARE, 1) if is_live else self._concurrency
-
-    async def _wait(self, run: _Run, slots: Callable[[], int]) -> None:
-        """Wait until fewer than `slots()` lines run, or the batch is over; raises what a line has raised."""
-        while len(run.tasks) >= slots() and not self._is_over(run.batch):
+    async def _wait(self, run: _Run, count: int) -> None:
+        """Wait until fewer than `count` lines run, or the batch is over; raises what a line has raised."""
+        while len(run.tasks) >= count and not self._is_over(run.batch):
             done, run.tasks = await asyncio.wait(run.tasks, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
@@ -199,11 +184,7 @@ class BatchWorker:
         return batch.ends_as != "completed"
 
     async def _answer(self, run: _Run, line: Line) -> None:
-        self._lines += 1
-        try:
-            outcome = await execute(self._app, line, run.batch.owner)
-        finally:
-            self._lines -= 1
+        outcome = await execute(self._app, line, run.batch.owner)
         self._write(run, "output" if outcome.status < 400 else "errors", answer_row(line.custom_id, outcome))
         _count(run.batch, outcome.status, _body(outcome.body).usage)
 

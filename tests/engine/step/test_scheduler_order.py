@@ -166,3 +166,19 @@ def test_a_background_request_gives_its_blocks_to_others():
     assert line.status is RequestStatus.PREEMPTED
     bench.run(100)
     assert [request.request_id for request in bench.finished] == ["client", "line"]
+
+
+def test_few_background_requests_share_steps_with_others():
+    bench = Bench.make(blocks=100, block_size=4, seqs=64, budget=200)
+    lines = [bench.add(f"line {n}", 4, 30, background=True) for n in range(10)]
+    bench.step()
+    assert len(bench.steps[-1]) == 10
+    client = bench.add("client", 4, 5)
+    while client not in bench.finished:
+        bench.step()
+        assert {name for name, *_ in bench.steps[-1]} == {"client", "line 0"}
+        bench.add("late", 4, 1, background=True)
+    assert {line.status for line in lines} == {RequestStatus.RUNNING}, "they keep their blocks"
+    bench.step()
+    assert len(bench.steps[-1]) > 10
+    bench.run(100)
