@@ -50,6 +50,7 @@ class TextFormat(StrictModel):
 
 class JsonObjectFormat(StrictModel):
     type: Literal["json_object"]
+    value: JsonSchema | None = Field(None, description="A schema, as Hugging Face's client writes it.")
 
 
 class JsonSchemaResponseFormat(StrictModel):

@@ -172,7 +172,9 @@ def read_format(
     if outputs is not None:
         raise RequestError(f"structured_outputs and {field} cannot both be given.", param="structured_outputs")
     if isinstance(wanted, fields.JsonObjectFormat):
-        return AnswerFormat(json_schema_grammar({"type": "object"}), field, field)
+        if wanted.value is None:
+            return AnswerFormat(json_schema_grammar({"type": "object"}), field, field)
+        return AnswerFormat(json_schema_grammar(wanted.value, f"{field}.value"), field, f"{field}.value")
     grammar = json_schema_grammar(wanted.json_schema, schema_field)
     return AnswerFormat(grammar, field, schema_field)
 

@@ -365,6 +365,15 @@ def test_the_form_of_the_text_reaches_the_engine_as_a_grammar(harness, fields):
     assert harness.engine.requests[1][2].grammar is None
 
 
+def test_a_schema_in_hugging_faces_place_is_enforced(harness):
+    form = {"name": "n", "schema": {"type": "integer"}}
+    harness.complete(response_format={"type": "json_schema", "json_schema": form})
+    assert harness.complete(response_format={"type": "json_object", "value": form["schema"]}).status_code == 200
+    assert harness.engine.requests[1][2].grammar == harness.engine.requests[0][2].grammar
+    refused = harness.complete(response_format={"type": "json_object", "value": {"type": "whole number"}})
+    assert refused.json()["error"]["param"].startswith("response_format.value")
+
+
 def test_sampling_fields_reach_the_engine(harness):
     harness.complete(
         logit_bias={"5": 1.5, "7": -100}, allowed_token_ids=[70, 71], bad_words=["no"], min_tokens=2,
