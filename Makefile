@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTEST := $(BIN)/python -m pytest
 TESTS = $(PYTEST) $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: serve test test-optimized lint bench clean lock audit
+.PHONY: serve test test-clients test-optimized lint bench clean lock audit
 
 ## serve: serve the bundled demo model (or MODEL=folder-or-hub-id) on port 8000
 serve: .venv/installed
@@ -18,6 +18,10 @@ serve: .venv/installed
 ## test: run the tests
 test: .venv/installed-dev
 	$(TESTS)
+
+## test-clients: try real clients, each in an environment of its own (gigabytes, made once), and print a table of results
+test-clients: .venv/installed-dev
+	$(PYTEST) tests/clients -m slow $(ARGS)
 
 ## test-optimized: run the tests under `python -O`: the product must not depend on asserts
 test-optimized: .venv/installed-dev

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pyllm.model import Architecture, DeepConfig, DeepForCausalLM
 from pyllm.model.checkpoint.loader import save_checkpoint
+from pyllm.server.flags import DEMO_FOLDER
 
 CHAT_TEMPLATE = (
     "{% for t in tools or [] %}tool: {{ t.function | tojson }}\n{% endfor %}"
@@ -80,3 +83,22 @@ def write_checkpoint(folder: Path, seed: int, config: DeepConfig = TINY) -> None
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": CHAT_TEMPLATE}))
+
+
+def write_long_demo(folder: Path, context: int) -> None:
+    """Copy the demo model to `folder` with a longer context, so that the long prompts of agents fit."""
+    for path in DEMO_FOLDER.iterdir():
+        if path.suffix in (".json", ".safetensors"):
+            shutil.copy(path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+
+
+def write_rambler(folder: Path, context: int) -> None:
+    """Save a random model with the demo's tokenizer and template: it reads fast, and says nonsense that ends soon."""
+    config = replace(TINY, vocab_size=6000, max_position_embeddings=context)
+    save_checkpoint(random_model(config, seed=7), folder, dtype=torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_FOLDER / name, folder)
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"eos_token_id": list(range(0, 6000, 40))}))
