@@ -119,6 +119,7 @@ from pyllm.engine.messages import SamplingParams
 from pyllm.model.tokenizer import Tokenizer
 
 async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60  # a busy machine is no fault
     folder = sys.argv[1]
     config = EngineConfig(model=folder, device="cpu", quiet=True, num_kv_blocks=50)
     engine = await AsyncEngine.start(config, Tokenizer.from_folder(folder))
