@@ -117,7 +117,7 @@ CHAT_TOOLS: Table = {
     **all_of("tools[].cache_control tools[].function.cache_control", BOOKKEEPING),
     **all_of("tools[].defer_loading tools[].function.defer_loading", OFF),
 }
-SCHEMA_NAMES = all_of("name description", BOOKKEEPING)
+SCHEMA_NAMES = all_of("name description strict", BOOKKEEPING)  # a schema is enforced, strict or not
 CHAT: Table = {
     **BOTH,
     **below("messages[]", CHAT_MESSAGES),

@@ -26,7 +26,7 @@ from .tolerance import Tolerance, unknown_field
 LARGE_BODY_BYTES = 64 * 2**10
 MAX_CONTAINERS = 2**18  # objects and arrays in a body: each takes about 70 bytes of memory but only 2 on the wire
 MAX_EXACT = 2**53  # up to here, every integer is exactly representable as a float
-MAX_WHOLE = 2**64  # a larger whole number with a point or an exponent stays a float
+MAX_WHOLE = 2**64  # a larger whole number with a point stays a float
 MAX_MESSAGE = 600
 MAX_ERRORS = 1000
 QUOTES = "'"
@@ -95,7 +95,7 @@ def _number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("Number out of range")
-    if not value.is_integer() or abs(value) > MAX_WHOLE:
+    if not value.is_integer() or abs(value) > (MAX_EXACT if "e" in text.lower() else MAX_WHOLE):
         return value
     # A double has no more than 53 bits, and an id of 64 bits may be written with a point too.
     exact = Decimal(text) if abs(value) > MAX_EXACT else value

@@ -188,14 +188,8 @@ NESTED: dict[str, Nested] = {
     "JsonSchemaFormat.json_schema": (
         CHAT, {"response_format": schema_format()}, {"response_format": schema_format(schema=OTHER_SCHEMA)}
     ),
-    "JsonSchemaFormat.strict": (
-        CHAT, *({"response_format": schema_format(schema=LOOSE, strict=t)} for t in (False, True))
-    ),
     "Function.strict": (CHAT, *({"tools": [tool(parameters=LOOSE, strict=t)]} for t in (False, True))),
     "FunctionTool.strict": (RESPONSES, *({"tools": [flat(parameters=LOOSE, strict=t)]} for t in (False, True))),
-    "SchemaFormat.strict": (RESPONSES, *(
-        {"text": {"format": {"type": "json_schema", "name": "x", "schema": LOOSE, "strict": t}}} for t in (False, True)
-    )),
     "CustomTool.strict": (MESSAGES, *({"tools": [custom(input_schema=LOOSE, strict=t)]} for t in (False, True))),
     "JsonSchemaResponseFormat.json_schema": (CHAT, {"response_format": schema_format()}, {}),
     "StructuredOutputs.json_schema": (CHAT, {"structured_outputs": {"json": SCHEMA}}, {}),
