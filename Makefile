@@ -1,4 +1,4 @@
-# Five everyday commands, and three for a release. They need only make and Python 3.11 or newer.
+# Five everyday commands, and four for a release. They need only make and Python 3.11 or newer.
 
 PYTHON ?= python3
 MODEL ?=
