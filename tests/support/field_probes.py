@@ -191,6 +191,9 @@ NESTED: dict[str, Nested] = {
     "Function.strict": (CHAT, *({"tools": [tool(parameters=LOOSE, strict=t)]} for t in (False, True))),
     "FunctionTool.strict": (RESPONSES, *({"tools": [flat(parameters=LOOSE, strict=t)]} for t in (False, True))),
     "CustomTool.strict": (MESSAGES, *({"tools": [custom(input_schema=LOOSE, strict=t)]} for t in (False, True))),
+    "JsonObjectFormat.value": (
+        CHAT, *({"response_format": {"type": "json_object", "value": value}} for value in (SCHEMA, OTHER_SCHEMA))
+    ),
     "JsonSchemaResponseFormat.json_schema": (CHAT, {"response_format": schema_format()}, {}),
     "StructuredOutputs.json_schema": (CHAT, {"structured_outputs": {"json": SCHEMA}}, {}),
     "StructuredOutputs.regex": (CHAT, {"structured_outputs": {"regex": "a+"}}, {}),
