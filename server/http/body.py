@@ -34,7 +34,7 @@ SUBJECT = re.compile("^(Input|String|List|Dictionary|Value error,) ")
 """The subject of pydantic's messages, which ours replace with the field's name."""
 
 is_large: ContextVar[bool] = ContextVar("is_large", default=False)
-"""Whether the current request's body is so large that all work on it belongs off the event loop."""
+"""Whether all work on the current request belongs off the event loop: its body is large, or has a schema."""
 
 _pool = ThreadPoolExecutor(4, thread_name_prefix="read-request")
 """Separate from asyncio's default executor, so that a flood of large requests blocks only large requests."""

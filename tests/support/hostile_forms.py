@@ -46,6 +46,19 @@ def _nested(depth: int, wrap: str) -> dict[str, Any]:
     return schema
 
 
+def _chain(length: int) -> dict[str, Any]:
+    """Objects in objects, each by a reference."""
+    definitions: dict[str, Any] = {f"d{length}": {"type": "null"}}
+    for n in range(length):
+        definitions[f"d{n}"] = {"properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}, "required": ["a"]}
+    return {"$defs": definitions, "$ref": "#/$defs/d0"}
+
+
+def _product(factors: int) -> dict[str, Any]:
+    """Choices that multiply."""
+    return {"allOf": [{"anyOf": [{"multipleOf": n}, {"minimum": n}]} for n in range(2, 2 + factors)]}
+
+
 def _doubling(levels: int, word: str) -> dict[str, Any]:
     """Small to write, 2^levels to write out."""
     definitions: dict[str, Any] = {"d0": {"type": "object", "properties": {"x": {"enum": [1, 2]}}}}
@@ -79,7 +92,7 @@ SCHEMAS: list[Any] = [
     {"allOf": [{"properties": {str(n): {"anyOf": [{"minimum": n}, {"maximum": -n}]}}} for n in range(40)]},
     {"x-guidance": {"lenient": True}},
     {"oneOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(40)]}, {"const": "x" * 200_000},
-    {"$schema": "x", "$id": "x" * 9000},
+    {"$schema": "x", "$id": "x" * 9000}, _chain(2500), _product(12),
 ]  # fmt: skip
 
 

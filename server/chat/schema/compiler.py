@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
@@ -64,6 +64,7 @@ class Compiler:
         self._numbers: dict[frozenset[Part], int] = {}
         self._pending: list[tuple[int, Parts]] = []
         self._terminals: dict[str, str] = {}
+        self._size = 0  # characters of the terminals
         self._has_open_keys = False
         self._open, self._close = self._terminal(r"/\{/"), self._terminal(rf"/{SPACE}\}}/")
         self._open_list, self._close_list = self._terminal(r"/\[/"), self._terminal(rf"/{SPACE}\]/")
@@ -79,7 +80,7 @@ class Compiler:
                 self._rules[number].alternatives = self._alternatives(parts)
             except UnsatisfiableError as error:
                 self._rules[number].reason = str(error)
-            if len(self._rules) > MAX_RULES or sum(map(len, self._terminals)) > MAX_SIZE:
+            if len(self._rules) > MAX_RULES or self._size > MAX_SIZE:
                 raise self.reader.too_complex()
         self._prune()
         if not self._rules[start].alternatives:
@@ -97,16 +98,19 @@ class Compiler:
 
     def _prune(self) -> None:
         """Remove what no text can match."""
+        users: dict[int, list[int]] = {}  # of each rule
+        for number, rule in enumerate(self._rules):
+            for needed in {needed for one in rule.alternatives for needed in _needed(one)}:
+                users.setdefault(needed, []).append(number)
         productive: set[int] = set()
-        grown = True
-        while grown:
-            grown = False
-            for number, rule in enumerate(self._rules):
-                if number not in productive and any(
-                    all(_can_end(s, productive) for s in one) for one in rule.alternatives
-                ):
-                    productive.add(number)
-                    grown = True
+        pending = list(range(len(self._rules)))
+        while pending:
+            number = pending.pop()
+            if number not in productive and any(
+                all(_can_end(symbol, productive) for symbol in one) for one in self._rules[number].alternatives
+            ):
+                productive.add(number)
+                pending += users.get(number, ())
         for rule in self._rules:
             kept = [one for one in rule.alternatives if all(_can_end(symbol, productive) for symbol in one)]
             rule.alternatives = [[s for s in one if not _is_empty(s, productive)] for one in kept]
@@ -124,7 +128,10 @@ class Compiler:
         return len(self._rules) - 1
 
     def _terminal(self, text: str) -> str:
-        return self._terminals.setdefault(text, f"T{len(self._terminals)}")
+        if text not in self._terminals:
+            self._terminals[text] = f"T{len(self._terminals)}"
+            self._size += len(text)
+        return self._terminals[text]
 
     def _space_after(self, regex: str) -> str:
         return self._terminal(f"/{regex}{SPACE}/")
@@ -331,6 +338,15 @@ class Compiler:
         self._has_open_keys |= bool(others)
         rest = self._new_rule(others) if others else None
         return [[self._open, self._chain(items, rest, low, high), self._close]]
+
+
+def _needed(symbols: Sequence[Symbol]) -> Iterator[int]:
+    """Yield the numbers of the rules that symbols use."""
+    for symbol in symbols:
+        if isinstance(symbol, Repeat):
+            yield from _needed(symbol.symbols)
+        elif isinstance(symbol, int):
+            yield symbol
 
 
 def _can_end(symbol: Symbol, productive: set[int]) -> bool:
