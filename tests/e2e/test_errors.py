@@ -211,14 +211,20 @@ def test_oversized_body_is_refused_declared_or_not(http: httpx.Client) -> None:
     error_of(http.post(CHAT, content=pieces, headers=headers), 413)
 
 
-@pytest.mark.parametrize("path", ["/v1", "/v1/nothing", "/v1/chat/completions/", "/v1//completions", "/%00", "/é"])
+@pytest.mark.parametrize("path", ["/v2", "/v1/nothing", "/v1/chat/completions/x", "/v1//nothing/", "/%00", "/é"])
 def test_an_unknown_route_is_not_found(http: httpx.Client, path: str) -> None:
     assert error_of(http.post(path, json={}), 404)["code"] == "unknown_url"
 
 
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
-    [("GET", CHAT, "POST"), ("PUT", COMPLETIONS, "POST"), ("DELETE", "/v1/models", "GET"), ("POST", "/health", "GET")],
+    [
+        ("GET", CHAT, "POST"),
+        ("PUT", COMPLETIONS, "POST"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+        ("POST", "/v1", "GET, HEAD"),
+    ],
 )
 def test_wrong_method_gets_the_allowed_ones(http: httpx.Client, method: str, path: str, allowed: str) -> None:
     answer = http.request(method, path)
