@@ -62,7 +62,9 @@ class DeepNetwork(nn.Module):
         kind = GuidedLayer if arch.mu_guidance else DynamicsLayer
         layers = (kind(config, arch, index, dtype, device) for index in range(config.num_hidden_layers))
         self.layers = cast("Sequence[DeepLayer]", nn.ModuleList(layers))
-        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        # Arithmetic on the meta device would import sympy: a second, and 140 MiB.
+        real = torch.device("cpu") if device.type == "meta" else device
+        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=real) / config.head_dim
         self.register_buffer("inv_freq", 1.0 / config.rope_theta**half, persistent=False)
         self.inv_freq: Tensor
 

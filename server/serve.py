@@ -149,7 +149,7 @@ class _ServerProcess:
 
     def __init__(
         self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket], tracing: Tracing | None,
-        batches: BatchStore | None,
+        batches: BatchStore | None = None,
     ) -> None:  # fmt: skip
         self.interrupted_loading = False
         self._config, self._process, self._sockets = config, process, sockets
