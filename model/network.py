@@ -65,7 +65,7 @@ class DeepNetwork(nn.Module):
         # Arithmetic on the meta device would import sympy: a second, and 140 MiB.
         real = torch.device("cpu") if device.type == "meta" else device
         half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=real) / config.head_dim
-        self.register_buffer("inv_freq", 1.0 / config.rope_theta**half, persistent=False)
+        self.register_buffer("inv_freq", (1.0 / config.rope_theta**half).to(device), persistent=False)
         self.inv_freq: Tensor
 
     @property

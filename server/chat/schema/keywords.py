@@ -1,8 +1,10 @@
-"""The keywords of JSON Schema that are known, and the shape of their values."""
+"""The keywords of JSON Schema that mean something, and the shape of their values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from ...http.errors import shorten
@@ -28,34 +30,43 @@ ENFORCED = {
     *SUBSCHEMAS, *SUBSCHEMA_LISTS, *SUBSCHEMA_MAPS, *COUNTS, *NUMBERS, *TEXTS, *FLAGS, "items", "const", "enum", "type",
     "required", "dependentRequired", "dependencies",
 }  # fmt: skip
-DESCRIPTIVE = {
-    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
-    "contentEncoding", "contentMediaType", "contentSchema", "discriminator", "externalDocs", "xml", "$vocabulary",
-    "enumNames", "enumDescriptions", "markdownDescription", "markdownEnumDescriptions", "propertyOrdering", "units",
-    "errorMessage", "defaultSnippets", "tsType", "format_description", "options", "widget", "order",
+# Those of all drafts that constrain a value and cannot be enforced.
+REFUSED = {
+    "contains", "minContains", "maxContains", "unevaluatedItems", "$dynamicRef", "$recursiveRef", "extends", "disallow",
+    "divisibleBy", "formatMinimum", "formatMaximum", "formatExclusiveMinimum", "formatExclusiveMaximum",
 }  # fmt: skip
+MAX_KEYWORD = 40  # characters of one that may be misspelled
 LISTED = "must be a list of different strings"
 
 
-def check_keywords(schema: dict[str, Any]) -> Iterator[tuple[tuple[Any, str], str]]:
+def is_enforced(keyword: str, value: Any) -> bool:
+    """Whether a keyword with this value says something about the values that are valid."""
+    return keyword in ENFORCED and (value is not None or keyword == "const")
+
+
+def check_keywords(schema: Any, path: str, checked: set[int]) -> Iterator[tuple[tuple[Any, str], str]]:
     """Yield the schemas with an id or an anchor of their own, as ((schema, path), name).
 
-    Raises `ValueError` for an unknown keyword or a value that its keyword cannot have, with its place.
+    Any other keyword is an annotation, as JSON Schema has it, unless it looks like a misspelled one; null says nothing.
+    Raises `ValueError` with the place of a keyword that cannot be enforced, or of a value that its keyword cannot have.
+    `checked` collects the `id` of each schema, which is then passed over.
     """
-    pending: list[tuple[Any, str]] = [(schema, "")]
+    pending: list[tuple[Any, str]] = [(schema, path)]
     while pending:
         node, path = pending.pop()
-        if isinstance(node, bool):
+        if isinstance(node, bool) or id(node) in checked:
             continue
         if not isinstance(node, dict):
             raise ValueError(f"{path} must be an object or a boolean, but is {shorten(repr(node))}")
+        checked.add(id(node))
         for keyword, value in node.items():
-            if keyword in DESCRIPTIVE or keyword.startswith(("x-", "ui:")):
-                continue
             where = f"{path}.{keyword}" if path else keyword
-            if keyword not in ENFORCED or (problem := _problem(keyword, value)):
-                said = f"has the unsupported keyword {shorten(keyword)!r}" if keyword not in ENFORCED else ""
-                raise ValueError(f"{path or 'the root'} {said}" if said else f"{shorten(where)} {problem}")
+            if refusal := _refusal(keyword):
+                raise ValueError(f"{path or 'the root'} {refusal}")
+            if not is_enforced(keyword, value):
+                continue
+            if problem := _problem(keyword, value):
+                raise ValueError(f"{shorten(where)} {problem}")
             if keyword in SUBSCHEMAS or (keyword == "items" and not isinstance(value, list)):
                 pending.append((value, where))
             elif keyword in SUBSCHEMA_LISTS or keyword == "items":
@@ -65,6 +76,15 @@ def check_keywords(schema: dict[str, Any]) -> Iterator[tuple[tuple[Any, str], st
         for keyword, sign in (("$id", ""), ("id", ""), ("$anchor", "#")):
             if isinstance(name := node.get(keyword), str):
                 yield (node, path), sign + name
+
+
+@lru_cache(1000)
+def _refusal(keyword: str) -> str:
+    """Return why a keyword that is not enforced cannot be passed over, "" if it can."""
+    if keyword in REFUSED:
+        return f"has the unsupported keyword {keyword!r}"
+    near = [] if keyword in ENFORCED or len(keyword) > MAX_KEYWORD else get_close_matches(keyword, ENFORCED, 1, 0.87)
+    return f"has the unknown keyword {keyword!r}: did you mean {near[0]!r}?" if near else ""
 
 
 def _problem(keyword: str, value: Any) -> str:

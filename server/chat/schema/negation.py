@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .keywords import ALL_TYPES, DESCRIPTIVE
+from .keywords import ALL_TYPES, is_enforced
 
 # What a value of the keyword's type must satisfy instead.
 FLIPPED = {"minimum": "exclusiveMaximum", "maximum": "exclusiveMinimum", "exclusiveMinimum": "maximum"}
@@ -23,7 +23,7 @@ def negate(schema: Any, resolve: Callable[[str], Any], depth: int = 0) -> Any:
     opposites = [
         _opposite(keyword, value, schema, lambda inner: negate(inner, resolve, depth + 1), resolve)
         for keyword, value in schema.items()
-        if keyword not in DESCRIPTIVE and not keyword.startswith("x-")
+        if keyword.startswith("!") or is_enforced(keyword, value)
     ]
     return {"anyOf": opposites} if opposites else False
 

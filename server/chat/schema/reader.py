@@ -75,11 +75,15 @@ class Reader:
         self._named: dict[str, Part] = {}
         self._patterns: dict[str, Pattern] = {}
         self._left = MAX_STEPS
+        self._checked: set[int] = set()
+        self._check(self.root)
+
+    def _check(self, part: Part) -> None:
         try:
-            for part, name in check_keywords(schema):
-                self._named.setdefault(name, Part(*part))
+            for named, name in check_keywords(part.schema, part.path, self._checked):
+                self._named.setdefault(name, Part(*named))
         except ValueError as error:
-            raise RequestError(f"In the schema, {error}.", param=param) from None
+            raise RequestError(f"In the schema, {error}.", param=self._param) from None
 
     def error(self, path: str, problem: str) -> RequestError:
         """Return the error for a keyword that cannot be enforced."""
@@ -198,11 +202,12 @@ class Reader:
             for step in unquote(fragment).split("/")[1:]:
                 step = step.replace("~1", "/").replace("~0", "~")
                 target = target.at(int(step) if isinstance(target.schema, list) else step)
-            if isinstance(target.schema, (dict, bool)):
-                return target
         except (KeyError, IndexError, ValueError, TypeError):
-            pass
-        raise self.error(part.at("$ref", schema=True).path, f"refers to {shorten(reference)!r}, which is not in it")
+            target = Part(None, "")
+        if not isinstance(target.schema, (dict, bool)):
+            raise self.error(part.at("$ref", schema=True).path, f"refers to {shorten(reference)!r}, which is not in it")
+        self._check(target)  # it may be where no keyword expects a schema
+        return target
 
     def types(self, parts: Parts) -> list[str]:
         """Return the types that a value may have; "number" includes integers."""

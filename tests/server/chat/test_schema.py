@@ -103,6 +103,17 @@ ROWS: dict[str, tuple[Any, list[str], list[str]]] = {
         {"oneOf": [{"$ref": "#/$defs/two"}, {"type": "string"}], "$defs": {"two": TWO, "a": A, "b": B}},
         ['{"kind":"a"}', '"x"'], ['{"kind":"d"}'],
     ),
+    "parts of an OpenAPI document": (
+        {"$ref": "#/components/schemas/Pet", "openapi": "3.1.0",
+         "components": {"schemas": {"Pet": {"type": "object", "properties": {"id": {"$ref": "#/components/parts/id"}}}},
+                        "parts": {"id": {"type": "integer", "maximum": 9}}}},
+        ["{}", '{"id":9}'], ['{"id":10}', '{"x":1}'],
+    ),
+    "annotations, and null": (
+        {"type": "string", "maxLength": 2, "pattern": None, "enum": None, "deprecationMessage": "no", "rank": [1]},
+        ['"ab"'], ['"abc"', "1"],
+    ),
+    "not an annotation": ({"not": {"type": "string", "label": "x"}}, ["1"], ['"a"']),
     "oneOf distinguished by what is required": (
         {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}},
          "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
@@ -218,7 +229,10 @@ def test_what_only_describes_is_let_through(format_: str) -> None:
 REFUSED = {
     "properties.tags.uniqueItems": object_of(tags={"type": "array", "items": {"type": "string"}, "uniqueItems": True}),
     "properties.a.not": object_of(a={"not": {"uniqueItems": True}}),
-    "unsupported keyword 'contains'": {"anyOf": [True, {"properties": {"x": {"contains": {}}}}]},
+    "Pet has the unsupported keyword 'contains'": {
+        "$ref": "#/components/schemas/Pet", "components": {"schemas": {"Pet": {"contains": {}}}}
+    },
+    "properties.x has the unsupported keyword 'contains'": {"anyOf": [True, {"properties": {"x": {"contains": {}}}}]},
     "properties.id.multipleOf": object_of(id={"type": "integer", "multipleOf": 7, "minimum": BIG}),
     "properties.id.minimum": object_of(id={"minimum": "1"}),
     "items.pattern": {"items": {"pattern": "a\\b"}},
@@ -229,6 +243,7 @@ REFUSED = {
     "minimum above its maximum": {"type": "integer", "minimum": 5, "maximum": 3},
     "no text satisfies it": {"$ref": "#/$defs/node", "$defs": {"node": REQUIRED_NODE}},
     "type is 'nonsense'": {"type": "nonsense"},
+    "did you mean 'maxLength'": {"type": "string", "maxlength": 3},
     "required must be a list": {"properties": {"a": {"required": True}}},
     "minItems": {"type": "array", "minItems": 10**9},
 }  # fmt: skip
