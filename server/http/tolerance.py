@@ -95,9 +95,10 @@ class Tolerance:
         for name, member in value.items():
             inner, at = (f"{path}.{name}", f"{place}.{name}") if path else (name, name)
             rule, known = self.rules.table.get(at), shape.member(name) if shape else None
+            is_nothing = member is None or (not path and member in ([], {}) and rule is None and known is None)
             if rule is not None and (settings := self.acts(rule, member)):
                 self.settings |= settings
-            elif (member is None and not is_free) or (rule is not None and rule.asks_for_nothing(member)):
+            elif (is_nothing and not is_free) or (rule is not None and rule.asks_for_nothing(member)):
                 continue
             elif known is not None:
                 if rule is not None and rule.kind == "bookkeeping" and isinstance(member, dict):

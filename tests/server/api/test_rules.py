@@ -210,8 +210,9 @@ def test_a_template_that_reasons_reads_the_hints(make_harness: Any, path: str, f
     assert harness.tokenizer.decode(harness.engine.requests[-1][1], skip_special_tokens=True) == prompt
 
 
-def test_null_asks_for_nothing_under_any_name(shared: Harness) -> None:
+def test_null_and_what_is_empty_ask_for_nothing_under_any_name(shared: Harness) -> None:
     nothing = {"no_such_field": None, "cache_control": None}
+    empty = {"no_such_list": [], "no_such_object": {}}
     chat = {
         "messages": [
             {"role": role, "content": [TEXT | nothing], "tool_calls": None, "refusal": None, "name": None} | nothing
@@ -222,11 +223,11 @@ def test_null_asks_for_nothing_under_any_name(shared: Harness) -> None:
         "stream_options": {"include_usage": True} | nothing,
         "response_format": {"type": "text"} | nothing,
     }
-    response = shared.post("/v1/chat/completions", chat | nothing)
+    response = shared.post("/v1/chat/completions", chat | nothing | empty)
     assert response.status_code == 200, response.text
     assert not ignored(response)
     for path, base in BASES.items():
-        assert shared.post(path, base | nothing).status_code == 200
+        assert shared.post(path, base | nothing | empty).status_code == 200
 
 
 def test_null_in_free_json_is_kept(shared: Harness) -> None:

@@ -10,7 +10,7 @@ from pyllm.server.api import chat, completions
 from pyllm.server.api.messages import route as messages
 from pyllm.server.api.responses import route as responses
 from pyllm.server.api.responses import store as response_store
-from pyllm.server.chat import tool_choice, turn
+from pyllm.server.chat import structured, tool_choice, turn
 from pyllm.server.chat.template import ChatTemplate, is_deeper
 from pyllm.server.http import body as bodies
 
@@ -24,8 +24,8 @@ CHAT = (
 )
 MESSAGES = (
     "/v1/messages",
-    {"model": "alias", "max_tokens": 9, "messages": HI, "tools": [{"name": "f", "input_schema": {}}]},
-    [*TURN, (messages, "read_conversation")],
+    {"model": "alias", "max_tokens": 9, "messages": HI},
+    [*(one for one in TURN if one[1] not in ("read_tools", "is_deeper")), (messages, "read_conversation")],
 )
 RESPONSES = (
     "/v1/responses",
@@ -70,6 +70,14 @@ def test_all_work_on_a_large_body_is_done_off_the_event_loop(harness, monkeypatc
         seen.clear()
     assert harness.post(path, fields).status_code == 200
     assert [name for name, seen in found.items() if not seen or threading.main_thread() in seen] == []
+
+
+def test_a_short_schema_becomes_a_grammar_off_the_event_loop(harness, threads):
+    found = threads([(structured, "Compiler")])
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}
+    harness.post("/v1/chat/completions", {"model": "alias", "messages": HI, "response_format": form})
+    assert found["Compiler"]
+    assert threading.main_thread() not in found["Compiler"]
 
 
 def test_long_conversation_is_parsed_off_the_event_loop(harness, monkeypatch, threads):
