@@ -81,10 +81,10 @@ def check_keywords(schema: Any, path: str, checked: set[int]) -> Iterator[tuple[
 @lru_cache(1000)
 def _refusal(keyword: str) -> str:
     """Return why a keyword that is not enforced cannot be passed over, "" if it can."""
-    if keyword in REFUSED:
-        return f"has the unsupported keyword {keyword!r}"
+    if keyword in REFUSED or keyword.startswith("!"):  # as derived schemas have them
+        return f"has the unsupported keyword {shorten(keyword)!r}"
     near = [] if keyword in ENFORCED or len(keyword) > MAX_KEYWORD else get_close_matches(keyword, ENFORCED, 1, 0.87)
-    return f"has the unknown keyword {keyword!r}: did you mean {near[0]!r}?" if near else ""
+    return f"has the unknown keyword {keyword!r}, which may be meant as {near[0]!r}" if near else ""
 
 
 def _problem(keyword: str, value: Any) -> str:

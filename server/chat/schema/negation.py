@@ -14,10 +14,14 @@ COUNTS = {"Length": "string", "Items": "array", "Properties": "object"}
 MAX_DEPTH = 20
 
 
+class UnsupportedNegationError(Exception):
+    """A schema has no opposite that can be written; the message says what it has."""
+
+
 def negate(schema: Any, resolve: Callable[[str], Any], depth: int = 0) -> Any:
-    """Return a schema for the values that are not valid; raise `NotImplementedError` with what it cannot negate."""
+    """Return a schema for the values that are not valid; raise `UnsupportedNegationError` with what stands in the way."""
     if depth > MAX_DEPTH:
-        raise NotImplementedError("a schema that is so deep")
+        raise UnsupportedNegationError("a schema that is so deep")
     if isinstance(schema, bool):
         return not schema
     opposites = [
@@ -36,12 +40,12 @@ def _opposite(
         case "type":
             kinds = [value] if isinstance(value, str) else value
             if "integer" in kinds and "number" not in kinds:
-                raise NotImplementedError("the type 'integer'")
+                raise UnsupportedNegationError("the type 'integer'")
             return {"type": others} if (others := [kind for kind in ALL_TYPES if kind not in kinds]) else False
         case "const" | "enum":
             values = [value] if keyword == "const" else value
             if any(isinstance(one, (dict, list)) for one in values):
-                raise NotImplementedError("an array or object as a value")
+                raise UnsupportedNegationError("an array or object as a value")
             return {"!enum": values}
         case "required":
             return {"anyOf": [{"type": "object", "properties": {name: False}, "!open": True} for name in value]}
@@ -67,4 +71,4 @@ def _opposite(
             return {"type": kind, f"max{what}": value - 1} if value else False
         if keyword == f"max{what}":
             return {"type": kind, f"min{what}": value + 1}
-    raise NotImplementedError(repr(keyword))
+    raise UnsupportedNegationError(repr(keyword))

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from ....engine.errors import RequestError
 from ...http.errors import shorten
 from .keywords import ALL_TYPES, check_keywords
-from .negation import negate
+from .negation import UnsupportedNegationError, negate
 from .numbers import Range
 from .patterns import Pattern
 
@@ -148,7 +148,7 @@ class Reader:
         if (opposite := part.get("not")) is not None:
             try:
                 return [part.without("not"), part.at("not", schema=negate(opposite, self._lookup(part)))]
-            except NotImplementedError as error:
+            except UnsupportedNegationError as error:
                 raise self.error(part.at("not", schema=True).path, f"cannot be enforced with {error}") from None
         if (condition := part.get("if")) is not None:
             cases = [[condition, part.get("then")], [{"not": condition}, part.get("else")]]

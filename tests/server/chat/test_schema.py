@@ -243,7 +243,8 @@ REFUSED = {
     "minimum above its maximum": {"type": "integer", "minimum": 5, "maximum": 3},
     "no text satisfies it": {"$ref": "#/$defs/node", "$defs": {"node": REQUIRED_NODE}},
     "type is 'nonsense'": {"type": "nonsense"},
-    "did you mean 'maxLength'": {"type": "string", "maxlength": 3},
+    "unsupported keyword '!open'": {"properties": {"a": True}, "!open": True},
+    "'maxlength', which may be meant as 'maxLength'.": {"type": "string", "maxlength": 3},
     "required must be a list": {"properties": {"a": {"required": True}}},
     "minItems": {"type": "array", "minItems": 10**9},
 }  # fmt: skip
