@@ -19,7 +19,7 @@ class UnsupportedNegationError(Exception):
 
 
 def negate(schema: Any, resolve: Callable[[str], Any], depth: int = 0) -> Any:
-    """Return a schema for the values that are not valid; raise `UnsupportedNegationError` with what stands in the way."""
+    """Return a schema for the values that are not valid; raise `UnsupportedNegationError` if none can be written."""
     if depth > MAX_DEPTH:
         raise UnsupportedNegationError("a schema that is so deep")
     if isinstance(schema, bool):
