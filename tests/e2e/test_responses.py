@@ -237,7 +237,7 @@ def test_an_answer_that_is_cut_is_incomplete(talk: OpenAI, model: str) -> None:
             "input[0].content[0].type",
             "invalid_value",
         ),
-        ({"extra_body": {"messages": []}}, "messages", "unknown_parameter"),
+        ({"extra_body": {"messages": [{"role": "user", "content": "x"}]}}, "messages", "unknown_parameter"),
         ({"input": "word " * 50_000}, "input", "context_length_exceeded"),
         ({"temperature": 3}, "temperature", "invalid_value"),
     ],

@@ -217,7 +217,7 @@ def test_sampling_fields_reach_the_engine(create, harness):
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"top_logprobs": 21}, "top_logprobs"),
-        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ({"n": 2}, "n"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
