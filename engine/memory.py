@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
 
 from .config import EngineConfig
 from .errors import EngineStartError
+from .host_memory import free_host_bytes
 
 DEFAULT_HOST_BYTES = 4 << 30  # maximum size of the KV cache in the CPU's memory by default
 HOST_SHARE = 0.5  # of the free memory; the rest is for steps, the API process and other programs
@@ -61,45 +58,3 @@ def num_kv_blocks(
             f"The KV cache has room for {tokens} tokens, fewer than one request of {max_model_len}: {shorter}{fix}."
         )
     return blocks
-
-
-def free_host_bytes(root: Path = Path("/")) -> int:
-    """Return how much memory this process can use without swapping, within the limits of its control groups."""
-    return min([_machine_bytes(root), *_group_bytes(root)])
-
-
-def _machine_bytes(root: Path) -> int:
-    try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
-    except (OSError, StopIteration):  # not Linux: assume that half is free
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _group_bytes(root: Path) -> Iterator[int]:
-    """Yield the bytes that each limited control group around this process still allows (versions 1 and 2)."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            mounts, limit, usage, cached = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "max", "current", ""
-        elif "memory" in controllers.split(","):
-            mounts, limit, usage, cached = ["sys/fs/cgroup/memory"], "limit_in_bytes", "usage_in_bytes", "total_"
-        else:
-            continue
-        own = Path(path.lstrip("/"))
-        for folder in (root / mount / group for mount in mounts for group in (own, *own.parents)):
-            try:
-                most = (folder / f"memory.{limit}").read_text(encoding="ascii").strip()
-                used = int((folder / f"memory.{usage}").read_text(encoding="ascii"))
-                stat = (folder / "memory.stat").read_text(encoding="ascii").split()
-            except OSError:
-                continue  # inside a container, its own group is the root
-            if most != "max":
-                counts = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
-                # The kernel drops cached files, such as the checkpoint, when memory is needed.
-                used -= counts.get(f"{cached}active_file", 0) + counts.get(f"{cached}inactive_file", 0)
-                yield max(int(most) - used, 0)

@@ -105,6 +105,9 @@ class ServerConfig(ModelFlags):
     write_timeout: float = setting(
         30.0, "seconds within which a client must read more of its response, or its generation stops", low=0.1, high=DAY
     )
+    max_api_memory: Bytes | None = setting(  # noqa: RUF009 - it is a field
+        None, "bytes the API process may hold for clients (default: a quarter of the memory, at most 2GiB)", low=2**24
+    )
     batch_dir: str | None = setting(None, "folder for files and batches, which are off without one")
     batch_dir_size: Bytes = setting(  # noqa: RUF009 - it is a field
         10 * 10**9, "maximum bytes of that folder", low=10**6

@@ -22,7 +22,7 @@ from .chat.served_model import ServedModel
 from .flags import ServerConfig
 from .generation.tracing import Tracing
 from .http.body import read_body
-from .http.budget import BodyBudget
+from .http.budget import MemoryBudget, default_limit
 from .http.errors import MAX_ECHO, to_api_error, unavailable
 from .http.middleware import PROBES, RequestContext
 from .http.tolerance import Tolerance
@@ -61,11 +61,13 @@ class Service:
     responses: ResponseStore = field(default_factory=ResponseStore)
     owner_secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))  # for the names of keys' owners
     batches: BatchStore | None = None  # None without --batch-dir
-    budget: BodyBudget = field(init=False)
+    budget: MemoryBudget = field(init=False)
 
     def __post_init__(self) -> None:
         self.idle.set()
-        self.budget = BodyBudget(upload_seconds=self.config.body_timeout)
+        limit = self.config.max_api_memory or default_limit()
+        owner_limit = limit // 2 if len(self.config.api_key) > 1 else limit
+        self.budget = MemoryBudget(limit, owner_limit=owner_limit, upload_seconds=self.config.body_timeout)
 
     def enter(self) -> None:
         """Register a new request."""
@@ -121,4 +123,4 @@ class Service:
             except RequestError as error:
                 raise tolerance.renumber(to_api_error(error)) if tolerance.numbers else error from None
         finally:
-            context.release()
+            context.release_body()

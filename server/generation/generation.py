@@ -160,7 +160,7 @@ class Generation:
                 error.param = field
             raise
         context.generation = self
-        context.release()
+        context.release_body()
 
     def abort(self) -> None:
         """Stop the sequences that still run; safe to call at any time and more than once."""

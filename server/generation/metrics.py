@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from ...engine.messages import EngineStats
+from ..http.budget import MemoryBudget
 from .generation import Counts, Histogram
 
 PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
@@ -133,14 +134,35 @@ class Metrics(Counts, Collector):
             expert_reroutes=_sums(previous.expert_reroutes or (), experts.expert_reroutes or ()),
         )
 
-    def exposition(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self) + (generate_latest(_VllmNames(self)) if self._vllm_names else b"")
+    def exposition(self, budget: MemoryBudget | None = None) -> bytes:
+        """Return all metrics in Prometheus' text format, with those of the memory budget."""
+        text = generate_latest(self) + (generate_latest(_VllmNames(self)) if self._vllm_names else b"")
+        return text if budget is None else text + generate_latest(_MemoryMetrics(self.model_name, budget))
 
 
 def _sums(first: Sequence[int], second: Sequence[int]) -> list[int]:
     """Add two lists item by item; the shorter one is padded with 0."""
     return [sum(pair) for pair in zip_longest(first, second, fillvalue=0)]
+
+
+class _MemoryMetrics(Collector):
+    def __init__(self, model_name: str, budget: MemoryBudget) -> None:
+        self._model_name = model_name
+        self._budget = budget
+
+    def collect(self) -> Iterator[Metric]:
+        used = GaugeMetricFamily(
+            PREFIX + "api_memory_bytes", "Bytes that the API process holds for clients.", labels=[LABEL, "kind"]
+        )
+        for kind, size in self._budget.by_kind.items():
+            used.add_metric([self._model_name, kind], size)
+        text = "Bytes that it may hold for them."
+        limit = GaugeMetricFamily(PREFIX + "api_memory_limit_bytes", text, labels=[LABEL])
+        limit.add_metric([self._model_name], self._budget.limit)
+        text = "Requests refused and connections closed because the memory was used up."
+        refused = CounterMetricFamily(PREFIX + "api_memory_refusals", text, labels=[LABEL])
+        refused.add_metric([self._model_name], self._budget.num_refused)
+        yield from (used, limit, refused)
 
 
 class _VllmNames(Collector):

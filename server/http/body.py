@@ -58,7 +58,7 @@ async def off_loop_if_large(
 async def read_body(request: Request, model: type[Body], tolerance: Tolerance) -> Body:
     """Read and check the body; raise `ApiError` (400, 408, 413, 415) or `EngineBusyError`.
 
-    For a large body, the context then holds a reservation, which the caller releases.
+    For a large body, the context then holds memory, which the caller releases.
     """
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", kind):
@@ -85,7 +85,7 @@ async def _read_bytes(request: Request, size: int) -> bytes:
             raise too_large
         if len(data) >= LARGE_BODY_BYTES:
             await context.reserve(max(size, len(data)))
-        if context.reservation is not None and context.reservation.is_overdue:
+        if context.body_hold is not None and context.body_hold.is_overdue:
             raise ApiError(408, "The request body is arriving too slowly.", code="request_timeout")
     return bytes(data)
 

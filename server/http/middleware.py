@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..flags import ServerConfig
-from .budget import BodyBudget, Reservation
+from .budget import Hold, Kind, MemoryBudget
 from .errors import MAX_ECHO, ApiError, JsonResponse, to_api_error, unavailable
 
 logger = logging.getLogger("pyllm.server")
@@ -54,7 +54,7 @@ class RequestContext:
     send: Send  # straight to the client, bypassing all layers: for the events of a stream
     path: str  # without the prefix that a proxy may have left
     request_id: str
-    budget: BodyBudget
+    budget: MemoryBudget
     arrival: float = field(default_factory=time.monotonic)
     status: int = 0  # of the response; 0 before its head is sent
     complete: bool = False  # the whole response is sent
@@ -64,7 +64,8 @@ class RequestContext:
     model: str | None = None  # as the body names it
     ignored: Mapping[str, None] = field(default_factory=dict)  # places in the body of hints that have no effect
     generation: GenerationProgress | None = None
-    reservation: Reservation | None = None
+    holds: list[Hold] = field(default_factory=list)  # of memory, released at the end of the request
+    body_hold: Hold | None = None
 
     @classmethod
     def of(cls, scope: Scope) -> RequestContext:
@@ -98,15 +99,27 @@ class RequestContext:
                 headers["x-pyllm-ignored"] = _list_names(self.ignored)
         await self.send(message)
 
+    def hold(self, kind: Kind, size: int) -> Hold:
+        """Charge bytes to this request, until they are released or it ends; see `MemoryBudget`."""
+        hold = self.budget.hold(kind, size, self.owner)
+        self.holds.append(hold)
+        return hold
+
     async def reserve(self, size: int) -> None:
-        """Reserve bytes of the body budget, once per request; raise `EngineBusyError` if too few are freed in time."""
-        if self.reservation is None:
-            self.reservation = await self.budget.reserve(size)
+        """Reserve memory for a large body, once per request; raise `EngineBusyError` if too little is freed in time."""
+        if self.body_hold is None:
+            self.body_hold = await self.budget.reserve(size, self.owner)
+            self.holds.append(self.body_hold)
+
+    def release_body(self) -> None:
+        """Release what `reserve` holds; safe to call more than once."""
+        if self.body_hold is not None:
+            self.body_hold.release()
 
     def release(self) -> None:
-        """Release the reservation, if there is one; safe to call more than once."""
-        if self.reservation is not None:
-            self.reservation.release()
+        """Release all memory; safe to call more than once."""
+        for hold in self.holds:
+            hold.release()
 
 
 def _list_names(names: Iterable[str]) -> str:
@@ -127,7 +140,7 @@ class ServiceState(Protocol):
     """What the middleware needs of `Service`."""
 
     config: ServerConfig
-    budget: BodyBudget
+    budget: MemoryBudget
     draining: bool
     owner_secret: bytes
 
@@ -192,6 +205,7 @@ class RequestMiddleware:
             error = to_api_error(failure, context.request_id)
             await error_response(error, context)(scope, context.receive, context.respond)
         finally:
+            context.release()
             seconds = time.monotonic() - context.arrival
             self._service.leave(context, seconds)
             _log(context, seconds)

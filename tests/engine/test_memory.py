@@ -10,7 +10,8 @@ import torch
 from pyllm.engine import memory
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
-from pyllm.engine.memory import free_host_bytes, num_kv_blocks
+from pyllm.engine.host_memory import free_host_bytes, total_host_bytes
+from pyllm.engine.memory import num_kv_blocks
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
@@ -76,6 +77,13 @@ def test_the_first_version_of_control_groups_counts_too(root: Path) -> None:
     (folder / "memory.usage_in_bytes").write_text(f"{2 * GIB}\n")
     (folder / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {GIB // 2}\ntotal_active_file 0\n")
     assert free_host_bytes(root) == GIB + GIB // 2
+
+
+def test_all_memory_is_the_machines_or_the_tightest_limit(root: Path) -> None:
+    assert total_host_bytes(root) == 99999999 * 1024
+    write(root, proc__self__cgroup="0::/pod\n")
+    limit_v2(root, "pod", str(4 * GIB), 3 * GIB)
+    assert total_host_bytes(root) == 4 * GIB
 
 
 def test_the_default_leaves_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

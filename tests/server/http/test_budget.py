@@ -1,4 +1,4 @@
-"""The budget that large request bodies share."""
+"""The memory budget: what waits for room, what is refused, and what gives way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import pytest
 
 from pyllm.engine.errors import EngineBusyError
 from pyllm.server.http import budget as module
-from pyllm.server.http.budget import BodyBudget
+from pyllm.server.http.budget import MemoryBudget, default_limit
+from pyllm.server.http.errors import ApiError
+
+
+@pytest.fixture(autouse=True)
+def _one_byte_a_byte(monkeypatch):
+    monkeypatch.setattr(module, "BODY_FACTOR", 1)
+
+
+def of_bodies(size: int, **options) -> MemoryBudget:
+    """Make a budget with `size` bytes for large bodies."""
+    return MemoryBudget(1000, bodies=size, **options)
 
 
 @pytest.fixture
@@ -21,7 +32,7 @@ def clock(monkeypatch):
 
 def test_a_reservation_waits_until_enough_is_released():
     async def main() -> list[str]:
-        budget, order = BodyBudget(10), []
+        budget, order = of_bodies(10), []
         first, second = await budget.reserve(6), await budget.reserve(4)
 
         async def reserve(name: str, size: int) -> None:
@@ -43,7 +54,7 @@ def test_a_reservation_waits_until_enough_is_released():
 
 def test_a_body_larger_than_the_budget_takes_all_of_it():
     async def main() -> None:
-        budget = BodyBudget(10)
+        budget = of_bodies(10)
         (await budget.reserve(99)).release()
         await budget.reserve(10)
 
@@ -55,7 +66,7 @@ def test_a_wait_that_ends_early_lets_the_next_one_in(monkeypatch, how):
     monkeypatch.setattr(module, "WAIT_SECONDS", 0.05 if how == "timeout" else 5.0)
 
     async def main() -> None:
-        budget = BodyBudget(10)
+        budget = of_bodies(10)
         held = await budget.reserve(6)
         waiting = asyncio.create_task(budget.reserve(8))
         await asyncio.sleep(0.01)
@@ -75,7 +86,7 @@ def test_a_wait_that_ends_early_lets_the_next_one_in(monkeypatch, how):
 
 def test_a_slow_upload_is_overdue_only_while_others_wait(clock, monkeypatch):
     async def main() -> None:
-        budget = BodyBudget(10, upload_seconds=30.0)
+        budget = of_bodies(10, upload_seconds=30.0)
         held = await budget.reserve(10)
         clock[0] += 31
         assert not held.is_overdue, "the budget has been enough for all"
@@ -88,3 +99,72 @@ def test_a_slow_upload_is_overdue_only_while_others_wait(clock, monkeypatch):
         assert not fresh.is_overdue
 
     asyncio.run(asyncio.wait_for(main(), 5))
+
+
+def test_bytes_are_counted_by_kind_by_owner_and_in_sum():
+    budget = MemoryBudget(100)
+    first, second = budget.hold("responses", 30, "alice"), budget.hold("answers", 20, "bob")
+    other = budget.hold("answers", 5)
+    assert (budget.used, budget.by_kind["answers"], dict(budget.by_owner)) == (55, 25, {"alice": 30, "bob": 20})
+    first.resize(10)
+    assert (budget.used, budget.by_owner["alice"]) == (35, 10)
+    for hold in (first, second, other, first):
+        hold.release()
+    first.record(50)
+    assert (budget.used, sum(budget.by_kind.values()), dict(budget.by_owner)) == (0, 0, {}), "released for good"
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    budget = MemoryBudget(100)
+    kept = budget.hold("responses", 60)
+    with pytest.raises(ApiError, match="memory for requests is used up") as caught:
+        kept.resize(101)
+    assert (caught.value.status, caught.value.code, kept.size, budget.used) == (503, "memory_full", 60, 60)
+    assert caught.value.headers["retry-after"]
+    with pytest.raises(ApiError), budget.hold("tokenizing", 41):
+        pytest.fail("it does not fit")
+    with budget.hold("tokenizing", 40):
+        assert budget.used == 100
+    assert (budget.used, budget.num_refused) == (60, 2)
+
+
+def test_one_key_cannot_use_up_the_memory_of_the_others():
+    budget = MemoryBudget(100, owner_limit=50)
+    budget.hold("responses", 50, "greedy")
+    with pytest.raises(EngineBusyError, match="this API key hold too much memory: at most 50 bytes"):
+        budget.hold("tokenizing", 1, "greedy")
+    budget.hold("tokenizing", 50, "other")
+
+
+def test_others_give_way_until_there_is_room():
+    budget = MemoryBudget(100)
+    held = [budget.hold("connections", 30) for _ in range(3)]
+
+    def give_way() -> bool:
+        if held:
+            held.pop().release()
+            return True
+        return False
+
+    budget.give_way = give_way
+    budget.hold("answers", 50)
+    assert (len(held), budget.used) == (1, 80)
+    with pytest.raises(ApiError):
+        budget.hold("answers", 60)
+
+
+def test_what_is_allocated_already_is_counted_beyond_the_limit():
+    budget = MemoryBudget(100)
+    hold = budget.hold("answers", 10)
+    hold.record(150)
+    assert budget.used == 150
+    hold.resize(120)
+    with pytest.raises(ApiError):
+        hold.resize(121)
+
+
+def test_the_default_is_a_quarter_of_the_memory(monkeypatch):
+    monkeypatch.setattr(module, "total_host_bytes", lambda: 2**30)
+    assert default_limit() == 2**28
+    monkeypatch.setattr(module, "total_host_bytes", lambda: 2**40)
+    assert default_limit() == 2**31

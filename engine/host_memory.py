@@ -1,0 +1,55 @@
+"""How much memory this machine has, and how much of it this process may use, within its control groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """Return how much memory this process can use without swapping, within the limits of its control groups."""
+    return min([_machine_bytes(root, "MemAvailable"), *(max(most - used, 0) for most, used in _groups(root))])
+
+
+def total_host_bytes(root: Path = Path("/")) -> int:
+    """Return the machine's memory, or the smallest limit of this process's control groups."""
+    return min([_machine_bytes(root, "MemTotal"), *(most for most, _ in _groups(root))])
+
+
+def _machine_bytes(root: Path, name: str) -> int:
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:"))) * 1024
+    except (OSError, StopIteration):  # not Linux: assume that half is free
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total if name == "MemTotal" else total // 2
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield the limit and the use of each limited control group around this process (versions 1 and 2), in bytes."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            mounts, limit, usage, cached = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "max", "current", ""
+        elif "memory" in controllers.split(","):
+            mounts, limit, usage, cached = ["sys/fs/cgroup/memory"], "limit_in_bytes", "usage_in_bytes", "total_"
+        else:
+            continue
+        own = Path(path.lstrip("/"))
+        for folder in (root / mount / group for mount in mounts for group in (own, *own.parents)):
+            try:
+                most = (folder / f"memory.{limit}").read_text(encoding="ascii").strip()
+                used = int((folder / f"memory.{usage}").read_text(encoding="ascii"))
+                stat = (folder / "memory.stat").read_text(encoding="ascii").split()
+            except OSError:
+                continue  # inside a container, its own group is the root
+            if most != "max":
+                counts = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+                # The kernel drops cached files, such as the checkpoint, when memory is needed.
+                used -= counts.get(f"{cached}active_file", 0) + counts.get(f"{cached}inactive_file", 0)
+                yield int(most), used
