@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import certifi
 import pytest
 
 # Before they are imported:
@@ -16,6 +19,10 @@ pytest.register_assert_rewrite(*(f"support.{name}" for name in SUPPORT))
 
 import torch  # noqa: E402
 from support.checkpoints import write_checkpoint  # noqa: E402
+
+# What the processes that tests start have compiled is kept for the next ones, whatever the environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, at its first import
@@ -41,6 +48,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-checkpoint")
     write_checkpoint(folder, seed=7)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # Each client reads all of the machine's certificate authorities, for tens of milliseconds; here none is asked.
+    first, end, _ = Path(certifi.where()).read_text(encoding="utf-8").partition("-----END CERTIFICATE-----")
+    path = tmp_path_factory.mktemp("authorities") / "one.pem"
+    path.write_text(first + end + "\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(path))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

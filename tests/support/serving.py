@@ -34,9 +34,11 @@ def environment() -> dict[str, str]:
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
     """The first true value of `condition`; `AssertionError` naming `what` if it never comes."""
     deadline = time.monotonic() + PATIENCE
+    pause = 0.01
     while not (value := condition()):
         assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.1)  # each look takes processor time from what is awaited
     return value
 
 
