@@ -26,8 +26,7 @@ from .messages import CheckGrammar, EngineInfo, EngineRequest, GraphInfo, Kernel
 from .runner.model_runner import ModelRunner
 from .runner.step_graphs import CudaGraphs, GraphMaker, token_counts
 from .step.core import EngineCore
-from .step.request import Request
-from .step.scheduler import ScheduledSequence
+from .step.request import Request, ScheduledSequence
 
 logger = logging.getLogger(__name__)
 

@@ -94,6 +94,7 @@ class EngineRequest(Message, frozen=True, kw_only=True):
     params: SamplingParams
     priority: int = 0  # under the scheduling policy `priority`, the lowest runs first
     background: bool = False  # runs only where other requests leave room, under every policy
+    client: str = ""  # the scheduler is fair between clients of these names; those without one are the same client
     cache_salt: str | None = None  # only requests with the same salt share the prefix cache
     # Instead of generating, return the mean of the prompt's final hidden states, or the last one. The prompt may fill
     # the whole context, and `params` is ignored.

@@ -78,6 +78,11 @@ class ServerConfig(ModelFlags):
     uds: str | None = setting(None, "Unix socket to listen on, instead of host and port")
     api_key: tuple[str, ...] = setting((), "key that clients must send; repeat it for several", secret=True)
     isolate_cache_by_key: bool = setting(False, "share the prefix cache only among requests with the same API key")
+    fair_scheduling: bool | None = setting(
+        None,
+        "let clients take turns, by key or without keys by address, so that many requests of one do not delay "
+        "another's (default: on with several keys)",
+    )
     allowed_origins: tuple[str, ...] = setting((), "origin whose web pages may call the API (CORS); * allows all")
     root_path: str = setting("", "path under which a proxy serves this server")
     ssl_keyfile: str | None = setting(None, "PEM file with the private key to serve HTTPS; needs --ssl-certfile")

@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -96,6 +96,7 @@ class AsyncEngine:
         self._pipe = pipe
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, RequestStream] = {}
+        self._clients: Counter[str] = Counter()  # how many of these each client has
         self._grammars = GrammarChecks(pipe.send)
         self._config = config
         self._tokenizer = tokenizer
@@ -141,15 +142,21 @@ class AsyncEngine:
         """Whether the engine can serve requests."""
         return self.error is None
 
-    def check_room(self, count: int = 1) -> None:
-        """Raise `EngineBusyError` if `count` more requests do not fit in the queue, `RequestError` if they never do."""
+    def check_room(self, count: int = 1, client: str = "") -> None:
+        """Raise `EngineBusyError` if `count` more requests do not fit in the queue, `RequestError` if they never do.
+
+        Where clients have names, one that has less than an equal share of all places is never refused because of the
+        others' requests. So the queue may exceed its limit, but the more clients there are, the less each adds.
+        """
         queue, batch = self.info.config.max_num_queued_reqs, self.info.config.max_num_seqs
         if count > queue + batch:
             raise RequestError(f"This server accepts at most {queue + batch} sequences at once, but got {count}.")
         # If none waited after the engine's last step, all that have been submitted since may start at once.
         running = self._num_running if self.stats.num_waiting else batch
         excess = len(self._streams) + count - running - queue
-        if excess > 0:
+        own = self._clients[client]
+        share = (queue + batch) // (len(self._clients) + (own == 0))
+        if excess > 0 and not (client and own + count <= share):
             message = f"The queue is full (at most {queue} requests can wait). Retry later."
             raise EngineBusyError(message, retry_after=self._seconds_until(excess))
 
@@ -174,6 +181,7 @@ class AsyncEngine:
         *,
         priority: int = 0,
         background: bool = False,
+        client: str = "",
         cache_salt: str | None = None,
         pooling: messages.Pooling | None = None,
         wakeup: Wakeup | None = None,
@@ -185,17 +193,18 @@ class AsyncEngine:
         """
         if self.error is not None:
             raise EngineDeadError(self.error)
-        self.check_room()
+        self.check_room(client=client)
         # Never used twice: outputs in flight for an aborted request must not reach another one with its id.
         wire_id = f"{request_id}#{next(self._serial)}"
         message = messages.EngineRequest(
             request_id=wire_id, prompt_token_ids=prompt_token_ids, params=params,
-            priority=priority, background=background, cache_salt=cache_salt, pooling=pooling,
+            priority=priority, background=background, client=client, cache_salt=cache_salt, pooling=pooling,
         )  # fmt: skip
         message = messages.resolve_request(message, self.info, self._seeds)
-        stream = RequestStream(wire_id, wakeup or Wakeup(), self._forget)
+        stream = RequestStream(wire_id, wakeup or Wakeup(), self._forget, client)
         self._processor.add(wire_id, len(prompt_token_ids), message.params)
         self._streams[wire_id] = stream
+        self._clients[client] += 1
         self._pipe.send(message)
         return stream
 
@@ -220,8 +229,18 @@ class AsyncEngine:
         await asyncio.to_thread(self._process.end)
         await self._watcher
 
+    def _pop_stream(self, wire_id: str) -> bool:
+        """Remove a stream that has ended; return False if it is not there."""
+        stream = self._streams.pop(wire_id, None)
+        if stream is None:
+            return False
+        self._clients[stream.client] -= 1
+        if not self._clients[stream.client]:
+            del self._clients[stream.client]
+        return True
+
     def _forget(self, wire_id: str) -> None:
-        if self._streams.pop(wire_id, None) is not None:
+        if self._pop_stream(wire_id):
             self._processor.abort(wire_id)
             if self.error is None:
                 self._pipe.send(messages.Abort(request_ids=[wire_id]))
@@ -246,6 +265,7 @@ class AsyncEngine:
         for stream in self._streams.values():
             stream.die(reason)
         self._streams.clear()
+        self._clients.clear()
         self._grammars.die(reason)
         if not self._closing:
             self._died.set()
@@ -288,6 +308,6 @@ class AsyncEngine:
         stream.put(output)
         if output.finish_reason is None:
             return False
-        del self._streams[wire_id]
+        self._pop_stream(wire_id)
         self._completions.append(now)
         return token_output.finish_reason is None

@@ -234,7 +234,8 @@ class RequestStream:
     To stop reading earlier, call `abort`. One task can read several streams that share one `Wakeup`.
     """
 
-    def __init__(self, wire_id: str, wakeup: Wakeup, forget: Callable[[str], None]) -> None:
+    def __init__(self, wire_id: str, wakeup: Wakeup, forget: Callable[[str], None], client: str = "") -> None:
+        self.client = client
         self._wire_id = wire_id
         self._wakeup = wakeup
         self._forget = forget  # called with the id when the reader aborts the request

@@ -16,9 +16,8 @@ from ...model.sampling import SamplingBatch, download, upload
 from ..config import ResolvedConfig
 from ..grammar.state import MaskMaker
 from ..messages import GraphInfo, TokenDynamics
-from ..step.request import SampledToken
+from ..step.request import SampledToken, ScheduledSequence, flatten
 from ..step.runner import LaunchedStep
-from ..step.scheduler import ScheduledSequence, flatten
 from .prompt_reader import read_prompts
 from .sampler import sample_tokens
 from .step_graphs import GraphMaker, StepGraphs

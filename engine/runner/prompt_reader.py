@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ...model.network import DeepNetwork
-from ..step.request import Request
-from ..step.scheduler import ScheduledSequence
+from ..step.request import Request, ScheduledSequence
 from .sampler import token_logprobs
 
 ROWS = 256  # maximum rows of scores at a time, each as wide as the vocabulary

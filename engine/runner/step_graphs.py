@@ -25,7 +25,7 @@ from ...model.backend import AttentionMetadata
 from ...model.network import DeepNetwork, LayerState
 from ...model.sampling import SamplingBatch, sampling_rows, upload
 from ..messages import GraphInfo
-from ..step.scheduler import ScheduledSequence, flatten
+from ..step.request import ScheduledSequence, flatten
 
 logger = logging.getLogger(__name__)
 

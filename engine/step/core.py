@@ -20,10 +20,10 @@ from ..messages import (
     check_request,
 )
 from .drafting import Drafter
-from .request import PENDING_TOKEN, Request, RequestStatus, SampledToken, failure_of
+from .request import PENDING_TOKEN, Request, RequestStatus, SampledToken, ScheduledSequence, failure_of
 from .retry import retry_by_halves
 from .runner import LaunchedStep, Runner, StepObserver
-from .scheduler import PreemptionNeeded, ScheduledSequence, Scheduler
+from .scheduler import PreemptionNeeded, Scheduler
 
 OUT_OF_MEMORY = (
     "There was not enough memory to compute even this request alone: lower --gpu-memory-utilization, "
@@ -142,6 +142,7 @@ class EngineCore:
     def stats(self, *, seconds: float = 0.0, tokens: int = 0) -> EngineStats:
         """Return the engine's state; the arguments describe the last step."""
         pool = self.scheduler.kv_cache.pool
+        running = len(self.scheduler.running) - self.scheduler.num_paused
         experts: list[list[int]] = []
         reroutes: list[int] = []
         if self.observer is not None:
@@ -150,8 +151,8 @@ class EngineCore:
                 self._experts_reported = now
                 experts, reroutes = self.observer.count()
         return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self._requests) - len(self.scheduler.running),
+            num_running=running,
+            num_waiting=len(self._requests) - running,
             kv_cache_usage=1.0 - pool.num_free / pool.num_blocks,
             num_preemptions=self.scheduler.num_preemptions,
             prefix_cache_queries=self.scheduler.num_prefix_queries,

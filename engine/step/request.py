@@ -1,10 +1,15 @@
-"""One sequence on its way through the engine: the only place where its progress is kept."""
+"""One sequence on its way through the engine: the only place where its progress is kept; and a step of several."""
 
 from __future__ import annotations
 
 import enum
+import itertools
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from ..errors import RequestError, describe
@@ -12,6 +17,8 @@ from ..grammar.state import GrammarState
 from ..messages import EngineRequest, FinishReason, Pooling, SamplingParams, TokenDynamics, TokenLogprobs, TokenOutput
 from .drafting import Drafter
 
+Longs = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int32]
 PENDING_TOKEN = -1  # placeholder for a token that the step in flight is still drawing
 
 
@@ -47,6 +54,7 @@ class Request:
     stop_token_ids: frozenset[int] = field(init=False)
     priority: int = field(init=False)  # lower goes first under the policy `priority`
     background: bool = field(init=False)  # goes after all requests that are not
+    client: str = field(init=False)  # clients take turns
     cache_salt: str | None = field(init=False)  # only requests with the same salt share blocks
     pooling: Pooling | None = field(init=False)  # which hidden state to return instead of tokens
 
@@ -81,7 +89,7 @@ class Request:
     def __post_init__(self, message: EngineRequest, eos_token_ids: tuple[int, ...]) -> None:
         self.request_id, self.pooling = message.request_id, message.pooling
         self.priority, self.background = message.priority, message.background
-        self.cache_salt = message.cache_salt
+        self.client, self.cache_salt = message.client, message.cache_salt
         params = self.params = message.params
         self.token_ids = list(message.prompt_token_ids)
         self.stop_token_ids = frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_token_ids))
@@ -171,3 +179,63 @@ def failure_of(request: Request | EngineRequest, error: Exception) -> TokenOutpu
     refused = isinstance(error, RequestError)
     text = str(error) if refused else describe(error)
     return TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error=text, refused=refused)
+
+
+class ScheduledSequence(NamedTuple):
+    """The next `num_tokens` uncomputed tokens of a request."""
+
+    request: Request
+    num_tokens: int
+    samples: bool  # they include the request's last token, so its next one is drawn
+    draft: Sequence[int] = ()  # the last of them, which are only guesses: a token is drawn after each
+
+
+@dataclass(frozen=True, slots=True)
+class FlatStep:
+    """A scheduled step as flat arrays: T tokens of S sequences, in order."""
+
+    ids: Longs  # [T]; 0 for a pending token
+    pending: tuple[Longs, Longs]  # [P] each, the indices of pending tokens and their rows in the last step's draws
+    positions: Longs  # [T], of each token in its own sequence
+    slots: Longs  # [T], where in the pages its key and value go
+    tables: Ints  # [S, B], the blocks of each sequence, padded with one of its own
+    counts: Longs  # [S], tokens of each sequence
+    lengths: Longs  # [S], tokens of each sequence after this step
+
+    @property
+    def starts(self) -> Ints:
+        """The first token of each sequence, and T: int32 [S + 1]."""
+        starts: Ints = np.concatenate(([0], self.counts.cumsum())).astype(np.int32)
+        return starts
+
+
+def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep:
+    """Turn a scheduled step into flat arrays."""
+    requests = [sequence.request for sequence in sequences]
+    begins = np.array([request.num_computed_tokens for request in requests])
+    counts = np.array([sequence.num_tokens for sequence in sequences])
+    owners = np.arange(len(requests))  # [T], the sequence of each token
+    if counts.sum() == len(requests):  # decodes alone, the most frequent step
+        positions = begins
+        ids = np.array([request.token_ids[at] for request, at in zip(requests, begins.tolist(), strict=True)])
+    else:
+        tokens: list[int] = []
+        for request, count, _, draft in sequences:
+            start = request.num_computed_tokens
+            tokens += request.token_ids[start : start + count]
+            tokens += draft
+        ids = np.array(tokens)
+        owners = owners.repeat(counts)
+        positions = np.arange(len(ids)) + (begins - (counts.cumsum() - counts))[owners]
+    indices = rows = (ids == PENDING_TOKEN).nonzero()[0]
+    if len(indices):
+        ids[indices] = 0
+        rows = np.array([requests[owner].draw_row for owner in owners[indices].tolist()])
+    held = [len(request.block_ids) for request in requests]
+    # Padded with a block of its own, so that a sequence can read nothing of another.
+    tables = np.empty((len(requests), max(held)), np.int32)
+    tables[:] = np.array([request.block_ids[-1] for request in requests])[:, None]
+    blocks = np.fromiter(itertools.chain.from_iterable(r.block_ids for r in requests), np.int32, sum(held))
+    tables[np.arange(max(held)) < np.array(held)[:, None]] = blocks
+    slots = tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    return FlatStep(ids, (indices, rows), positions, slots, tables, counts, begins + counts)

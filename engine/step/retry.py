@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..messages import EngineRequest, SamplingParams
-from .request import Request, SampledToken
-from .scheduler import ScheduledSequence
+from .request import Request, SampledToken, ScheduledSequence
 
 Execute = Callable[[Sequence[ScheduledSequence]], list[SampledToken]]
 

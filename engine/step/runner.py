@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from .request import SampledToken
-from .scheduler import ScheduledSequence
+from .request import SampledToken, ScheduledSequence
 
 LaunchedStep = Callable[[], list[SampledToken]]
 """Waits for a step that is being computed; returns a sampled token for each sequence that samples, in order."""

@@ -3,16 +3,22 @@
 There is no prefill phase and no decode phase: each request has tokens that are not computed yet, and a step computes
 some of them, within a budget of tokens. The rules, in this order:
 
-- Requests are served by rank: first come, first served, or by priority first; background requests (those of batches)
-  come after all others. No request is overtaken by one of lower rank, so the first in the queue waits only for running
-  requests.
+- Requests are served by level: background requests (those of batches) come after all others, and under the policy
+  `priority` the lowest number comes first. Within a level each client's requests are served in the order of arrival;
+  where the requests name several clients, these take turns.
+- The next request to be admitted is that of the client with the fewest running ones; among several such clients, of
+  the one for which the fewest prompt tokens were computed. No other overtakes it, so it waits only for running
+  requests. It is admitted when there are blocks for all its tokens, and one more for each running sequence.
 - Every running sequence that needs a single token (a decode) is in the step; but of background requests only a few, if
-  there are others, so that these are hardly slower. Prompts share the rest of the budget, by
-  rank, in chunks if need be. In a step with decodes they get at most `max_num_prefill_tokens` (proportionally
-  more when there are many decodes), which limits how much arriving prompts slow down running streams.
-- A request is admitted when there are blocks for all its tokens, and one more for each running sequence.
-- If blocks run out anyway, the running request of lowest rank is preempted and later computed from scratch,
-  so that the one of highest rank advances in every step.
+  there are others, so that these are hardly slower. Prompts share the rest of the budget, in chunks if need be, those
+  of the client with the fewest computed prompt tokens first. In a step with decodes they get at most
+  `max_num_prefill_tokens` (proportionally more when there are many decodes), which limits how much arriving prompts
+  slow down running streams.
+- If all `max_num_seqs` sequences run, a client with fewer than its share of them is admitted all the same. The last
+  request of a client with more than its share then pauses: it keeps its blocks, and continues where it was.
+- If blocks run out, the running request with the last claim to them is preempted and later computed from scratch: of
+  the last level, the one whose client's older requests hold the most. So the one with the first claim advances in
+  every step.
 """
 
 from __future__ import annotations
@@ -21,54 +27,35 @@ import itertools
 import logging
 import time
 from bisect import insort
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from ..messages import EngineInfo
 from .drafting import Drafter
 from .kv_cache import KVCacheManager
-from .request import PENDING_TOKEN, Request, RequestStatus
+from .request import Request, RequestStatus, ScheduledSequence
 
 logger = logging.getLogger("pyllm.engine")
-Longs = npt.NDArray[np.int64]
-Ints = npt.NDArray[np.int32]
-by_rank = attrgetter("rank")
+by_rank, by_turn = attrgetter("rank"), attrgetter("turn")
 FEW_DECODES = 8
 BACKGROUND_SHARE = 64  # in a step with other requests, at most this share of `max_num_seqs` are background requests
 MIN_TOKENS = 16  # a step of one sequence is not made smaller than this
 
 
-class ScheduledSequence(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of a request."""
+@dataclass(eq=False, slots=True)
+class ClientQueue:
+    """The unfinished requests of one client on one level."""
 
-    request: Request
-    num_tokens: int
-    samples: bool  # they include the request's last token, so its next one is drawn
-    draft: Sequence[int] = ()  # the last of them, which are only guesses: a token is drawn after each
-
-
-@dataclass(frozen=True, slots=True)
-class FlatStep:
-    """A scheduled step as flat arrays: T tokens of S sequences, in order."""
-
-    ids: Longs  # [T]; 0 for a pending token
-    pending: tuple[Longs, Longs]  # [P] each, the indices of pending tokens and their rows in the last step's draws
-    positions: Longs  # [T], of each token in its own sequence
-    slots: Longs  # [T], where in the pages its key and value go
-    tables: Ints  # [S, B], the blocks of each sequence, padded with one of its own
-    counts: Longs  # [S], tokens of each sequence
-    lengths: Longs  # [S], tokens of each sequence after this step
+    level: tuple[bool, int]
+    waiting: list[Request] = field(default_factory=list)  # new and preempted ones, by rank
+    running: list[Request] = field(default_factory=list)  # those that have blocks, by rank
+    num_read: int = 0  # prompt tokens computed for the client, or for others while it had no request
 
     @property
-    def starts(self) -> Ints:
-        """The first token of each sequence, and T: int32 [S + 1]."""
-        starts: Ints = np.concatenate(([0], self.counts.cumsum())).astype(np.int32)
-        return starts
+    def turn(self) -> tuple[tuple[bool, int], int, int, tuple[bool, int, int]]:
+        """When its next request is admitted, lowest first."""
+        return self.level, len(self.running), self.num_read, self.waiting[0].rank
 
 
 class PreemptionNeeded(Exception):  # noqa: N818 - not an error: the step is planned later
@@ -93,24 +80,41 @@ class Scheduler:
         # Maximum prompt tokens in a step with up to FEW_DECODES decodes.
         self.max_num_prefill_tokens = max(config.max_num_prefill_tokens, self.chunk_multiple)
         self._limits = self.chunk_multiple, self.max_num_seqs, self.max_num_batched_tokens, self.max_num_prefill_tokens
-        self.waiting: list[Request] = []  # new and preempted requests, by rank
         self.running: list[Request] = []  # requests that have blocks, by rank
+        self._queues: dict[tuple[bool, int, str], ClientQueue] = {}  # of clients with unfinished requests
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens that were looked up in the prefix cache
         self.num_prefix_hits = 0  # of these, how many were found
+        self._speculates = config.speculative_config is not None
         self._arrivals = itertools.count()
         self._ahead = False
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.waiting or self.running)
+        return bool(self._queues)
+
+    @property
+    def waiting(self) -> list[Request]:
+        """New and preempted requests, by rank."""
+        return sorted(itertools.chain.from_iterable(queue.waiting for queue in self._queues.values()), key=by_rank)
+
+    @property
+    def num_paused(self) -> int:
+        """Running requests that wait for another client's."""
+        return max(len(self.running) - self.max_num_seqs, 0)
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
         priority = request.priority if self.policy == "priority" else 0
         request.rank = (request.background, priority, next(self._arrivals))
-        insort(self.waiting, request, key=by_rank)
+        level = request.rank[:2]
+        queue = self._queues.setdefault((*level, request.client), ClientQueue(level))
+        if not queue.waiting:  # a client gains nothing by the time in which it asked for nothing
+            others = [other for other in self._queues.values() if other.level == level and other is not queue]
+            wait = [other.num_read for other in others if other.waiting]
+            queue.num_read = max(queue.num_read, min(wait) if wait else max((o.num_read for o in others), default=0))
+        insort(queue.waiting, request, key=by_rank)
 
     def schedule(self, *, ahead: bool = False) -> list[ScheduledSequence]:
         """Choose the next step's sequences, those with a single token first, and allocate their blocks.
@@ -121,45 +125,24 @@ class Scheduler:
         already allocated are kept for the next attempt.
         """
         self._ahead = ahead
-        self._preempt_for_priority()
-        decodes: list[ScheduledSequence] = []
+        room = self.max_num_prefill_tokens
+        while room > 0 and (admitted := self._serve_next_client()) is not None:
+            room -= admitted.num_tokens - admitted.num_computed_tokens
+        preemptions = self.num_preemptions
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in self._allocate_step():
+            single = len(request.token_ids) - request.num_computed_tokens == 1
+            (decoding if single else prompts).append(request)
+        budget = self._prefill_budget(len(decoding))
+        decodes = [ScheduledSequence(request, 1, request.generates) for request in decoding]
         chunks: list[ScheduledSequence] = []
-        budget, places = self._prefill_budget(), self._background_places()
-        preemptions, index = self.num_preemptions, -1
-        while (index := index + 1) < len(self.running):
-            request = self.running[index]
-            if self._ahead and request.is_complete:
-                continue
-            if request.background and (places := places - 1) < 0:
-                break  # those of lower rank are background requests too
-            start, end = request.num_computed_tokens, request.num_tokens
-            count = 1 if end - start == 1 else self._chunk(start, end, budget)
-            if not count:  # a prompt whose next chunk does not fit in the rest of the budget
-                continue
-            if not self._allocate(request):
-                break  # it had the lowest rank and was preempted itself
-            draft: Sequence[int] = ()
-            if end - start > 1:
-                budget -= count
-            elif request.drafter is not None:
-                draft = self._draft(request, request.drafter, budget)
-                budget -= len(draft)
-            samples = start + count == end and request.generates
-            count += len(draft)
-            (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, samples, draft))
+        if self._speculates:
+            decodes, chunks = self._draft_all(decodes, budget)
+            budget -= sum(len(sequence.draft) for sequence in chunks)
         # A step that preempted a request admits none: the freed blocks are for the running requests.
-        while budget and self.waiting and self.num_preemptions == preemptions:
-            request = self.waiting[0]
-            prefix = self.kv_cache.find_prefix(request)
-            start, end = len(prefix) * self.kv_cache.block_size, request.num_tokens
-            count = self._chunk(start, end, budget)
-            if not count or (request.background and places < 1) or not self._fits(request, prefix):
-                break
-            self._admit(request, prefix)
-            budget -= count
-            places -= request.background
-            samples = start + count == end and request.generates
-            (decodes if count == 1 else chunks).append(ScheduledSequence(request, count, samples))
+        for sequence in self._read_prompts(prompts, budget, admits=self.num_preemptions == preemptions):
+            (decodes if sequence.num_tokens == 1 else chunks).append(sequence)
         self._ahead = False
         return decodes + chunks
 
@@ -187,23 +170,123 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Remove a request, whatever its status, and free its blocks."""
-        (self.running if request.status is RequestStatus.RUNNING else self.waiting).remove(request)
+        queue = self._queue_of(request)
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            queue.running.remove(request)
+        else:
+            queue.waiting.remove(request)
+        if not queue.waiting and not queue.running:
+            del self._queues[(*queue.level, request.client)]
         request.status = RequestStatus.FINISHED
         self.kv_cache.free(request)
 
-    def _prefill_budget(self) -> int:
-        """Return how many prompt tokens the step may have alongside the decodes of the running requests."""
-        decodes = sum([len(request.token_ids) - request.num_computed_tokens == 1 for request in self.running])
+    def _queue_of(self, request: Request) -> ClientQueue:
+        return self._queues[(*request.rank[:2], request.client)]
+
+    def _next_waiting(self) -> Request | None:
+        """Return the request to admit next."""
+        queues = [queue for queue in self._queues.values() if queue.waiting]
+        if len(queues) < 2:
+            return queues[0].waiting[0] if queues else None
+        return min(queues, key=by_turn).waiting[0]
+
+    def _allocate_step(self) -> list[Request]:
+        """Return the running requests that the step may have, with blocks for all their tokens.
+
+        If too few blocks are free, preempts those with the last claim to them, perhaps the request itself.
+        """
+        chosen: list[Request] = []
+        places, preemptions = self._background_places(), self.num_preemptions
+        for request in self._unpaused():
+            if self._ahead and request.is_complete:
+                continue
+            if request.status is not RequestStatus.RUNNING:  # just preempted
+                continue
+            if request.background and (places := places - 1) < 0:
+                break  # those of lower rank are background requests too
+            while request.status is RequestStatus.RUNNING and not self.kv_cache.allocate(request):
+                self._preempt(max(self._claims())[-1])
+            chosen.append(request)
+        if self.num_preemptions == preemptions:
+            return chosen
+        return [request for request in chosen if request.status is RequestStatus.RUNNING]
+
+    def _unpaused(self) -> list[Request]:
+        """Return the running requests; if these are too many, as many of each client's oldest ones."""
+        if not self.num_paused:
+            return self.running.copy()
+        turns = [(q.level, turn, r.rank, r) for q in self._queues.values() for turn, r in enumerate(q.running)]
+        return [request for *_, request in sorted(turns)[: self.max_num_seqs]]
+
+    def _claims(self) -> list[tuple[tuple[bool, int], int, int, Request]]:
+        """Return the running requests, each after its claim to blocks, lowest first."""
+        claims = []
+        for queue in self._queues.values():
+            held = 0
+            for request in queue.running:
+                claims.append((queue.level, held, request.rank[2], request))
+                held += len(request.block_ids)
+        return claims
+
+    def _read_prompts(self, prompts: list[Request], budget: int, *, admits: bool) -> Iterator[ScheduledSequence]:
+        """Yield chunks of the running `prompts` and, if the step `admits` them, of waiting ones."""
+        while budget > 0:
+            running = min(prompts, key=self._reading_turn) if prompts else None
+            request = self._next_waiting() if admits else None
+            if running is not None and (request is None or not self._reads_before(request, running)):
+                request = running
+                prompts.remove(request)
+                count = self._chunk(request.num_computed_tokens, request.num_tokens, budget)
+            elif request is not None:
+                if not (admits := self._has_place(request)):
+                    continue
+                prefix = self.kv_cache.find_prefix(request)
+                count = self._chunk(len(prefix) * self.kv_cache.block_size, request.num_tokens, budget)
+                if not (admits := count > 0 and self._has_blocks(request, prefix)):
+                    continue
+                self._admit(request, prefix)
+            else:
+                return
+            if count:  # else no whole chunk fits in the rest of the budget
+                budget -= count
+                self._queue_of(request).num_read += count
+                samples = request.num_computed_tokens + count == request.num_tokens and request.generates
+                yield ScheduledSequence(request, count, samples)
+
+    def _reading_turn(self, request: Request) -> tuple[tuple[bool, int], int, tuple[bool, int, int]]:
+        """When the next chunk of a running prompt is read, lowest first."""
+        queue = self._queue_of(request)
+        return queue.level, queue.num_read, request.rank
+
+    def _reads_before(self, waiting: Request, running: Request) -> bool:
+        """Whether the waiting prompt goes before the running one: another client's, for which no more was read."""
+        first, second = self._queue_of(waiting), self._queue_of(running)
+        return first is not second and (first.level, first.num_read) <= (second.level, second.num_read)
+
+    def _prefill_budget(self, decodes: int) -> int:
+        """Return how many prompt tokens the step may have alongside its decodes."""
         budget = self.max_num_batched_tokens - decodes
         limit = self.max_num_prefill_tokens * max(decodes, FEW_DECODES) // FEW_DECODES
         return min(budget, limit) if decodes else budget
 
     def _background_places(self) -> int:
         """Return how many background requests the step may have."""
-        firsts = self.running[:1] + self.waiting[:1]
-        if all(request.background for request in firsts):
+        if all(queue.level[0] for queue in self._queues.values()):
             return self.max_num_seqs
         return max(self.max_num_seqs // BACKGROUND_SHARE, 1)
+
+    def _draft_all(
+        self, decodes: list[ScheduledSequence], budget: int
+    ) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
+        """Return those of the sequences that are single tokens, and those that got a draft within the budget."""
+        single: list[ScheduledSequence] = []
+        drafted: list[ScheduledSequence] = []
+        for request, count, samples, _ in decodes:
+            draft = () if request.drafter is None else self._draft(request, request.drafter, budget)
+            budget -= len(draft)
+            (drafted if draft else single).append(ScheduledSequence(request, count + len(draft), samples, draft))
+        return single, drafted
 
     def _draft(self, request: Request, drafter: Drafter, budget: int) -> Sequence[int]:
         """Guess the tokens after the request's last one, if they fit and are worth their cost."""
@@ -224,39 +307,70 @@ class Scheduler:
             return end - start
         return max(0, (start + budget) // self.chunk_multiple * self.chunk_multiple - start)
 
-    def _preempt_for_priority(self) -> None:
-        """Preempt running requests of lower rank than the first in the queue until it fits.
+    def _serve_next_client(self) -> Request | None:
+        """Preempt requests with a later claim until the next waiting one fits; admit it if another must pause for it.
 
-        Under fcfs that concerns only background requests: others that run arrived before those that wait.
+        Returns the request that it admitted.
         """
-        if not self.waiting or not self.running or self.running[-1].rank < self.waiting[0].rank:
-            return
-        first = self.waiting[0]
-        others = [request for request in self.running if request.rank < first.rank]
-        room = self.kv_cache.pool.num_free + sum(len(request.block_ids) for request in self.running[len(others) :])
-        if others and self.kv_cache.num_needed(first, self.kv_cache.find_prefix(first)) + len(others) > room:
-            return  # it would not fit even if all those of lower rank were preempted
-        while self.waiting and self.running and self.waiting[0].rank < self.running[-1].rank:
-            if self._fits(self.waiting[0], self.kv_cache.find_prefix(self.waiting[0])):
-                break
-            self._preempt(self.running[-1])
+        if len(self._queues) < 2 or not self.running or (request := self._next_waiting()) is None:
+            return None
+        queue = self._queue_of(request)
+        has_share = self._has_share(queue)
+        if not has_share and self.running[-1].rank[:2] <= queue.level:
+            return None
+        prefix = self.kv_cache.find_prefix(request)
+        if not (has_share and self._has_blocks(request, prefix)):
+            share = sum(len(r.block_ids) for r in queue.running) + self.kv_cache.num_needed(request, prefix)
+            later = [
+                claim[-1]
+                for claim in sorted(self._claims(), reverse=True)
+                if claim[0] > queue.level or (has_share and claim[0] == queue.level and claim[1] >= share)
+            ]
+            kept = len(self.running) - len(later)
+            room = self.kv_cache.pool.num_free + sum(len(victim.block_ids) for victim in later)
+            if not later or (kept and self.kv_cache.num_needed(request, prefix) + kept > room):
+                return None  # it would not fit even if all of them were preempted
+            for victim in later:
+                self._preempt(victim)
+                prefix = self.kv_cache.find_prefix(request)
+                if has_share := self._has_share(queue) and self._has_blocks(request, prefix):
+                    break
+        if not has_share or len(self.running) < self.max_num_seqs:
+            return None  # it is admitted when the budget has room for its first chunk
+        self._admit(request, prefix)
+        return request
 
-    def _fits(self, request: Request, prefix: list[int]) -> bool:
-        """Whether to admit `request`: its tokens must fit, and one more block for each running sequence.
+    def _has_share(self, queue: ClientQueue) -> bool:
+        """Whether another running request of this client is within its share of `max_num_seqs`."""
+        if len(self.running) < self.max_num_seqs:
+            return True
+        others = [other for other in self._queues.values() if other is not queue]
+        own = len(queue.running)
+        before = [min(len(o.running), own + 1) if o.level == queue.level else len(o.running) for o in others]
+        return own + sum(before) < self.max_num_seqs
+
+    def _has_place(self, request: Request) -> bool:
+        """Whether one more sequence may run, also if it is in the background."""
+        if request.background and sum(other.background for other in self.running) >= self._background_places():
+            return False
+        return len(self.running) < self.max_num_seqs
+
+    def _has_blocks(self, request: Request, prefix: list[int]) -> bool:
+        """Whether there are blocks to admit `request`: for all its tokens, and one for each running sequence.
 
         Otherwise it would soon be preempted, and its tokens computed twice.
         """
-        if not self.running:
-            return True
         needed = self.kv_cache.num_needed(request, prefix) + len(self.running)
-        return len(self.running) < self.max_num_seqs and needed <= self.kv_cache.pool.num_free
+        return not self.running or needed <= self.kv_cache.pool.num_free
 
     def _admit(self, request: Request, prefix: list[int]) -> None:
         if not self.kv_cache.admit(request, prefix):
             raise RuntimeError(
                 f"request {request.request_id} of {request.num_tokens} tokens does not fit in the KV cache"
             )
-        self.waiting.pop(0)
+        queue = self._queue_of(request)
+        queue.waiting.remove(request)
+        insort(queue.running, request, key=by_rank)
         insort(self.running, request, key=by_rank)
         if request.status is RequestStatus.WAITING:
             request.scheduled_time = time.monotonic()
@@ -266,52 +380,13 @@ class Scheduler:
             self.num_prefix_hits += request.num_cached_tokens
         request.status = RequestStatus.RUNNING
 
-    def _allocate(self, request: Request) -> bool:
-        """Allocate the next blocks of `request`, preempting from the lowest rank; False if it is preempted itself."""
-        while not self.kv_cache.allocate(request):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return False
-        return True
-
     def _preempt(self, request: Request) -> None:
         if self._ahead:
             raise PreemptionNeeded
+        queue = self._queue_of(request)
         self.running.remove(request)
+        queue.running.remove(request)
         self.kv_cache.free(request)
         request.status = RequestStatus.PREEMPTED
-        insort(self.waiting, request, key=by_rank)
+        insort(queue.waiting, request, key=by_rank)
         self.num_preemptions += 1
-
-
-def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep:
-    """Turn a scheduled step into flat arrays."""
-    requests = [sequence.request for sequence in sequences]
-    begins = np.array([request.num_computed_tokens for request in requests])
-    counts = np.array([sequence.num_tokens for sequence in sequences])
-    owners = np.arange(len(requests))  # [T], the sequence of each token
-    if counts.sum() == len(requests):  # decodes alone, the most frequent step
-        positions = begins
-        ids = np.array([request.token_ids[at] for request, at in zip(requests, begins.tolist(), strict=True)])
-    else:
-        tokens: list[int] = []
-        for request, count, _, draft in sequences:
-            start = request.num_computed_tokens
-            tokens += request.token_ids[start : start + count]
-            tokens += draft
-        ids = np.array(tokens)
-        owners = owners.repeat(counts)
-        positions = np.arange(len(ids)) + (begins - (counts.cumsum() - counts))[owners]
-    indices = rows = (ids == PENDING_TOKEN).nonzero()[0]
-    if len(indices):
-        ids[indices] = 0
-        rows = np.array([requests[owner].draw_row for owner in owners[indices].tolist()])
-    held = [len(request.block_ids) for request in requests]
-    # Padded with a block of its own, so that a sequence can read nothing of another.
-    tables = np.empty((len(requests), max(held)), np.int32)
-    tables[:] = np.array([request.block_ids[-1] for request in requests])[:, None]
-    blocks = np.fromiter(itertools.chain.from_iterable(r.block_ids for r in requests), np.int32, sum(held))
-    tables[np.arange(max(held)) < np.array(held)[:, None]] = blocks
-    slots = tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    return FlatStep(ids, (indices, rows), positions, slots, tables, counts, begins + counts)

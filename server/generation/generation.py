@@ -132,7 +132,7 @@ class Generation:
 
         Raises `RequestError`, `EngineBusyError` or `EngineDeadError` if the engine refuses one; then none runs.
         """
-        _check_size(engine, prompts, params, field, n, streams)
+        _check_size(engine, prompts, params, field, n, streams, context.client)
         self._engine = engine
         self._counts = counts
         self.context = context
@@ -150,8 +150,8 @@ class Generation:
                 own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
                 stream = self._engine.submit(
                     f"{context.request_id}-{index}", choice.prompt_token_ids, own,
-                    priority=priority, background=context.background, cache_salt=salt, pooling=pooling,
-                    wakeup=self.wakeup,
+                    priority=priority, background=context.background, client=context.client, cache_salt=salt,
+                    pooling=pooling, wakeup=self.wakeup,
                 )  # fmt: skip
                 self._streams.append(stream)
         except BaseException as error:
@@ -266,7 +266,13 @@ class Generation:
 
 
 def _check_size(
-    engine: AsyncEngine, prompts: list[list[int]], params: SamplingParams, field: str, n: int, streams: bool
+    engine: AsyncEngine,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    field: str,
+    n: int,
+    streams: bool,
+    client: str,
 ) -> None:
     """Raise `RequestError` or `EngineBusyError` for more sequences, or data about them, than memory allows."""
     count, info = len(prompts) * n, engine.info
@@ -275,7 +281,7 @@ def _check_size(
         raise RequestError(message, param="n")
     field = "n" if n > 1 else field
     try:
-        engine.check_room(count)
+        engine.check_room(count, client)
     except RequestError as error:
         error.param = field
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import logging
 import re
 import time
@@ -60,6 +61,7 @@ class RequestContext:
     complete: bool = False  # the whole response is sent
     owner: str = ""  # names the API key without revealing it
     cache_owner: str = ""  # cached prompts are shared within this owner only; "" shares with everyone
+    client: str = ""  # whose requests take turns with those of other clients
     background: bool = False  # a line of a batch, which gives way to all other requests
     model: str | None = None  # as the body names it
     ignored: Mapping[str, None] = field(default_factory=dict)  # places in the body of hints that have no effect
@@ -163,6 +165,8 @@ class RequestMiddleware:
         # A key's owner is named by a hash that does not reveal the key.
         secret, keys = service.owner_secret, [key.encode() for key in service.config.api_key]
         self._keys = [(key, hashlib.blake2b(key, key=secret, digest_size=16).hexdigest()) for key in keys]
+        fair = service.config.fair_scheduling
+        self._is_fair = len(keys) > 1 if fair is None else fair
         self._root = service.config.root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,6 +192,8 @@ class RequestMiddleware:
             if self._keys and asked not in self._public_paths:
                 context.owner = self._owner(headers, scope.get(BATCH_OWNER))
                 context.cache_owner = context.owner if self._service.config.isolate_cache_by_key else ""
+            if self._is_fair:
+                context.client = context.owner or _network_of(scope)
             # HEAD is answered like GET; the HTTP server leaves out the body.
             get_scope = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
             await self._app(get_scope, context.receive, context.respond)
@@ -222,6 +228,15 @@ class RequestMiddleware:
             message = "This server needs a valid API key, as `Authorization: Bearer KEY` or `x-api-key: KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return owners[0]
+
+
+def _network_of(scope: Scope) -> str:
+    """Name the client by its address, of IPv6 the half that a host cannot choose itself; "" for a Unix socket."""
+    host = scope["client"][0].partition("%")[0] if scope.get("client") else ""
+    if ":" not in host:
+        return host
+    address = ipaddress.IPv6Address(host)
+    return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
 
 
 def _log(context: RequestContext, seconds: float) -> None:

@@ -85,6 +85,7 @@ class ScriptedEngine:
         self.fail_after = 0
         self.requests: list[tuple[str, list[int], SamplingParams]] = []
         self.extras: list[tuple[int, str | None]] = []
+        self.clients: list[str] = []
         self.most = 10**9
         self.running: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -107,13 +108,14 @@ class ScriptedEngine:
     async def check_grammar(self, grammar: str, param: str | None = None) -> None:
         await check_grammar(grammar, param)
 
-    def check_room(self, count: int = 1) -> None:
+    def check_room(self, count: int = 1, client: str = "") -> None:
         if len(self.running) + count > self.most:
             raise EngineBusyError("Too many requests are waiting.", retry_after=7)
 
     def submit(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, wakeup: Wakeup | None = None,
-        priority: int = 0, background: bool = False, cache_salt: str | None = None, pooling: Pooling | None = None,
+        priority: int = 0, background: bool = False, client: str = "", cache_salt: str | None = None,
+        pooling: Pooling | None = None,
     ) -> RequestStream:  # fmt: skip
         if self.error is not None:
             raise EngineDeadError(self.error)
@@ -124,6 +126,7 @@ class ScriptedEngine:
         self.processor.add(request_id, len(prompt_token_ids), message.params)
         self.requests.append((request_id, prompt_token_ids, params))
         self.extras.append((priority, cache_salt))
+        self.clients.append(client)
         self.running.add(request_id)
         stream = RequestStream(request_id, wakeup or Wakeup(), self._forget)
         self._tasks.append(asyncio.get_running_loop().create_task(self._answer(stream, message)))

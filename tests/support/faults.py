@@ -32,9 +32,8 @@ from pyllm.engine.client.launch import EngineProcess
 from pyllm.engine.messages import StepOutputs
 from pyllm.engine.runner.model_runner import LayerObserver
 from pyllm.engine.step.core import EngineCore
-from pyllm.engine.step.request import Request, SampledToken
+from pyllm.engine.step.request import Request, SampledToken, ScheduledSequence
 from pyllm.engine.step.runner import LaunchedStep, Runner
-from pyllm.engine.step.scheduler import ScheduledSequence
 from pyllm.model.network import LayerState
 from pyllm.server.cli import main as cli
 

@@ -10,8 +10,7 @@ from support.configs import resolved_config
 
 from pyllm.engine.messages import EngineInfo, EngineRequest, SamplingParams, TokenLogprobs, TokenOutput
 from pyllm.engine.step.core import EngineCore
-from pyllm.engine.step.request import PENDING_TOKEN, Request, SampledToken
-from pyllm.engine.step.scheduler import ScheduledSequence
+from pyllm.engine.step.request import PENDING_TOKEN, Request, SampledToken, ScheduledSequence
 
 VOCAB = 50
 EOS = 0

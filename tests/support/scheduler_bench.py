@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from support.paged_runner import make_info
 
 from pyllm.engine.messages import EngineRequest, SamplingParams
-from pyllm.engine.step.request import Request
-from pyllm.engine.step.scheduler import ScheduledSequence, Scheduler
+from pyllm.engine.step.request import Request, ScheduledSequence
+from pyllm.engine.step.scheduler import Scheduler
 
 
-def make_request(name: str, tokens: list[int], output: int, priority: int = 0, background: bool = False) -> Request:
+def make_request(
+    name: str, tokens: list[int], output: int, priority: int = 0, background: bool = False, client: str = ""
+) -> Request:
     params = SamplingParams(max_tokens=output)
     message = EngineRequest(
-        request_id=name, prompt_token_ids=tokens, params=params, priority=priority, background=background
+        request_id=name, prompt_token_ids=tokens, params=params, priority=priority, background=background, client=client
     )
     return Request(message)
 
@@ -48,10 +50,11 @@ class Bench:
         priority: int = 0,
         kind: int | None = None,
         background: bool = False,
+        client: str = "",
     ) -> Request:
         """A request whose prompt is like those of its `kind`, and like no other without one."""
         tokens = [1000 + len(self.arrived) if kind is None else kind] * prompt
-        request = make_request(name, tokens, output, priority, background)
+        request = make_request(name, tokens, output, priority, background, client)
         self.arrived.append(request)
         self.scheduler.add(request)
         return request
@@ -63,7 +66,10 @@ class Bench:
         preemptions = scheduler.num_preemptions
         planned = scheduler.schedule()
         self.check_choice(planned, before, left)
-        self.check_ranks(planned, before, scheduler.num_preemptions - preemptions)
+        if any(request.client for request in self.arrived):
+            self.check_clients(before)
+        else:
+            self.check_ranks(planned, before, scheduler.num_preemptions - preemptions)
         self.check_blocks()
         self.admitted += [r.request_id for r in scheduler.running if r not in before]
         self.steps.append([(s.request.request_id, s.request.num_computed_tokens, s.num_tokens) for s in planned])
@@ -85,20 +91,23 @@ class Bench:
         chosen = {id(sequence.request): sequence.num_tokens for sequence in planned}
         assert all(count > 0 for count in counts)
         assert sum(counts) <= scheduler.max_num_batched_tokens
-        assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert len(planned) <= scheduler.max_num_seqs
         assert len(chosen) == len(counts), "a request is in a step once"
         assert [count > 1 for count in counts] == sorted(count > 1 for count in counts), "single tokens come first"
         alone = all(request.background for request in scheduler.running)
         decodes = [request for request in before if left[id(request)] == 1 and request in scheduler.running]
         decodes = [request for request in decodes if alone or not request.background]
-        assert all(id(request) in chosen for request in decodes), "no decode waits"
+        missing = [request for request in decodes if id(request) not in chosen]
+        assert len(missing) <= scheduler.num_paused, "no decode waits"
+        decodes = [request for request in decodes if id(request) in chosen]
         if decodes:
             limit = scheduler.max_num_prefill_tokens * max(8, len(decodes)) // 8
             others = sum(sequence.request.background for sequence in planned if not alone)
             assert sum(counts) - len(decodes) - others <= limit
         if scheduler.has_work:
-            assert scheduler.running, "a step moves on"
-            assert id(scheduler.running[0]) in chosen, "the first in rank moves on in every step"
+            assert chosen, "a step moves on"
+            named = any(request.client for request in self.arrived)
+            assert named or id(scheduler.running[0]) in chosen, "the first in rank moves on in every step"
 
     def check_ranks(self, planned: list[ScheduledSequence], before: list[Request], preempted: int) -> None:
         """Who runs, who waits, and who was set back."""
@@ -120,13 +129,26 @@ class Bench:
             assert not preempted or not newcomers
             assert not running or not waiting or running[-1] < waiting[0]
 
+    def check_clients(self, before: list[Request]) -> None:
+        """Each client's own requests keep their order, and the first one with a claim keeps its blocks."""
+        scheduler = self.scheduler
+        waiting: dict[tuple[object, ...], Request] = {}
+        for request in scheduler.waiting:
+            waiting.setdefault((*request.rank[:2], request.client), request)
+        for request in scheduler.running:
+            after = waiting.get((*request.rank[:2], request.client))
+            assert request in before or after is None or request.rank < after.rank, "no own request overtakes"
+        if before and before[0].rank[:2] == min(r.rank[:2] for r in [*scheduler.running, *scheduler.waiting]):
+            assert before[0] in scheduler.running, "the first of all is never set back"
+
     def check_blocks(self) -> None:
         scheduler = self.scheduler
         pool = scheduler.kv_cache.pool
         owned = {block for request in scheduler.running for block in request.block_ids}
         assert len(owned) == pool.num_blocks - pool.num_free
         for request in scheduler.running:
-            tokens = {request.num_tokens, request.num_computed_tokens if request.background else request.num_tokens}
+            pauses = request.background or scheduler.num_paused
+            tokens = {request.num_tokens, request.num_computed_tokens if pauses else request.num_tokens}
             assert len(request.block_ids) in {-(-count // scheduler.kv_cache.block_size) for count in tokens}
         assert all(not request.block_ids and not request.num_computed_tokens for request in scheduler.waiting)
 

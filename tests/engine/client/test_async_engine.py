@@ -288,3 +288,22 @@ async def test_a_prompt_s_states_and_logprobs_cross_the_border(engine, tiny_chec
         assert outputs[0].times.arrival < outputs[0].times.scheduled < outputs[0].times.last_token
     with pytest.raises(RequestError, match="257 tokens"):
         engine.submit("long", [7] * (engine.info.config.max_model_len + 1), SamplingParams(), pooling="mean")
+
+
+async def test_each_client_keeps_a_share_of_a_full_queue(tiny_checkpoint):
+    small = dataclasses.replace(config(tiny_checkpoint), max_num_seqs=2, max_num_queued_reqs=4)
+    engine = await AsyncEngine.start(small, Tokenizer.from_folder(tiny_checkpoint))
+    try:
+        streams = []
+        for client, places in (("greedy", 6), ("other", 3), ("third", 2)):
+            streams += [engine.submit(client, [5] * 10, ENDLESS, client=client) for _ in range(places)]
+            for full in {stream.client for stream in streams}:
+                with pytest.raises(EngineBusyError, match="at most 4 requests can wait"):
+                    engine.submit("more", [5], ENDLESS, client=full)
+        with pytest.raises(EngineBusyError):
+            engine.submit("without a name", [5], ENDLESS)
+        for stream in streams:
+            stream.abort()
+        assert len(await read(engine.submit("after", [9], SamplingParams(max_tokens=2, ignore_eos=True)))) == 2
+    finally:
+        await engine.shutdown()

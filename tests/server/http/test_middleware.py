@@ -180,3 +180,43 @@ def test_proxies_path_prefix_does_not_hide_the_routes(make_harness, caplog):
     assert asyncio.run(ask()) == [200, 401]
     assert "/llm/v1/models" in caplog.text
     assert "/llm/health" not in caplog.text, "the machines' own questions are for the debug level"
+
+
+@pytest.mark.parametrize(
+    ("flags", "address", "named"),
+    [
+        ({}, "10.0.0.1", ""),
+        ({"fair_scheduling": True}, "10.0.0.1", "10.0.0.1"),
+        ({"fair_scheduling": True}, "2001:db8:1:2:3:4:5:6%eth0", "2001:db8:1:2::/64"),
+        ({"fair_scheduling": True}, "::ffff:10.0.0.1", "10.0.0.1"),
+        ({"fair_scheduling": True}, None, ""),  # a Unix socket
+    ],
+)
+def test_without_keys_clients_are_fair_by_address(make_harness, flags, address, named):
+    harness = make_harness(**flags)
+
+    async def ask(client):
+        transport = httpx.ASGITransport(app=harness.app, client=(address, 1) if address else None)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as other:
+            return await other.post(CHAT, json={"messages": [USER]})
+
+    assert harness.run(ask).status_code == 200
+    assert harness.engine.clients == [named]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ({"api_key": ("one",)}, 1),
+        ({"api_key": ("one", "two")}, 2),
+        ({"api_key": ("one", "two"), "fair_scheduling": False}, 1),
+        ({"api_key": ("one",), "fair_scheduling": True}, 1),
+    ],
+)
+def test_several_keys_are_fair_clients(make_harness, flags, kinds):
+    harness = make_harness(**flags)
+    for key in flags["api_key"]:
+        answer = harness.post(CHAT, {"messages": [USER]}, headers={"authorization": f"Bearer {key}"})
+        assert answer.status_code == 200
+    assert len(set(harness.engine.clients)) == kinds
+    assert not {*flags["api_key"]} & {*harness.engine.clients}
