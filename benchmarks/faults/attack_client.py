@@ -148,7 +148,10 @@ async def crowd(to: To, clients: int, play: Callable[[int], Awaitable[str]], rou
             if to.is_over:
                 return
             try:
-                outcome = await play(number)
+                async with asyncio.timeout(max(0.1, to.until - time.monotonic()) + 1):
+                    outcome = await play(number)
+            except TimeoutError:
+                outcome = "held back"
             except OSError:
                 outcome = "closed"
             seen[outcome] += 1

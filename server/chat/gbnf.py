@@ -16,7 +16,8 @@ MARK = re.compile(r"^[ \t]*[A-Za-z_][\w-]*[ \t]*::=", re.MULTILINE)
 MAX_DEPTH = 64
 TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+|\#[^\n]*)|(?P<newline>\n)|(?P<define>(?P<head>[A-Za-z_][\w-]*)\s*::=\s*)
-    |(?P<name>[A-Za-z_][\w-]*)|(?P<text>"(?:[^"\\\n]|\\.)*")|(?P<set>\[(?:[^\]\\]|\\.)*\])|(?P<repeat>[*+?]|\{\s*\d+\s*(?:,\s*\d*\s*)?\})
+    |(?P<name>[A-Za-z_][\w-]*)|(?P<text>"(?:[^"\\\n]|\\.)*")|(?P<set>\[(?:[^\]\\]|\\.)*\])
+    |(?P<repeat>[*+?]|\{\s*\d+\s*(?:,\s*(?:\d+\s*)?)?\})
     |(?P<sign>[()|.])""",
     re.VERBOSE,
 )
@@ -183,12 +184,14 @@ def _set(text: str) -> str:
     if not characters:
         raise ValueError("it has an empty set []")
     parts = []
-    while characters:
-        first = characters.pop(0)
+    position = 0
+    while position < len(characters):
+        first, *range_ = characters[position : position + 3]
         parts.append(rf"\x{{{ord(first):x}}}")
-        if len(characters) > 1 and characters[0] == "-":
-            if ord(characters[1]) < ord(first):
-                raise ValueError(f"its range {first}-{characters[1]} is empty")
-            parts.append(rf"-\x{{{ord(characters[1]):x}}}")
-            characters = characters[2:]
+        position += 1
+        if len(range_) == 2 and range_[0] == "-":
+            if ord(range_[1]) < ord(first):
+                raise ValueError(f"its range {first}-{range_[1]} is empty")
+            parts.append(rf"-\x{{{ord(range_[1]):x}}}")
+            position += 2
     return f"[{'^' if negated else ''}{''.join(parts)}]"

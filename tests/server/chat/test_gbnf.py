@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -81,6 +82,20 @@ def test_a_long_chain_of_rules_is_translated_at_once() -> None:
     started = time.process_time()
     lark_grammar(chain)
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['root ::= "a"{1,' + " " * 50_000 + "x", "root ::= [" + "ab" * 30_000 + "]", "root ::= [" + "a-b" * 20_000 + "]",
+     "root ::= a" + " " * 50_000, "root ::= " + "a\n" * 30_000, 'root ::= "' + "\\n" * 30_000,
+     "root ::= [" + "\\" * 50_000],
+    ids=["repeat", "set", "ranges", "spaces", "names", "text", "escapes"],
+)  # fmt: skip
+def test_translating_takes_linear_time(text: str) -> None:
+    started = time.process_time()
+    with contextlib.suppress(RequestError):
+        lark_grammar(text)
+    assert time.process_time() - started < 5, "the first of them took minutes"
 
 
 def test_choices_and_expressions_are_not_gbnf() -> None:
