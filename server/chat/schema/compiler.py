@@ -80,7 +80,7 @@ class Compiler:
                 self._rules[number].alternatives = self._alternatives(parts)
             except UnsatisfiableError as error:
                 self._rules[number].reason = str(error)
-            if len(self._rules) > MAX_RULES or self._size > MAX_SIZE:
+            if len(self._rules) > MAX_RULES:
                 raise self.reader.too_complex()
         self._prune()
         if not self._rules[start].alternatives:
@@ -131,6 +131,8 @@ class Compiler:
         if text not in self._terminals:
             self._terminals[text] = f"T{len(self._terminals)}"
             self._size += len(text)
+            if self._size > MAX_SIZE:
+                raise self.reader.too_complex()
         return self._terminals[text]
 
     def _space_after(self, regex: str) -> str:
@@ -178,12 +180,12 @@ class Compiler:
             raise UnsatisfiableError(f"{parts[0].path or 'it'} has a minimum above its maximum")
         if steps:
             return self._multiples(limits, steps)
+        excluded = [value for part in parts for value in part.get("!enum") or ()]
+        points = {exact(value) for value in excluded if isinstance(value, (int, float)) and not isinstance(value, bool)}
         ranges = [limits]
-        for value in (value for part in parts for value in part.get("!enum") or ()):
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                point = exact(value)
-                sides = Range(high=point, open_high=True), Range(low=point, open_low=True)
-                ranges = [part for one in ranges for side in sides if not (part := one.narrow(side)).is_empty]
+        for point in sorted(points):  # ascending, so that each can only be in the last range
+            sides = Range(high=point, open_high=True), Range(low=point, open_low=True)
+            ranges[-1:] = [part for side in sides for one in ranges[-1:] if not (part := one.narrow(side)).is_empty]
         return self._either(map(number_regex, ranges), "none of its numbers is allowed")
 
     def _multiples(self, limits: Range, steps: list[tuple[Fraction, str]]) -> Symbol:

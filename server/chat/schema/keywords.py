@@ -36,7 +36,13 @@ REFUSED = {
     "divisibleBy", "formatMinimum", "formatMaximum", "formatExclusiveMinimum", "formatExclusiveMaximum",
 }  # fmt: skip
 MAX_KEYWORD = 40  # characters of one that may be misspelled
+MAX_STEP = 60  # characters of a name in a path
 LISTED = "must be a list of different strings"
+
+
+def brief(name: str) -> str:
+    """Return a member's name as a step of a path: every part below it repeats it, so a long one is cut and hashed."""
+    return name if len(name) <= MAX_STEP else f"{name[:MAX_STEP]}…{hash(name) & 2**48 - 1:x}"
 
 
 def is_enforced(keyword: str, value: Any) -> bool:
@@ -72,7 +78,8 @@ def check_keywords(schema: Any, path: str, checked: set[int]) -> Iterator[tuple[
             elif keyword in SUBSCHEMA_LISTS or keyword == "items":
                 pending += [(item, f"{where}[{n}]") for n, item in enumerate(value)]
             elif keyword in SUBSCHEMA_MAPS or keyword == "dependencies":
-                pending += [(one, f"{where}.{name}") for name, one in value.items() if not isinstance(one, list)]
+                inner = ((one, f"{where}.{brief(name)}") for name, one in value.items() if not isinstance(one, list))
+                pending += inner
         for keyword, sign in (("$id", ""), ("id", ""), ("$anchor", "#")):
             if isinstance(name := node.get(keyword), str):
                 yield (node, path), sign + name

@@ -26,7 +26,7 @@ class Members:
 
 def members_of(reader: Reader, parts: Parts, texts: Callable[[Parts], list[str]], low: int) -> Members:
     """Return the members of an object that has at least `low`; `texts` returns Lark for what a string must match."""
-    patterns = list(dict.fromkeys(text for part in parts for text in part.get("patternProperties") or ()))
+    patterns = _patterns(parts)
     required = dict.fromkeys(name for part in parts for name in part.get("required") or ())
     listed = dict.fromkeys([*(name for part in parts for name in part.get("properties") or ()), *required])
     allowed, rules, lengths = _names(reader, parts, texts)
@@ -38,15 +38,17 @@ def members_of(reader: Reader, parts: Parts, texts: Callable[[Parts], list[str]]
     if words is not None and not rules:
         listed |= dict.fromkeys(words)
         is_open = False
-    named = []
+    named, known = [], None if allowed is None else set(allowed)
     for name in listed:
-        value = reader.member(parts, name, [text for text in patterns if _matches(reader, parts, text, name)])
-        if (allowed is not None and name not in allowed) or not _fits(reader, name, rules, lengths):
+        matching = [text for text, path in patterns.items() if _search(reader, text, path, name)]
+        value = reader.member(parts, name, matching)
+        if (known is not None and name not in known) or not _fits(reader, name, rules, lengths):
             value = (*value, Part(False, f"{parts[0].path}.propertyNames~"))
         named.append((name, value, name in required))
     if not is_open:
         return Members(named, [])
-    matches = {text: f"({reader.pattern(text, _path(parts, text)).terminal})" for text in patterns}
+    reader.count(len(patterns) ** 2)  # below, each kind of name excludes all others
+    matches = {text: f"({reader.pattern(text, path).terminal})" for text, path in patterns.items()}
     size = f"/(?s:.{{{lengths[0]},{'' if lengths[1] is None else lengths[1]}}})/"
     base = [*rules.values(), *([size] if lengths != (0, None) else [])]
     others = []
@@ -89,13 +91,13 @@ def _names(
     return None if values is None else [v for v in values if isinstance(v, str)], larks, reader.counts(rules, "Length")
 
 
-def _words(reader: Reader, parts: Parts, patterns: list[str]) -> list[str] | None:
+def _words(reader: Reader, parts: Parts, patterns: dict[str, str]) -> list[str] | None:
     """Return all names that match one of the patterns if there are few and no other names are allowed."""
     if not patterns or not any(part.get("additionalProperties") is False for part in parts):
         return None
     found: list[str] = []
-    for text in patterns:
-        words = reader.pattern(text, _path(parts, text)).words(MAX_WORDS)
+    for text, path in patterns.items():
+        words = reader.pattern(text, path).words(MAX_WORDS)
         if words is None:
             return None
         found += words
@@ -109,9 +111,13 @@ def _other(part: Part, pattern: str | None) -> Part | None:
     return part.at("additionalProperties") if part.get("additionalProperties") is not None else None
 
 
-def _path(parts: Parts, pattern: str) -> str:
-    part = next(part for part in parts if pattern in (part.get("patternProperties") or {}))
-    return part.at("patternProperties", pattern).path
+def _patterns(parts: Parts) -> dict[str, str]:
+    """Return the path of each pattern for names."""
+    found: dict[str, str] = {}
+    for part in parts:
+        for text in part.get("patternProperties") or ():
+            found.setdefault(text, part.at("patternProperties", text).path)
+    return found
 
 
 def _fits(reader: Reader, name: str, rules: dict[str, str], lengths: tuple[int, int | None]) -> bool:
@@ -119,10 +125,6 @@ def _fits(reader: Reader, name: str, rules: dict[str, str], lengths: tuple[int, 
     if not low <= len(name) <= (len(name) if high is None else high):
         return False
     return all(_search(reader, text, "propertyNames.pattern", name) for text in rules)
-
-
-def _matches(reader: Reader, parts: Parts, pattern: str, name: str) -> bool:
-    return _search(reader, pattern, _path(parts, pattern), name)
 
 
 def _search(reader: Reader, pattern: str, path: str, text: str) -> bool:

@@ -7,6 +7,7 @@ that only keywords for single types are left, or an alternative to decide first.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,12 +16,13 @@ from urllib.parse import unquote
 
 from ....engine.errors import RequestError
 from ...http.errors import shorten
-from .keywords import ALL_TYPES, check_keywords
+from .keywords import ALL_TYPES, brief, check_keywords
 from .negation import UnsupportedNegationError, negate
 from .numbers import Range
 from .patterns import Pattern
 
 MAX_STEPS = 30_000  # parts to look at, for all rules together
+PARTS_A_STEP = 4  # when they are only asked for one member
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -45,7 +47,8 @@ class Part:
         inner, path = self.schema, self.path
         for step in steps:
             inner = inner[step] if schema is None else None
-            plain = isinstance(step, str) and re.fullmatch(r"[\w$-]+", step)
+            step = brief(step) if isinstance(step, str) else step
+            plain = isinstance(step, str) and re.fullmatch(r"[\w$…-]+", step)
             path = (f"{path}.{step}" if path else f"{step}") if plain else f"{path}[{step!r}]"
         return Part(inner, path) if schema is None else Part(schema, f"{path}~")
 
@@ -112,10 +115,13 @@ class Reader:
         """Resolve references and combinations; raise `UnsatisfiableError` if no value can be valid."""
         found: dict[Part, None] = {}
         seen: set[Part] = set()
-        pending = [(part, frozenset((part.path,))) for part in parts]
-        pending.reverse()
+        unfolding = Counter[str]()  # the paths of the parts around the current one
+        pending: list[Part | str] = [*reversed(tuple(parts))]  # a path ends the parts within it
         while pending:
-            part, via = pending.pop()
+            part = pending.pop()
+            if isinstance(part, str):
+                unfolding[part] -= 1
+                continue
             self.count(1)
             if part.schema is False:
                 raise UnsatisfiableError(f"{part.path or 'it'} is false")
@@ -125,10 +131,11 @@ class Reader:
             inner = self._unfold(part)
             if inner is None:
                 found[part] = None
-            elif any(one.path in via and one.path != part.path for one in inner) or inner[0] == part:
+            elif any(unfolding[one.path] and one.path != part.path for one in inner) or inner[0] == part:
                 raise UnsatisfiableError(f"{part.path or 'it'} refers to itself")
             else:
-                pending += [(one, via | {one.path}) for one in reversed(inner)]
+                unfolding[part.path] += 1
+                pending += [part.path, *reversed(inner)]
         rest = tuple(found)
         for n, part in enumerate(rest):
             if choice := self._choice(part):
@@ -233,7 +240,8 @@ class Reader:
                 mine = {identity(value): value for value in values}
                 found = mine if found is None else {key: value for key, value in found.items() if key in mine}
             if (excluded := part.get("!enum")) is not None and found is not None:
-                found = {key: value for key, value in found.items() if key not in map(identity, excluded)}
+                gone = set(map(identity, excluded))
+                found = {key: value for key, value in found.items() if key not in gone}
         return None if found is None else list(found.values())
 
     def range(self, parts: Parts) -> tuple[Range, list[tuple[Fraction, str]]]:
@@ -263,10 +271,12 @@ class Reader:
 
     def member(self, parts: Parts, name: str, matching: Iterable[str] = ()) -> Parts:
         """Return what the parts say of the member `name`, which matches these of their patterns."""
+        self.count(len(parts) // PARTS_A_STEP)
         return tuple(found for part in parts for found in _member(part, name, matching))
 
     def item(self, parts: Parts, index: int | None) -> Parts:
         """Return what the parts say of an array's item; None: of those behind all that are listed."""
+        self.count(len(parts) // PARTS_A_STEP)
         return tuple(found for part in parts if (found := _item(part, index)) is not None)
 
 

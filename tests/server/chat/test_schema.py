@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+import tracemalloc
 from typing import Any, Literal
 
 import pytest
@@ -268,6 +271,42 @@ def test_a_schema_that_would_explode_is_refused() -> None:
     for schema in (many, unions):
         with pytest.raises(RequestError):
             json_schema_grammar(schema)
+
+
+def _chain(count: int) -> dict[str, Any]:
+    links = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": links | {f"d{count}": {"type": "null"}}}
+
+
+LARGE: dict[str, dict[str, Any]] = {
+    "numbers but some": {"type": "number", "not": {"enum": [*range(4000)]}},
+    "values but others": {"enum": [*range(9000)], "not": {"enum": [*range(9000, 18000)]}},
+    "patterns for names": {"type": "object", "patternProperties": {f"^a{n}": True for n in range(2000)}},
+    "a long name above many": {"properties": {"x" * 60_000: object_of(**{f"a{n}": True for n in range(900)})}},
+    "a chain of references": _chain(4000),
+    "parts about different members": {
+        "allOf": [{"type": "object", "properties": {f"a{n}": True}} for n in range(4000)]
+    },
+    "parts about different items": {"allOf": [{"type": "array", "prefixItems": [True]}] * 9000 + [
+        {"prefixItems": [True] * 5000}]},
+    "patterns in the last part": {"allOf": [{"type": "object"}] * 5000 + [{
+        "properties": {f"a{n}": True for n in range(100)}, "patternProperties": {f"^b{n}": True for n in range(100)}}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_schema_takes_little_time_and_memory(name: str) -> None:
+    """In proportion to the schema: each of these took minutes, or hundreds of megabytes."""
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        with contextlib.suppress(RequestError):
+            json_schema_grammar(LARGE[name])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * 2**20
+    assert time.process_time() - started < 20, "much of it for tracing the memory"
 
 
 def test_a_pattern_lists_its_words_if_they_are_few() -> None:
