@@ -16,7 +16,7 @@ from starlette.responses import Response
 from ..engine.errors import RequestError
 from .api.batches.store import BatchStore
 from .api.fields import ErrorAnswer
-from .api.responses.store import ResponseStore
+from .api.responses.store import MAX_STORE_BYTES, ResponseStore
 from .api.rules import RULES
 from .chat.served_model import ServedModel
 from .flags import ServerConfig
@@ -58,16 +58,17 @@ class Service:
     in_flight: int = 0  # HTTP requests
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while there are none
     reported: set[str] = field(default_factory=set)  # ignored fields that the log has named
-    responses: ResponseStore = field(default_factory=ResponseStore)
     owner_secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))  # for the names of keys' owners
     batches: BatchStore | None = None  # None without --batch-dir
     budget: MemoryBudget = field(init=False)
+    responses: ResponseStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.idle.set()
         limit = self.config.max_api_memory or default_limit()
         owner_limit = limit // 2 if len(self.config.api_key) > 1 else limit
         self.budget = MemoryBudget(limit, owner_limit=owner_limit, upload_seconds=self.config.body_timeout)
+        self.responses = ResponseStore(self.budget, max_bytes=min(MAX_STORE_BYTES, limit // 8))
 
     def enter(self) -> None:
         """Register a new request."""
@@ -81,10 +82,10 @@ class Service:
             self.idle.set()
         if self.model is not None and context.path not in PROBES:
             self.model.metrics.on_response(context.status)
-        for name in context.ignored:
+        for name in (ascii(name[:MAX_ECHO])[1:-1] for name in context.ignored):
             if name not in self.reported and len(self.reported) < MAX_REPORTED:
                 self.reported.add(name)
-                logger.info("A request has the field %s, which has no effect here.", ascii(name[:MAX_ECHO])[1:-1])
+                logger.info("A request has the field %s, which has no effect here.", name)
         if self.tracing is not None:
             self.tracing.record(context, seconds)
 

@@ -92,6 +92,11 @@ class MemoryBudget:
     def _free_for_bodies(self) -> int:
         return self._bodies - self.by_kind["bodies"]
 
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether what was recorded without a check is more than fits."""
+        return self.used > self.limit
+
     def free_up(self, size: int, owner: str = "") -> None:
         """Let others give way until `size` bytes fit; raise if they cannot."""
         if owner and self.by_owner[owner] + size > self._owner_limit:

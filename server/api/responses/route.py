@@ -44,7 +44,8 @@ async def create_response(
     turn = await prepare_turn(conversation, model)
     response = await off_loop_if_large(_describe, body, turn)
     generation = start_generation(context, body, model, [turn.prompt], turn.params, "input")
-    put = None if body.store is False else partial(store.put, input_items=items, owner=context.owner)
+    client = context.client or context.owner
+    put = None if body.store is False else partial(store.put, input_items=items, owner=context.owner, client=client)
     writer = ResponseWriter(response, turn, generation, model.tokenizer, put)
     if body.stream:
         return EventStream(generation, writer, model.flags.sse_keep_alive_interval)

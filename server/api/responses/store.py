@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...http.body import LARGE_BODY_BYTES, is_large, off_loop_if_large
+from ...http.budget import Hold, MemoryBudget
 from ...http.errors import ApiError, JsonResponse, encode_json, shorten
 from ...http.middleware import RequestContext
 from ..rules import RULES
@@ -21,6 +22,7 @@ from .wire import DeletedResponse, InputItemList, Item, ResponseObject
 
 MAX_RESPONSES = 4096
 MAX_STORE_BYTES = 64 * 2**20
+RESPONSE_BYTES = 1024  # of memory for each stored response, in addition to its data
 MAX_PAGE = 100
 COMPRESS_UP_TO = 64 * 2**10  # bytes; compressing larger responses would block the event loop for too long
 DICTIONARY = (
@@ -59,6 +61,7 @@ class StoredResponse:
     """One response and everything that the model read for it, in immutable bytes."""
 
     owner: str
+    client: str  # in whose share it is
     item_ids: tuple[str, ...]  # of the output
     sizes: tuple[int, int, int]  # bytes of each of the `Parts`
     data: bytes  # all parts, compressed if they are small
@@ -77,25 +80,54 @@ def _without_logprobs(item: Item) -> Item:
     return item | {"content": parts} if parts else item
 
 
-class ResponseStore:
-    """Stores responses in memory and evicts the least recently used beyond a number or a total size.
+@dataclass(slots=True)
+class _Share:
+    """What one client has stored."""
 
-    Each response belongs to an owner; for all others it does not exist. It is stored with its whole conversation, so
-    it does not need the responses before it.
+    hold: Hold
+    ids: OrderedDict[str, None] = field(default_factory=OrderedDict)  # the least recently used first
+    size: int = 0
+
+    def add(self, response_id: str, size: int) -> None:
+        """Count a response."""
+        self.ids[response_id] = None
+        self.size += size
+        self._record()
+
+    def remove(self, response_id: str, size: int) -> None:
+        """Forget a response."""
+        del self.ids[response_id]
+        self.size -= size
+        self._record()
+
+    def _record(self) -> None:
+        self.hold.record(self.size + RESPONSE_BYTES * len(self.ids))
+
+
+class ResponseStore:
+    """Stores responses in memory, up to a number and a total size.
+
+    Beyond them, the client that has stored the most loses its own least recently used response, so a client that has
+    stored less than an equal share loses none. Each response belongs to an owner; for all others it does not exist. It
+    is stored with its whole conversation, so it does not need the responses before it.
     """
 
-    def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_STORE_BYTES) -> None:
+    def __init__(
+        self, budget: MemoryBudget, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_STORE_BYTES
+    ) -> None:
+        self._budget = budget
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._stored: dict[str, StoredResponse] = {}
+        self._shares: OrderedDict[str, _Share] = OrderedDict()  # by client, the least recently used first
         self._holders: dict[str, str] = {}  # the response of each output item, by their ids
         self.size = 0
 
     def __len__(self) -> int:
         return len(self._stored)
 
-    def put(self, response: dict[str, Any], input_items: bytes, owner: str = "") -> None:
-        """Store a response with its input items in JSON, unless it is larger than the whole store."""
+    def put(self, response: dict[str, Any], input_items: bytes, owner: str = "", client: str = "") -> None:
+        """Store a response with its input items in JSON, in the client's share, unless it is too large for it."""
         ids = tuple(item["id"] for item in response["output"])
         output = encode_json([_without_logprobs(item) for item in response["output"]])
         encoded = encode_json(response)
@@ -106,18 +138,33 @@ class ResponseStore:
             data = compressor.compress(data) + compressor.flush()
         if len(data) > self._max_bytes:
             return
-        self._stored[response["id"]] = StoredResponse(owner, ids, sizes, data)
+        if client not in self._shares:
+            self._shares[client] = _Share(self._budget.hold("responses", 0, owner))
+        self._shares[client].add(response["id"], len(data))
+        self._stored[response["id"]] = StoredResponse(owner, client, ids, sizes, data)
         self._holders |= dict.fromkeys(ids, response["id"])
         self.size += len(data)
-        while len(self._stored) > self._max_responses or self.size > self._max_bytes:
-            self.remove(next(iter(self._stored)))
+        self._use(response["id"])
+        while len(self._stored) > self._max_responses:
+            self._evict(max(self._shares.values(), key=lambda share: len(share.ids)))
+        while self.size > self._max_bytes or (self._budget.is_exceeded and self._stored):
+            self._evict(max(self._shares.values(), key=lambda share: share.size))
+
+    def _evict(self, share: _Share) -> None:
+        self.remove(next(iter(share.ids)))
+
+    def _use(self, response_id: str) -> None:
+        """Note that a response was used."""
+        client = self._stored[response_id].client
+        self._shares[client].ids.move_to_end(response_id)
+        self._shares.move_to_end(client)
 
     def find(self, response_id: str, owner: str = "") -> StoredResponse | None:
         """Return a response of this owner."""
         stored = self._stored.get(response_id)
         if stored is None or stored.owner != owner:
             return None
-        self._stored.move_to_end(response_id)
+        self._use(response_id)
         return stored
 
     def find_holder(self, item_id: str, owner: str = "") -> StoredResponse | None:
@@ -128,6 +175,10 @@ class ResponseStore:
         """Delete a stored response."""
         stored = self._stored.pop(response_id)
         self.size -= len(stored.data)
+        share = self._shares[stored.client]
+        share.remove(response_id, len(stored.data))
+        if not share.ids:
+            del self._shares[stored.client]
         for item_id in stored.item_ids:
             del self._holders[item_id]
 

@@ -14,6 +14,7 @@ from support.responses_client import CALL, REPLY, WEATHER, creator, prompts
 from pyllm.server.api.responses import route as responses
 from pyllm.server.api.responses.store import COMPRESS_UP_TO, ResponseStore, StoredResponse, decode_items
 from pyllm.server.api.responses.wire import InputItemList
+from pyllm.server.http.budget import MemoryBudget
 
 
 @pytest.fixture
@@ -173,12 +174,48 @@ def test_streaming_and_cancelling_a_stored_response_are_refused(create, harness)
     assert harness.post(f"{path}/cancel").status_code == 400
 
 
-def test_the_store_evicts_the_least_recently_used_response():
-    def response(number, size=100):
-        text = "".join(random.Random(number).choices(string.ascii_letters + string.digits, k=size))
-        return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": text}]}
+def response(number, size=100):
+    text = "".join(random.Random(number).choices(string.ascii_letters + string.digits, k=size))
+    return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": text}]}
 
-    store = ResponseStore(max_responses=3, max_bytes=2000)
+
+@pytest.mark.parametrize("bounds", [{"max_responses": 40}, {"max_bytes": 9000}], ids=["number", "size"])
+def test_a_client_that_fills_the_store_loses_only_its_own(bounds):
+    store = ResponseStore(MemoryBudget(2**30), **bounds)
+    for number, client in enumerate("abc"):
+        store.put(response(number), b"[]", client, client)
+    for number in range(10, 200):
+        store.put(response(number), b"[]", "d", "d")
+    assert [bool(store.find(f"resp_{number}", client)) for number, client in enumerate("abc")] == [True] * 3
+    assert store.find("resp_199", "d")
+    assert store.find("resp_10", "d") is None
+    for number in range(200, 400):
+        store.put(response(number), b"[]", "e", "e")
+    kept = [sum(bool(store.find(f"resp_{number}", client)) for number in range(400)) for client in "de"]
+    assert max(kept) - min(kept) <= 1, "two that want everything get the same"
+    assert store.find("resp_0", "a")
+
+
+def test_stored_responses_count_as_memory_and_give_way_to_it():
+    budget = MemoryBudget(100_000)
+    store = ResponseStore(budget)
+    for number in range(200):
+        store.put(response(number), b"[]", "a", "a")
+    assert 50_000 < budget.by_kind["responses"] == budget.by_owner["a"] <= 100_000
+    count = len(store)
+    assert 0 < count < 200
+    with budget.hold("logs", 100_000 - budget.used):
+        store.put(response(200), b"[]", "a", "a")
+        assert 0 < len(store) <= count
+        assert budget.used <= 100_000
+    for number in range(201):
+        if store.find(f"resp_{number}", "a"):
+            store.remove(f"resp_{number}")
+    assert (len(store), store.size, budget.used) == (0, 0, 0)
+
+
+def test_the_store_evicts_the_least_recently_used_response():
+    store = ResponseStore(MemoryBudget(2**30), max_responses=3, max_bytes=2000)
     for number in range(3):
         store.put(response(number), b"[]")
     assert store.find("resp_0")
@@ -199,7 +236,7 @@ def test_a_stored_response_takes_less_memory_than_its_json(create):
     body = create(input="How are you?")
     size = len(json.dumps(body))
     assert size > 1000
-    store, count = ResponseStore(), 400
+    store, count = ResponseStore(MemoryBudget(2**30)), 400
     tracemalloc.start()
     try:
         for number in range(count):
@@ -216,7 +253,7 @@ def test_a_stored_response_takes_less_memory_than_its_json(create):
 
 @pytest.mark.parametrize("size", [10, COMPRESS_UP_TO])
 def test_a_stored_response_is_read_whole_compressed_or_not(size):
-    store, items = ResponseStore(), [{"id": "msg_1", "text": "ü" * size}]
+    store, items = ResponseStore(MemoryBudget(2**30)), [{"id": "msg_1", "text": "ü" * size}]
     store.put({"id": "resp_1", "output": items, "usage": None}, b'[{"content":"Hi"}]')
     stored = store.find("resp_1")
     response, input_, output = stored.read()

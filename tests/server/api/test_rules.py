@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -290,3 +292,17 @@ def test_odd_types_of_members_are_a_400(shared: Harness, member: str, value: Any
 @pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token", "no_such_variable"])
 def test_a_variable_that_is_null_asks_for_nothing(shared: Harness, name: str) -> None:
     assert shared.chat(chat_template_kwargs={name: None}).status_code == 200
+
+
+def test_long_unknown_names_are_not_kept(make_harness: Any) -> None:
+    """The log names each once, so it must know them: a few bytes of each, not megabytes."""
+    tolerant = make_harness(ignore_unknown_fields=True)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(20):
+            assert tolerant.chat(**{f"{number}" + "x" * 500_000: 1}).status_code == 200
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 5_000_000
+    finally:
+        tracemalloc.stop()
