@@ -32,7 +32,7 @@ def stream_of(client: Any, max_tokens: int) -> Any:
 
 @pytest.mark.anyio
 async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint: Path, tmp_path: Path) -> None:
-    tokens = 2000
+    tokens = 800
     body = {"prompt": "Hi", "max_tokens": tokens, "ignore_eos": True}
     streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
     with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32", "--shutdown-timeout", "200") as server:
@@ -57,7 +57,7 @@ async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint:
                 pass
             refused = await http.post("/v1/completions", json=body)
             for _ in range(5):
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
                 assert (await http.get("/health")).status_code == 200, "it is alive while it drains"
             assert not all(task.done() for task in tasks)
             for answer in (ready, refused):

@@ -41,13 +41,6 @@ class Person(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """`pyllm serve`, with no model named."""
-    with ServerProcess(tmp_path_factory.mktemp("demo") / "log") as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def model(demo: ServerProcess) -> str:
     return str(httpx.get(f"{demo.url}/v1/models").json()["data"][0]["id"])
 

@@ -19,7 +19,7 @@ REPEATS, LEAST_LEAK = 2000, 1000
 
 def check(server: ServerProcess, seconds: float) -> Soak:
     """Nothing but answers during the load, and everything freed after it."""
-    asyncio.run(soak(server, 5))  # what is loaded when it is first needed
+    asyncio.run(soak(server, 3))  # what is loaded when it is first needed
     before = server.wait_until_idle()
     files = wait_until_closed(server)
     answer = httpx.post(f"{server.url}/v1/completions", json=PROBE).json()["choices"]
@@ -46,7 +46,7 @@ def wait_until_closed(server: ServerProcess) -> int:
 
 def test_mixed_load_frees_its_memory_blocks_and_files(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", *FLAGS) as server:
-        check(server, 8)
+        check(server, 6)
 
 
 def memory_after(server: ServerProcess, requests: int) -> list[int]:

@@ -48,13 +48,6 @@ QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """`pyllm serve`, with no model named."""
-    with ServerProcess(tmp_path_factory.mktemp("demo") / "log") as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def client(demo: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
         yield client
