@@ -159,7 +159,8 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
-        text = service.model.metrics.exposition(service.budget) if service.model else b""
+        accounts = service.keys.accounts.values()
+        text = service.model.metrics.exposition(service.budget, accounts) if service.model else b""
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 

@@ -77,6 +77,9 @@ class ServerConfig(ModelFlags):
     port: int = setting(8000, "port to listen on; 0 picks a free one", low=0, high=65535)
     uds: str | None = setting(None, "Unix socket to listen on, instead of host and port")
     api_key: tuple[str, ...] = setting((), "key that clients must send; repeat it for several", secret=True)
+    api_key_file: str | None = setting(
+        None, "file with a key in each line, perhaps a name and limits; read again when it changes"
+    )
     isolate_cache_by_key: bool = setting(False, "share the prefix cache only among requests with the same API key")
     fair_scheduling: bool | None = setting(
         None,

@@ -53,8 +53,8 @@ def serve(config: ServerConfig, process: EngineProcess) -> int:
     """
     if config.ssl_keyfile is not None or config.ssl_certfile is not None:
         _check_certificate(config.ssl_keyfile, config.ssl_certfile)
-    if config.isolate_cache_by_key and not config.api_key:
-        raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key.")
+    if config.isolate_cache_by_key and not (config.api_key or config.api_key_file):
+        raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key or --api-key-file.")
     batches = BatchStore(Path(config.batch_dir).expanduser(), config.batch_dir_size) if config.batch_dir else None
     tracing = Tracing(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     sockets = [] if config.uds else _bind(config.host, config.port)
@@ -154,8 +154,6 @@ class _ServerProcess:
         self.interrupted_loading = False
         self._config, self._process, self._sockets = config, process, sockets
         self._service = Service(config, tracing=tracing, batches=batches)
-        if batches is not None:
-            self._service.owner_secret = batches.secret  # so that files keep their owners
         self._app = create_app(self._service)
         self._monitor = ConnectionMonitor(ConnectionLimits.from_config(config))
         self._http = _HttpServer(

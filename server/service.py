@@ -24,6 +24,7 @@ from .generation.tracing import Tracing
 from .http.body import read_body
 from .http.budget import MemoryBudget, default_limit
 from .http.errors import MAX_ECHO, to_api_error, unavailable
+from .http.keys import KeyRing
 from .http.middleware import PROBES, RequestContext
 from .http.tolerance import Tolerance
 
@@ -58,15 +59,18 @@ class Service:
     in_flight: int = 0  # HTTP requests
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while there are none
     reported: set[str] = field(default_factory=set)  # ignored fields that the log has named
-    owner_secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))  # for the names of keys' owners
     batches: BatchStore | None = None  # None without --batch-dir
+    keys: KeyRing = field(init=False)
     budget: MemoryBudget = field(init=False)
     responses: ResponseStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.idle.set()
         limit = self.config.max_api_memory or default_limit()
-        owner_limit = limit // 2 if len(self.config.api_key) > 1 else limit
+        # With a folder for batches, owners keep their names from one start to the next.
+        secret = secrets.token_bytes(32) if self.batches is None else self.batches.secret
+        self.keys = KeyRing(self.config.api_key, self.config.api_key_file, secret)
+        owner_limit = limit // 2 if len(self.keys.accounts) > 1 else limit
         self.budget = MemoryBudget(limit, owner_limit=owner_limit, upload_seconds=self.config.body_timeout)
         self.responses = ResponseStore(self.budget, max_bytes=min(MAX_STORE_BYTES, limit // 8))
 
@@ -110,6 +114,7 @@ class Service:
         """Read and check the body of a request, and answer it."""
         model, context = self.ready_model(), RequestContext.of(request.scope)
         try:
+            context.admit()
             tolerance = Tolerance(RULES[endpoint.path], self.config.ignore_unknown_fields, model.template.variables)
             body: Any = await read_body(request, endpoint.body, tolerance)
             context.ignored = tolerance.ignored

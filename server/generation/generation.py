@@ -133,6 +133,8 @@ class Generation:
         Raises `RequestError`, `EngineBusyError` or `EngineDeadError` if the engine refuses one; then none runs.
         """
         _check_size(engine, prompts, params, field, n, streams, context.client)
+        if context.account is not None and not context.background:
+            context.account.check_prompt(sum(map(len, prompts)))
         self._engine = engine
         self._counts = counts
         self.context = context
@@ -146,14 +148,7 @@ class Generation:
         self.running = len(self.choices)  # unfinished sequences
         salt = context.cache_owner + (cache_salt or "") or None  # unambiguous: all owners' names have the same length
         try:
-            for index, choice in enumerate(self.choices):
-                own = msgspec.structs.replace(params, seed=_shifted(params.seed, index % n))
-                stream = self._engine.submit(
-                    f"{context.request_id}-{index}", choice.prompt_token_ids, own,
-                    priority=priority, background=context.background, client=context.client, cache_salt=salt,
-                    pooling=pooling, wakeup=self.wakeup,
-                )  # fmt: skip
-                self._streams.append(stream)
+            self._submit(priority, salt, pooling)
         except BaseException as error:
             self.abort()
             if isinstance(error, RequestError) and error.param is None:
@@ -161,6 +156,21 @@ class Generation:
             raise
         context.generation = self
         context.release_body()
+
+    def _submit(self, priority: int, salt: str | None, pooling: Pooling | None) -> None:
+        context, account = self.context, self.context.account
+        for index, choice in enumerate(self.choices):
+            own = msgspec.structs.replace(self.params, seed=_shifted(self.params.seed, index % self.n))
+            stream = self._engine.submit(
+                f"{context.request_id}-{index}", choice.prompt_token_ids, own,
+                priority=priority, background=context.background, client=context.client, cache_salt=salt,
+                pooling=pooling, wakeup=self.wakeup,
+            )  # fmt: skip
+            self._streams.append(stream)
+            if account is not None:
+                account.num_waiting += 1
+        if account is not None and not context.background:
+            account.spend(sum(len(choice.prompt_token_ids) for choice in self.choices[:: self.n]))
 
     def abort(self) -> None:
         """Stop the sequences that still run; safe to call at any time and more than once."""
@@ -189,8 +199,13 @@ class Generation:
         """Update counts and times, and raise if the sequence failed."""
         choice, times, counts = self.choices[index], output.times, self._counts
         new_tokens = output.num_output_tokens - choice.num_output_tokens
-        if times.scheduled and not choice.times.scheduled and index % self.n == 0:  # each prompt once, as in `usage`
-            counts.num_prompt_tokens += output.num_prompt_tokens
+        starts, account = bool(times.scheduled) and not choice.times.scheduled, self.context.account
+        prompt_tokens = output.num_prompt_tokens if starts and index % self.n == 0 else 0  # once, as in `usage`
+        counts.num_prompt_tokens += prompt_tokens
+        if account is not None:
+            account.follow(prompt_tokens, new_tokens, starts=starts)
+            if not self.context.background:
+                account.spend(new_tokens)
         if new_tokens and not choice.num_output_tokens:
             counts.time_to_first_token.observe(times.first_token - self.context.arrival)
         elif new_tokens:
@@ -216,6 +231,8 @@ class Generation:
     def _finish(self, choice: Choice, reason: str) -> None:
         choice.finish_reason = reason
         self.running -= 1
+        if self.context.account is not None:
+            self.context.account.finish(started=bool(choice.times.scheduled))
         seconds, prompt = time.monotonic() - self.context.arrival, choice.prompt_token_ids
         self._counts.on_finish(reason, seconds, choice.times, len(prompt), choice.num_output_tokens)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import accumulate, zip_longest
+from operator import attrgetter
 
 import msgspec
 from prometheus_client import generate_latest
@@ -14,6 +15,7 @@ from prometheus_client.utils import floatToGoString
 
 from ...engine.messages import EngineStats
 from ..http.budget import MemoryBudget
+from ..http.keys import Account
 from .generation import Counts, Histogram
 
 PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
@@ -134,15 +136,38 @@ class Metrics(Counts, Collector):
             expert_reroutes=_sums(previous.expert_reroutes or (), experts.expert_reroutes or ()),
         )
 
-    def exposition(self, budget: MemoryBudget | None = None) -> bytes:
-        """Return all metrics in Prometheus' text format, with those of the memory budget."""
+    def exposition(self, budget: MemoryBudget | None = None, accounts: Collection[Account] = ()) -> bytes:
+        """Return all metrics in Prometheus' text format, with those of the memory budget and of the keys."""
         text = generate_latest(self) + (generate_latest(_VllmNames(self)) if self._vllm_names else b"")
+        text += generate_latest(_KeyMetrics(self.model_name, accounts))
         return text if budget is None else text + generate_latest(_MemoryMetrics(self.model_name, budget))
 
 
 def _sums(first: Sequence[int], second: Sequence[int]) -> list[int]:
     """Add two lists item by item; the shorter one is padded with 0."""
     return [sum(pair) for pair in zip_longest(first, second, fillvalue=0)]
+
+
+class _KeyMetrics(Collector):
+    def __init__(self, model_name: str, accounts: Collection[Account]) -> None:
+        self._model_name = model_name
+        self._accounts = accounts
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield a metric for each thing that is counted by key."""
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        for kind, name, text, count in (
+            (gauge, "running", "Sequences with a token, by key.", attrgetter("num_running")),
+            (gauge, "waiting", "Sequences without one, by key.", attrgetter("num_waiting")),
+            (counter, "requests", "Requests accepted, by key.", attrgetter("num_requests")),
+            (counter, "refused", "Requests with the status 429, by key.", attrgetter("num_refused")),
+            (counter, "prompt_tokens", "Prompt tokens, by key.", attrgetter("num_prompt_tokens")),
+            (counter, "generation_tokens", "Tokens generated, by key.", attrgetter("num_generation_tokens")),
+        ):
+            family = kind(f"{PREFIX}key_{name}", text, labels=[LABEL, "key"])
+            for account in self._accounts:
+                family.add_metric([self._model_name, account.label], count(account))
+            yield family
 
 
 class _MemoryMetrics(Collector):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import logging
 import re
@@ -23,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..flags import ServerConfig
 from .budget import Hold, Kind, MemoryBudget
 from .errors import MAX_ECHO, ApiError, JsonResponse, to_api_error, unavailable
+from .keys import Account, KeyRing
 
 logger = logging.getLogger("pyllm.server")
 
@@ -60,6 +59,9 @@ class RequestContext:
     status: int = 0  # of the response; 0 before its head is sent
     complete: bool = False  # the whole response is sent
     owner: str = ""  # names the API key without revealing it
+    account: Account | None = None  # of that key
+    is_counted: bool = False  # the account's limits apply
+    is_admitted: bool = False  # and were not reached
     cache_owner: str = ""  # cached prompts are shared within this owner only; "" shares with everyone
     client: str = ""  # whose requests take turns with those of other clients
     background: bool = False  # a line of a batch, which gives way to all other requests
@@ -99,7 +101,23 @@ class RequestContext:
                 headers["request-id"] = self.request_id
             if self.ignored:
                 headers["x-pyllm-ignored"] = _list_names(self.ignored)
+            if self.account is not None and self.is_counted:
+                headers.update(self.account.headers())
         await self.send(message)
+
+    def admit(self) -> None:
+        """Count the request against its key's limits, until it ends; raise `ApiError` 429 if one is reached."""
+        if self.account is not None:
+            self.is_counted = not self.background
+            self.account.enter(background=self.background)
+            self.is_admitted = True
+
+    def leave_account(self) -> None:
+        """End what `admit` began."""
+        if self.account is not None:
+            self.account.num_refused += self.status == 429
+            if self.is_admitted:
+                self.account.leave()
 
     def hold(self, kind: Kind, size: int) -> Hold:
         """Charge bytes to this request, until they are released or it ends; see `MemoryBudget`."""
@@ -144,7 +162,7 @@ class ServiceState(Protocol):
     config: ServerConfig
     budget: MemoryBudget
     draining: bool
-    owner_secret: bytes
+    keys: KeyRing
 
     def enter(self) -> None: ...
 
@@ -162,11 +180,6 @@ class RequestMiddleware:
         self._is_route = is_route
         self._service = service
         self._public_paths = PROBES | public_paths
-        # A key's owner is named by a hash that does not reveal the key.
-        secret, keys = service.owner_secret, [key.encode() for key in service.config.api_key]
-        self._keys = [(key, hashlib.blake2b(key, key=secret, digest_size=16).hexdigest()) for key in keys]
-        fair = service.config.fair_scheduling
-        self._is_fair = len(keys) > 1 if fair is None else fair
         self._root = service.config.root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -189,10 +202,12 @@ class RequestMiddleware:
         context.background = BATCH_OWNER in scope
         self._service.enter()
         try:
-            if self._keys and asked not in self._public_paths:
-                context.owner = self._owner(headers, scope.get(BATCH_OWNER))
+            keys, fair = self._service.keys, self._service.config.fair_scheduling
+            if keys.guards and asked not in self._public_paths:
+                context.account = _account_of(headers, scope.get(BATCH_OWNER), keys)
+                context.owner = context.account.owner
                 context.cache_owner = context.owner if self._service.config.isolate_cache_by_key else ""
-            if self._is_fair:
+            if len(keys.accounts) > 1 if fair is None else fair:
                 context.client = context.owner or _network_of(scope)
             # HEAD is answered like GET; the HTTP server leaves out the body.
             get_scope = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
@@ -212,22 +227,22 @@ class RequestMiddleware:
             await error_response(error, context)(scope, context.receive, context.respond)
         finally:
             context.release()
+            context.leave_account()
             seconds = time.monotonic() - context.arrival
             self._service.leave(context, seconds)
             _log(context, seconds)
 
-    def _owner(self, headers: Headers, batch_owner: str | None) -> str:
-        """Name the owner of the request's key, or of its batch; raise `ApiError` 401 without a valid one."""
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        bearer = token.strip() if scheme.lower() == "bearer" else ""
-        given = [text.encode("latin-1") for text in (bearer, headers.get("x-api-key")) if text]
-        # All keys are compared, so that timing does not reveal a near match.
-        owners = [owner for text in given for key, owner in self._keys if hmac.compare_digest(text, key)]
-        owners += [owner for _, owner in self._keys if owner == batch_owner]
-        if not owners:
-            message = "This server needs a valid API key, as `Authorization: Bearer KEY` or `x-api-key: KEY`."
-            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        return owners[0]
+
+def _account_of(headers: Headers, batch_owner: str | None, keys: KeyRing) -> Account:
+    """Return the account of the request's key, or of its batch; raise `ApiError` 401 without a valid one."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    given = [text.encode("latin-1") for text in (bearer, headers.get("x-api-key")) if text]
+    account = keys.find(given, batch_owner)
+    if account is None:
+        message = "This server needs a valid API key, as `Authorization: Bearer KEY` or `x-api-key: KEY`."
+        raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+    return account
 
 
 def _network_of(scope: Scope) -> str:

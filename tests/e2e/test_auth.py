@@ -138,6 +138,17 @@ def test_errors_about_keys_do_not_show_the_key(tmp_path: Path, words: list[str],
         assert key not in done.stderr
 
 
+@pytest.mark.parametrize(("text", "reason"), [(None, "No such file"), ("sk-one sk-two", "line 1"), ("", "has no keys")])
+def test_a_bad_file_of_keys_is_one_sentence(tmp_path: Path, text: str | None, reason: str) -> None:
+    if text is not None:
+        (tmp_path / "keys").write_text(text)
+    command = [sys.executable, "-m", "pyllm", "serve", "--api-key-file", "keys", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=PATIENCE)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert reason in done.stderr
+    assert "sk-" not in done.stderr
+
+
 def test_isolation_without_keys_is_a_mistake(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pyllm", "serve", "--isolate-cache-by-key"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=PATIENCE)

@@ -10,6 +10,7 @@ import os
 from pyllm.server.api.batches.store import BatchStore
 from pyllm.server.api.batches.wire import BatchObject
 from pyllm.server.api.batches.worker import BatchWorker
+from pyllm.server.http.keys import KeyRing
 
 COMPLETIONS = "/v1/completions"
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
@@ -25,7 +26,8 @@ class Batches:
     def __init__(self, harness, folder, max_bytes=10**7, concurrency=2):
         self.harness = harness
         self.store = BatchStore(folder, max_bytes)
-        harness.service.batches, harness.service.owner_secret = self.store, self.store.secret
+        harness.service.batches = self.store
+        harness.service.keys = KeyRing(harness.service.config.api_key, None, self.store.secret)
         self.concurrency = concurrency
 
     def close(self):
