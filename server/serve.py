@@ -55,7 +55,10 @@ def serve(config: ServerConfig, process: EngineProcess) -> int:
         _check_certificate(config.ssl_keyfile, config.ssl_certfile)
     if config.isolate_cache_by_key and not (config.api_key or config.api_key_file):
         raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key or --api-key-file.")
-    batches = BatchStore(Path(config.batch_dir).expanduser(), config.batch_dir_size) if config.batch_dir else None
+    batches = None
+    if config.batch_dir:
+        shared = len(config.api_key) > 1 or config.api_key_file is not None
+        batches = BatchStore(Path(config.batch_dir).expanduser(), config.batch_dir_size, shared=shared)
     tracing = Tracing(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     sockets = [] if config.uds else _bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -67,14 +67,14 @@ class _Run:
 
     async def answer(self, source: BinaryIO) -> list[int]:
         """Answer all lines, at most twice as many at a time as can run; return how many were answered and failed."""
-        lines, tasks = read_lines(source), set[asyncio.Task[None]]()
+        lines, tasks = (data for _, data in read_lines(source) if data), set[asyncio.Task[None]]()
         most = 2 * self._model.engine.info.config.max_num_seqs
-        while (item := await asyncio.to_thread(next, lines, None)) is not None:
+        while (data := await asyncio.to_thread(next, lines, None)) is not None:
             if len(tasks) >= most:
                 done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
-            tasks.add(asyncio.create_task(self._answer(item[1])))
+            tasks.add(asyncio.create_task(self._answer(data)))
         await asyncio.gather(*tasks)
         return self._counts
 

@@ -23,9 +23,9 @@ def line(custom_id="a", url=COMPLETIONS, method="POST", **body) -> str:
 class Batches:
     """A harness whose store is in a folder."""
 
-    def __init__(self, harness, folder, max_bytes=10**7, concurrency=2):
+    def __init__(self, harness, folder, max_bytes=10**7, concurrency=2, shared=False):
         self.harness = harness
-        self.store = BatchStore(folder, max_bytes)
+        self.store = BatchStore(folder, max_bytes, shared=shared)
         harness.service.batches = self.store
         harness.service.keys = KeyRing(harness.service.config.api_key, None, self.store.secret)
         self.concurrency = concurrency

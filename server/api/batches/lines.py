@@ -104,12 +104,11 @@ def custom_id_of(data: bytes) -> str | None:
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank with their numbers from 1, each cut where it is too long anyway."""
+    """Yield the lines with their numbers from 1: b"" for a blank one, and cut where one is too long anyway."""
     number = 0
     while data := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        if data.strip():
-            yield number, data
+        yield number, data if data.strip() else b""
         while not data.endswith(b"\n") and (data := file.readline(MAX_LINE_BYTES)):
             pass
 

@@ -29,7 +29,6 @@ from .wire import (
     FileObject,
 )
 
-MAX_UPLOADS = 4
 MAX_LISTED_FILES, MAX_LISTED_BATCHES = 10_000, 100
 Record = TypeVar("Record", FileRecord, BatchRecord)
 PAGE = ("after", "limit")
@@ -58,22 +57,13 @@ def _add_upload_route(app: FastAPI, store: Callable[[], BatchStore]) -> None:
     @app.post("/v1/files", response_model=FileObject, openapi_extra=upload)
     async def create_file(request: Request) -> Response:
         """Upload a file for a batch: one request a line, as JSON."""
-        files = store()
-        if files.uploads >= MAX_UPLOADS:
-            message = f"{MAX_UPLOADS} files are being uploaded, the most at a time: retry later."
-            raise ApiError(429, message, code="too_many_uploads", headers={"retry-after": "5"})
+        files, owner = store(), _owner(request)
         length = request.headers.get("content-length", "")
-        files.check_room(min(int(length[:20]), MAX_FILE_BYTES) if length.isdecimal() else MAX_FILE_BYTES)
-        path = files.temporary()
-        files.uploads += 1
-        try:
+        size = min(int(length[:20]), MAX_FILE_BYTES) if length.isdecimal() else MAX_FILE_BYTES
+        with files.receiving(size, owner) as path:
             received = await receive_upload(request, path)
             keep = _check_upload(received)
-            files.check_room(received.size)
-            record = files.add_file(path, _owner(request), received.filename, keep)
-        finally:
-            files.uploads -= 1
-            path.unlink(missing_ok=True)
+            record = files.add_file(path, owner, received.filename, keep)
         return JsonResponse(record.show())
 
 

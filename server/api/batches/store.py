@@ -12,12 +12,14 @@ a kind sort by the time at which they were made.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,7 @@ logger = logging.getLogger("pyllm.server")
 MAX_FILE_BYTES = 200 * 10**6
 MAX_FILES = 1000
 MAX_BATCHES = 1000
+MAX_UPLOADS = 4  # at a time
 MAX_LINES = 50_000
 WINDOW = 86400  # seconds in which a batch must end
 KEEP = 30 * 86400  # seconds until a file, or the record of a batch that has ended, is deleted
@@ -115,15 +118,21 @@ def new_id(prefix: str) -> str:
 
 
 class BatchStore:
-    """Files and batches by id, oldest first; what another owner has does not exist for an owner."""
+    """Files and batches by id, oldest first; what another owner has does not exist for an owner.
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    With several owners, one may have at most as much of each bounded thing as is left for the others: the first to ask
+    gets up to half.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, *, shared: bool = False) -> None:
         """Open or make the folder; raise `ConfigError` if that is impossible, or another server has it open."""
         self._folder = folder
         self.max_bytes = max_bytes
+        self.shared = shared  # there are several owners
         self.files: dict[str, FileRecord] = {}
         self.batches: dict[str, BatchRecord] = {}
-        self.uploads = 0  # being received
+        self.owned: Counter[str] = Counter()  # bytes of each owner's files and rows, and of the uploads that arrive
+        self.uploads: list[str] = []  # the owners of those that arrive
         try:
             for part in (folder, folder / "files", folder / "batches"):
                 part.mkdir(mode=0o700, parents=part == folder, exist_ok=True)
@@ -150,6 +159,11 @@ class BatchStore:
             if (batch := _read(path, BatchRecord)) is not None:
                 self.batches[batch.id] = batch
         self.used = sum(path.stat().st_size for path in self._folder.glob("*/*"))
+        for record in self.files.values():
+            self.owned[record.owner] += record.bytes
+        for batch in self.batches.values():
+            paths = (self.rows(batch, kind) for kind in ROWS)
+            self.owned[batch.owner] += sum(path.stat().st_size for path in paths if path.exists())
 
     def content(self, file_id: str) -> Path:
         """Return the path of a file's content."""
@@ -159,23 +173,61 @@ class BatchStore:
         """Return the path of an unfinished batch's rows: `output` or `errors`."""
         return self._folder / "batches" / f"{batch.id}.{kind}"
 
-    def temporary(self) -> Path:
-        """Return a path for a new file's content while it is received."""
-        return self._folder / "files" / f"{new_id('')}.tmp"
-
-    def check_room(self, size: int) -> None:
-        """Raise `ApiError` 400 if `size` more bytes, or one more file, exceed the bounds."""
+    def check_room(self, size: int, owner: str) -> None:
+        """Raise `ApiError` 400 if `size` more bytes, or one more file, exceed the bounds or the owner's share."""
         if self.used + size > self.max_bytes:
             message = f"The server's files would exceed {self.max_bytes} bytes (--batch-dir-size): delete some first."
             raise ApiError(400, message, param="file", code="storage_full")
-        if len(self.files) >= MAX_FILES:
+        owners = [*(record.owner for record in self.files.values()), *self.uploads]
+        if len(owners) >= MAX_FILES:
             message = f"The server keeps at most {MAX_FILES} files: delete some first."
             raise ApiError(400, message, param="file", code="storage_full")
+        if size > self.room(owner):
+            left = self.max_bytes - self.used
+            message = f"This API key's files have {self.owned[owner]} bytes, and {left} are left for all keys"
+            message += f": with {size} more, it would have more than is left. Delete some first."
+            raise ApiError(400, message, param="file", code="storage_full")
+        if not self._may_add(owner, owners, MAX_FILES):
+            message = "This API key has as many files as are left for all others: delete some first."
+            raise ApiError(400, message, param="file", code="storage_full")
+
+    def room(self, owner: str) -> int:
+        """Return how many more bytes an owner may have."""
+        free = self.max_bytes - self.used
+        return (free - self.owned[owner]) // 2 if self.shared else free
+
+    def _may_add(self, owner: str, owners: Iterable[str], most: int) -> bool:
+        """Whether an owner may have one more of the things that belong to `owners`: at most as many as are left."""
+        counts = Counter(owners)
+        left = most - counts.total()
+        return counts[owner] < left if self.shared else left > 0
+
+    def grow(self, owner: str, size: int) -> None:
+        """Count `size` more bytes of an owner's content."""
+        self.used += size
+        self.owned[owner] += size
+
+    @contextlib.contextmanager
+    def receiving(self, size: int, owner: str) -> Iterator[Path]:
+        """Reserve `size` bytes for an upload and yield a path for it; raise `ApiError` 400 or 429."""
+        if not self._may_add(owner, self.uploads, MAX_UPLOADS):
+            message = f"Too many files are being uploaded, at most {MAX_UPLOADS} at a time for all keys: retry later."
+            raise ApiError(429, message, code="too_many_uploads", headers={"retry-after": "5"})
+        self.check_room(size, owner)
+        path = self._folder / "files" / f"{new_id('')}.tmp"
+        self.uploads.append(owner)
+        self.grow(owner, size)
+        try:
+            yield path
+        finally:
+            self.uploads.remove(owner)
+            self.grow(owner, -size)
+            path.unlink(missing_ok=True)
 
     def add_file(self, path: Path, owner: str, filename: str, keep_seconds: int) -> FileRecord:
         """Take over the uploaded content at `path`."""
         record = self._keep(path, new_id("file-"), owner, filename, "batch", keep_seconds)
-        self.used += record.bytes
+        self.grow(owner, record.bytes)
         return record
 
     def _keep(self, path: Path, file_id: str, owner: str, filename: str, purpose: str, keep_seconds: int) -> FileRecord:
@@ -207,15 +259,19 @@ class BatchStore:
         del self.files[record.id]
         self._remove(self.content(f"{record.id}.json"))
         self._remove(self.content(record.id))
+        self.owned[record.owner] -= record.bytes
 
     def add_batch(self, batch: BatchRecord) -> None:
-        """Store a new batch; raise `ApiError` 400 if there are too many."""
+        """Store a new batch; raise `ApiError` 429 if too many are unfinished."""
+        unfinished = [one.owner for one in self.batches.values() if one.status in UNFINISHED]
+        if not self._may_add(batch.owner, unfinished, MAX_BATCHES):
+            message = f"{len(unfinished)} batches are unfinished; this server keeps at most {MAX_BATCHES}"
+            message += ", and of one API key as many as are left for the others" if self.shared else ""
+            raise ApiError(429, f"{message}: retry later.", code="too_many_batches", headers={"retry-after": "60"})
         if len(self.batches) >= MAX_BATCHES:
-            over = next((b for b in self.batches.values() if b.status not in UNFINISHED), None)
-            if over is None:
-                message = f"{MAX_BATCHES} batches are unfinished, the most that this server keeps: retry later."
-                raise ApiError(429, message, code="too_many_batches", headers={"retry-after": "60"})
-            self._forget(over)
+            ended = [one for one in self.batches.values() if one.status not in UNFINISHED]
+            counts = Counter(one.owner for one in ended)
+            self._forget(max(ended, key=lambda one: counts[one.owner]))  # the oldest of the owner with the most
         self.save(batch)
         self.batches[batch.id] = batch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 from collections import deque
@@ -25,6 +26,7 @@ POLL_SECONDS = 0.1
 PURGE_SECONDS = 3600.0
 MAX_CRASHES = 3
 MAX_ERRORS = 100  # of a file that is no batch, in the batch's record
+TURN_SECONDS = 600.0  # for which a batch runs while one of another key waits
 EXPIRED = LineError("This request was not executed before the completion window expired.", code="batch_expired")
 
 
@@ -67,6 +69,7 @@ class _Run:
 
     batch: BatchRecord
     files: dict[str, FileIO]
+    since: float = field(default_factory=time.monotonic)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -78,6 +81,7 @@ class BatchWorker:
         self._store, self._app = store, app
         self._concurrency = concurrency
         self._is_alive = is_alive
+        self._turns: dict[str, int] = {}  # by owner, the number of its last turn
 
     async def run(self) -> None:
         """Run until cancelled; what is unfinished then is continued by the next run."""
@@ -86,10 +90,10 @@ class BatchWorker:
             if time.monotonic() - purged >= PURGE_SECONDS:
                 self._store.purge()
                 purged = time.monotonic()
-            batch = next((b for b in self._store.batches.values() if b.status in UNFINISHED), None)
-            if batch is None:
+            if (batch := self._next_batch()) is None:
                 await asyncio.sleep(POLL_SECONDS)
                 continue
+            self._turns[batch.owner] = max(self._turns.values(), default=0) + 1
             try:
                 await self._process(batch)
             except (OSError, DiskFull) as error:
@@ -97,6 +101,17 @@ class BatchWorker:
             except Exception:
                 logger.exception("Batch %s failed because of an internal error.", batch.id)
                 self._fail(batch, "internal_error", "The server failed to run this batch.")
+
+    def _next_batch(self) -> BatchRecord | None:
+        """Return the oldest unfinished batch of the owner whose last turn is the longest ago."""
+        unfinished = (batch for batch in self._store.batches.values() if batch.status in UNFINISHED)
+        return min(unfinished, key=lambda batch: self._turns.get(batch.owner, 0), default=None)
+
+    def _is_turn_over(self, run: _Run) -> bool:
+        """Whether a batch has run for long enough while another owner's waits."""
+        if time.monotonic() < run.since + TURN_SECONDS:
+            return False
+        return any(b.owner != run.batch.owner and b.status in UNFINISHED for b in self._store.batches.values())
 
     async def _process(self, batch: BatchRecord) -> None:
         if batch.status == "validating":
@@ -118,11 +133,13 @@ class BatchWorker:
             batch.crashes += 1
             self._store.save(batch)
             try:
-                await self._run_lines(batch)
+                is_done = await self._run_lines(batch)
             finally:
                 if self._is_alive():
                     batch.crashes -= 1
                     self._store.save(batch)
+            if not is_done:
+                return
         for kind in ROWS:  # many bytes may be left to write
             await asyncio.to_thread(sync, self._store.rows(batch, kind))
         self._store.finalize(batch)
@@ -141,24 +158,28 @@ class BatchWorker:
             batch.status = "failed"  # at least until the next start
             logger.error("The end of batch %s could not be written: %s", batch.id, error.strerror)
 
-    async def _run_lines(self, batch: BatchRecord) -> None:
-        """Answer the lines that have no row yet, until the batch ends, is cancelled or expires."""
+    async def _run_lines(self, batch: BatchRecord) -> bool:
+        """Answer the lines that have no row yet, until the batch ends, is cancelled or expires; False: until later."""
         done = await asyncio.to_thread(self._recount, batch)
         with contextlib.ExitStack() as stack:
             files = {kind: stack.enter_context(self._store.rows(batch, kind).open("ab", buffering=0)) for kind in ROWS}
             lines = stack.enter_context(self._store.content(batch.input_file_id).open("rb"))
-            run = _Run(batch, files)
+            run, is_done, has_begun = _Run(batch, files), True, False
             try:
                 for data in lines:
                     if self._is_over(batch):
                         break
-                    if not data.strip() or (line := parse_line(data, batch.endpoint)).custom_id in done:
+                    if has_begun and self._is_turn_over(run):
+                        is_done = False
+                        break
+                    if not data.strip() or _digest((line := parse_line(data, batch.endpoint)).custom_id) in done:
                         await asyncio.sleep(0)  # many such lines must not keep clients waiting
                         continue
                     await self._wait(run, self._concurrency)
                     if self._is_over(batch):
                         break
                     run.tasks.add(asyncio.create_task(self._answer(run, line)))
+                    has_begun = True
                 await self._wait(run, 1)
             finally:
                 for task in run.tasks:
@@ -166,6 +187,7 @@ class BatchWorker:
                 await asyncio.gather(*run.tasks, return_exceptions=True)
             if batch.ends_as == "expired":
                 await asyncio.to_thread(self._expire, run)
+            return is_done or batch.ends_as != "completed"
 
     async def _wait(self, run: _Run, count: int) -> None:
         """Wait until fewer than `count` lines run, or the batch is over; raises what a line has raised."""
@@ -189,21 +211,22 @@ class BatchWorker:
         _count(run.batch, outcome.status, _body(outcome.body).usage)
 
     def _write(self, run: _Run, kind: str, row: bytes) -> None:
-        if self._store.used + len(row) > self._store.max_bytes:
-            raise DiskFull(f"the server's files may have {self._store.max_bytes} bytes in all (--batch-dir-size)")
+        if len(row) > self._store.room(run.batch.owner):
+            whose = "one API key's share of them is used up" if self._store.shared else "they are used up"
+            raise DiskFull(f"files may have {self._store.max_bytes} bytes in all (--batch-dir-size), and {whose}")
         if run.files[kind].write(row) != len(row):
             raise DiskFull("the disk is full")
-        self._store.used += len(row)
+        self._store.grow(run.batch.owner, len(row))
 
-    def _recount(self, batch: BatchRecord) -> set[str]:
-        """Count a batch's rows again, and return the ids of the lines that have one."""
-        done: set[str] = set()
+    def _recount(self, batch: BatchRecord) -> set[bytes]:
+        """Count a batch's rows again, and return the digests of the ids of the lines that have one."""
+        done: set[bytes] = set()
         batch.completed = batch.failed = 0
         batch.usage = {}
         for kind in ROWS:
             for data in repair_rows(self._store.rows(batch, kind)):
                 row = _row(data)
-                done.add(row.custom_id)
+                done.add(_digest(row.custom_id))
                 response = row.response or _Response(400)
                 _count(batch, response.status_code, response.body.usage)
         return done
@@ -213,7 +236,7 @@ class BatchWorker:
         done = self._recount(run.batch)
         with self._store.content(run.batch.input_file_id).open("rb") as lines:
             for data in lines:
-                if data.strip() and (line := parse_line(data, run.batch.endpoint)).custom_id not in done:
+                if data.strip() and _digest((line := parse_line(data, run.batch.endpoint)).custom_id) not in done:
                     self._write(run, "errors", error_row(line.custom_id, EXPIRED))
                     run.batch.failed += 1
 
@@ -234,23 +257,30 @@ def _count(batch: BatchRecord, status: int, usage: _Usage | None) -> None:
 def _validate(path: Path, batch: BatchRecord) -> list[dict[str, Any]]:
     """Count the lines of an input file, and return what is wrong with the first bad ones."""
     errors: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     total = 0
     with path.open("rb") as file:
         for number, data in read_lines(file):
-            total += 1
+            total += bool(data)
             try:
-                if total > MAX_LINES:
+                if total > MAX_LINES or number > 2 * MAX_LINES:
                     raise LineError(f"The file has more than {MAX_LINES} lines.", code="too_many_lines")
+                if not data:
+                    continue
                 line = parse_line(data, batch.endpoint)
-                if line.custom_id in seen:
+                if (digest := _digest(line.custom_id)) in seen:
                     raise LineError("Another line has the same custom_id.", "custom_id", "duplicate_custom_id")
-                seen.add(line.custom_id)
+                seen.add(digest)
             except LineError as error:
                 errors.append({"code": error.code, "message": str(error), "param": error.param, "line": number})
-                if len(errors) == MAX_ERRORS or total > MAX_LINES:
+                if len(errors) == MAX_ERRORS or error.code == "too_many_lines":
                     break
     batch.total = total
-    if not total:
+    if not total and not errors:
         errors.append({"code": "empty_file", "message": "The file has no lines.", "param": None, "line": None})
     return errors
+
+
+def _digest(custom_id: str) -> bytes:
+    """Return what takes the place of an id of up to 512 characters in a set of all of a batch's ids."""
+    return hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()

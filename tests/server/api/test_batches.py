@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 
 import pytest
 from support.answers import error_of
@@ -212,6 +213,48 @@ def test_what_belongs_to_another_key_does_not_exist(make_harness, tmp_path):
 
     batch, rows = batches.run(work)
     assert (batch["status"], rows["a"]["response"]["status_code"]) == ("completed", 200)
+
+
+@pytest.mark.parametrize("seconds", [600.0, 0.0], ids=["batches", "parts"])
+def test_keys_take_turns(make_harness, tmp_path, monkeypatch, seconds):
+    """With whole batches, or parts of them where one takes long."""
+    monkeypatch.setattr("pyllm.server.api.batches.worker.TURN_SECONDS", seconds)
+    batches = Batches(make_harness(api_key=("one", "two")), tmp_path, concurrency=1)
+    one, two = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+
+    async def work(client):
+        keys = [one, one, one, two]
+        made = [await make_batch(client, *[line(f"{n}") for n in range(6)], headers=key) for key in keys]
+        return [await ended(client, batch["id"], headers=key) for batch, key in zip(made, keys, strict=True)]
+
+    found = [batch for batch, _ in batches.run(work)]
+    assert [(batch["status"], batch["request_counts"]["completed"]) for batch in found] == [("completed", 6)] * 4
+    order = sorted(range(4), key=lambda n: found[n]["output_file_id"])  # ids sort by time
+    assert order.index(3) <= 1, "the second key's batch does not wait for all of the first's"
+
+
+def test_a_file_of_blank_lines_is_refused(batches, monkeypatch):
+    monkeypatch.setattr("pyllm.server.api.batches.worker.MAX_LINES", 3)
+    batch, _ = batches.batch("\n" * 1000, line())
+    assert [error["code"] for error in batch["errors"]["data"]] == ["too_many_lines"]
+    assert batches.batch(line("a"), "", line("b"), "")[0]["status"] == "completed"
+
+
+def test_long_ids_take_little_memory(batches):
+    lines = [*[line(f"{n}" + "i" * 500) for n in range(10_000)], "bad"]
+
+    async def work(client):
+        batch = await make_batch(client, *lines)
+        tracemalloc.start()
+        return await ended(client, batch["id"])
+
+    try:
+        batch, _ = batches.run(work)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert batch["status"] == "failed"
+    assert peak < 4_000_000
 
 
 def test_a_revoked_key_answers_no_more_lines(make_harness, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.answers import error_of
-from support.batches import COMPLETIONS, Batches, line
+from support.batches import COMPLETIONS, Batches, ended, line, make_batch
 
 from pyllm.server.api.batches.wire import BatchList, FileList, FileObject
 
@@ -86,9 +86,78 @@ class TestUploads:
         assert batches.store.used == 0
 
     def test_only_a_few_arrive_at_a_time(self, batches):
-        batches.store.uploads = 4
+        batches.store.uploads = [""] * 4
         response = batches.upload("x")
         assert (response.status_code, error_of(response).code) == (429, "too_many_uploads")
+
+
+KEYS = {name: {"authorization": f"Bearer {name}"} for name in ("one", "two")}
+
+
+class TestShares:
+    """With several keys, one may have as much as is left for the others."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch):
+        for place in ("upload", "route", "store"):
+            monkeypatch.setattr(f"pyllm.server.api.batches.{place}.MAX_FILE_BYTES", 4000)
+
+    @pytest.fixture
+    def shared(self, make_harness, tmp_path):
+        return Batches(make_harness(api_key=tuple(KEYS)), tmp_path / "batches", max_bytes=40_000, shared=True)
+
+    @staticmethod
+    def fill(batches, key, size):
+        """Upload until it is refused; return the ids, and the refusal."""
+        ids = []
+        while (response := batches.upload("x" * size, headers=KEYS[key])).status_code == 200:
+            ids.append(response.json()["id"])
+        return ids, response
+
+    def test_one_key_cannot_take_all_bytes(self, shared):
+        first, refusal = self.fill(shared, "one", 2000)
+        assert 6 <= len(first) <= 10
+        assert (refusal.status_code, error_of(refusal).code) == (400, "storage_full")
+        assert len(self.fill(shared, "two", 2000)[0]) >= 2
+        for name in first:
+            path = f"/v1/files/{name}"
+            assert shared.run(lambda c, path=path: c.delete(path, headers=KEYS["one"]), works=False).status_code == 200
+        assert len(self.fill(shared, "one", 2000)[0]) >= 2, "what is deleted can be used again"
+        shared.close()
+        again = Batches(shared.harness, shared.store._folder, max_bytes=40_000, shared=True)
+        assert again.store.owned == +shared.store.owned, "counted again after a restart"
+
+    def test_one_key_cannot_take_all_files_and_batches(self, shared, monkeypatch):
+        monkeypatch.setattr("pyllm.server.api.batches.store.MAX_FILES", 8)
+        monkeypatch.setattr("pyllm.server.api.batches.store.MAX_BATCHES", 8)
+        for key, count in (("one", 4), ("two", 2)):
+            ids, refusal = self.fill(shared, key, 10)
+            assert (len(ids), error_of(refusal).code) == (count, "storage_full")
+            body = {"endpoint": COMPLETIONS, "completion_window": "24h", "input_file_id": ids[0]}
+
+            def start(client, key=key, body=body):
+                return client.post("/v1/batches", json=body, headers=KEYS[key])
+
+            assert [shared.run(start, works=False).status_code for _ in range(count)] == [200] * count
+            refusal = shared.run(start, works=False)
+            assert (refusal.status_code, error_of(refusal).code) == (429, "too_many_batches")
+
+    def test_one_key_cannot_take_all_places_for_uploads(self, shared):
+        name = shared.upload("x", headers=KEYS["one"]).json()["id"]
+        shared.store.uploads = [shared.store.files[name].owner] * 2
+        assert error_of(shared.upload("x", headers=KEYS["one"])).code == "too_many_uploads"
+        assert shared.upload("x", headers=KEYS["two"]).status_code == 200
+
+    def test_the_key_with_the_most_ended_batches_loses_its_oldest(self, shared, monkeypatch):
+        monkeypatch.setattr("pyllm.server.api.batches.store.MAX_BATCHES", 5)
+
+        async def run(client, key):
+            batch = await make_batch(client, "bad", headers=KEYS[key])
+            return (await ended(client, batch["id"], headers=KEYS[key]))[0]["id"]
+
+        keys = ("two", "one", "one", "one", "one", "one")
+        made = [shared.run(lambda client, key=key: run(client, key)) for key in keys]
+        assert [name in shared.store.batches for name in made] == [True, False, True, True, True, True]
 
 
 def test_pages_of_files_and_batches(batches):
