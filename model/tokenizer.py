@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
-from .files import CheckpointError, folder_of, read_json, read_text, shown
+from .files import CheckpointError, folder_of, read_json
+from .long_text import LongTextEncoder
+from .tokenizer_files import ROLES, find_chat_templates, read_library, special_names
 
-MAX_BYTES = 256 << 20  # of tokenizer.json; the largest published one has 40 MB
-MAX_ID = 2**22  # as in `DeepConfig`
 LARGE_TEXT = 4000  # from this many characters, tokenising takes so long that other threads should run meanwhile
-ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-EXTRAS = ("additional_special_tokens", "extra_special_tokens")  # keys for special tokens without a role
+SLICE = 2**16  # characters that are searched at a time: a search lets no other thread run
 
 
 class Tokenizer:
@@ -54,6 +52,7 @@ class Tokenizer:
         self._bytes = _piece_bytes(library, {id_: token.content for id_, token in added.items()})
         self._visible_bytes = [b"" if id_ in self.special_ids else piece for id_, piece in enumerate(self._bytes)]
         self._texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        self._ids = list(range(len(self._bytes)))
         self.vocab_size = len(self._bytes)  # the logits may be wider: padding rows
         self.adds_bos = (  # whether the post-processor puts one before every text
             self.bos_token_id is not None
@@ -61,8 +60,10 @@ class Tokenizer:
             and library.encode("a", add_special_tokens=False).ids[:1] != [self.bos_token_id]
         )
         self._special_by_text = {token.content: id_ for id_, token in added.items() if token.special}
-        self._special_pattern = _pattern(token for token in added.values() if token.special)
-        self._added_pattern = _pattern(added.values())
+        self._special = AddedTokens(token for token in added.values() if token.special)
+        self._added = AddedTokens(added.values())
+        swallowing = AddedTokens(t for t in added.values() if not t.special and (t.lstrip or t.rstrip))
+        self._long = LongTextEncoder(library, max(map(len, self._bytes), default=0), self._added, swallowing)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -74,14 +75,11 @@ class Tokenizer:
         """
         folder = folder_of(Path(folder))
         path = folder / "tokenizer.json"
-        text = read_text(path, most=MAX_BYTES)
-        if text is None:
-            raise CheckpointError(f"{folder} has no tokenizer.json: copy it there from the checkpoint's source.")
-        library = _parse(path, text)
+        library = read_library(path)
         model = read_json(folder / "config.json") or {}
         names: dict[str, str] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            names |= _special_names(folder / name, read_json(folder / name) or {})
+            names |= special_names(folder / name, read_json(folder / name) or {})
         values = {role: model.get(f"{role}_id") for role in ROLES}
         firsts = {role: v[0] if isinstance(v, list) and v else v for role, v in values.items()}
         templates, origin = find_chat_templates(folder)
@@ -95,61 +93,70 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Encode plain text: a special token spelled in it stays text, and only `add_bos` adds one, in front."""
+        return [id_ for piece in self.encode_pieces(text, add_bos=add_bos) for id_ in piece]
+
+    def encode_pieces(self, text: str, *, add_bos: bool = False) -> Iterator[list[int]]:
+        """Yield the ids of `encode` piece by piece, in memory that does not grow with the text."""
         text = _well_formed(text)
+        if add_bos and self.bos_token_id is not None:
+            yield [self.bos_token_id]
         if len(text) < LARGE_TEXT:
-            ids = self._library.encode(text, add_special_tokens=False).ids
-        else:  # this method lets other threads run meanwhile
-            ids = self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
+            yield self._library.encode(text, add_special_tokens=False).ids
+        else:  # other threads can run meanwhile
+            yield from self._long.encode(text)
 
     def encode_prompt(self, text: str, *, guard: str = "") -> list[int]:
+        """Return the ids of `prompt_pieces`."""
+        return [id_ for piece in self.prompt_pieces(text, guard=guard) for id_ in piece]
+
+    def prompt_pieces(self, text: str, *, guard: str = "") -> Iterator[list[int]]:
         """Encode text in which special tokens are recognised, such as a rendered chat; add no other special token.
 
         The character `guard`, which `shield` put into foreign parts, is removed. Where the text around it would become
         one added token, the parts before and after it are encoded separately.
         """
-        ids: list[int] = []
         text = _well_formed(text)
         start = 0
-        for match in self._special_pattern.finditer(text):
-            if guard and text.startswith(guard, match.end()):
+        for begin, end, token in self._special.find(text):
+            if guard and text.startswith(guard, end):
                 continue
-            ids += self._encode_guarded(text[start : match.start()], guard)
-            ids.append(self._special_by_text[match[match.lastindex or 0]])
-            start = match.end()
-        return ids + self._encode_guarded(text[start:], guard)
+            yield from self._encode_guarded(text[start:begin], guard)
+            yield [self._special_by_text[token.content]]
+            start = end
+        yield from self._encode_guarded(text[start:], guard)
 
-    def _encode_guarded(self, text: str, guard: str) -> list[int]:
+    def _encode_guarded(self, text: str, guard: str) -> Iterator[list[int]]:
         """Encode text with guards, in which no special token is recognised."""
         if not guard or guard not in text:
-            return self.encode(text)
-        ids: list[int] = []
-        before, *parts = text.split(guard)
+            yield from self.encode_pieces(text)
+            return
+        first, *parts = text.split(guard)
+        joined = [first]
         for part in parts:
             # The library treats special tokens as text, but not the other added ones.
-            match = self._added_pattern.match(before[-1:] + part)
-            if match is not None and match[match.lastindex or 0] not in self._special_by_text:
-                ids += self.encode(before)
-                before = part
-            else:
-                before += part
-        return ids + self.encode(before)
+            token = self._added.starting(joined[-1][-1:] + part)
+            if token is not None and not token.special:
+                yield from self.encode_pieces("".join(joined))
+                joined = []
+            joined.append(part)
+        yield from self.encode_pieces("".join(joined))
 
     def shield(self, text: str, guard: str) -> str:
         """Put the character `guard` inside each added token that `text` spells.
 
         Added tokens are control marks (the end of a turn, the start of a call); in foreign text they are only text.
         """
-        # One character at a time, so that overlapping spellings are all broken up.
-        return re.sub(rf"(?={self._added_pattern.pattern}).", lambda match: match[0] + guard, text, flags=re.DOTALL)
+        # Also where spellings overlap, so that all are broken up.
+        cuts = [begin + 1 for begin, _, _ in self._added.spelled(text, 0, len(text))]
+        return guard.join(text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
 
     def spells_added(self, text: str) -> bool:
         """Whether `text` spells a token that was added to the vocabulary, special or not."""
-        return self._added_pattern.search(text) is not None
+        return next(self._added.find(text), None) is not None
 
     def spells_special(self, text: str) -> bool:
         """Whether `text` spells a special token."""
-        return self._special_pattern.search(text) is not None
+        return next(self._special.find(text), None) is not None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Decode `ids`; bytes that are not UTF-8 become U+FFFD, and ids outside the vocabulary are skipped."""
@@ -161,6 +168,10 @@ class Tokenizer:
         pieces = self._visible_bytes if skip_special_tokens else self._bytes
         return DecodeStream(pieces, self._texts[skip_special_tokens])
 
+    def shared(self, ids: Iterable[int]) -> list[int]:
+        """Return a list of `ids` that shares its integers with all others, which takes a fifth of the memory."""
+        return list(map(self._ids.__getitem__, ids))
+
     def token_bytes(self, id_: int) -> bytes:
         """Return the exact bytes of one token, b"" for an id outside the vocabulary."""
         return self._bytes[id_] if id_ < len(self._bytes) else b""
@@ -168,6 +179,71 @@ class Tokenizer:
     def token_text(self, id_: int) -> str:
         """Return one token as text, with U+FFFD for parts of characters."""
         return self.token_bytes(id_).decode("utf-8", "replace")
+
+
+class AddedTokens:
+    """Finds added tokens in text as the library does: the longest of the first ones, in linear time."""
+
+    def __init__(self, tokens: Iterable[tokenizers.AddedToken]) -> None:
+        self._tokens = {token.content: token for token in tokens if token.content}
+        self.longest = max(map(len, self._tokens), default=0)
+        """Characters of the longest."""
+        pattern = _longest_of(sorted(self._tokens)) if self._tokens else "(?!)"
+        self._pattern, self._each = re.compile(pattern), re.compile(f"(?=({pattern}))")
+
+    def find(self, text: str) -> Iterator[tuple[int, int, tokenizers.AddedToken]]:
+        """Yield where each token begins and ends, with the white space that it swallows."""
+        done = position = 0
+        while position < len(text):
+            limit = position + SLICE
+            match = self._pattern.search(text, position, limit + self.longest)
+            if match is None or match.start() >= limit:
+                position = limit
+                continue
+            begin, position = match.span()
+            token = self._tokens[match[0]]
+            if not _may_be(token, text, begin, position):
+                continue
+            end = position
+            while token.lstrip and begin > done and text[begin - 1].isspace():
+                begin -= 1
+            while token.rstrip and end < len(text) and text[end].isspace():
+                end += 1
+            yield begin, end, token
+            done = position = end
+
+    def spelled(self, text: str, first: int, last: int) -> Iterator[tuple[int, int, tokenizers.AddedToken]]:
+        """Yield where each token that begins in this range of a text begins and ends, also where they overlap."""
+        for start in range(max(first, 0), last, SLICE):
+            stop = min(start + SLICE, last)
+            for match in self._each.finditer(text, start, stop + self.longest):
+                begin, end = match.span(1)
+                if begin < stop and _may_be(token := self._tokens[match[1]], text, begin, end):
+                    yield begin, end, token
+
+    def starting(self, text: str) -> tokenizers.AddedToken | None:
+        """Return the token with which `text` begins."""
+        match = self._pattern.match(text)
+        token = self._tokens[match[0]] if match else None
+        return token if token and match and _may_be(token, text, 0, match.end()) else None
+
+
+def _may_be(token: tokenizers.AddedToken, text: str, begin: int, end: int) -> bool:
+    """Return whether the spelling of a token counts, which for some depends on the characters next to it."""
+    around = (text[begin - 1 : begin] + text[end : end + 1]) if token.single_word else ""
+    return not any(character.isalnum() or character == "_" for character in around)
+
+
+def _longest_of(texts: list[str]) -> str:
+    """Return a pattern for the longest of these sorted texts, which looks at each character once."""
+    alternatives = []
+    for _, group in groupby(filter(None, texts), key=lambda text: text[0]):
+        same = list(group)
+        prefix = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(same[0], same[-1], strict=False)))
+        rest = [text[len(prefix) :] for text in same]
+        more = f"(?:{_longest_of(rest)})" + "?" * ("" in rest) if any(rest) else ""
+        alternatives.append(re.escape(prefix) + more)
+    return "|".join(alternatives)
 
 
 class DecodeStream:
@@ -197,44 +273,15 @@ class DecodeStream:
             self._texts[id_] = text
         return text
 
+    def finish(self) -> str:
+        """Return what stands for an unfinished character at the end."""
+        return self._decoder.decode(b"", final=True)
+
 
 # The byte of each character of a byte-level piece: printable bytes are themselves, others U+0100 and on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _ALPHABET = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
-
-
-def _parse(path: Path, text: str) -> tokenizers.Tokenizer:
-    """Read a `tokenizer.json`; raise `CheckpointError` if it is broken or of a kind that the family does not use."""
-    try:
-        library = tokenizers.Tokenizer.from_str(text)
-        highest = max(library.get_vocab(with_added_tokens=True).values(), default=0)
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error!s:.200}): fetch it again.") from None
-    if "ByteLevel" not in repr(library.decoder):
-        raise CheckpointError(f"{path} is not a byte-level BPE tokenizer, the only kind that this family uses.")
-    if highest >= MAX_ID:
-        raise CheckpointError(
-            f"{path} has a token with the id {highest}, but ids must be below {MAX_ID}: fetch it again."
-        )
-    if missing := _undeclared_tokens(library):
-        raise CheckpointError(f"{path}: the post_processor uses {shown(missing)} without declaring it: fetch it again.")
-    return library
-
-
-def _undeclared_tokens(library: tokenizers.Tokenizer) -> list[str]:
-    """List the tokens that a template of the post-processor uses without declaring them: the library would panic."""
-    state = json.loads(library.post_processor.__getstate__()) if library.post_processor else {}
-    used: list[str] = []
-    for processor in [state, *state.get("processors", ())]:
-        if processor.get("type") == "TemplateProcessing":
-            pieces = [
-                piece["SpecialToken"]["id"]
-                for piece in processor["single"] + processor["pair"]
-                if "SpecialToken" in piece
-            ]
-            used += [name for name in pieces if name not in processor["special_tokens"]]
-    return used
 
 
 def _piece_bytes(library: tokenizers.Tokenizer, added: Mapping[int, str]) -> list[bytes]:
@@ -259,17 +306,6 @@ def _special_tokens(library: tokenizers.Tokenizer, ids: Mapping[str, int]) -> di
     return {role: text for role, (id_, text) in spelled.items() if id_ in special or re.fullmatch("<.+>", text)}
 
 
-def _pattern(added: Iterable[tokenizers.AddedToken]) -> re.Pattern[str]:
-    """Match any of these tokens as the library does: the longest first, with the spaces that it swallows."""
-    alternatives = []
-    for token in sorted(added, key=lambda token: -len(token.content)):
-        body = f"({re.escape(token.content)})"
-        if token.single_word:
-            body = rf"(?<!\w){body}(?!\w)"
-        alternatives.append(r"\s*" * token.lstrip + body + r"\s*" * token.rstrip)
-    return re.compile(f"(?:{'|'.join(alternatives)})" if alternatives else r"(?!)")
-
-
 def _well_formed(text: str) -> str:
     """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
     try:
@@ -277,65 +313,3 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _special_names(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Read the special tokens in the file at `path` by role; those without a role get a key of their own."""
-
-    def require(condition: bool, name: str, kind: str) -> None:
-        if not condition:
-            raise CheckpointError(f"{path}: {name} must be {kind}, but got {shown(settings[name])}: fetch it again.")
-
-    entries: dict[str, Any] = {}
-    for name in EXTRAS:
-        extra = settings.get(name) or []
-        require(isinstance(extra, (list, dict)), name, "a list of tokens")
-        entries |= {
-            f"{name}_{n}": entry for n, entry in enumerate(extra.values() if isinstance(extra, dict) else extra)
-        }
-        require(all(isinstance(_content(entry), str) for entry in entries.values()), name, "a list of tokens")
-    declared = settings.get("added_tokens_decoder") or {}
-    require(isinstance(declared, dict), "added_tokens_decoder", "an object of tokens by id")
-    entries |= {f"added_{id_}": entry for id_, entry in declared.items()
-                if isinstance(entry, dict) and entry.get("special")}  # fmt: skip
-    for role in ROLES:
-        entries[role] = settings.get(role)
-        require(entries[role] is None or isinstance(_content(entries[role]), str), role, "a token")
-    names = {role: _content(entry) for role, entry in entries.items()}
-    return {role: name for role, name in names.items() if isinstance(name, str) and name}
-
-
-def _content(entry: Any) -> Any:
-    """Return the text of a token, which may be written as an object with its properties."""
-    return entry.get("content") if isinstance(entry, dict) else entry
-
-
-def find_chat_templates(folder: Path) -> tuple[dict[str, str], Path]:
-    """Return a checkpoint's chat templates by name, and the file that they come from.
-
-    As in transformers, the files `chat_template.jinja` ("default") and `additional_chat_templates/NAME.jinja` replace
-    what `tokenizer_config.json` has; then come `chat_template.json` and `config.json`. Raises `CheckpointError`.
-    """
-    files = {"default": folder / "chat_template.jinja"}
-    named = (folder / "additional_chat_templates").glob("*.jinja")
-    files |= {path.name.removesuffix(".jinja"): path for path in sorted(named)}
-    found = {name: text for name, path in files.items() if (text := read_text(path)) is not None}
-    if found:
-        return found, files[next(iter(found))]
-    for name in ("tokenizer_config.json", "chat_template.json", "config.json"):
-        path = folder / name
-        if (value := (read_json(path) or {}).get("chat_template")) is not None:
-            return _named_templates(path, value), path
-    return {}, folder
-
-
-def _named_templates(path: Path, value: Any) -> dict[str, str]:
-    """Return the templates that `chat_template` holds: one, an object of them by name, or a list with their names."""
-    pairs: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else [("default", value)]
-    if isinstance(value, list):
-        entries = [entry if isinstance(entry, dict) else {} for entry in value]
-        pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
-    if not pairs or not all(isinstance(part, str) and part.strip() for pair in pairs for part in pair):
-        kinds = 'a template, or templates by name such as {"default": "…", "tool_use": "…"}'
-        raise CheckpointError(f"{path}: chat_template must be {kinds}, but got {shown(value)}: fetch it again.")
-    return dict(pairs)

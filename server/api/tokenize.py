@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 from fastapi import FastAPI
 from pydantic import Field
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from ...engine.errors import RequestError
-from ..chat.served_model import ServedModel
-from ..chat.turn import prepare_turn
+from ...model.tokenizer import DecodeStream
+from ..chat.served_model import TOKENIZING_FACTOR, ServedModel, TokenIds
+from ..chat.turn import prepare_prompt, tokenizing_bytes
 from ..http.body import off_loop_if_large
-from ..http.errors import JsonResponse
+from ..http.errors import JsonResponse, encode_json
 from ..http.middleware import RequestContext
 from .reading import Messages, TemplateOptions, read_chat
 from .types import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 
 LONGEST_SPECIAL = 256  # characters
-LARGE_IDS = 4000  # this many token ids or more are converted to text off the event loop
+LARGE_IDS = 4000  # so many token ids are answered at once; more in pieces, made off the event loop
 
 
 class TokenizeRequest(TemplateOptions):
@@ -97,17 +97,36 @@ def add_tokenizer_route(app: FastAPI, ready_model: Callable[[], ServedModel]) ->
 
 async def tokenize(context: RequestContext, body: TokenizeRequest, model: ServedModel) -> Response:
     """Return the token ids of a prompt, or of messages rendered with the chat template."""
-    ids = await _chat_ids(body, model) if body.prompt is None else await _prompt_ids(body, body.prompt, model)
+    if body.prompt is None:
+        ids = await _chat_ids(context, body, model)
+    else:
+        context.hold("tokenizing", TOKENIZING_FACTOR * len(body.prompt))  # until all of the answer is sent
+        ids = await _prompt_ids(body, body.prompt, model)
+        body.prompt = None  # which may be long
+    pieces = _tokenize_answer(ids, model, with_texts=bool(body.return_token_strs))
+    return _json_response(pieces, is_large=len(ids) >= LARGE_IDS)
 
-    def answer() -> Response:
-        texts = [model.tokenizer.token_text(id_) for id_ in ids] if body.return_token_strs else None
-        limit = model.engine.info.config.max_model_len
-        return JsonResponse({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts})
 
-    return answer() if len(ids) < LARGE_IDS else await asyncio.to_thread(answer)
+def _tokenize_answer(ids: TokenIds, model: ServedModel, *, with_texts: bool) -> Iterator[bytes]:
+    yield b'{"count":%d,"max_model_len":%d,"tokens":[' % (len(ids), model.engine.info.config.max_model_len)
+    slices = [slice(start, start + LARGE_IDS) for start in range(0, len(ids), LARGE_IDS)]
+    for part in slices:
+        yield b"," * bool(part.start) + encode_json(list(ids[part]))[1:-1]
+    yield b'],"token_strs":' + (b"[" if with_texts else b"null}")
+    for part in slices if with_texts else ():
+        yield b"," * bool(part.start) + encode_json([model.tokenizer.token_text(id_) for id_ in ids[part]])[1:-1]
+    if with_texts:
+        yield b"]}"
 
 
-async def _prompt_ids(body: TokenizeRequest, prompt: str, model: ServedModel) -> list[int]:
+def _json_response(pieces: Iterator[bytes], *, is_large: bool) -> Response:
+    """Answer with JSON in pieces: at once, or one after the other, made in threads as the client reads them."""
+    if is_large:
+        return StreamingResponse(pieces, media_type=JsonResponse.media_type)
+    return Response(b"".join(pieces), media_type=JsonResponse.media_type)
+
+
+async def _prompt_ids(body: TokenizeRequest, prompt: str, model: ServedModel) -> TokenIds:
     if body.messages is not None:
         raise RequestError("prompt and messages cannot both be given.", param="messages")
     for name in TemplateOptions.model_fields:
@@ -121,7 +140,7 @@ async def _prompt_ids(body: TokenizeRequest, prompt: str, model: ServedModel) ->
     return await model.encode(prompt, add_bos=add_bos, any_length=True)
 
 
-async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
+async def _chat_ids(context: RequestContext, body: TokenizeRequest, model: ServedModel) -> TokenIds:
     if body.messages is None:
         raise RequestError("Either prompt or messages is needed.", param="prompt", code="missing_required_parameter")
     if body.add_special_tokens:
@@ -129,7 +148,9 @@ async def _chat_ids(body: TokenizeRequest, model: ServedModel) -> list[int]:
         raise RequestError(message, param="add_special_tokens")
     # keep_tokens allows more tokens than the context has.
     conversation = await off_loop_if_large(read_chat, body.messages, body, keep_tokens=MAX_INT)
-    return (await prepare_turn(conversation, model)).prompt
+    context.hold("tokenizing", tokenizing_bytes(conversation))
+    prompt, _, _ = await prepare_prompt(conversation, model)
+    return prompt
 
 
 async def detokenize(context: RequestContext, body: DetokenizeRequest, model: ServedModel) -> Response:
@@ -138,7 +159,13 @@ async def detokenize(context: RequestContext, body: DetokenizeRequest, model: Se
     if body.tokens and max(body.tokens) >= size:
         raise RequestError(f"tokens has a token id outside 0 to {size - 1}.", param="tokens")
 
-    def answer() -> Response:
-        return JsonResponse({"prompt": model.tokenizer.decode(body.tokens, bool(body.skip_special_tokens))})
+    context.hold("tokenizing", TOKENIZING_FACTOR * len(body.tokens))
+    pieces = _detokenize_answer(body.tokens, model.tokenizer.decode_stream(bool(body.skip_special_tokens)))
+    return _json_response(pieces, is_large=len(body.tokens) >= LARGE_IDS)
 
-    return answer() if len(body.tokens) < LARGE_IDS else await asyncio.to_thread(answer)
+
+def _detokenize_answer(ids: list[int], stream: DecodeStream) -> Iterator[bytes]:
+    yield b'{"prompt":"'
+    for start in range(0, len(ids), LARGE_IDS):
+        yield encode_json("".join(map(stream.step, ids[start : start + LARGE_IDS])))[1:-1]
+    yield encode_json(stream.finish())[1:-1] + b'"}'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -107,7 +107,11 @@ class ChatTemplate:
             template.with_tools = cls(tokenizer, sources["tool_use"], origin)
         return template
 
-    def render(
+    def render(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """Return the ids of `render_pieces`."""
+        return [id_ for piece in self.render_pieces(messages, **options) for id_ in piece]
+
+    def render_pieces(
         self,
         messages: Sequence[Message],
         *,
@@ -115,8 +119,8 @@ class ChatTemplate:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Return the token ids of the prompt, with the leading token that the model was tuned with.
+    ) -> Iterator[list[int]]:
+        """Yield the token ids of the prompt piece by piece, with the leading token that the model was tuned with.
 
         Special tokens count as such only where the template writes them; spelled out in a message they are plain text.
         The prompt ends with the opening of an assistant's turn, or inside the last message if that is to be continued.
@@ -139,9 +143,13 @@ class ChatTemplate:
             raise ChatTemplateError("The messages have too many Unicode noncharacters.")
         chat, described, variables = self._shielded(given, guard)
         text = self._text(chat, {"tools": described, **variables}, mark, add_generation_prompt, continue_final_message)
-        ids = self._tokenizer.encode_prompt(text, guard=guard)
-        bos = self._tokenizer.bos_token_id
-        return [bos, *ids] if self._tokenizer.adds_bos and bos is not None and ids[:1] != [bos] else ids
+        del messages, described, given, texts, chat  # texts as long as the prompt
+        pieces = filter(None, self._tokenizer.prompt_pieces(text, guard=guard))
+        first, bos = next(pieces, []), self._tokenizer.bos_token_id
+        if self._tokenizer.adds_bos and bos is not None and first[:1] != [bos]:
+            yield [bos]
+        yield first
+        yield from pieces
 
     def _text(
         self, chat: list[dict[str, Any]], given: dict[str, Any], mark: str, generation: bool, continuation: bool

@@ -7,11 +7,11 @@ from typing import Any
 
 from ...engine.errors import RequestError
 from .conversation import Message
-from .served_model import ServedModel
+from .served_model import ServedModel, TokenIds
 
 Messages = Sequence[Message]
 Prompts = str | list[int] | list[str] | list[list[int]]  # one or more
-Render = Callable[[Messages], Awaitable[list[int]]]
+Render = Callable[[Messages], Awaitable[TokenIds]]
 
 
 def prompt_room(context: int, max_tokens: int | None) -> int:
@@ -23,7 +23,7 @@ def prompt_room(context: int, max_tokens: int | None) -> int:
     return context - (1 if max_tokens is None or max_tokens > context // 2 else max_tokens)
 
 
-def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max_tokens: int | None) -> list[int]:
+def truncate_prompt(prompt: TokenIds, keep: int | None, model: ServedModel, max_tokens: int | None) -> TokenIds:
     """Return the last `keep` ids of a prompt, -1 keeps those of `prompt_room`; raises `RequestError`."""
     if keep is None:
         return prompt
@@ -34,14 +34,14 @@ def truncate_prompt(prompt: list[int], keep: int | None, model: ServedModel, max
     return prompt[-keep:]
 
 
-async def render_newest(messages: Messages, first: int, room: int, render: Render) -> list[int]:
+async def render_newest(messages: Messages, first: int, room: int, render: Render) -> TokenIds:
     """Return the prompt of the `first` messages and as many of the newest as fit `room` tokens.
 
     The last message always stays, and so does the call whose result it is; results of dropped calls are dropped too. If
     even these messages are too many, return their prompt or raise the `RequestError` of `render`.
     """
 
-    async def fitting(start: int) -> list[int] | None:
+    async def fitting(start: int) -> TokenIds | None:
         try:
             prompt = await render([*messages[:first], *_since(messages, start)])
         except RequestError as error:
@@ -88,4 +88,4 @@ async def encode_prompts(
         await model.encode(prompt, add_bos=add_bos, any_length=keep is not None) if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
-    return [truncate_prompt(prompt, keep, model, max_tokens) for prompt in encoded]
+    return [model.fitting(truncate_prompt(prompt, keep, model, max_tokens), "prompt") for prompt in encoded]

@@ -13,7 +13,7 @@ from ...model.tokenizer import Tokenizer
 from ..http.body import is_large, off_loop, off_loop_if_large
 from ..http.errors import encode_json, shorten
 from .conversation import Conversation, Message, Sampling, ToolCall, ToolChoice
-from .served_model import LARGE_TEXT, ServedModel
+from .served_model import LARGE_TEXT, TOKENIZING_FACTOR, ServedModel, TokenIds
 from .template import MAX_DEPTH, ChatTemplate, ChatTemplateError, is_deeper
 from .tool_calls import Part, ToolCallFormat, TurnReader
 from .tool_choice import ToolOptions, read_tools
@@ -91,16 +91,29 @@ def read_turn(reader: TurnReader, text: str, cut: str | None) -> ParsedTurn:
     return ParsedTurn(parts, reader.finish_reason, reader.unfinished)
 
 
-async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
-    """Render, tokenise and check a conversation; raises `RequestError`."""
+def tokenizing_bytes(conversation: Conversation) -> int:
+    """Return how much memory it may take to render and tokenise a conversation that need not fit the context."""
+    return TOKENIZING_FACTOR * sum(len(message.text or "") for message in conversation.messages)
+
+
+async def prepare_prompt(
+    conversation: Conversation, model: ServedModel
+) -> tuple[TokenIds, ToolOptions | None, str | None]:
+    """Render, tokenise and check a conversation; return also its tools and its grammar. Raises `RequestError`."""
     tools = await off_loop_if_large(_tools, conversation, model)
-    max_tokens = conversation.max_tokens
     prompt = await _render(conversation, model, tools)
     if conversation.keep_tokens is not None:
-        prompt = truncate_prompt(prompt, conversation.keep_tokens, model, max_tokens)
+        prompt = truncate_prompt(prompt, conversation.keep_tokens, model, conversation.max_tokens)
+    return prompt, tools, await _grammar(conversation, tools, model)
+
+
+async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
+    """Turn a conversation into what the engine needs; raises `RequestError`."""
+    ids, tools, grammar = await prepare_prompt(conversation, model)
+    prompt = model.fitting(ids, conversation.messages_field)
+    max_tokens = conversation.max_tokens
     if max_tokens is None:
         max_tokens = model.defaults.get("max_tokens")
-    grammar = await _grammar(conversation, tools, model)
     # A grammar determines the answer's end, and the plain text that ends a turn may occur inside it, so it is then not
     # used as a stop string.
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
@@ -164,11 +177,12 @@ async def _grammar(conversation: Conversation, tools: ToolOptions | None, model:
     return grammar
 
 
-async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> list[int]:
+async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> TokenIds:
     """Return the prompt, without the messages that do not fit and may be dropped."""
     template = _template(model, tools)
     await off_loop_if_large(_check_template_options, conversation, template)
     context = model.engine.info.config.max_model_len
+    limited = conversation.messages_field if conversation.keep_tokens is None else None
     options: dict[str, Any] = {
         "tools": tools.tools if tools else None,
         "add_generation_prompt": conversation.add_generation_prompt,
@@ -176,13 +190,13 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
         "variables": {n: v for n, v in conversation.template_variables.items() if n in template.variables},
     }
 
-    async def render(messages: Sequence[Message]) -> list[int]:
+    async def render(messages: Sequence[Message]) -> TokenIds:
         messages = await off_loop_if_large(_tools_as_text, messages, model, tools)
         characters = sum(len(message.text or "") for message in messages)
         if conversation.keep_tokens is None and characters // model.longest_token > context:
-            raise model.too_long(characters, conversation.messages_field)
+            raise model.too_long(characters // model.longest_token, conversation.messages_field)
         is_long = len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT
-        work = partial(template.render, messages, **options)
+        work = partial(model.collect, template.render_pieces(messages, **options), limited)
         return await off_loop(work) if is_large.get() or is_long else work()
 
     try:

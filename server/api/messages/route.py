@@ -15,7 +15,7 @@ from ...chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Mess
 from ...chat.served_model import ServedModel
 from ...chat.structured import json_schema_grammar
 from ...chat.tool_calls import Part
-from ...chat.turn import Turn, prepare_turn, read_turn
+from ...chat.turn import Turn, prepare_prompt, prepare_turn, read_turn, tokenizing_bytes
 from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventStream, EventWriter
 from ...http.body import off_loop_if_large
@@ -47,10 +47,12 @@ async def create_message(context: RequestContext, body: wire.MessagesRequest, mo
     return JsonResponse(head | {"content": content} | end | {"usage": usage})
 
 
-async def count_tokens(_: RequestContext, body: wire.CountTokensRequest, model: ServedModel) -> Response:
+async def count_tokens(context: RequestContext, body: wire.CountTokensRequest, model: ServedModel) -> Response:
     """Count the tokens of a message's prompt, even if it is longer than the context."""
-    turn = await prepare_turn(await off_loop_if_large(read_conversation, body, keep_tokens=MAX_INT), model)
-    return JsonResponse({"input_tokens": len(turn.prompt)})
+    read = await off_loop_if_large(read_conversation, body, keep_tokens=MAX_INT)
+    with context.hold("tokenizing", tokenizing_bytes(read)):
+        prompt, _, _ = await prepare_prompt(read, model)
+    return JsonResponse({"input_tokens": len(prompt)})
 
 
 def read_conversation(body: wire.CountTokensRequest, **more: Any) -> Conversation:

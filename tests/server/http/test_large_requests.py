@@ -16,7 +16,7 @@ from pyllm.server.http import body as bodies
 
 HI = [{"role": "user", "content": "Hi"}]
 TURN = [(turn, name) for name in ("read_tools", "_check_template_options", "_tools_as_text", "sampling_params")]
-TURN += [(tool_choice, "is_deeper"), (bodies, "parse_body"), (ChatTemplate, "render")]
+TURN += [(tool_choice, "is_deeper"), (bodies, "parse_body"), (ChatTemplate, "_text")]
 CHAT = (
     "/v1/chat/completions",
     {"messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]},

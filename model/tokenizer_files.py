@@ -1,0 +1,127 @@
+"""Reads what a checkpoint's files say of its tokenizer and chat templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from .files import CheckpointError, read_json, read_text, shown
+from .long_text import unbounded_expression
+
+MAX_BYTES = 256 << 20  # of tokenizer.json; the largest published one has 40 MB
+MAX_ID = 2**22  # as in `DeepConfig`
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+EXTRAS = ("additional_special_tokens", "extra_special_tokens")  # keys for special tokens without a role
+
+
+def read_library(path: Path) -> tokenizers.Tokenizer:
+    """Read a `tokenizer.json`; raise `CheckpointError` if it is broken or of a kind that the family does not use."""
+    text = read_text(path, most=MAX_BYTES)
+    if text is None:
+        raise CheckpointError(f"{path.parent} has no tokenizer.json: copy it there from the checkpoint's source.")
+    try:
+        library = tokenizers.Tokenizer.from_str(text)
+        highest = max(library.get_vocab(with_added_tokens=True).values(), default=0)
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error!s:.200}): fetch it again.") from None
+    if "ByteLevel" not in repr(library.decoder):
+        raise CheckpointError(f"{path} is not a byte-level BPE tokenizer, the only kind that this family uses.")
+    if highest >= MAX_ID:
+        raise CheckpointError(
+            f"{path} has a token with the id {highest}, but ids must be below {MAX_ID}: fetch it again."
+        )
+    if (expression := unbounded_expression(library)) is not None:
+        raise CheckpointError(
+            f"{path} uses the regular expression {shown(expression)}, which may take too long on some "
+            "texts: PyLLM reads only those of GPT-2, GPT-4, GPT-4o, Llama 3 and Qwen 2, and runs of digits or spaces."
+        )
+    others = [token for token in library.get_added_tokens_decoder().values() if not token.special]
+    if any(t.rstrip for t in others) and (spaces := [t.content for t in others if t.content[:1].isspace()]):
+        raise CheckpointError(  # the library panics where one drops the white space with which the other begins
+            f"{path} has the added tokens {shown(spaces)}, which begin with white space, and others with rstrip: "
+            "remove one kind."
+        )
+    if missing := _undeclared_tokens(library):
+        raise CheckpointError(f"{path}: the post_processor uses {shown(missing)} without declaring it: fetch it again.")
+    return library
+
+
+def _undeclared_tokens(library: tokenizers.Tokenizer) -> list[str]:
+    """List the tokens that a template of the post-processor uses without declaring them: the library would panic."""
+    state = json.loads(library.post_processor.__getstate__()) if library.post_processor else {}
+    used: list[str] = []
+    for processor in [state, *state.get("processors", ())]:
+        if processor.get("type") == "TemplateProcessing":
+            pieces = [
+                piece["SpecialToken"]["id"]
+                for piece in processor["single"] + processor["pair"]
+                if "SpecialToken" in piece
+            ]
+            used += [name for name in pieces if name not in processor["special_tokens"]]
+    return used
+
+
+def special_names(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Read the special tokens in the file at `path` by role; those without a role get a key of their own."""
+
+    def require(condition: bool, name: str, kind: str) -> None:
+        if not condition:
+            raise CheckpointError(f"{path}: {name} must be {kind}, but got {shown(settings[name])}: fetch it again.")
+
+    entries: dict[str, Any] = {}
+    for name in EXTRAS:
+        extra = settings.get(name) or []
+        require(isinstance(extra, (list, dict)), name, "a list of tokens")
+        entries |= {
+            f"{name}_{n}": entry for n, entry in enumerate(extra.values() if isinstance(extra, dict) else extra)
+        }
+        require(all(isinstance(_content(entry), str) for entry in entries.values()), name, "a list of tokens")
+    declared = settings.get("added_tokens_decoder") or {}
+    require(isinstance(declared, dict), "added_tokens_decoder", "an object of tokens by id")
+    entries |= {f"added_{id_}": entry for id_, entry in declared.items()
+                if isinstance(entry, dict) and entry.get("special")}  # fmt: skip
+    for role in ROLES:
+        entries[role] = settings.get(role)
+        require(entries[role] is None or isinstance(_content(entries[role]), str), role, "a token")
+    names = {role: _content(entry) for role, entry in entries.items()}
+    return {role: name for role, name in names.items() if isinstance(name, str) and name}
+
+
+def _content(entry: Any) -> Any:
+    """Return the text of a token, which may be written as an object with its properties."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def find_chat_templates(folder: Path) -> tuple[dict[str, str], Path]:
+    """Return a checkpoint's chat templates by name, and the file that they come from.
+
+    As in transformers, the files `chat_template.jinja` ("default") and `additional_chat_templates/NAME.jinja` replace
+    what `tokenizer_config.json` has; then come `chat_template.json` and `config.json`. Raises `CheckpointError`.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    named = (folder / "additional_chat_templates").glob("*.jinja")
+    files |= {path.name.removesuffix(".jinja"): path for path in sorted(named)}
+    found = {name: text for name, path in files.items() if (text := read_text(path)) is not None}
+    if found:
+        return found, files[next(iter(found))]
+    for name in ("tokenizer_config.json", "chat_template.json", "config.json"):
+        path = folder / name
+        if (value := (read_json(path) or {}).get("chat_template")) is not None:
+            return _named_templates(path, value), path
+    return {}, folder
+
+
+def _named_templates(path: Path, value: Any) -> dict[str, str]:
+    """Return the templates that `chat_template` holds: one, an object of them by name, or a list with their names."""
+    pairs: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else [("default", value)]
+    if isinstance(value, list):
+        entries = [entry if isinstance(entry, dict) else {} for entry in value]
+        pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
+    if not pairs or not all(isinstance(part, str) and part.strip() for pair in pairs for part in pair):
+        kinds = 'a template, or templates by name such as {"default": "…", "tool_use": "…"}'
+        raise CheckpointError(f"{path}: chat_template must be {kinds}, but got {shown(value)}: fetch it again.")
+    return dict(pairs)
