@@ -80,7 +80,7 @@ def unbounded_expression(library: tokenizers.Tokenizer) -> str | None:
 
 
 class IndivisibleTextError(ValueError):
-    """A text of which too much can only be encoded together; the message is one sentence."""
+    """A text with a long part that can only be encoded together; the message is one sentence."""
 
 
 class Spellings(Protocol):

@@ -11,7 +11,8 @@ from starlette.responses import Response, StreamingResponse
 
 from ...engine.errors import RequestError
 from ...model.tokenizer import DecodeStream
-from ..chat.served_model import TOKENIZING_FACTOR, ServedModel, TokenIds
+from ..chat.served_model import TOKENIZING_FACTOR, ServedModel
+from ..chat.template import TokenIds
 from ..chat.turn import prepare_prompt, tokenizing_bytes
 from ..http.body import off_loop_if_large
 from ..http.errors import JsonResponse, encode_json

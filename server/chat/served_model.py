@@ -7,34 +7,29 @@ import difflib
 import logging
 import re
 import time
-from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from ...engine.client.async_engine import AsyncEngine
 from ...engine.client.launch import EngineProcess
-from ...engine.errors import RequestError
 from ...model.checkpoint.hub import resolve_model
 from ...model.files import folder_of, read_text
-from ...model.long_text import IndivisibleTextError
 from ...model.tokenizer import Tokenizer
 from ..flags import DEMO_FOLDER, DEMO_NAME, ConfigError, ModelFlags, ServerConfig
 from ..generation.defaults import read_defaults
 from ..generation.metrics import Metrics
 from ..http.body import is_large, off_loop
 from ..http.errors import ApiError, shorten
-from .template import ChatTemplate
+from .template import ChatTemplate, TokenIds, collect_ids, too_long
 from .tool_calls import FORMATS, ToolCallFormat, detect_format
 
 logger = logging.getLogger("pyllm.server")
 
 TOKENIZING_FACTOR = 10  # bytes of memory for each character of a text whose ids are all kept
-SLACK = 2**16  # tokens by which a prompt may exceed the context before it is refused without counting the rest
-TokenIds: TypeAlias = "list[int] | array[int]"  # an array, which takes a tenth of the memory, if there are very many
 PLACEHOLDERS = ("", "dummy")  # of clients that have no model to name, such as Hugging Face's InferenceClient
 WILDCARDS = frozenset("*?[")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,36 +67,12 @@ class ServedModel:
 
     async def encode(self, text: str, *, add_bos: bool, any_length: bool = False) -> TokenIds:
         """Tokenise plain text; raises `RequestError` if it cannot fit the context, unless `any_length`."""
-        if not any_length and len(text) // self.longest_token > self.engine.info.config.max_model_len:
-            raise self.too_long(len(text) // self.longest_token, "prompt")
-        pieces, most = self.tokenizer.encode_pieces(text, add_bos=add_bos), None if any_length else "prompt"
-        if len(text) < LARGE_TEXT and not is_large.get():
-            return self.collect(pieces, most)
-        return await off_loop(self.collect, pieces, most)
-
-    def collect(self, pieces: Iterator[list[int]], param: str | None = None) -> TokenIds:
-        """Return the ids of all pieces; raises `RequestError` as soon as those of `param` are far too many."""
-        most, ids = self.engine.info.config.max_model_len + SLACK, array("I")
-        try:
-            for piece in pieces:
-                ids.extend(piece)
-                if param is not None and len(ids) > most:
-                    raise self.too_long(len(ids), param)
-        except IndivisibleTextError as error:
-            raise RequestError(str(error), param=param) from None
-        return ids if len(ids) > most else self.tokenizer.shared(ids)
-
-    def fitting(self, ids: TokenIds, param: str) -> list[int]:
-        """Return the ids of a prompt as a list; raises `RequestError` if they are far too many for the context."""
-        if isinstance(ids, array) and len(ids) > self.engine.info.config.max_model_len + SLACK:
-            raise self.too_long(len(ids), param)
-        return list(ids)
-
-    def too_long(self, fewest: int, param: str) -> RequestError:
-        """Return the error for a prompt of at least `fewest` tokens, which cannot fit the context."""
-        limit = self.engine.info.config.max_model_len
-        message = f"This model's context is {limit} tokens, but the prompt has at least {fewest} tokens."
-        return RequestError(message, param=param, code="context_length_exceeded")
+        context = self.engine.info.config.max_model_len
+        if not any_length and len(text) // self.longest_token > context:
+            raise too_long(len(text) // self.longest_token, context, "prompt")
+        pieces = self.tokenizer.encode_pieces(text, add_bos=add_bos)
+        work = partial(collect_ids, pieces, self.tokenizer, context, None if any_length else "prompt")
+        return work() if len(text) < LARGE_TEXT and not is_large.get() else await off_loop(work)
 
 
 async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, ...] = ()) -> ServedModel:

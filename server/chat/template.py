@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 import minijinja
 
 from ...engine.errors import RequestError
+from ...model.long_text import IndivisibleTextError
 from ...model.tokenizer import Tokenizer
 from .conversation import Message, Tool, ToolCall
 
@@ -46,6 +48,10 @@ NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
 """Template variables that a request may not set; names ending in `_token` are refused too."""
 FUNCTIONS = frozenset({"range", "namespace", "dict", "debug", "cycler", "joiner", "lipsum"})
+
+
+SLACK = 2**16  # tokens by which a prompt may exceed the context before it is refused without counting the rest
+TokenIds: TypeAlias = "list[int] | array[int]"  # an array, which takes half of the memory, if there are very many
 
 
 class ChatTemplateError(RequestError):
@@ -230,6 +236,34 @@ class ChatTemplate:
         end = last.rstrip()
         stop = end if end and between.startswith(end) else between.rstrip()
         return () if not stop or self._tokenizer.spells_special(between) else (stop,)
+
+
+def collect_ids(pieces: Iterator[list[int]], tokenizer: Tokenizer, context: int, param: str | None) -> TokenIds:
+    """Return the ids of all pieces; raises `RequestError` as soon as those of `param` are far too many."""
+    ids = array("I")
+    try:
+        for piece in pieces:
+            ids.extend(piece)
+            if param is not None and len(ids) > context + SLACK:
+                raise too_long(len(ids), context, param)
+    except IndivisibleTextError as error:
+        raise RequestError(str(error), param=param) from None
+    return ids if len(ids) > context + SLACK else tokenizer.shared(ids)
+
+
+def require_list(ids: TokenIds, context: int, param: str) -> list[int]:
+    """Return the ids of a prompt for the engine; raises `RequestError` if they are far too many."""
+    if isinstance(ids, array):
+        if len(ids) > context + SLACK:
+            raise too_long(len(ids), context, param)
+        return ids.tolist()
+    return ids
+
+
+def too_long(fewest: int, context: int, param: str) -> RequestError:
+    """Return the error for a prompt of at least `fewest` tokens, which cannot fit the context."""
+    message = f"This model's context is {context} tokens, but the prompt has at least {fewest} tokens."
+    return RequestError(message, param=param, code="context_length_exceeded")
 
 
 def _describe(tool: Tool) -> dict[str, Any]:

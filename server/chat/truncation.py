@@ -7,7 +7,8 @@ from typing import Any
 
 from ...engine.errors import RequestError
 from .conversation import Message
-from .served_model import ServedModel, TokenIds
+from .served_model import ServedModel
+from .template import TokenIds, require_list
 
 Messages = Sequence[Message]
 Prompts = str | list[int] | list[str] | list[list[int]]  # one or more
@@ -88,4 +89,5 @@ async def encode_prompts(
         await model.encode(prompt, add_bos=add_bos, any_length=keep is not None) if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
-    return [model.fitting(truncate_prompt(prompt, keep, model, max_tokens), "prompt") for prompt in encoded]
+    context = model.engine.info.config.max_model_len
+    return [require_list(truncate_prompt(prompt, keep, model, max_tokens), context, "prompt") for prompt in encoded]

@@ -13,8 +13,17 @@ from ...model.tokenizer import Tokenizer
 from ..http.body import is_large, off_loop, off_loop_if_large
 from ..http.errors import encode_json, shorten
 from .conversation import Conversation, Message, Sampling, ToolCall, ToolChoice
-from .served_model import LARGE_TEXT, TOKENIZING_FACTOR, ServedModel, TokenIds
-from .template import MAX_DEPTH, ChatTemplate, ChatTemplateError, is_deeper
+from .served_model import LARGE_TEXT, TOKENIZING_FACTOR, ServedModel
+from .template import (
+    MAX_DEPTH,
+    ChatTemplate,
+    ChatTemplateError,
+    TokenIds,
+    collect_ids,
+    is_deeper,
+    require_list,
+    too_long,
+)
 from .tool_calls import Part, ToolCallFormat, TurnReader
 from .tool_choice import ToolOptions, read_tools
 from .truncation import prompt_room, render_newest, truncate_prompt
@@ -110,7 +119,7 @@ async def prepare_prompt(
 async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     """Turn a conversation into what the engine needs; raises `RequestError`."""
     ids, tools, grammar = await prepare_prompt(conversation, model)
-    prompt = model.fitting(ids, conversation.messages_field)
+    prompt = require_list(ids, model.engine.info.config.max_model_len, conversation.messages_field)
     max_tokens = conversation.max_tokens
     if max_tokens is None:
         max_tokens = model.defaults.get("max_tokens")
@@ -194,9 +203,9 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
         messages = await off_loop_if_large(_tools_as_text, messages, model, tools)
         characters = sum(len(message.text or "") for message in messages)
         if conversation.keep_tokens is None and characters // model.longest_token > context:
-            raise model.too_long(characters // model.longest_token, conversation.messages_field)
+            raise too_long(characters // model.longest_token, context, conversation.messages_field)
         is_long = len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT
-        work = partial(model.collect, template.render_pieces(messages, **options), limited)
+        work = partial(collect_ids, template.render_pieces(messages, **options), model.tokenizer, context, limited)
         return await off_loop(work) if is_large.get() or is_long else work()
 
     try:

@@ -53,12 +53,12 @@ def test_truncation_drops_the_result_of_a_call_that_is_gone(create, harness):
 @pytest.mark.parametrize("size", [100, 1])
 def test_truncation_reads_once_and_renders_little_too_much(create, harness, monkeypatch, size):
     read, rendered = [], []
-    read_conversation, render = responses.read_conversation, ChatTemplate.render
+    read_conversation, render = responses.read_conversation, ChatTemplate.render_pieces
     monkeypatch.setattr(
         responses, "read_conversation", lambda *given: read.append(read_conversation(*given)) or read[-1]
     )
     monkeypatch.setattr(
-        ChatTemplate, "render", lambda *given, **more: rendered.append(len(given[1])) or render(*given, **more)
+        ChatTemplate, "render_pieces", lambda *given, **more: rendered.append(len(given[1])) or render(*given, **more)
     )
     items = [{"role": "user", "content": f"{number:04}" + "." * size} for number in range(1000)]
     create(input=items, truncation="auto", max_output_tokens=20)

@@ -100,14 +100,14 @@ def test_depth_is_counted_in_lists_and_objects(value, depth):
 
 def test_long_texts_are_read_off_the_event_loop(harness, monkeypatch):
     threads = []
-    encode = harness.tokenizer.encode
+    encode_pieces = harness.tokenizer.encode_pieces
 
     def note(text, **options):
         if text.startswith("x"):
             threads.append(threading.current_thread() is threading.main_thread())
-        return encode(text, **options)
+        yield from encode_pieces(text, **options)
 
-    monkeypatch.setattr(harness.tokenizer, "encode", note)
+    monkeypatch.setattr(harness.tokenizer, "encode_pieces", note)
     harness.engine.configure(max_model_len=10_000)
     harness.complete(prompt="x" * 5000)
     harness.complete(prompt="x")
