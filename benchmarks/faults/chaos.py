@@ -1,7 +1,7 @@
 """What abuse does to a server with the bundled model: the scenes of `tests/e2e/test_chaos.py`, and what they measure.
 
     python benchmarks/faults/chaos.py                         # all scenes, with a soak of two minutes
-    python benchmarks/faults/chaos.py --scene soak --minutes 10
+    python benchmarks/faults/chaos.py --scene soak --minutes 60 --owners
     python benchmarks/faults/chaos.py --quick                 # a little of each
 
 Prints one line of JSON per scene, then a table. A scene that fails is reported as broken.
@@ -56,9 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scene", choices=list(SCENES), action="append", help="only this one; repeatable")
     parser.add_argument("--minutes", type=float, default=2, help="of the soak")
+    parser.add_argument("--owners", action="store_true", help="say what holds the memory that a soak has grown by")
     parser.add_argument("--quick", action="store_true", help="less of everything, and half a minute of soak")
     args = parser.parse_args()
     environment = {"CHAOS_MINUTES": str(args.minutes), "CHAOS_QUICK": "1" if args.quick else ""}
+    environment |= {"CHAOS_OWNERS": "1"} if args.owners else {}
     rows = []
     for scene in args.scene or SCENES:
         result = play(scene, environment)

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from support.hostile import Outcome, Prober, canary, post, send_all
 from support.hostile_groups import CONCURRENCY, FLAGS, GROUPS
+from support.memory_owners import growth, watched
 from support.serving import PATIENCE, ServerProcess, is_running, posted, wait_for
 from support.soak import open_files, soak
 
@@ -43,11 +44,11 @@ def record(record_property: Callable[[str, object], None]) -> Record:
 
 
 @contextlib.contextmanager
-def server_of(*flags: str, exit_code: int = 0, port: int = 0) -> Any:
+def server_of(*flags: str, exit_code: int = 0, port: int = 0, **variables: str) -> Any:
     """A server of the bundled model, with its log in a temporary folder."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        ServerProcess(Path(folder) / "log", *flags, exit_code=exit_code, port=port) as server,
+        ServerProcess(Path(folder) / "log", *flags, exit_code=exit_code, port=port, **variables) as server,
     ):
         yield server
 
@@ -251,23 +252,28 @@ def test_half_open_connections_are_closed(record: Record) -> None:
     assert not open_ones
 
 
-def test_soak_leaves_no_block_and_no_error(record: Record) -> None:
-    """Mixed load, and what remains after it."""
-    minutes = 0.5 if QUICK else MINUTES
-    with server_of("--served-model-name", "tiny", "--max-num-seqs", "16", "--num-kv-blocks", "512") as server:
+def test_soak_leaves_no_block_and_no_error(record: Record, tmp_path: Path) -> None:
+    """Mixed load, and what remains after it; with CHAOS_OWNERS, what holds the memory."""
+    minutes, grammars = (0.5, 100) if QUICK else (MINUTES, 1500)
+    flags = ("--served-model-name", "tiny", "--max-num-seqs", "16", "--num-kv-blocks", "512")
+    variables = watched(tmp_path / "owners", 60 * minutes / 20) if os.environ.get("CHAOS_OWNERS") else {}
+    with server_of(*flags, "--batch-dir", str(tmp_path / "files"), **variables) as server:
+        names = {server.process.pid: "api", server.engine_pid: "engine"}
         asyncio.run(soak(server, min(10, 20 * minutes)))
         server.wait_until_idle()
         with Prober(server.url) as prober:
-            found = asyncio.run(soak(server, 60 * minutes, seed=60))
+            found = asyncio.run(soak(server, 60 * minutes, seed=60, grammars=grammars, batches=True))
         after = server.wait_until_idle()
     middle = len(found.files) // 2
     errors = sum(n for status, n in found.statuses.items() if status >= 500)
     record(
         minutes=minutes, requests=found.statuses.total(), errors=errors, statuses=dict(sorted(found.statuses.items())),
+        batches=found.batches,
         rss_mb=[[round(size / 1e6, 1) for size in found.memory[at][1:]] for at in (0, len(found.memory) // 2, -1)],
         rss_slopes_second_half_mb_per_hour=[round(slope, 1) for slope in found.slopes()],
         files_max=[max(found.files[:middle]), max(found.files[middle:])],
         p99_s=[round(found.p99(third), 3) for third in range(3)], p99_ratio=round(found.p99(2) / found.p99(0), 2),
         kv_share=after.kv_cache_usage_perc, health_p99_s=round(prober.p99(), 3),
+        **{f"owners_{name}": growth(tmp_path / "owners", pid) for pid, name in names.items() if variables},
     )  # fmt: skip
     assert (errors, after.kv_cache_usage_perc) == (0, 0)

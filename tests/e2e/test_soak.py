@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 
 import httpx
 import pytest
-from support.serving import ServerProcess, wait_for
+from support.serving import PATIENCE, ServerProcess, children, wait_for
 from support.soak import PROBE, Soak, memory, open_files, soak
+
+from pyllm.engine.grammar.compiler import COMPILERS
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in Linux's /proc")
 FLAGS = ("--served-model-name", "tiny", "--max-num-seqs", "16", "--num-kv-blocks", "512")
@@ -20,6 +23,7 @@ REPEATS, LEAST_LEAK = 2000, 1000
 def check(server: ServerProcess, seconds: float) -> Soak:
     """Nothing but answers during the load, and everything freed after it."""
     asyncio.run(soak(server, 3))  # what is loaded when it is first needed
+    wait_for(lambda: try_grammars(server) == COMPILERS, "all that compile grammars to run")
     before = server.wait_until_idle()
     files = wait_until_closed(server)
     answer = httpx.post(f"{server.url}/v1/completions", json=PROBE).json()["choices"]
@@ -31,6 +35,19 @@ def check(server: ServerProcess, seconds: float) -> Soak:
     assert wait_until_closed(server) <= files
     assert httpx.post(f"{server.url}/v1/completions", json=PROBE).json()["choices"] == answer
     return found
+
+
+def try_grammars(server: ServerProcess) -> int:
+    """Send new grammars at once; return how many processes have been started for them."""
+
+    async def send() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as http:
+            bodies = [{"prompt": "x", "max_tokens": 1, "structured_outputs": {"regex": f"{random.random()}"}}
+                      for _ in range(8)]  # fmt: skip
+            await asyncio.gather(*(http.post("/v1/completions", json=body) for body in bodies))
+
+    asyncio.run(send())
+    return len(children(server.engine_pid))
 
 
 def wait_until_closed(server: ServerProcess) -> int:
