@@ -1,6 +1,19 @@
 """`python -m pyllm` is the `pyllm` command."""
 
-from .server.cli.main import main
+from __future__ import annotations
+
+import sys
+
+from .server.lifetime import Lifetime
+
+
+def main() -> None:
+    """Run the command line."""
+    lifetime = Lifetime.begin(sys.argv[1:])  # before the imports that take long
+    from .server.cli.main import main as run
+
+    run(lifetime=lifetime)
+
 
 if __name__ == "__main__":
     main()

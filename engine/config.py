@@ -25,9 +25,17 @@ Settings = TypeVar("Settings")
 Bytes = NewType("Bytes", int)  # may also be given with a unit, such as 512MB or 2GiB
 
 
-def setting(default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, secret: bool = False) -> Any:
-    """Declare a field of a settings class with its help and its inclusive bounds; a secret is hidden in the repr."""
-    return field(default=default, metadata={"text": text, "low": low, "high": high}, repr=not secret)
+def setting(
+    default: Any, text: str, *, low: float = -math.inf, high: float = math.inf,
+    secret: bool = False, guard: bool = False,
+) -> Any:  # fmt: skip
+    """Declare a field of a settings class with its help and its inclusive bounds.
+
+    A secret is hidden in the repr. A guard protects the server, so it is refused if it is set but empty, as when the
+    value of a template or of a variable is missing; every secret is one.
+    """
+    metadata = {"text": text, "low": low, "high": high, "guard": guard or secret}
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,7 @@ class Setting:
     text: str
     low: float
     high: float
+    guard: bool
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -50,14 +59,16 @@ class Setting:
 
     def convert(self, raw: Any, source: str) -> Any:
         """Convert text or a value from YAML, JSON or Python; raise a `ValueError` that names `source`."""
-        if (raw is None and self.default is None) or (self.kind == "json" and isinstance(raw, SpeculativeConfig)):
+        if (raw is None and self.default is None and not self.guard) or (
+            self.kind == "json" and isinstance(raw, SpeculativeConfig)
+        ):
             return raw
         if not all(_is_text(part) for part in (raw if isinstance(raw, list) else [raw])):
             raise ValueError(f"{source} is not UTF-8 text.")
         if self.kind == "list":
             items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
             whole = isinstance(items, list) and all(isinstance(item, str) and item.strip() for item in items)
-            if not whole or (self.secret and not items):  # a list of no keys would open the server
+            if not whole or (self.guard and not items):
                 raise ValueError(f"{source} must be one or more strings, none of them empty.")
             return tuple(items)
         if self.kind == "switch":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from .client.launch import IGNORED_SIGNALS
 from .config import EngineConfig
 from .errors import EngineStartError, RequestError
 from .messages import (
@@ -121,12 +123,20 @@ def _handle(core: EngineCore, message: EngineRequest | Abort | CheckGrammar) -> 
     return None
 
 
+def _end_with_api_process(sock: socket.socket) -> None:
+    """End this process when the API process has closed its end, even in the middle of loading or of a long step."""
+    poll = select.poll()
+    poll.register(sock, 0)  # only hang-ups, not data
+    poll.poll()
+    os._exit(0)
+
+
 def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
     """Read the configuration from the socket, build the engine, `prepare` it (for tests), report and serve."""
-    # A supervisor may send SIGTERM to every process; the API process ends this one, after draining.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[-1])) as sock:
+        threading.Thread(target=_end_with_api_process, args=(sock,), name="hangup", daemon=True).start()
         frames = read_frames(sock.makefile("rb"))
         from .build import build_engine  # slow, so the API process prepares the configuration meanwhile
 

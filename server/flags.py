@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 class ModelFlags(EngineSettings):
     """The flags of every command that runs a model."""
 
-    config: str | None = setting(None, "YAML file with values for these flags")
+    config: str | None = setting(None, "YAML file with values for these flags", guard=True)
     model: str | None = setting(None, "folder or hub id of the checkpoint (default: the bundled demo model)")
     revision: str | None = setting(None, "branch, tag or commit of a hub id (default: its main branch)")
     chat_template: str | None = setting(None, "file with a Jinja chat template to use instead of the checkpoint's")
@@ -75,21 +75,27 @@ class ServerConfig(ModelFlags):
     )
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 picks a free one", low=0, high=65535)
-    uds: str | None = setting(None, "Unix socket to listen on, instead of host and port")
+    uds: str | None = setting(None, "Unix socket to listen on, instead of host and port", guard=True)
     api_key: tuple[str, ...] = setting((), "key that clients must send; repeat it for several", secret=True)
     api_key_file: str | None = setting(
-        None, "file with a key in each line, perhaps a name and limits; read again when it changes"
+        None, "file with a key in each line, perhaps a name and limits; read again when it changes", guard=True
     )
-    isolate_cache_by_key: bool = setting(False, "share the prefix cache only among requests with the same API key")
+    isolate_cache_by_key: bool = setting(
+        False, "share the prefix cache only among requests with the same API key", guard=True
+    )
     fair_scheduling: bool | None = setting(
         None,
         "let clients take turns, by key or without keys by address, so that many requests of one do not delay "
         "another's (default: on with several keys)",
     )
-    allowed_origins: tuple[str, ...] = setting((), "origin whose web pages may call the API (CORS); * allows all")
+    allowed_origins: tuple[str, ...] = setting(
+        (), "origin whose web pages may call the API (CORS); * allows all", guard=True
+    )
     root_path: str = setting("", "path under which a proxy serves this server")
-    ssl_keyfile: str | None = setting(None, "PEM file with the private key to serve HTTPS; needs --ssl-certfile")
-    ssl_certfile: str | None = setting(None, "PEM file with the certificate (chain) of that key")
+    ssl_keyfile: str | None = setting(
+        None, "PEM file with the private key to serve HTTPS; needs --ssl-certfile", guard=True
+    )
+    ssl_certfile: str | None = setting(None, "PEM file with the certificate (chain) of that key", guard=True)
     max_logprobs: int = setting(
         MAX_LOGPROBS, "maximum logprobs per token that a request may ask for", low=0, high=MAX_LOGPROBS
     )
@@ -303,10 +309,10 @@ def load_config(
     raw: dict[str, tuple[Any, str]] = {}
     for name, own in known.items():
         variable = ENVIRONMENT_PREFIX + name.upper()
-        # An empty variable counts as absent; but a key that failed to load must not open the server to all.
+        # An empty variable counts as absent, unless it was to protect the server.
         if SERVICE_ADDRESS.fullmatch(value := environment.get(variable, "")) and name == "port":
             continue
-        if value or (variable in environment and own.secret):
+        if value or (variable in environment and own.guard):
             raw[name] = value, variable
     raw |= {name.lstrip("_"): (value, _option(name.lstrip("_"))) for name, value in found.items()}
     if "config" in raw:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import gc
 import logging
-import os
 import signal
 import socket
-import ssl
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio.lowlevel
 import uvicorn
@@ -32,27 +28,27 @@ from .flags import ConfigError, ServerConfig
 from .generation.tracing import Tracing
 from .http.connection_limits import ConnectionLimits, ConnectionMonitor
 from .http.protocol import HttpProtocol
+from .lifetime import Lifetime
+from .listen import check_certificate, listen_on_addresses, listen_on_file
 from .restarts import Restarts
 from .service import Service
 
 logger = logging.getLogger("pyllm.server")
 
 KEEP_ALIVE_SECONDS = 60
-UNSENT_BYTES = 128 * 2**10  # how much of a response the system buffers; with more, slow clients would look fast
 LAST_ERRORS_SECONDS = 2.0  # to send the errors of the requests that still run when the server stops
 TLS_CLOSE_SECONDS = 1.0  # for the peer's TLS close_notify: many never send it, and stay connected until then
-# OpenSSL's reasons for a key and a certificate that do not belong together.
-MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+SIGNAL_NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (which reloads nothing)"}
 KERNELS = {"native": "compiled kernels", "triton": "Triton kernels", "torch": "plain torch"}
 
 
-def serve(config: ServerConfig, process: EngineProcess) -> int:
-    """Serve with the engine of `process` until a signal arrives or the engine dies; return the exit code.
+def serve(config: ServerConfig, process: EngineProcess, lifetime: Lifetime) -> NoReturn:
+    """Serve with the engine of `process` until a signal arrives or the engine dies; then exit.
 
     Raises `ConfigError` or an error of `load` if it cannot start; the message is one sentence to show the user.
     """
     if config.ssl_keyfile is not None or config.ssl_certfile is not None:
-        _check_certificate(config.ssl_keyfile, config.ssl_certfile)
+        check_certificate(config.ssl_keyfile, config.ssl_certfile)
     if config.isolate_cache_by_key and not (config.api_key or config.api_key_file):
         raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key or --api-key-file.")
     batches = None
@@ -60,66 +56,12 @@ def serve(config: ServerConfig, process: EngineProcess) -> int:
         shared = len(config.api_key) > 1 or config.api_key_file is not None
         batches = BatchStore(Path(config.batch_dir).expanduser(), config.batch_dir_size, shared=shared)
     tracing = Tracing(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
-    sockets = [] if config.uds else _bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        server = _ServerProcess(config, process, sockets, tracing, batches)
-        code = runner.run(server.run())
-        if server.interrupted_loading:
-            # A download may still run in a thread, and the interpreter would wait for it.
-            process.kill()
-            sys.stderr.flush()
-            os._exit(code)
-    if tracing is not None:
-        tracing.close()
-    return code
-
-
-def _check_certificate(key: str | None, certificate: str | None) -> None:
-    """Raise `ConfigError` if HTTPS cannot use the files."""
-    if not key or not certificate:
-        raise ConfigError("HTTPS needs both --ssl-keyfile and --ssl-certfile.")
-    for flag, path in (("--ssl-keyfile", key), ("--ssl-certfile", certificate)):
-        try:
-            Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}.") from None
-    try:
-        # OpenSSL would ask for the password of an encrypted key on the terminal; an empty one makes it fail.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
-    except ssl.SSLError as error:
-        reason = error.reason.replace("_", " ").lower() if error.reason else "not unencrypted PEM"
-        if error.reason in MISMATCHES:
-            reason = "they do not belong together"
-        raise ConfigError(f"--ssl-keyfile {key} and --ssl-certfile {certificate} cannot be used: {reason}.") from None
-
-
-def _bind(host: str, port: int) -> list[socket.socket]:
-    """Listen on the addresses of `host` that this machine has; raise `ConfigError` if there are none, or one fails."""
-    sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, *_, address in dict.fromkeys(found):
-            chosen = sockets[0].getsockname()[1] if sockets else port
-            try:
-                both = address[0] == "::" and socket.has_dualstack_ipv6()  # all addresses, those of IPv4 too
-                listener = socket.create_server((address[0], chosen, *address[2:]), family=family, dualstack_ipv6=both)
-                sockets.append(listener)
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                missing = error  # such as ::1 of `localhost` on a machine without IPv6
-        if missing is not None and not sockets:
-            raise missing
-    except OSError as error:
-        for listener in sockets:
-            listener.close()
-        reason = (error.strerror or str(error)).lower().partition(" (while")[0]
-        raise ConfigError(f"Cannot listen on {host}:{port} ({reason}): choose another --host or --port.") from None
-    for listener in sockets:
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections inherit it
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-    return sockets
+        code = runner.run(_ServerProcess(config, process, lifetime, tracing, batches).run())
+        if tracing is not None:
+            tracing.close()
+        # A download or a tokenizer may still run in a thread, for which the loop and the interpreter would wait.
+        lifetime.exit(code)
 
 
 class _HttpServer(uvicorn.Server):
@@ -133,17 +75,16 @@ class _HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, with shorter TLS timeouts than uvicorn's 60 s for the handshake and 30 s for the close."""
         config, loop = self.config, asyncio.get_running_loop()
-        if config.ssl is None or sockets is None:
-            await super().startup(sockets)
-            return
         make: Any = config.http_protocol_class
         state = self.lifespan.state
         protocol = functools.partial(make, config=config, server_state=self.server_state, app_state=state)
-        options: Any = {"ssl_handshake_timeout": self.handshake_timeout, "ssl_shutdown_timeout": TLS_CLOSE_SECONDS}
-        self.servers = [
-            await loop.create_server(protocol, sock=listener, ssl=config.ssl, backlog=config.backlog, **options)
-            for listener in sockets
-        ]
+        options: Any = {"ssl": config.ssl, "backlog": config.backlog}
+        if config.ssl is not None:
+            options |= {"ssl_handshake_timeout": self.handshake_timeout, "ssl_shutdown_timeout": TLS_CLOSE_SECONDS}
+        self.servers = []
+        for listener in sockets or ():
+            serve = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+            self.servers.append(await serve(protocol, sock=listener, **options))
         self.started = True
 
 
@@ -151,17 +92,17 @@ class _ServerProcess:
     """Listens, loads the model, serves and shuts down, in this order."""
 
     def __init__(
-        self, config: ServerConfig, process: EngineProcess, sockets: list[socket.socket], tracing: Tracing | None,
+        self, config: ServerConfig, process: EngineProcess, lifetime: Lifetime, tracing: Tracing | None = None,
         batches: BatchStore | None = None,
     ) -> None:  # fmt: skip
-        self.interrupted_loading = False
-        self._config, self._process, self._sockets = config, process, sockets
+        self.sockets: list[socket.socket] = []  # on which it listens
+        self._config, self._process, self._lifetime = config, process, lifetime
         self._service = Service(config, tracing=tracing, batches=batches)
         self._app = create_app(self._service)
         self._monitor = ConnectionMonitor(ConnectionLimits.from_config(config))
         self._http = _HttpServer(
             uvicorn.Config(
-                self._app, uds=config.uds,
+                self._app,
                 http=functools.partial(HttpProtocol, monitor=self._monitor), ws="none",  # type: ignore[arg-type]  # it is only called
                 ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile, lifespan="off",
                 log_config=None, access_log=False, server_header=False,
@@ -171,13 +112,24 @@ class _ServerProcess:
         self._http.handshake_timeout = config.header_timeout
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
+        self._stopped_by = ""
 
     async def run(self) -> int:
         """Run until the end; return the exit code."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-        http = loop.create_task(self._http.serve(sockets=self._sockets or None))
+        self._lifetime.on_stop = lambda number: loop.call_soon_threadsafe(self._on_signal, number)
+        try:
+            # Names may take long to resolve.
+            await _first_of(listening := asyncio.create_task(asyncio.to_thread(self._listen)), self._stop.wait())
+            if not listening.done():
+                return 0
+            self.sockets = listening.result()
+            return await self._run()
+        finally:
+            self._lifetime.on_stop = None
+
+    async def _run(self) -> int:
+        http = asyncio.create_task(self._http.serve(sockets=self.sockets))
         connections: Any = self._http.server_state.connections  # each is an `HttpProtocol`
         self._monitor.watch(connections)
         try:
@@ -190,9 +142,17 @@ class _ServerProcess:
             self._http.force_exit = self._force.is_set()
             await asyncio.wait([http])
 
-    def _on_signal(self) -> None:
+    def _listen(self) -> list[socket.socket]:
+        if not self._config.uds:
+            return listen_on_addresses(self._config.host, self._config.port)
+        listener, remove = listen_on_file(str(Path(self._config.uds).expanduser()))
+        self._lifetime.defer(remove)
+        return [listener]
+
+    def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
             self._force.set()
+        self._stopped_by = self._stopped_by or SIGNAL_NAMES.get(number, number.name)
         self._stop.set()
 
     async def _load(self, http: asyncio.Task[None]) -> ServedModel | None:
@@ -202,13 +162,14 @@ class _ServerProcess:
         await _first_of(loading, http, self._stop.wait())
         if not loading.done():
             loading.cancel()
-            if (uds := self._config.uds) and http.done() and isinstance(error := http.exception(), OSError):
-                raise ConfigError(f"Cannot listen on the socket {uds} ({error.strerror}): choose another --uds.")
-            self.interrupted_loading = True
+            if self._stop.is_set():
+                logger.info("Stopping on %s while loading.", self._stopped_by)
             with contextlib.suppress(asyncio.CancelledError):
                 await loading
             return None
         self._service.model = model = loading.result()
+        if (output := self._lifetime.output) is not None:
+            model.metrics.log_lines_dropped = lambda: output.num_dropped
         gc.freeze()  # what is loaded stays, so the garbage collector need not scan it again and again
         self._announce(model)
         return model
@@ -236,7 +197,7 @@ class _ServerProcess:
         if self._config.uds:
             url = f"the socket {self._config.uds}"
         else:
-            host, port = self._sockets[0].getsockname()[:2]
+            host, port = self.sockets[0].getsockname()[:2]
             scheme = "https" if self._config.ssl_certfile else "http"
             url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self._config.root_path}/v1"
         logger.info(f"Ready after {time.monotonic() - self._process.started:.1f} s on {url}")
@@ -256,7 +217,7 @@ class _ServerProcess:
         engine = (service.model or model).engine
         service.draining = True
         if self._stop.is_set():
-            logger.info("Stopping; requests in flight: %d", service.in_flight)
+            logger.info("Stopping on %s; requests in flight: %d", self._stopped_by, service.in_flight)
             timeout = self._config.shutdown_timeout
             await _first_of(service.idle.wait(), engine.wait_dead(), self._force.wait(), seconds=timeout)
             code = 1 if self._force.is_set() or not (engine.is_alive or restarting) else 0
@@ -265,6 +226,7 @@ class _ServerProcess:
         else:
             logger.error("The engine has died: %s Stopping the server.", engine.error)
             code = 1
+        self._lifetime.settle(code)
         # Requests in flight fail now, and their clients receive the errors.
         await engine.shutdown(timeout=0.1 if code else 5.0)
         await _first_of(service.idle.wait(), self._force.wait(), seconds=LAST_ERRORS_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,8 @@ THREAD_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
 # engine's memory still grew after eight minutes of mixed load; with one, it is constant after two.
 MEMORY_SETTINGS = {"MALLOC_ARENA_MAX": "1"}
 KILL_SECONDS = 3.0  # how long to wait for a killed process
+# A supervisor or a terminal may send these to every process; the API process ends the engine, after draining.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def python() -> list[str]:
@@ -40,6 +43,8 @@ class EngineProcess:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.socket, theirs = socket.socketpair()
+        # Blocked in the new process from its first moment; it ignores them once it can.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         with theirs:
             try:
                 # In a session of its own, so that Ctrl-C in a terminal reaches only this process, which then decides.
@@ -51,6 +56,8 @@ class EngineProcess:
             except BaseException:
                 self.socket.close()
                 raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
     def configure(self, config: EngineConfig) -> None:
         """Send the process its settings, once, without waiting for it."""

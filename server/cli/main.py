@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -21,7 +22,8 @@ from ..flags import (
     load_config,
     unknown_variables,
 )
-from ..http.logs import configure_logging
+from ..http.logs import configure_logging, dropped_notice
+from ..lifetime import Lifetime
 
 logger = logging.getLogger("pyllm.server")
 
@@ -40,16 +42,17 @@ USAGE_ERROR = 2
 MAX_MESSAGE = 4000  # characters of an error
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, lifetime: Lifetime | None = None) -> None:
     """Run the command line and exit: 0 on success, 2 with one sentence on stderr if it cannot start."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    lifetime = lifetime or Lifetime.begin(words)
     if words[:1] == ["--version"]:
         print(f"pyllm {__version__}")
         sys.exit(0)
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         sys.exit(0 if words else USAGE_ERROR)
-    sys.exit(_run(words[0], words[1:]))
+    sys.exit(_run(words[0], words[1:], lifetime))
 
 
 def _help() -> str:
@@ -58,7 +61,7 @@ def _help() -> str:
     return f"usage: pyllm COMMAND [OPTIONS]\n\n{commands}\n\n{end}"
 
 
-def _run(command: str, words: list[str]) -> int:
+def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"Unknown command {command[:200]!r}: use one of {', '.join(COMMANDS)}.")
@@ -69,19 +72,33 @@ def _run(command: str, words: list[str]) -> int:
             raise ConfigError('A prompt is needed, as in: pyllm generate "Once upon a time".')
     except ConfigError as error:
         return _fail(error)
-    configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
+    formatter = configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
+    if isinstance(config, ServerConfig):
+        lifetime.take_output(functools.partial(dropped_notice, formatter))
+    else:
+        lifetime.hand_back()
     for sentence in unknown_variables(os.environ, cls, [other for other, *_ in COMMANDS.values()]):
         logger.warning(sentence)
+    code = _start(entry, config, lifetime)
+    if isinstance(config, ServerConfig):
+        lifetime.exit(code)
+    return code
+
+
+def _start(entry: str, config: ModelFlags, lifetime: Lifetime) -> int:
     # The engine's libraries take a second to load, so its process starts now, while this one loads its own.
-    process = None if isinstance(config, BenchConfig) else EngineProcess()
+    process = None
     try:
-        return _call(entry, config, process)
+        if not isinstance(config, BenchConfig):
+            process = EngineProcess()
+            lifetime.defer(process.kill)
+        return _call(entry, config, process, lifetime)
     finally:
         if process is not None:
             process.kill()
 
 
-def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
+def _call(entry: str, config: ModelFlags, process: EngineProcess | None, lifetime: Lifetime) -> int:
     """Run a command's function; if it fails, print why in one sentence."""
     from ...engine.errors import EngineDeadError, EngineStartError, RequestError
     from ...model.files import CheckpointError
@@ -90,6 +107,8 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None) -> int:
     try:
         module, _, function = entry.partition(":")
         run = getattr(import_module(module, __package__), function)
+        if isinstance(config, ServerConfig):
+            return int(run(config, process, lifetime))
         return int(run(config) if process is None else run(config, process))
     except EngineDeadError as error:
         return _fail(error, 1)

@@ -22,7 +22,7 @@ PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
 NOT_IN_VLLM = frozenset(
     PREFIX + name
     for name in ("engine_step_seconds", "engine_restarts", "expert_tokens", "expert_reroutes", "http_responses")
-)
+) | {PREFIX + "log_lines_dropped"}
 ENGINE_COUNTS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "num_drafts", "num_draft_tokens")
 """Fields of `EngineStats` that count since the engine's start."""
 LABEL = "model_name"
@@ -63,6 +63,7 @@ class Metrics(Counts, Collector):
         self._vllm_names = vllm_names
         self._stats = stats
         self._previous = EngineStats()  # totals of the engines before this one
+        self.log_lines_dropped: Callable[[], int] = lambda: 0
         self._num_restarts = 0
         self._created = time.time()
 
@@ -85,6 +86,7 @@ class Metrics(Counts, Collector):
             (counter, "pyllm:prompt_tokens", "Prompt tokens of requests that have started.", self.num_prompt_tokens),
             (counter, "pyllm:generation_tokens", "Tokens generated.", self.num_generation_tokens),
             (counter, "pyllm:engine_restarts", "Engines that replaced a dead one.", self._num_restarts),
+            (counter, "pyllm:log_lines_dropped", "Log lines that could not be written.", self.log_lines_dropped()),
         ):
             yield self._family(kind, name, text, [((), value)])
         rows: Rows = (((n,), count) for n, count in enumerate(accepted))

@@ -21,10 +21,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def configure_logging(level: str, form: str = "text") -> None:
-    """Log to stderr; `level` is PyLLM's only, since libraries log prompts at lower levels."""
+def configure_logging(level: str, form: str = "text") -> logging.Formatter:
+    """Log to stderr, and return the format; `level` is PyLLM's only, since libraries log prompts at lower levels."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    formatter = JsonFormatter() if form == "json" else text
+    handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("pyllm").setLevel(level.upper())
+    return formatter
+
+
+def dropped_notice(formatter: logging.Formatter, count: int) -> str:
+    """Return a line that says that `count` lines of the log are missing."""
+    text = f"Lines of the log that were dropped here, because they could not be written in time: {count}"
+    fields = {"name": "pyllm.server", "levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
+    return formatter.format(logging.makeLogRecord(fields)) + "\n"

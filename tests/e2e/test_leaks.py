@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import random
 import signal
 import socket
@@ -44,6 +43,7 @@ from pyllm.engine.messages import (
 from pyllm.engine.process import serve as serve_engine
 from pyllm.server import serve
 from pyllm.server.flags import ServerConfig
+from pyllm.server.lifetime import Lifetime
 
 WINDOWS, ROUNDS = 4, 4
 """How often memory is compared, after so many rounds of requests each, behind one window for what is made only once."""
@@ -222,12 +222,16 @@ def test_the_api_process_keeps_nothing_of_a_request(checkpoint: Path) -> None:
                 meter.take(asked)
 
     async def run() -> None:
-        listeners = serve._bind("127.0.0.1", 0)
-        server = asyncio.create_task(serve._ServerProcess(config, EngineProcess(), listeners, None).run())
+        lifetime = Lifetime()
+        process = serve._ServerProcess(config, EngineProcess(), lifetime)
+        server = asyncio.create_task(process.run())
         try:
-            await load(f"http://127.0.0.1:{listeners[0].getsockname()[1]}")
+            while not process.sockets:  # noqa: ASYNC110 - nothing tells when it listens
+                await asyncio.sleep(0.01)
+            await load(f"http://127.0.0.1:{process.sockets[0].getsockname()[1]}")
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            assert lifetime.on_stop is not None
+            lifetime.on_stop(signal.SIGTERM)
             assert await server == 0
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,17 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from support.serving import FOREVER, PATIENCE, ServerProcess, children, is_running, posted, wait_for, wait_for_load
+from support.serving import (
+    FOREVER,
+    PATIENCE,
+    ServerProcess,
+    children,
+    environment,
+    is_running,
+    posted,
+    wait_for,
+    wait_for_load,
+)
 
 
 def connect(server: ServerProcess) -> OpenAI:
@@ -214,3 +226,20 @@ def test_shutdown_answers_a_request_with_an_unsent_body(checkpoint: Path, tmp_pa
             answer = connection.makefile("rb").read()
     assert b"HTTP/1.1 503 " in answer
     assert b'"code":"shutting_down"' in answer
+
+
+def test_a_log_that_is_not_read_stops_nothing(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "pyllm", "serve", str(checkpoint), "--dtype", "float32", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        try:
+            assert process.stderr
+            url = next(line.split()[-1] for line in process.stderr if "Ready after" in line)
+            with httpx.Client(base_url=url.removesuffix("/v1"), timeout=PATIENCE) as client:
+                for n in range(600):  # more than 64 KiB of lines, and then some
+                    assert client.get("/version", headers={"x-request-id": f"{n:128}".replace(" ", "-")}).is_success
+                assert client.get("/health").status_code == 200
+                assert "pyllm:log_lines_dropped_total" in client.get("/metrics").text
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()

@@ -133,6 +133,9 @@ def test_unusable_arguments_are_refused_in_one_sentence(arguments, sentence):
             for none in ("[]", "", "~", "''", "[null]", "[' ']", "{}", "0", "false", "[a, '']")
         ),
         ("api_key: [a]\napi-key: []", "has the flag api_key twice"),
+        ("allowed_origins: []", "must be one or more strings, none of them empty"),
+        *((f"{name}:", "must be text, but got None") for name in ("uds", "ssl_keyfile", "ssl_certfile")),
+        ("isolate_cache_by_key:", "must be true or false, but got None"),
         ("uds: ''", "uds in"),
         ('generation_config: "a\\0b"', "is not UTF-8 text"),
         ("model: ''", "must not be empty"),
@@ -183,6 +186,14 @@ def test_a_value_that_is_not_utf_8_is_refused():
 def test_a_value_that_a_script_left_empty_is_refused(flag):
     with pytest.raises(ConfigError, match=f"^{flag} must not be empty"):
         load(ServerConfig, flag, "")
+
+
+@pytest.mark.parametrize(
+    "name", ["CONFIG", "UDS", "SSL_KEYFILE", "SSL_CERTFILE", "API_KEY_FILE", "ISOLATE_CACHE_BY_KEY", "ALLOWED_ORIGINS"]
+)
+def test_an_empty_variable_that_was_to_protect_is_refused(name):
+    with pytest.raises(ConfigError, match=rf"PYLLM_{name} |--config "):
+        load(ServerConfig, **{f"PYLLM_{name}": ""})
 
 
 def test_flags_may_be_spelled_with_underscores():

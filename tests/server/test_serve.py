@@ -13,6 +13,8 @@ import pytest
 from pyllm.engine.client.launch import EngineProcess
 from pyllm.server import serve as module
 from pyllm.server.flags import ConfigError, ServerConfig
+from pyllm.server.lifetime import Lifetime
+from pyllm.server.listen import listen_on_addresses
 
 
 class Listener:
@@ -47,7 +49,7 @@ class Listener:
 
     def run(self, **flags):
         try:
-            return module.serve(ServerConfig(port=0, **flags), self.process)
+            return module.serve(ServerConfig(port=0, **flags), self.process, Lifetime())
         except SystemExit as end:
             return end.code
         finally:
@@ -90,7 +92,7 @@ def test_a_host_without_any_address_here_is_refused(listener, monkeypatch):
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 def test_the_host_of_all_ipv6_addresses_takes_ipv4_too():
-    (listener,) = module._bind("::", 0)
+    (listener,) = listen_on_addresses("::", 0)
     port = listener.getsockname()[1]
     for address in ("127.0.0.1", "::1"):
         socket.create_connection((address, port), timeout=10).close()

@@ -1,0 +1,214 @@
+"""The beginning and the end of a command's process: its standard streams, and the signals that stop it.
+
+Imports little, since a signal may come while the rest is being imported.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+MAX_SIGNALS = 3  # the first one drains the requests, the second one drops them, and this one waits for nothing
+QUEUE_BYTES = 1 << 20  # of lines that wait to be written
+CHUNK_BYTES = 1 << 16  # read at once; also the most of a line whose end has not come that is held back
+FLUSH_SECONDS = 1.0  # for the last lines, when the process ends
+
+
+class Lifetime:
+    """How a command's process ends.
+
+    `on_stop` is called with each signal. Until it is set, a signal ends the process at once: a server with code 0,
+    another command with the code that shells give. So does the third signal, with code 1.
+    """
+
+    def __init__(self, code: int | None = None) -> None:
+        self.code = code  # of the process that a signal ends at once; None: 128 and the signal's number
+        self.on_stop: Callable[[signal.Signals], object] | None = None
+        self.output: Output | None = None
+        self._closers: list[Callable[[], object]] = []
+        self._count = 0
+
+    @classmethod
+    def begin(cls, words: Sequence[str]) -> Lifetime:
+        """Watch for signals from now on, in the process of the command line `words`."""
+        is_server = words[:1] == ["serve"]
+        lifetime = cls(0 if is_server else None)
+        for number in STOP_SIGNALS if is_server else (signal.SIGINT,):
+            # With nohup a hang-up is ignored, and stays so.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lifetime._receive)
+        _open_streams()
+        return lifetime
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self._count += 1
+        if self.on_stop is None:
+            self.exit(128 + number if self.code is None else self.code)
+        elif self._count >= MAX_SIGNALS:
+            self.exit(1)
+        else:
+            self.on_stop(signal.Signals(number))
+
+    def defer(self, close: Callable[[], object]) -> None:
+        """Call `close` when the process ends, the last deferred one first; it must not wait for long."""
+        self._closers.append(close)
+
+    def take_output(self, notice: Callable[[int], str]) -> None:
+        """Let nothing that is written to standard output or error wait for its reader; see `Output`."""
+        self.output = Output(notice)
+        self.defer(self.output.close)
+
+    def hand_back(self) -> None:
+        """Let Ctrl-C raise `KeyboardInterrupt` from now on."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def settle(self, code: int) -> None:
+        """Let signals end the process at once from now on, with this code."""
+        self.on_stop, self.code = None, code
+
+    def exit(self, code: int) -> NoReturn:
+        """End the process now, without waiting for its threads."""
+        self.settle(code)
+        while self._closers:
+            self._closers.pop()()
+        os._exit(code)
+
+
+def _open_streams() -> None:
+    """Open the standard streams that are closed, or else the next sockets and files would take their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
+
+
+class Output:
+    """Stands between the process and its standard error, so that writing to it never waits.
+
+    Whatever this process, its libraries and its children write to standard output and error goes into a pipe. One
+    thread always empties the pipe into a queue, another writes the queue to the real standard error, and only that one
+    waits for a full pipe, a stopped terminal or a disk. Lines that do not fit the queue, or cannot be written, are
+    dropped and counted; `notice` makes the line that says how many.
+    """
+
+    def __init__(self, notice: Callable[[int], str]) -> None:
+        self.num_dropped = 0
+        self._notice = notice
+        self._lines: list[bytes] = []
+        self._size = 0  # of these lines
+        self._num_refused = 0  # lines that did not fit since the writer has last emptied the queue
+        self._closed = False
+        self._changed = threading.Condition()
+        self._sink = os.dup(2)
+        source, pipe = _open_pipe(self._sink)
+        for number in (1, 2):
+            os.dup2(pipe, number)
+        os.close(pipe)
+        self._reader = threading.Thread(target=self._read, args=(source,), name="read output", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="write output", daemon=True)
+        self._reader.start()
+        self._writer.start()
+
+    def _read(self, source: int) -> None:
+        rest = b""
+        while data := _read_chunk(source):
+            rest += data
+            end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1  # a progress bar's lines end with the latter
+            if len(rest) - end > CHUNK_BYTES:
+                end = len(rest)
+            self._put(rest[:end].splitlines(keepends=True))
+            rest = rest[end:]
+        self._put([rest] if rest else [])
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _put(self, lines: list[bytes]) -> None:
+        with self._changed:
+            for line in lines:
+                # After a refused line no other one is taken, so that all of them are missing in one place.
+                if self._num_refused or self._size + len(line) > QUEUE_BYTES:
+                    self._num_refused += 1
+                else:
+                    self._lines.append(line)
+                    self._size += len(line)
+            self._changed.notify()
+
+    def _write(self) -> None:
+        num_lost, is_torn = 0, False  # lines that could not be written, and whether the last one was cut
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._num_refused or self._closed)
+                lines, num_refused = self._lines, self._num_refused
+                if not lines and not num_refused:
+                    return
+                self._lines, self._size, self._num_refused = [], 0, 0
+            self.num_dropped += num_refused
+            texts = [b"\n"] * is_torn + [self._notice(num_lost).encode()] * bool(num_lost) + lines
+            text = b"".join(texts + [self._notice(num_refused).encode()] * bool(num_refused))
+            written = text[: _write_all(self._sink, text)]
+            is_torn = bool(written or is_torn) and not written.endswith((b"\n", b"\r"))
+            if len(written) == len(text):
+                num_lost = 0
+            else:
+                num_unwritten = max(len(lines) - written.count(b"\n"), 0)
+                self.num_dropped += num_unwritten
+                num_lost += num_unwritten + num_refused
+
+    def close(self) -> None:
+        """Write what is left, for a moment only; to be called once all other processes that write here have ended."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        null = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(null, number)
+        deadline = time.monotonic() + FLUSH_SECONDS
+        for thread in (self._reader, self._writer):
+            thread.join(max(deadline - time.monotonic(), 0))
+
+
+def _open_pipe(sink: int) -> tuple[int, int]:
+    """Open the two ends of a pipe, or of a terminal of the same width as `sink`, for progress bars."""
+    if not os.isatty(sink):
+        return os.pipe()
+    import termios
+    import tty
+
+    source, pipe = os.openpty()
+    tty.setraw(pipe)
+    termios.tcsetwinsize(pipe, termios.tcgetwinsize(sink))
+    return source, pipe
+
+
+def _read_chunk(source: int) -> bytes:
+    try:
+        return os.read(source, CHUNK_BYTES)
+    except OSError:  # the other end of a terminal is closed
+        return b""
+
+
+def _write_all(sink: int, text: bytes) -> int:
+    """Write `text`, for as long as that takes; return how many bytes were written before an error."""
+    done = 0
+    while done < len(text):
+        try:
+            done += os.write(sink, memoryview(text)[done:])
+        except BlockingIOError:  # it was opened not to block
+            poll = select.poll()
+            poll.register(sink, select.POLLOUT)
+            poll.poll()
+        except OSError:  # it is closed, full, or its terminal is gone
+            break
+    return done
