@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,57 +52,96 @@ class StopMatcher:
     """Finds the first stop string in text that arrives in pieces, and holds back only what may begin one.
 
     The first string to complete ends the text; if several complete at the same character, the longest, which starts
-    first, wins. How the text is cut into pieces makes no difference, and the work is linear in its length. `include`
-    leaves the found string in the text.
+    first, wins. How the text is cut into pieces makes no difference. The work is linear in the text, whatever the
+    length of the stop strings and of what is held back. `include` leaves the found string in the text.
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
-        self._stops = tuple(dict.fromkeys(stops))
         self._include = include
-        self._firsts = frozenset(stop[0] for stop in self._stops)
-        self._borders = [_borders(stop) for stop in self._stops]
-        self._matched = [0] * len(self._stops)
-        self.held = ""  # the longest suffix that begins a stop string, not released yet
+        self._starts: dict[str, list[_StopString]] = {}  # by their first character
+        for stop in dict.fromkeys(stops):
+            self._starts.setdefault(stop[0], []).append(_StopString(stop))
+        self._firsts = frozenset(self._starts)
+        self._matched: dict[_StopString, int] = {}  # those with which the text ends, and how much of each
+        self._holding: _StopString | None = None  # whose beginning is held back
+        self._num_held = 0
+
+    @property
+    def held(self) -> str:
+        """The longest suffix that begins a stop string, not released yet."""
+        return "" if self._holding is None else self._holding.text[: self._num_held]
 
     def feed(self, text: str, armed: bool = True) -> tuple[str, str | None]:
         """Add text; return the released text, and a completed stop string if `armed` (once min_tokens is reached)."""
-        if not self.held and self._firsts.isdisjoint(text):
+        if not self._matched and self._firsts.isdisjoint(text):
             return text, None
-        pending = self.held + text
-        for position, character in enumerate(text, start=len(self.held) + 1):
+        stop: str | None = None
+        num_held, released = 0, self._num_held + len(text)
+        for position, character in enumerate(text, 1):
             complete = self._advance(character)
             if complete and armed:
                 stop = max(complete, key=len)
-                self.held = ""
-                return pending[: position if self._include else position - len(stop)], stop
-        kept = len(pending) - max(self._matched)
-        self.held = pending[kept:]
-        return pending[:kept], None
+                released = self._num_held + position - (0 if self._include else len(stop))
+                self._matched.clear()
+                break
+        holding = max(self._matched, key=self._matched.__getitem__, default=None)
+        if holding is not None:
+            num_held = self._matched[holding]
+            released -= num_held
+        before = "" if self._holding is None else self._holding.text[: min(self._num_held, released)]
+        shown = before + text[: max(0, released - self._num_held)]
+        self._holding, self._num_held = holding, num_held
+        return shown, stop
 
     def _advance(self, character: str) -> list[str]:
-        """Advance every stop string's automaton by one character; return the strings that are complete."""
-        complete = []
-        for n, (stop, borders) in enumerate(zip(self._stops, self._borders, strict=True)):
-            length = self._matched[n]
-            while length and stop[length] != character:
-                length = borders[length]
-            length += stop[length] == character
-            if length == len(stop):
-                complete.append(stop)
-                length = borders[length]
-            self._matched[n] = length
+        """Add one character; return the strings that are complete."""
+        complete, matched = [], {}
+        for stop, length in self._matched.items():
+            length = stop.advance(length, character)
+            if length == len(stop.text):
+                complete.append(stop.text)
+                length = stop.borders[length]
+            if length:
+                matched[stop] = length
+        for stop in self._starts.get(character, ()):
+            if stop not in self._matched:
+                stop.extend(1)
+                if len(stop.text) == 1:
+                    complete.append(stop.text)
+                else:
+                    matched[stop] = 1
+        self._matched = matched
         return complete
 
 
-def _borders(pattern: str) -> list[int]:
-    """Return, for each prefix length, the longest shorter prefix that is also a suffix (Knuth-Morris-Pratt)."""
-    borders = [0, 0]
-    for character in pattern[1:]:
-        length = borders[-1]
-        while length and pattern[length] != character:
-            length = borders[length]
-        borders.append(length + (pattern[length] == character))
-    return borders
+class _StopString:
+    """The automaton of Knuth, Morris and Pratt for one string, made as far as a text has matched it."""
+
+    __slots__ = ("borders", "others", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.borders = array("i", [-1])  # for each prefix length, the longest shorter prefix that is also a suffix
+        self.others = array("i", [-1])  # the longest such prefix that another character follows; -1: none
+
+    def advance(self, length: int, character: str) -> int:
+        """Return how much of the string is matched after `character`, if `length` were before it."""
+        while length >= 0 and self.text[length] != character:
+            length = self.others[length]
+        self.extend(length + 1)
+        return length + 1
+
+    def extend(self, length: int) -> None:
+        """Prepare for a match of this length."""
+        while len(self.borders) <= length:
+            end = len(self.borders)
+            border = self.borders[-1]
+            while border >= 0 and self.text[border] != self.text[end - 1]:
+                border = self.others[border]
+            border += 1
+            self.borders.append(border)
+            same = end < len(self.text) and self.text[border] == self.text[end]
+            self.others.append(self.others[border] if same else border)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -104,6 +105,32 @@ def test_only_what_may_begin_a_stop_string_is_held_back(text: str, stops: list[s
             return
         begins = [fed[start:] for start in range(len(fed) + 1) if any(s.startswith(fed[start:]) for s in stops)]
         assert released == fed.removesuffix(begins[0] if stops else "")
+
+
+def test_work_does_not_grow_with_the_length_of_stop_strings() -> None:
+    def work(length: int) -> float:
+        start = time.process_time()
+        for _ in range(1000):
+            matcher = StopMatcher([character * length for character in "abcd"], include=False)
+            for piece in ("a", "bc", "aab", "xyz"):
+                matcher.feed(piece)
+        return time.process_time() - start
+
+    short = work(10)
+    assert work(2000) < 8 * max(short, 0.02)
+
+
+def test_a_mismatch_after_a_long_match_costs_no_more() -> None:
+    def work(length: int) -> float:
+        matchers = [StopMatcher(["a" * length], include=False) for _ in range(100)]
+        for matcher in matchers:
+            matcher.feed("a" * (length - 1))
+        start = time.process_time()
+        assert {matcher.feed("b") for matcher in matchers} == {("a" * (length - 1) + "b", None)}
+        return time.process_time() - start
+
+    short = work(100)
+    assert work(10_000) < 8 * max(short, 0.01)
 
 
 def test_stop_string_across_token_border_is_not_leaked() -> None:
