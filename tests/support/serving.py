@@ -165,11 +165,12 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def posted(server: ServerProcess, **fields: Any) -> Iterator[socket.socket]:
+def posted(server: ServerProcess, key: str = "none", **fields: Any) -> Iterator[socket.socket]:
     """A completion request that has been sent, but whose answer is not read; leaving hangs up."""
     body = json.dumps({"prompt": "Hi", "max_tokens": FOREVER, "ignore_eos": True} | fields).encode()
     url = httpx.URL(server.url)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}"
     with socket.create_connection((url.host, url.port)) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
         yield connection
