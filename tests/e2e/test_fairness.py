@@ -49,7 +49,7 @@ def idle(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"max_tokens": FOREVER}, {"max_tokens": 1000, "n": SEQS + QUEUE}, {"prompt": LONG, "max_tokens": FOREVER - 4000}],
+    [{"max_tokens": FOREVER}, {"max_tokens": 4000, "n": SEQS + QUEUE}, {"prompt": LONG, "max_tokens": FOREVER - 4000}],
     ids=["long answers", "many choices", "long prompts"],
 )
 def test_a_greedy_client_does_not_hold_up_another(shared: ServerProcess, fields: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def test_a_greedy_client_does_not_hold_up_another(shared: ServerProcess, fields:
 
 def test_a_paused_answer_is_the_same(shared: ServerProcess) -> None:
     prompts = [f"Count from {n}" for n in range(SEQS + 2)]
-    alone = [ask(shared, GREEDY, prompt=prompt, max_tokens=100).json()["choices"][0]["text"] for prompt in prompts]
+    alone = [ask(shared, GREEDY, prompt=prompt, max_tokens=50).json()["choices"][0]["text"] for prompt in prompts]
 
     async def together() -> list[str]:
         texts = [""] * len(prompts)
@@ -85,7 +85,7 @@ def test_a_paused_answer_is_the_same(shared: ServerProcess) -> None:
         ):
 
             async def one(n: int) -> None:
-                body = {"prompt": prompts[n], "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+                body = {"prompt": prompts[n], "max_tokens": 50, "temperature": 0, "ignore_eos": True}
                 headers = {"authorization": f"Bearer {GREEDY}"}
                 texts[n] = (await client.post("/v1/completions", json=body, headers=headers)).json()["choices"][0][
                     "text"

@@ -77,6 +77,11 @@ def test_a_key_that_was_not_found_opens_no_server(key):
         load(ServerConfig, PYLLM_API_KEY=key)
 
 
+def test_an_empty_name_of_a_key_file_does_not_open_the_server():
+    with pytest.raises(ConfigError, match="PYLLM_API_KEY_FILE must not be empty"):
+        load(ServerConfig, PYLLM_API_KEY_FILE="")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
