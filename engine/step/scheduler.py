@@ -213,11 +213,18 @@ class Scheduler:
         return [request for request in chosen if request.status is RequestStatus.RUNNING]
 
     def _unpaused(self) -> list[Request]:
-        """Return the running requests; if these are too many, as many of each client's oldest ones."""
+        """Return the running requests; if these are too many, each client's oldest ones, up to an equal share."""
         if not self.num_paused:
             return self.running.copy()
-        turns = [(q.level, turn, r.rank, r) for q in self._queues.values() for turn, r in enumerate(q.running)]
-        return [request for *_, request in sorted(turns)[: self.max_num_seqs]]
+        chosen: list[Request] = []
+        queues = [queue for queue in self._queues.values() if queue.running]
+        queues.sort(key=lambda queue: (queue.level, len(queue.running), queue.running[0].rank))
+        for _, same in itertools.groupby(queues, key=attrgetter("level")):
+            clients = list(same)
+            for done, queue in enumerate(clients):  # those with the fewest first: what they leave is for the others
+                share = (self.max_num_seqs - len(chosen)) // (len(clients) - done)
+                chosen += queue.running[:share]
+        return chosen
 
     def _claims(self) -> list[tuple[tuple[bool, int], int, int, Request]]:
         """Return the running requests, each after its claim to blocks, lowest first."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import logging
 import math
 import os
@@ -259,8 +260,8 @@ def parse(text: str) -> Iterator[KeyLine]:
     seen: set[bytes] = set()
     limits: dict[str, Limits] = {}
     for number, row in enumerate(text.split("\n"), 1):
-        words = row.partition(" #")[0].split()
-        if not words or words[0].startswith("#"):
+        words = [*itertools.takewhile(lambda word: not word.startswith("#"), row.split())]
+        if not words:
             continue
         try:
             line = _parse_line(words)

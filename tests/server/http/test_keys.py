@@ -48,7 +48,7 @@ def bearer(key):
 def test_a_line_has_a_key_or_its_digest_a_name_and_limits(tmp_path):
     text = f"""
         # keys of the office
-        secret-one                                  # plain
+        secret-one\t#plain
         SHA256:{DIGEST.upper()} name=two requests_per_minute=5 tokens-per-minute=70 max_parallel_requests=2
         schlüssel#3 name=three
         sha256:{hashlib.sha256(b"new-three").hexdigest()} name=three
