@@ -100,6 +100,12 @@ class EngineRequest(Message, frozen=True, kw_only=True):
     # the whole context, and `params` is ignored.
     pooling: Pooling | None = None
 
+    @property
+    def num_ids(self) -> int:
+        """Return how many token ids it has in all."""
+        words = sum(map(len, self.params.bad_words))
+        return len(self.prompt_token_ids) + len(self.params.allowed_token_ids or ()) + words
+
 
 class Abort(Message, frozen=True, kw_only=True):
     """Drop these requests, whatever their state; unknown ids are ignored."""

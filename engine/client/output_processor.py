@@ -274,8 +274,11 @@ class RequestStream:
     To stop reading earlier, call `abort`. One task can read several streams that share one `Wakeup`.
     """
 
-    def __init__(self, wire_id: str, wakeup: Wakeup, forget: Callable[[str], None], client: str = "") -> None:
+    def __init__(
+        self, wire_id: str, wakeup: Wakeup, forget: Callable[[str], None], client: str = "", num_ids: int = 0
+    ) -> None:
         self.client = client
+        self.num_ids = num_ids  # token ids in the request
         self._wire_id = wire_id
         self._wakeup = wakeup
         self._forget = forget  # called with the id when the reader aborts the request

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the API server reads this module's constants, and has no use for numpy
@@ -28,22 +27,19 @@ class KeyTokens:
     def __init__(self, tokens: Sequence[bytes]) -> None:
         self.tokens = tokens
         quoted = [(token, id_) for id_, token in enumerate(tokens) if b'"' in token]
-        self._sorted = sorted(quoted)
+        self.endings: dict[bytes, list[int]] = {}  # by the text before the first quote
+        for token, id_ in quoted:
+            self.endings.setdefault(token.partition(b'"')[0], []).append(id_)
         self.long = [id_ for token, id_ in quoted if token.count(b'"') > 1]  # may contain a whole key
-
-    def beginning_with(self, text: bytes) -> Iterator[int]:
-        """Yield the tokens with a quote that begin so."""
-        start = bisect_left(self._sorted, (text, -1))
-        for token, id_ in self._sorted[start:]:
-            if not token.startswith(text):
-                return
-            yield id_
 
 
 class KeyTracker:
     """Follows one sequence's text."""
 
-    __slots__ = ("_escaped", "_in_string", "_is_key", "_key", "_objects", "_opening", "_recent", "_repeated", "_tokens")
+    __slots__ = (
+        "_escaped", "_in_string", "_is_key", "_key", "_lent", "_objects", "_opening", "_recent", "_repeated", "_tokens",
+        "_tried",
+    )  # fmt: skip
 
     def __init__(self, tokens: KeyTokens, opening: bytes = b"") -> None:
         self._tokens = tokens
@@ -54,13 +50,21 @@ class KeyTracker:
         self._is_key = False  # the string that is open, or the next one, is a key
         self._key = bytearray()
         self._repeated = False
+        self._lent = 0  # of the open objects, those of the tracker that this one is a trial of
+        self._tried: set[bytes] = set()  # keys that the innermost of these would get
 
     def copy(self) -> KeyTracker:
         """Return a tracker that continues on its own."""
+        twin = self._trial()
+        twin._objects, twin._lent = [None if keys is None else set(keys) for keys in self._objects], 0
+        return twin
+
+    def _trial(self) -> KeyTracker:
+        """Return a tracker for one more token, which leaves the keys of this one as they are."""
         twin = KeyTracker(self._tokens, self._opening)
         for name in ("_recent", "_in_string", "_escaped", "_is_key"):
             setattr(twin, name, getattr(self, name))
-        twin._objects, twin._key = [None if keys is None else set(keys) for keys in self._objects], bytearray(self._key)
+        twin._objects, twin._key, twin._lent = list(self._objects), bytearray(self._key), len(self._objects)
         return twin
 
     def consume(self, token_id: int) -> None:
@@ -72,10 +76,15 @@ class KeyTracker:
         """Clear the bits of the tokens that would repeat a key."""
         ids: list[int] = []
         if self._in_string and self._is_key and self._objects and (keys := self._objects[-1]):
-            written = bytes(self._key)
-            for key in keys:
-                if key.startswith(written):
-                    ids += self._tokens.beginning_with(key[len(written) :] + b'"')
+            written, endings = bytes(self._key), self._tokens.endings
+            if len(keys) < len(endings):
+                for key in keys:
+                    if key.startswith(written):
+                        ids += endings.get(key[len(written) :], ())
+            else:
+                for text, found in endings.items():
+                    if written + text in keys:
+                        ids += found
         for id_ in self._tokens.long:
             if bits[id_ >> 3] >> (id_ & 7) & 1 and self._repeats(id_):
                 ids.append(id_)
@@ -83,7 +92,7 @@ class KeyTracker:
             bits[id_ >> 3] &= 255 ^ (1 << (id_ & 7))
 
     def _repeats(self, token_id: int) -> bool:
-        twin = self.copy()
+        twin = self._trial()
         twin.consume(token_id)
         return twin._repeated
 
@@ -99,6 +108,8 @@ class KeyTracker:
             self._recent = (self._recent + bytes((byte,)))[-max(len(self._opening), 1) :]
         elif byte in b"}]":
             self._objects.pop()
+            if len(self._objects) < self._lent:
+                self._lent, self._tried = len(self._objects), set()
         elif byte == ord('"'):
             self._in_string, self._key = True, bytearray()
         elif byte in b",:":
@@ -111,8 +122,9 @@ class KeyTracker:
             self._in_string = False
             keys = self._objects[-1]
             if self._is_key and keys is not None:
-                self._repeated |= bytes(self._key) in keys
-                keys.add(bytes(self._key))
+                key, is_own = bytes(self._key), len(self._objects) > self._lent
+                self._repeated |= key in keys or (not is_own and key in self._tried)
+                (keys if is_own else self._tried).add(key)
             return
         self._key.append(byte)
 

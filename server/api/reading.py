@@ -143,8 +143,9 @@ def read_sampling(body: fields.SamplingRequest, model: ServedModel) -> Sampling:
         values["stop"] = [stop]
     if "logit_bias" in values:
         values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
-    if "allowed_token_ids" in values:
-        values["allowed_token_ids"] = sorted({*values["allowed_token_ids"]})
+    if isinstance(body, fields.OpenAIRequest) and body.allowed_token_ids is not None:
+        # The body lives as long as the request, and may list each id a thousand times.
+        values["allowed_token_ids"] = body.allowed_token_ids = sorted({*body.allowed_token_ids})
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

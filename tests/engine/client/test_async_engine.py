@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 from support.async_engines import ENDLESS, config, read, start, until
 from support.checkpoints import TINY
@@ -305,5 +306,22 @@ async def test_each_client_keeps_a_share_of_a_full_queue(tiny_checkpoint):
         for stream in streams:
             stream.abort()
         assert len(await read(engine.submit("after", [9], SamplingParams(max_tokens=2, ignore_eos=True)))) == 2
+    finally:
+        await engine.shutdown()
+
+
+async def test_the_ids_of_unfinished_requests_are_bounded(tiny_checkpoint, monkeypatch):
+    """They are held in both processes: a queue of long lists would take gigabytes."""
+    monkeypatch.setattr("pyllm.engine.client.async_engine.MAX_HELD_IDS", 1000)
+    listed = msgspec.structs.replace(ENDLESS, allowed_token_ids=tuple(range(4, 204)))
+    engine = await start(tiny_checkpoint)
+    try:
+        streams = [engine.submit(f"list-{n}", [5], listed, client="a") for n in range(4)]
+        with pytest.raises(EngineBusyError, match="too many tokens"):
+            engine.submit("more", [5], listed, client="a")
+        streams.append(engine.submit("other", [5], listed, client="b"))  # its share is free
+        streams.pop(0).abort()
+        streams.pop(0).abort()
+        engine.submit("again", [5], listed, client="a").abort()
     finally:
         await engine.shutdown()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,20 @@ def test_a_token_that_repeats_a_key_by_itself_is_ruled_out() -> None:
         tracker.forbid(bits)
         id_ = TOKENS.tokens.index(token)
         assert not bits[id_ >> 3] >> (id_ & 7) & 1
+
+
+def test_an_object_with_many_keys_takes_no_longer() -> None:
+    """Copying all keys for each long token, or looking for each key, took seconds for one token of a large object."""
+    long = [b'","%d":"' % number for number in range(300)]
+    tokens = KeyTokens(BYTES + MORE + long)
+    tracker = KeyTracker(tokens)
+    for byte in b"{" + b",".join(b'"%d":1' % number for number in range(20_000)) + b',"':
+        tracker.consume(byte)
+    bits = np.full(-(-len(tokens.tokens) // 8), 255, np.uint8)
+    started = time.process_time()
+    for _ in range(100):
+        tracker.forbid(bits.copy())
+    assert time.process_time() - started < 5
 
 
 def test_text_between_calls_is_free() -> None:
