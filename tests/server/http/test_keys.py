@@ -13,6 +13,7 @@ from support.answers import error_of
 from support.async_engines import until
 
 from pyllm.server.flags import ConfigError
+from pyllm.server.http.errors import ApiError
 from pyllm.server.http.keys import KeyRing, Limits
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
@@ -236,6 +237,20 @@ def test_parallel_requests_are_bounded(limited):
     assert after == 200
     assert 'pyllm:key_running{key="team",model_name="org/tiny"} 2.0' in shown
     assert harness.service.keys.find([b"key"]).num_parallel == 0
+
+
+def test_lines_of_batches_are_counted_but_not_limited(tmp_path):
+    account = ring(write(tmp_path / "keys", "key requests_per_minute=1 max_parallel_requests=1")).find([b"key"])
+    for _ in range(3):
+        account.enter(background=True)
+        account.leave()
+    account.enter(background=False)
+    with pytest.raises(ApiError, match="limit of 1 requests at a time"):
+        account.enter(background=False)
+    account.leave()
+    with pytest.raises(ApiError, match="limit of 1 requests a minute"):
+        account.enter(background=False)
+    assert account.num_requests == 4
 
 
 def test_what_is_stored_belongs_to_the_name(limited):
