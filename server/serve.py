@@ -99,7 +99,7 @@ class _ServerProcess:
         self._config, self._process, self._lifetime = config, process, lifetime
         self._service = Service(config, tracing=tracing, batches=batches)
         self._app = create_app(self._service)
-        self._monitor = ConnectionMonitor(ConnectionLimits.from_config(config))
+        self._monitor = ConnectionMonitor(ConnectionLimits.from_config(config), self._service.budget)
         self._http = _HttpServer(
             uvicorn.Config(
                 self._app,

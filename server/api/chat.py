@@ -20,7 +20,7 @@ from ..generation.generation import Choice, Generation
 from ..generation.streaming import Chunks, EventStream, join_fields, show_details
 from ..generation.token_details import ShownLogprobs, show_prompt_logprobs
 from ..http.body import off_loop_if_large
-from ..http.errors import JsonResponse, encode_json
+from ..http.errors import Items, JsonResponse, PiecewiseResponse, encode_json
 from ..http.middleware import RequestContext
 from . import reading
 from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, TokenLogprob, Usage
@@ -162,11 +162,12 @@ async def create_chat_completion(context: RequestContext, body: ChatCompletionRe
             content["prompt_token_ids"] = turn.prompt
         if body.prompt_logprobs is not None:
             positions = generation.choices[0].prompt_logprobs
-            content["prompt_logprobs"] = show_prompt_logprobs(turn.prompt, positions, model.tokenizer)
-        return JsonResponse(content)
+            content["prompt_logprobs"] = Items(show_prompt_logprobs(turn.prompt, positions, model.tokenizer))
+        return PiecewiseResponse(content) if generation.is_large else JsonResponse(content)
 
     # Encoding the log-probabilities of a long prompt takes long, so it runs in a thread.
-    return answer() if body.prompt_logprobs is None else await asyncio.to_thread(answer)
+    small = body.prompt_logprobs is None or generation.is_large
+    return answer() if small else await asyncio.to_thread(answer)
 
 
 def read_conversation(body: ChatCompletionRequest, model: ServedModel) -> Conversation:
@@ -209,7 +210,7 @@ def _choice_json(
     entry: dict[str, Any] = {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
     if body.logprobs:
         writer = ShownLogprobs(model.tokenizer, turn.params.skip_special_tokens)
-        entry["logprobs"] = {"content": writer.add(choice.logprobs, choice.text) + writer.finish()}
+        entry["logprobs"] = {"content": Items(writer.whole(choice.logprobs, choice.text))}
     return entry | show_details(choice, body, model.tokenizer)
 
 
@@ -262,7 +263,7 @@ class ChatChunks(Chunks):
         self._prompt_due = False
         choice = self.choices[0]
         shown = show_prompt_logprobs(choice.prompt_token_ids, choice.prompt_logprobs, self.tokenizer)
-        return join_fields({"prompt_logprobs": shown})
+        return join_fields({"prompt_logprobs": Items(shown)})
 
 
 def _logprobs(entries: list[dict[str, Any]]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -22,7 +22,7 @@ from ..generation.generation import MAX_SEQUENCES, Choice, Generation
 from ..generation.streaming import Chunks, EventStream, join_fields, show_details
 from ..generation.token_details import LegacyLogprobs, show_prompt_logprobs
 from ..http.body import off_loop_if_large
-from ..http.errors import JsonResponse, encode_json
+from ..http.errors import Items, JsonResponse, PiecewiseResponse, encode_json
 from ..http.middleware import RequestContext
 from .fields import ChoiceDetails, GenerationRequest, PromptLogprob, Usage
 from .reading import read_response_format, read_sampling, start_generation
@@ -98,10 +98,12 @@ async def create_completion(context: RequestContext, body: CompletionRequest, mo
 
     def answer() -> Response:
         choices = [writer.whole(index) for index, writer in enumerate(writers)]
-        return JsonResponse(head | {"choices": choices, "usage": generation.usage()})
+        content = head | {"choices": choices, "usage": generation.usage()}
+        return PiecewiseResponse(content) if generation.is_large else JsonResponse(content)
 
     # Encoding the log-probabilities of a long prompt takes long, so it runs in a thread.
-    return answer() if params.prompt_logprobs is None else await asyncio.to_thread(answer)
+    small = params.prompt_logprobs is None or generation.is_large
+    return answer() if small else await asyncio.to_thread(answer)
 
 
 async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams:
@@ -119,9 +121,9 @@ async def _params(body: CompletionRequest, model: ServedModel) -> SamplingParams
     return await off_loop_if_large(sampling_params, sampling, model, max_tokens=max_tokens, grammar=grammar)
 
 
-def _best(positions: Sequence[TokenLogprobs], count: int) -> list[TokenLogprobs]:
-    """Return `positions` with at most `count` candidates each."""
-    return [msgspec.structs.replace(position, top=position.top[:count]) for position in positions]
+def _best(positions: Sequence[TokenLogprobs], count: int) -> Iterator[TokenLogprobs]:
+    """Yield `positions` with at most `count` candidates each."""
+    return (msgspec.structs.replace(position, top=position.top[:count]) for position in positions)
 
 
 def _joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -166,7 +168,7 @@ class ChoiceWriter:
             fields["prompt_token_ids"] = prompt
         if count is not None:
             positions = _best(self._choice.prompt_logprobs, count)
-            fields["prompt_logprobs"] = show_prompt_logprobs(prompt, positions, self._tokenizer)
+            fields["prompt_logprobs"] = Items(show_prompt_logprobs(prompt, positions, self._tokenizer))
         return fields
 
     def whole(self, index: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..http.middleware import RequestContext
 from .types import MAX_INT, KeptTokens, Name, Priority, Salt, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048
+NUMBER_BYTES = 64  # of memory that each number takes until the response is encoded
 LARGE_ANSWER = 2**16  # a response with at least this many numbers is encoded off the event loop
 
 
@@ -83,6 +84,7 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
         except RequestError as error:
             error.param = "input"
             raise
+    context.hold("answers", len(prompts) * info.hidden_size * NUMBER_BYTES)
     choices: list[Choice] = []
     batch = min(info.config.max_num_seqs, MAX_SEQUENCES)  # as many as run at once, so that none of them fills the queue
     for start in range(0, len(prompts), batch):

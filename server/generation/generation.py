@@ -17,13 +17,16 @@ from ...engine.client.async_engine import AsyncEngine
 from ...engine.client.output_processor import RequestOutput, RequestStream, RequestTimes, Wakeup
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import EngineStats, Pooling, SamplingParams, StepOutputs, TokenDynamics, TokenLogprobs
+from ..http.budget import Hold
 from ..http.errors import ApiError, unavailable
 from ..http.middleware import RequestContext
 
 MAX_SEQUENCES = 1024
 MAX_LISTED_IDS = 2**22  # total ids in one list option, over all sequences of a request
 MAX_SHOWN = 2**21
-"""Candidates for tokens in one response: each takes about 500 bytes of memory until the response is written."""
+"""Candidates for tokens in one response."""
+CANDIDATE_BYTES = 150  # of memory that each takes until the response is written
+LARGE_RESPONSE = 2**16  # candidates
 LAYERS_PER_CANDIDATE = 4  # this many layers of a token's dynamics take about as much memory as one candidate
 
 
@@ -145,6 +148,7 @@ class Generation:
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self._streams: list[RequestStream] = []
         self.wakeup = Wakeup()  # set when there is something to drain
+        self.num_shown = 0  # candidates for tokens in the response so far
         self.running = len(self.choices)  # unfinished sequences
         salt = context.cache_owner + (cache_salt or "") or None  # unambiguous: all owners' names have the same length
         try:
@@ -251,6 +255,7 @@ class Generation:
             self.abort()
 
     async def _collect(self) -> None:
+        kept: Hold | None = None
         while self.running:
             await self.wakeup.wait()
             for index, output in self.drain():
@@ -259,6 +264,17 @@ class Generation:
                 choice.token_ids += output.token_ids
                 choice.logprobs += output.logprobs
                 choice.dynamics += output.dynamics
+                if output.logprobs or output.prompt_logprobs or output.dynamics:
+                    shown = sum(1 + len(each.top) for each in (*output.logprobs, *output.prompt_logprobs))
+                    shown += len(output.dynamics) * (1 + self._engine.info.num_layers // LAYERS_PER_CANDIDATE)
+                    self.num_shown += shown
+                    kept = kept or self.context.hold("answers", 0)
+                    kept.resize(CANDIDATE_BYTES * self.num_shown)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the response should be encoded while it is sent."""
+        return self.num_shown > LARGE_RESPONSE
 
     def log_fields(self) -> dict[str, Any]:
         """Return token counts, and the first choice's seconds in the queue and to its first token."""

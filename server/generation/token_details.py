@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -28,6 +28,13 @@ class ShownLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._waiting: deque[tuple[TokenLogprobs, int, int, tuple[bytes, int]]] = deque()
         self._tokens_end = self._text_end = 0  # in characters
+
+    def whole(self, positions: Sequence[TokenLogprobs], text: str) -> Iterator[dict[str, Any]]:
+        """Yield all entries of a finished text."""
+        for start in range(0, len(positions), 64):
+            yield from self.add(positions[start : start + 64], text if not start else "")
+        yield from self.add((), "" if positions else text)
+        yield from self.finish()
 
     def add(self, positions: Sequence[TokenLogprobs], text: str) -> list[dict[str, Any]]:
         """Return the entries that are complete after more tokens and more of the text that is shown of them."""
@@ -107,7 +114,7 @@ class LegacyLogprobs:
         """Return the object for the other tokens, since the text has ended; None if there are none."""
         return self._object(self._waiting) if self._waiting else None
 
-    def write_prompt(self, prompt: Sequence[int], positions: Sequence[TokenLogprobs], text: str) -> dict[str, Any]:
+    def write_prompt(self, prompt: Sequence[int], positions: Iterable[TokenLogprobs], text: str) -> dict[str, Any]:
         """Return the object for a whole prompt, whose first token has no log-probabilities; to be called first."""
         shown = self.write([TokenLogprobs(token_id=prompt[0], logprob=0.0, top=[]), *positions], text)
         shown["token_logprobs"][0] = shown["top_logprobs"][0] = None
@@ -131,18 +138,17 @@ class LegacyLogprobs:
 
 
 def show_prompt_logprobs(
-    prompt: Sequence[int], positions: Sequence[TokenLogprobs], tokenizer: Tokenizer
-) -> list[dict[str, dict[str, Any]] | None]:
-    """Return the log-probabilities of a prompt's tokens as vLLM does, by token id; the first token has none."""
-    shown: list[dict[str, dict[str, Any]] | None] = [None] * min(len(prompt), 1)
+    prompt: Sequence[int], positions: Iterable[TokenLogprobs], tokenizer: Tokenizer
+) -> Iterator[dict[str, dict[str, Any]] | None]:
+    """Yield the log-probabilities of a prompt's tokens as vLLM does, by token id; the first token has none."""
+    yield from [None] * min(len(prompt), 1)
     for position in positions:
         candidates = [(rank, id_, logprob) for rank, (id_, logprob) in enumerate(position.top, 1)]
         entry = {}
         for rank, id_, logprob in [*reversed(candidates), (position.rank, position.token_id, position.logprob)]:
             text = tokenizer.token_text(id_)
             entry[str(id_)] = {"logprob": max(logprob, LOWEST_LOGPROB), "rank": rank, "decoded_token": text}
-        shown.append(entry)
-    return shown
+        yield entry
 
 
 def show_dynamics(

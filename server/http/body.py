@@ -24,6 +24,7 @@ from .shapes import ANYTHING, Shape, shape_of
 from .tolerance import Tolerance, unknown_field
 
 LARGE_BODY_BYTES = 64 * 2**10
+MIN_CHARGED_BYTES = 8 * 2**10  # smaller bodies do not count against the memory budget
 MAX_CONTAINERS = 2**18  # objects and arrays in a body: each takes about 70 bytes of memory but only 2 on the wire
 MAX_EXACT = 2**53  # up to here, every integer is exactly representable as a float
 MAX_WHOLE = 2**64  # a larger whole number with a point stays a float
@@ -87,6 +88,8 @@ async def _read_bytes(request: Request, size: int) -> bytes:
             await context.reserve(max(size, len(data)))
         if context.body_hold is not None and context.body_hold.is_overdue:
             raise ApiError(408, "The request body is arriving too slowly.", code="request_timeout")
+    if len(data) >= MIN_CHARGED_BYTES:
+        context.hold("requests", 2 * len(data))
     return bytes(data)
 
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from ...engine.errors import EngineBusyError
 from ...engine.host_memory import total_host_bytes
-from .errors import unavailable
+from .errors import ApiError, unavailable
 
 MAX_BODY_BYTES = 8 * 2**20
 BODY_FACTOR = 4  # bytes of memory for each byte of a body while it is read and parsed
@@ -22,6 +22,11 @@ WAIT_SECONDS = 5.0
 Kind = Literal["connections", "bodies", "requests", "tokenizing", "answers", "responses", "logs"]
 """What memory is held for: unfinished headers, bodies that are read and parsed, requests that are answered, texts that
 are tokenised, answers that are not sent, stored responses, lines that are not logged."""
+
+
+def memory_full() -> ApiError:
+    """Make the 503 for a request whose memory does not fit."""
+    return unavailable("The server's memory for requests is used up: retry later.", "memory_full")
 
 
 def default_limit() -> int:
@@ -106,7 +111,7 @@ class MemoryBudget:
         while self.used + size > self.limit:
             self.num_refused += 1
             if not self.give_way():
-                raise unavailable("The server's memory for requests is used up: retry later.", "memory_full")
+                raise memory_full()
 
     def count(self, kind: Kind, owner: str, change: int) -> None:
         """Count `change` more bytes."""

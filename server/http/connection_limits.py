@@ -6,15 +6,19 @@ A full request queue is answered with a 429 by `AsyncEngine.check_room`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import Literal, NamedTuple, Protocol
 
 from ..flags import ServerConfig
+from .budget import Hold, MemoryBudget
+from .errors import ApiError
 
 logger = logging.getLogger("pyllm.server")
 
@@ -22,6 +26,7 @@ MIN_PROGRESS = 4096  # a slow client that sends or takes at least this many byte
 MIN_IDLE_SECONDS = 0.5
 """A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
+CONNECTION_BYTES = 8 * 2**10  # of memory that an open connection takes without a request
 SPARE_FILES = 128  # open files of this process that are not connections
 
 
@@ -93,15 +98,26 @@ class Connection(Protocol):
 
     def close_idle(self) -> bool: ...  # closes it unless something is left to send
 
+    def pace(self) -> float | None: ...  # bytes a second that its client reads, if that is known
+
+    def give_way(self) -> None: ...  # closes it and releases its memory
+
 
 class ConnectionMonitor:
     """Applies the limits to all connections of a server, in one periodic sweep instead of a timer per request."""
 
-    def __init__(self, limits: ConnectionLimits) -> None:
+    def __init__(self, limits: ConnectionLimits, budget: MemoryBudget) -> None:
         self.limits = limits
+        self.budget = budget
+        budget.give_way = self.give_way
+        self._hold = Hold(budget, "connections")  # of what every connection takes
         self.idle: dict[Connection, float] = {}
         """Connections between two requests or before the first, and since when; the longest idle comes first."""
-        self._closed: Counter[str] = Counter()
+        self.incomplete: dict[Connection, None] = {}
+        """Connections on which a request has begun that is not complete enough to check its key; the newest is last."""
+        self.behind: dict[Connection, None] = {}
+        """Connections whose client has not read all that was sent."""
+        self.closed: Counter[str] = Counter()
 
     def watch(self, connections: Collection[Connection]) -> None:
         """Sweep from now on, as long as the event loop runs."""
@@ -111,10 +127,29 @@ class ConnectionMonitor:
 
     def sweep(self, connections: Collection[Connection], now: float) -> None:
         """Close the connections whose clients are too slow, and log how many were closed since the last sweep."""
-        self._closed.update(reason for connection in list(connections) if (reason := connection.check(now)))
-        for reason, count in self._closed.items():
+        self.closed.update(reason for connection in list(connections) if (reason := connection.check(now)))
+        self._hold.record(CONNECTION_BYTES * len(connections))
+        with contextlib.suppress(ApiError):
+            self.budget.free_up(0)
+        for reason, count in self.closed.items():
             logger.info("Closed %d connection(s): %s", count, reason)
-        self._closed.clear()
+        self.closed.clear()
+
+    def give_way(self) -> bool:
+        """Close a connection to free memory: the newest with an incomplete request, else the one that reads slowest."""
+        if self.incomplete:
+            connection, reason = next(reversed(self.incomplete)), "memory is used up, and its request was incomplete"
+        else:
+            paces = ((pace, each) for each in self.behind if (pace := each.pace()) is not None)
+            pair = min(paces, key=itemgetter(0), default=None)
+            if pair is None:
+                return False
+            connection, reason = pair[1], "memory is used up, and its client was the slowest reader"
+        for gone in (self.incomplete, self.behind):
+            gone.pop(connection, None)
+        connection.give_way()
+        self.closed[reason] += 1
+        return True
 
     def evict_idle(self, now: float) -> bool:
         """Close the connection that has been idle longest, to admit a new one; return whether there was one."""
@@ -123,7 +158,7 @@ class ConnectionMonitor:
                 break
             del self.idle[connection]
             if connection.close_idle():
-                self._closed["idle, and a new connection needed the slot"] += 1
+                self.closed["idle, and a new connection needed the slot"] += 1
                 return True
             self.idle[connection] = now
         return False

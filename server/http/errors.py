@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from ...engine.errors import EngineBusyError, EngineDeadError, RequestError
 
 logger = logging.getLogger("pyllm.server")
 
-encode_json = msgspec.json.Encoder().encode
+PIECE_BYTES = 2**16  # of a response that is encoded while it is sent
+
+
+class Items:
+    """An array in JSON whose items are made one by one while it is encoded, once."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = items
+
+
+def _encode_items(value: Any) -> msgspec.Raw:
+    if not isinstance(value, Items):
+        raise NotImplementedError
+    return msgspec.Raw(b"[" + b",".join(map(encode_json, value.items)) + b"]")
+
+
+encode_json = msgspec.json.Encoder(enc_hook=_encode_items).encode
 """Faster than Starlette's encoder; NaN and infinities, which JSON lacks, become null."""
 MAX_ECHO = 200  # characters of the client's input that a message repeats
 RETRY_AFTER_SECONDS = 5
@@ -59,6 +77,49 @@ class JsonResponse(Response):
     def render(self, content: Any) -> bytes:
         """Encode `content`."""
         return encode_json(content)
+
+
+class PiecewiseResponse(Response):
+    """A large response in JSON, encoded while the client reads it."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._content = content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for piece in encode_pieces(self._content):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)  # a piece takes a millisecond or two
+        await send({"type": "http.response.body", "body": b""})
+
+
+def encode_pieces(content: Any) -> Iterator[bytes]:
+    """Yield the JSON of `content` in pieces of at least `PIECE_BYTES`, except for the last."""
+    arrays: list[Items] = []
+
+    def mark(value: Any) -> msgspec.Raw:
+        arrays.append(value)
+        return msgspec.Raw(b"\0")  # JSON has no such byte
+
+    first, *rest = msgspec.json.Encoder(enc_hook=mark).encode(content).split(b"\0")
+    data = bytearray(first)
+    for array, after in zip(arrays, rest, strict=True):
+        comma = b"["
+        for item in array.items:
+            data += comma
+            data += encode_json(item)
+            comma = b","
+            if len(data) >= PIECE_BYTES:
+                yield bytes(data)
+                data.clear()
+        data += b"[]" if comma == b"[" else b"]"
+        data += after
+    yield bytes(data)
 
 
 def unavailable(message: str, code: str) -> ApiError:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..flags import ServerConfig
 from .budget import Hold, Kind, MemoryBudget
-from .errors import MAX_ECHO, ApiError, JsonResponse, to_api_error, unavailable
+from .errors import MAX_ECHO, PIECE_BYTES, ApiError, JsonResponse, to_api_error, unavailable
 from .keys import Account, KeyRing
 
 logger = logging.getLogger("pyllm.server")
@@ -92,8 +92,17 @@ class RequestContext:
 
     async def respond(self, message: Message) -> None:
         """Send a part of the response; its head gets the request id."""
+        if len(body := message.get("body", b"")) > PIECE_BYTES:  # sent as the client reads it
+            last = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+            for start in range(0, last, PIECE_BYTES):
+                piece = body[start : start + PIECE_BYTES]
+                await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+            message = {**message, "body": body[last:]}
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         if message["type"] == "http.response.start":
+            length = int(Headers(raw=message["headers"]).get("content-length", 0))
+            if length > PIECE_BYTES and self.scope["method"] != "HEAD":
+                self.hold("answers", length)  # fails before anything is sent
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id

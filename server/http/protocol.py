@@ -3,116 +3,212 @@
 from __future__ import annotations
 
 import asyncio
-import select
-import sys
+import re
+import uuid
 from functools import partial
 from typing import Any, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from .connection_limits import ConnectionMonitor, ProgressTimer, Wait
+from .budget import MAX_BODY_BYTES, Hold
+from .connection_limits import ConnectionMonitor, ProgressTimer
 from .errors import ApiError, encode_json, unavailable
-from .middleware import CONTEXT, RequestContext
+from .http10 import answer_without_chunks
+from .middleware import ANTHROPIC_ROUTES
+from .slow_clients import SupervisedProtocol
 
-MAX_HEADER_BYTES = 64 * 2**10
-PIECE_BYTES = 16 * 2**10  # header size is checked once a piece, so headers can exceed the limit by up to one piece
-MAX_UNREAD = 65536  # how many tokens a client may lag behind its stream; tokens with log-probabilities count more
+MAX_HEADER_BYTES = 32 * 2**10  # of a request's head, or between two parts of a chunked body, trailers included
+MAX_HEADERS = 100  # trailers included
+MAX_LINE_BYTES = 8 * 2**10  # of the line with the method and the path
+HEADER_OVERHEAD = 160  # bytes of memory that a header takes in addition to its text
+PIECE_BYTES = 16 * 2**10  # how much is read at a time, so how much of a body may wait before a key is checked
+MAX_DROPPED = MAX_BODY_BYTES  # of a body after its answer: with less, a client reads the answer and may stay connected
+LINGER_SECONDS = 2.0  # for which more is read and dropped after an error response that ends the connection
+PROTOCOLS = (b"HTTP/1.1", b"HTTP/1.0")
+HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 
 
 class _Transport:
-    """Discards writes made after a disconnect that the response has not noticed; uvloop's transport would raise."""
+    """Counts what is written, and discards what is written after a disconnect, where uvloop's transport would raise."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._real = transport
+        self.written = 0  # bytes
+        self.ended = False
 
     def write(self, data: bytes) -> None:
-        if not self._real.is_closing():
+        self.written += len(data)
+        if not self.ended and not self._real.is_closing():
             self._real.write(data)
+
+    def end(self) -> None:
+        """Close after `LINGER_SECONDS`: closing before the client has sent all would discard what it has not read."""
+        self.ended = True
+        if self._real.can_write_eof():
+            self._real.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_SECONDS, self._real.close)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
 
-async def _answer_without_chunks(
-    app: ASGIApp, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send
-) -> None:
-    """Run `app` for an HTTP/1.0 client: a response of unknown length ends when the connection closes."""
-    is_delimited = True
+class _Reader(asyncio.BufferedProtocol):
+    """Reads small pieces where uvloop would read 250 KB, which a client could fill with requests."""
 
-    async def send_unchunked(message: Message) -> None:
-        nonlocal is_delimited
-        while cycle.flow.write_paused and not cycle.disconnected:  # now, so that the length is still right below
-            await cycle.flow.drain()
-        if message["type"] == "http.response.start":
-            is_delimited = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
-            cycle.chunked_encoding = None if is_delimited else False
-        elif not is_delimited:  # uvicorn subtracts the piece, and compares the rest at the end
-            cycle.expected_content_length = sys.maxsize if message.get("more_body") else len(message.get("body", b""))
-        await send(message)
+    _buffer = memoryview(bytearray(PIECE_BYTES))  # of all connections: it is emptied before another is read
 
-    await app(scope, receive, send_unchunked)
+    def __init__(self, protocol: HttpProtocol) -> None:
+        self._protocol = protocol
+        for name in ("connection_lost", "eof_received", "pause_writing", "resume_writing"):
+            setattr(self, name, getattr(protocol, name))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._protocol.data_received(bytes(self._buffer[:nbytes]))
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """One connection. `cycle` is the request that was received last, `pipeline` those that wait to be answered.
+class _Flow(FlowControl):
+    """Does not resume reading while data waits to be parsed."""
 
-    As in uvicorn, the pipeline is filled on the left, and its next request is the rightmost. The base class is private
-    to uvicorn, so pyproject.toml pins the minor version that the tests ran against.
+    held = False
+
+    def resume_reading(self) -> None:
+        if not self.held:
+            super().resume_reading()
+
+
+class HttpProtocol(SupervisedProtocol):
+    """One connection, on which one request is answered at a time.
+
+    What follows a request that is not answered yet waits unparsed, so that a client cannot pile up requests. The base
+    class is private to uvicorn, so pyproject.toml pins the minor version that the tests ran against.
     """
 
     def __init__(self, *arguments: Any, monitor: ConnectionMonitor, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.connections: set[Any]
+        self.flow: _Flow
+        self._wire: _Transport
         self._monitor = monitor
-        self._header_bytes = 0  # of incomplete headers
-        self._refusal: ApiError | None = None  # to send after the responses to the requests before it
-        self._answering: RequestResponseCycle | None = None
+        self._phase = "idle"
+        self.url = b""
+        self._line = b""  # of the method and the path, until it is complete; then None
+        self._line_complete = False
+        self._unparsed = b""
+        self._tail = b""  # of what is parsed, to find the end of a head in two pieces
+        self._head_bytes = self._num_headers = 0  # of an incomplete head
+        self._framing = 0  # bytes since the last byte of a chunked body
+        self._body_left = 0  # of a body with a length
+        self._dropped = 0  # bytes of a body since it was answered
+        self._problem: ApiError | None = None  # with the request that is being parsed
         self._received = 0  # bytes
-        self._resumed = 0  # how many times the write buffer has drained
+        self._num_requests = 0
         self._timer = ProgressTimer()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept a connection, in place of an idle one if necessary, or refuse it."""
-        super().connection_made(cast(asyncio.Transport, _Transport(transport)))
+        transport.set_protocol(_Reader(self))
+        self._wire = _Transport(transport)
+        super().connection_made(cast(asyncio.Transport, self._wire))
+        self.flow = _Flow(self.transport)
         now = self.loop.time()
         if len(self.connections) > self._monitor.limits.connections and not self._monitor.evict_idle(now):
             self._refuse(unavailable("The server has too many connections.", "too_many_connections"))
+            self.transport.close()
         else:
             self._monitor.idle[self] = now
 
     def data_received(self, data: bytes) -> None:
-        """Parse what arrived, and measure incomplete headers."""
-        if self._refusal is not None:
-            return
-        self._monitor.idle.pop(self, None)
+        """Parse what arrived, up to the end of a request."""
+        self._unset_keepalive_if_required()
         self._received += len(data)
-        for start in range(0, len(data), PIECE_BYTES):
-            piece, scope = data[start : start + PIECE_BYTES], self.scope
-            self._parse(piece)
-            if self.transport.is_closing() or self._refusal is not None:
-                return
-            before = self._header_bytes if self.scope is scope else 0  # another request has begun in this piece
-            self._header_bytes = before + len(piece) if self._in_header else 0
-            if self._header_bytes > MAX_HEADER_BYTES:
-                message = f"The request headers are larger than {MAX_HEADER_BYTES} bytes."
-                self._refuse(ApiError(431, message, code="headers_too_large"))
-                return
+        if not self._wire.ended:
+            self._parse_requests(self._unparsed + data)
+        elif (dropped := self._dropped + len(data)) > MAX_DROPPED:
+            self.transport.close()
+        else:
+            self._dropped = dropped
+
+    def _parse_requests(self, data: bytes) -> None:
+        """Parse up to the end of a request that is to be answered first; the rest waits."""
+        start = 0
+        while start < len(data) and not self._is_ending:
+            if self._phase == "idle" and self.cycle is not None:
+                break
+            end = self._find_end(data, start)
+            self._parse_piece(data[start:end])
+            start = end
+        self._tail = data[max(start - 3, 0) : start]
+        self._unparsed = b"" if self._is_ending else data[start:]
+        self.flow.held = bool(self._unparsed)
+        uploading = self._phase == "body" and not self.cycle.response_complete
+        if self._unparsed or (uploading and self.cycle.body):
+            self.flow.pause_reading()  # until the application asks for more
+        self._charge()
+
+    @property
+    def _is_ending(self) -> bool:
+        return self._wire.ended or self.transport.is_closing()
+
+    def _find_end(self, data: bytes, start: int) -> int:
+        """Return the end of the piece to parse next, which no request crosses."""
+        if self._phase == "body" and self._body_left:
+            return min(start + self._body_left, len(data))
+        before = b"" if start else self._tail
+        end = (before + data).find(b"\r\n\r\n", start)
+        return len(data) if end < 0 else end + 4 - len(before)
+
+    def _parse_piece(self, data: bytes) -> None:
+        self._monitor.idle.pop(self, None)
+        if self._phase == "body":
+            self._framing += len(data)
+            if self.cycle is not None and self.cycle.response_complete:
+                self._dropped += len(data)
+        else:
+            self._head_bytes += len(data)
+            self._problem = self._check_line(data)
+        if self._problem is None and self._head_bytes <= MAX_HEADER_BYTES:
+            self._parse(data)
+        if max(self._head_bytes, self._framing) > MAX_HEADER_BYTES or self._num_headers > MAX_HEADERS:
+            message = f"The headers and trailers are more than {MAX_HEADERS} or larger than {MAX_HEADER_BYTES} bytes."
+            self._problem = ApiError(431, message, code="headers_too_large")
+        if self._problem is not None:
+            self._refuse(self._problem)
+        elif self._dropped > MAX_DROPPED:
+            self.transport.close()
+            self._monitor.closed["the client kept sending a body that was answered"] += 1
+
+    def _check_line(self, data: bytes) -> ApiError | None:
+        """Add to the request's first line, and return what is wrong with it."""
+        if self._line_complete:
+            return None
+        line, newline, _ = (self._line + data).lstrip(b"\r\n").partition(b"\n")
+        self._line, self._line_complete = line, bool(newline)
+        if len(line) > MAX_LINE_BYTES:
+            return ApiError(414, f"The request line is longer than {MAX_LINE_BYTES} bytes.", code="uri_too_long")
+        if newline and line.split(b" ")[-1].rstrip() not in PROTOCOLS:
+            return _invalid("The request line must end with HTTP/1.1 or HTTP/1.0")
+        return None
 
     def _parse(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         try:
             while data:
                 try:
                     self.parser.feed_data(data)
                     return
                 except HttpParserUpgrade as end_of_header:
+                    if self._problem is not None or self._num_headers > MAX_HEADERS:
+                        return
                     data = data[end_of_header.args[0] :]
                     self._ignore_upgrade()
         except (HttpParserError, HttpParserUpgrade):
-            self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("Invalid HTTP request received.")
+            if self._problem is None:
+                self.logger.warning("Invalid HTTP request received.")
+                self._problem = _invalid("Invalid HTTP request received")
 
     def _ignore_upgrade(self) -> None:
         """Parse the request again without its `Upgrade` header, so that it is answered in HTTP/1.1.
@@ -132,27 +228,61 @@ class HttpProtocol(HttpToolsProtocol):
         """Keep uvicorn from answering a request with an `Upgrade` header before `_ignore_upgrade` restarts it."""
         return True
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._phase = "head"
+        self._num_headers = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; trailers, and headers beyond their number, are only counted."""
+        self._num_headers += 1
+        if self._phase == "head" and self._num_headers <= MAX_HEADERS:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        """Answer a request, or queue it behind those before it."""
-        super().on_headers_complete()
-        if not self.pipeline:
-            self._answering = self.cycle
+        """Answer a request, unless its headers contradict HTTP."""
+        self._problem = _check_headers(self.headers, self.parser.get_http_version())
+        if self._problem is None and self._num_headers <= MAX_HEADERS:
+            super().on_headers_complete()
+        if self.cycle is not None:
+            lengths = (value for name, value in self.headers if name == b"content-length")
+            self._body_left = int(next(lengths, b"0"))
+            self._phase = "body"
+            self._head_bytes = self._framing = self._dropped = 0
+            self._num_requests += 1
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.scope["http_version"] == "1.0":
-            app = partial(_answer_without_chunks, app, cycle)
+            app = partial(answer_without_chunks, app, cycle)
         super()._start_asgi_task(cycle, app)
 
+    def on_body(self, body: bytes) -> None:
+        self._framing = 0
+        self._body_left -= len(body) if self._body_left else 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.cycle is not None:  # else it is refused, or the parser begins again without the `Upgrade` header
+            super().on_message_complete()
+            self._phase = "idle"
+            self._line, self._line_complete = b"", False
+            self._forget_answered()
+
     def on_response_complete(self) -> None:
-        """Continue with the next request, or send the refusal that waits for the last response."""
-        was_last = not self.pipeline
-        if not was_last:
-            self._answering = self.pipeline[-1][0]
+        """Continue with the next request."""
         super().on_response_complete()
-        if was_last:
-            if self._refusal is not None:
-                self._refuse(self._refusal)
-            elif not self._in_header and not self.transport.is_closing():
+        self._forget_answered()
+        if self._unparsed and not self._is_ending:
+            self._unset_keepalive_if_required()
+            self._parse_requests(self._unparsed)
+            self.flow.resume_reading()
+
+    def _forget_answered(self) -> None:
+        """Release the request's headers if it is received and answered."""
+        if self._phase == "idle" and self.cycle is not None and self.cycle.response_complete:
+            self.cycle = self.scope = None  # type: ignore[assignment]  # as before the first request
+            self.headers, self.url = [], b""
+            if not self._is_ending:
                 self._monitor.idle[self] = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -161,105 +291,65 @@ class HttpProtocol(HttpToolsProtocol):
         self._disconnect()
 
     def _disconnect(self) -> None:
-        """Stop requests that are being answered, or are waiting to be, from writing."""
-        for cycle in (self._answering, self.cycle, *(queued for queued, _ in self.pipeline)):
-            if cycle is not None and not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
-
-    def resume_writing(self) -> None:
-        self._resumed += 1
-        super().resume_writing()
+        """Stop the request that is being answered from writing, and release the connection's memory."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        for hold in (self._hold, self._unsent):
+            if hold is not None:
+                hold.release()
+        self._monitor.incomplete.pop(self, None)
+        self._monitor.behind.pop(self, None)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse invalid HTTP in the same shape as every other error."""
-        self._refuse(ApiError(400, msg, code="invalid_http"))
+        self._refuse(_invalid(msg))
 
     def _refuse(self, error: ApiError) -> None:
-        """Send an error response and close the connection; if a response is already partly sent, just close.
-
-        If complete requests are still to be answered, they are answered first, and nothing more is read.
-        """
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete and (self.pipeline or not cycle.more_body):
-            if cycle.more_body:  # the refused request itself, which is the last in the queue
-                self.pipeline.popleft()
-            self._refusal = error
-            return
-        if cycle is None or cycle.response_complete or not cycle.response_started:
-            body = encode_json(error.body)
+        """Send an error response and close the connection; if a response has begun, just close."""
+        if self.cycle is None or not self.cycle.response_started:
+            is_anthropic = ANTHROPIC_ROUTES.encode() in self.url.partition(b"?")[0]
+            body = encode_json(error.anthropic_body(uuid.uuid4().hex) if is_anthropic else error.body)
             head = STATUS_LINE[error.status] + b"content-type: application/json\r\nconnection: close\r\n"
             head += b"".join(f"{name}: {value}\r\n".encode() for name, value in error.headers.items())
             self.transport.write(b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body))
         self._disconnect()
-        self.transport.close()
+        self._unparsed = b""
+        self._wire.end()
+        self.flow.held = False
+        self.flow.resume_reading()
 
-    @property
-    def _in_header(self) -> bool:
-        """Whether headers have begun that are not complete."""
-        return self.scope is not None and (self.cycle is None or self.cycle.scope is not self.scope)
+    def _charge(self) -> None:
+        """Count the memory of what has arrived of a request, until its application has it."""
+        size = len(self._unparsed)
+        if self._phase == "head":
+            size += self._head_bytes + HEADER_OVERHEAD * self._num_headers
+        if self._is_ending or not (size or self._hold):
+            return
+        if self._hold is None:
+            self._hold = Hold(self._monitor.budget, "connections")
+        if self._phase == "head":
+            self._monitor.incomplete[self] = None
+        else:
+            self._monitor.incomplete.pop(self, None)
+        try:
+            self._hold.resize(size)
+        except ApiError as error:
+            self._refuse(error)
 
-    @property
-    def _is_answered(self) -> bool:
-        """Whether the request that was received last is answered, and no other has begun."""
-        return self.cycle is not None and self.cycle.response_complete and not self._in_header
 
-    def _awaited(self) -> Wait | None:
-        """Return what the connection is waiting for the client to do, or None if it is not waiting for the client."""
-        unsent = self.transport.get_write_buffer_size()
-        if self.flow.write_paused or (self.transport.is_closing() and unsent):
-            return Wait("write", self._resumed, -unsent)
-        if self.transport.is_closing() or self.pipeline or self._refusal is not None:
-            return None
-        if self.cycle is None or self._in_header:
-            return Wait("header", self.scope)
-        if self.cycle.more_body:
-            # While reading is paused, the delay is ours. After an early response, the rest of the body does not count
-            # as progress.
-            progress = 0 if self._is_answered else self._received
-            return None if self.flow.read_paused else Wait("body", self.cycle, progress)
-        if self.cycle.response_complete and self.timeout_keep_alive_task is None:
-            return Wait("header", self.cycle)  # the client has sent bytes that do not begin a request
-        return None
+def _invalid(problem: str) -> ApiError:
+    return ApiError(400, f"{problem.rstrip('.')}.", code="invalid_http")
 
-    def check(self, now: float) -> str | None:
-        """Close the connection if its client is gone, too slow or too far behind; return the reason."""
-        if self.flow.read_paused and self._is_hung_up():
-            self.transport.abort()
-            return "the client hung up"
-        wait = self._awaited()
-        timeout = self._timer.expired(wait, self._monitor.limits, now)
-        if wait is not None and wait.phase == "write":
-            if self._unread() > MAX_UNREAD:
-                self.transport.abort()
-                return f"the client was more than {MAX_UNREAD} tokens behind its stream"
-            if timeout is not None:
-                self.transport.abort()
-                return f"the client read nothing of its response for {timeout:g} s"
-        if wait is None or timeout is None:
-            return None
-        if self.scope is None or self._is_answered:
-            self.transport.close()
-            return f"no request within {timeout:g} s"
-        reason = f"the request's {wait.phase} did not arrive within {timeout:g} s"
-        self._refuse(ApiError(408, f"{reason[0].upper()}{reason[1:]}.", code="request_timeout"))
-        return reason
 
-    def close_idle(self) -> bool:
-        """Abort the connection, as a clean TLS close would wait for the client; False if something is left to send."""
-        if self.transport.get_write_buffer_size():
-            return False
-        self.transport.abort()
-        return True
-
-    def _is_hung_up(self) -> bool:
-        """Whether the client has disconnected, which nothing else shows while reading is paused."""
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
-        return bool(poll.poll(0))
-
-    def _unread(self) -> int:
-        """How many tokens a streaming client lags behind."""
-        context = self._answering.scope.get(CONTEXT) if self._answering is not None else None
-        generation = context.generation if isinstance(context, RequestContext) else None
-        return generation.unread if generation is not None else 0
+def _check_headers(headers: list[tuple[bytes, bytes]], version: str) -> ApiError | None:
+    """Return what is wrong with headers that decide where a request goes and where its body ends (RFC 9112)."""
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (version == "1.1" and not hosts):
+        return _invalid(f"The request must have one Host header, but has {len(hosts)}")
+    if hosts and not HOST.fullmatch(hosts[0]):
+        return _invalid("The Host header is not a name or an address with a port")
+    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings and (codings != [b"chunked"] or version != "1.1"):
+        return _invalid("The only transfer encoding is chunked, in HTTP/1.1")
+    return None

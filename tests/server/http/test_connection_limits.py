@@ -8,6 +8,7 @@ import resource
 import pytest
 
 from pyllm.server.flags import ServerConfig
+from pyllm.server.http.budget import Hold, MemoryBudget
 from pyllm.server.http.connection_limits import (
     MAX_EVICTION_TRIES,
     MIN_IDLE_SECONDS,
@@ -18,15 +19,26 @@ from pyllm.server.http.connection_limits import (
     ProgressTimer,
     Wait,
 )
+from pyllm.server.http.errors import ApiError
 
 LIMITS = ConnectionLimits(header=10.0, body=20.0, write=40.0, connections=3)
 
 
 class FakeConnection:
+    speed: float | None = None
+    hold: Hold
+
     def __init__(self, reason: str | None = None, unsent: bool = False) -> None:
         self.reason = reason
         self.unsent = unsent
         self.closed = False
+
+    def pace(self) -> float | None:
+        return self.speed
+
+    def give_way(self) -> None:
+        self.closed = True
+        self.hold.release()
 
     def check(self, now: float) -> str | None:
         self.closed = self.reason is not None
@@ -75,7 +87,7 @@ def test_a_sweep_is_as_frequent_as_the_shortest_timeout_needs():
 
 def test_a_sweep_logs_how_many_connections_it_closed_and_why(caplog):
     caplog.set_level(logging.INFO, logger="pyllm.server")
-    monitor = ConnectionMonitor(LIMITS)
+    monitor = ConnectionMonitor(LIMITS, MemoryBudget(10**6))
     connections = [FakeConnection("too slow"), FakeConnection(), FakeConnection("too slow")]
     monitor.sweep(connections, 0.0)
     assert [connection.closed for connection in connections] == [True, False, True]
@@ -86,7 +98,7 @@ def test_a_sweep_logs_how_many_connections_it_closed_and_why(caplog):
 
 def test_the_connection_idle_longest_is_evicted(caplog):
     caplog.set_level(logging.INFO, logger="pyllm.server")
-    monitor = ConnectionMonitor(LIMITS)
+    monitor = ConnectionMonitor(LIMITS, MemoryBudget(10**6))
     first, second = FakeConnection(), FakeConnection()
     monitor.idle |= {first: 1.0, second: 2.0}
     assert monitor.evict_idle(10.0)
@@ -97,7 +109,7 @@ def test_the_connection_idle_longest_is_evicted(caplog):
 
 
 def test_a_connection_that_has_just_become_idle_is_not_evicted():
-    monitor, connection = ConnectionMonitor(LIMITS), FakeConnection()
+    monitor, connection = ConnectionMonitor(LIMITS, MemoryBudget(10**6)), FakeConnection()
     monitor.idle[connection] = 10.0
     assert not monitor.evict_idle(10.0 + MIN_IDLE_SECONDS / 2)
     assert not connection.closed
@@ -105,7 +117,7 @@ def test_a_connection_that_has_just_become_idle_is_not_evicted():
 
 
 def test_idle_connections_with_unsent_bytes_are_passed_over():
-    monitor = ConnectionMonitor(LIMITS)
+    monitor = ConnectionMonitor(LIMITS, MemoryBudget(10**6))
     busy, free = FakeConnection(unsent=True), FakeConnection()
     monitor.idle |= {busy: 1.0, free: 2.0}
     assert monitor.evict_idle(10.0)
@@ -113,7 +125,7 @@ def test_idle_connections_with_unsent_bytes_are_passed_over():
 
 
 def test_an_eviction_looks_at_a_bounded_number_of_connections():
-    monitor = ConnectionMonitor(LIMITS)
+    monitor = ConnectionMonitor(LIMITS, MemoryBudget(10**6))
     monitor.idle |= dict.fromkeys([FakeConnection(unsent=True) for _ in range(MAX_EVICTION_TRIES)], 1.0)
     monitor.idle[FakeConnection()] = 2.0
     assert not monitor.evict_idle(10.0)
@@ -150,3 +162,39 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed(files, caplog, soft
     assert (limits.connections, limits.header) == (connections, 7.0)
     assert found == changes
     assert ("The system allows" in caplog.text) == (connections < 1000)
+
+
+def holding(budget: MemoryBudget, size: int, speed: float | None = None) -> FakeConnection:
+    connection = FakeConnection()
+    connection.hold, connection.speed = budget.hold("answers", size), speed
+    return connection
+
+
+def test_newest_incomplete_request_gives_way_then_slow_reader(caplog):
+    caplog.set_level(logging.INFO, logger="pyllm.server")
+    budget = MemoryBudget(100)
+    monitor = ConnectionMonitor(LIMITS, budget)
+    older, newer = holding(budget, 10), holding(budget, 10)
+    fast, slow, fresh = holding(budget, 20, 9.0), holding(budget, 20, 3.0), holding(budget, 30)
+    monitor.incomplete |= {older: None, newer: None}
+    monitor.behind |= {fast: None, slow: None, fresh: None}
+    order = [newer, older, slow, fast]
+    for count, size in enumerate((15, 15, 20, 20), 1):
+        budget.hold("bodies", size)
+        assert [each.closed for each in order] == [True] * count + [False] * (4 - count)
+    with pytest.raises(ApiError):
+        budget.hold("bodies", 50)
+    assert not fresh.closed, "nothing is known of how fast it is"
+    monitor.sweep([], 0.0)
+    assert "memory is used up, and its request was incomplete" in caplog.text
+    assert "memory is used up, and its client was the slowest reader" in caplog.text
+
+
+def test_a_sweep_frees_memory_that_is_used_beyond_the_limit():
+    budget = MemoryBudget(100)
+    monitor = ConnectionMonitor(LIMITS, budget)
+    slow = holding(budget, 10, 1.0)
+    monitor.behind[slow] = None
+    slow.hold.record(101)
+    monitor.sweep([], 0.0)
+    assert slow.closed

@@ -1,0 +1,170 @@
+"""What a connection can hold before a key is checked, and requests that contradict HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from support.hostile import parse_replies
+from support.serving import PATIENCE, ServerProcess, posted
+
+KIB, MIB = 2**10, 2**20
+GET = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
+CHUNKED = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+MOST_PER_CONNECTION = 64 * KIB
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+
+def memory(server: ServerProcess) -> int:
+    """The bytes that the API process holds now."""
+    text = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", text)[1]) * KIB  # type: ignore[index]
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    url = httpx.URL(server.url)
+    return socket.create_connection((url.host, url.port), PATIENCE)
+
+
+def ask(server: ServerProcess, data: bytes) -> list[tuple[int, str]]:
+    """The status and the error code of each answer to `data`."""
+    with connect(server) as connection:
+        connection.sendall(data)
+        received = b""
+        while piece := connection.recv(MIB):
+            received += piece
+    replies = parse_replies(received, ended=True)
+    return [(reply.status, json.loads(reply.body).get("error", {}).get("code", "")) for reply in replies]
+
+
+def send(connection: socket.socket, data: bytes) -> int:
+    """Send as much as the server takes; return how much that is."""
+    sent = 0
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        while sent < len(data):
+            sent += connection.send(data[sent : sent + MIB])
+    return sent
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with a key, which no client here has."""
+    with ServerProcess(tmp_path_factory.mktemp("keyed") / "log", PYLLM_API_KEY="secret") as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    {
+        "two hosts": (GET + b"host: x\r\n\r\n", 400),
+        "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", 400),
+        "no host in HTTP/1.0": (b"GET /v1/models HTTP/1.0\r\n\r\n", 200),
+        "two hosts in HTTP/1.0": (b"GET /v1/models HTTP/1.0\r\nhost: x\r\nhost: x\r\n\r\n", 400),
+        "no name in the host": (b"GET /v1/models HTTP/1.1\r\nhost: a b\r\n\r\n", 400),
+        "a path in the host": (b"GET /v1/models HTTP/1.1\r\nhost: a/b\r\n\r\n", 400),
+        "RTSP": (b"OPTIONS /v1/models RTSP/1.0\r\nhost: x\r\n\r\n", 400),
+        "RTSP with a usual method": (b"GET /v1/models RTSP/1.1\r\nhost: x\r\n\r\n", 400),
+        "ICE": (b"SOURCE /v1/models ICE/1.0\r\nhost: x\r\n\r\n", 400),
+        "HTTP/2": (b"GET /v1/models HTTP/2.0\r\nhost: x\r\n\r\n", 400),
+        "HTTP/0.9": (b"GET /v1/models HTTP/0.9\r\nhost: x\r\n\r\n", 400),
+        "two codings": (CHUNKED.replace(b"chunked", b"gzip, chunked") + b"0\r\n\r\n", 400),
+        "chunks in HTTP/1.0": (CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n", 400),
+        "length and chunks": (CHUNKED.replace(b"host", b"content-length: 5\r\nhost") + b"0\r\n\r\n", 400),
+        "two lengths": (GET + b"content-length: 0\r\ncontent-length: 1\r\n\r\n", 400),
+        "a folded header": (GET + b"a: b\r\n c\r\n\r\n", 400),
+        "NUL in a header": (GET + b"a: b\0\r\n\r\n", 400),
+        "a bare CR": (GET + b"a: b\rc: d\r\n\r\n", 400),
+        "bare LFs": (GET.replace(b"\r", b"") + b"\n", 400),
+        "no header name": (GET + b": b\r\n\r\n", 400),
+        "no method": (GET.replace(b"GET", b"G\xc9T"), 400),
+        "an absolute target": (GET.replace(b" /", b" http://other/") + b"connection: close\r\n\r\n", 200),
+        "a long target": (GET.replace(b" HTTP", b"?" + b"a" * 9000 + b" HTTP") + b"\r\n", 414),
+        "a long method": (b"A" * 9000 + b" / HTTP/1.1\r\nhost: x\r\n\r\n", 414),
+        "100 headers": (GET + b"a: b\r\n" * 98 + b"connection: close\r\n\r\n", 200),
+        "101 headers": (GET + b"a: b\r\n" * 100 + b"\r\n", 431),
+        "large headers": (GET + b"a: %s\r\n" % (b"b" * 40_000) + b"\r\n", 431),
+        "101 trailers": (CHUNKED + b"0\r\n" + b"x: y\r\n" * 101 + b"\r\n", 431),
+        "large trailers": (CHUNKED + b"0\r\nx: " + b"y" * 70_000 + b"\r\n\r\n", 431),
+        "a large chunk extension": (CHUNKED + b"2;" + b"x" * 100_000 + b"\r\n{}\r\n0\r\n\r\n", 431),
+    }.values(),
+)  # fmt: skip
+def test_contradictions_and_excess_are_refused(server: ServerProcess, data: bytes, status: int) -> None:
+    codes = {200: "", 400: "invalid_http", 414: "uri_too_long", 431: "headers_too_large"}
+    assert ask(server, data) == [(status, codes[status])]
+
+
+@needs_proc
+def test_trailers_and_extensions_take_no_memory(server: ServerProcess) -> None:
+    before = memory(server)
+    for endless in (b"0\r\n" + b"x:\r\n" * (4 * MIB), b"0\r\nx: " + b"y" * (16 * MIB), b"1;" + b"y" * (16 * MIB)):
+        with connect(server) as connection:
+            send(connection, CHUNKED + endless)
+            assert memory(server) - before < 8 * MIB
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "data",
+    [
+        GET + b"x:\r\n" * (15 * KIB),
+        GET + b"".join(b"x%d: %s\r\n" % (n, b"a" * 300) for n in range(97)),
+        GET + b"x: " + b"a" * 30_000,
+        GET.replace(b" HTTP", b"?" + b"a" * 8000 + b" HTTP") + b"x: " + b"a" * 20_000,
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 4000000\r\n\r\n" + b" " * 300_000,
+    ],
+    ids=["tiny headers", "many headers", "a large header", "a long target", "a body"],
+)
+def test_half_open_connection_holds_little_memory(keyed: ServerProcess, data: bytes) -> None:
+    count = 200
+    before = memory(keyed)
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            connection = stack.enter_context(connect(keyed))
+            connection.settimeout(0.05)
+            send(connection, data)
+        httpx.get(f"{keyed.url}/health")
+        assert memory(keyed) - before < count * MOST_PER_CONNECTION
+
+
+@needs_proc
+def test_requests_behind_a_running_one_wait_unparsed(server: ServerProcess) -> None:
+    before = memory(server)
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            connection = stack.enter_context(posted(server, stream=True))
+            connection.settimeout(0.5)
+            assert send(connection, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * (MIB // 4)) < 9 * MIB
+        assert memory(server) - before < 20 * MIB
+    server.wait_until_idle()
+
+
+def test_body_is_not_read_for_long_after_its_answer(server: ServerProcess) -> None:
+    with connect(server) as connection:
+        connection.sendall(CHUNKED.replace(b"transfer-encoding: chunked", b"content-length: 25000000000"))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+        blanks, sent, since = b" " * MIB, 0, time.monotonic()
+        while len(blanks) == (more := send(connection, blanks)):
+            sent += more
+            assert sent < 200 * MIB
+            assert time.monotonic() < since + PATIENCE
+
+
+def test_answer_to_a_refused_upload_can_be_read(server: ServerProcess) -> None:
+    """Closing at once would make the client's system drop the answer, so the server reads on for a moment."""
+    for _ in range(20):
+        with connect(server) as connection:
+            sent = send(
+                connection,
+                GET.replace(b"host", b"host: x\r\nhost") + b"content-length: 3000000\r\n\r\n" + b" " * 3_000_000,
+            )
+            assert sent > 3_000_000
+            assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
