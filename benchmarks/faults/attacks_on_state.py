@@ -98,7 +98,7 @@ async def stop_strings(to: To) -> Seen:
 async def allowed_ids(to: To) -> Seen:
     ids = b",".join(b"%d" % (300 + n % 5000) for n in range(2**20))
     body = b'{"prompt":"x","max_tokens":900,"ignore_eos":true,"allowed_token_ids":[' + ids + b"]}"
-    return await crowd(to, 8, lambda _: ask(to, "/v1/completions", body, drain=False), rounds=100)
+    return await crowd(to, 100, lambda _: ask(to, "/v1/completions", body, drain=False), rounds=100)
 
 
 @attack("requests for 4 sequences with 1,000,000 allowed_token_ids each, given up at once", seconds=60)
