@@ -26,6 +26,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_SEQUENCES = 512
 PRIORITY_LIMIT = 2**31
+ID_BYTES = 36  # of an integer in a list
 Pooling = Literal["mean", "last"]
 Kernels = Literal["native", "triton", "torch"]
 
@@ -101,10 +102,11 @@ class EngineRequest(Message, frozen=True, kw_only=True):
     pooling: Pooling | None = None
 
     @property
-    def num_ids(self) -> int:
-        """Return how many token ids it has in all."""
+    def num_bytes(self) -> int:
+        """Return about how much memory it takes once it is decoded."""
         words = sum(map(len, self.params.bad_words))
-        return len(self.prompt_token_ids) + len(self.params.allowed_token_ids or ()) + words
+        ids = len(self.prompt_token_ids) + len(self.params.allowed_token_ids or ()) + words
+        return ID_BYTES * ids + len(self.params.grammar or "")
 
 
 class Abort(Message, frozen=True, kw_only=True):

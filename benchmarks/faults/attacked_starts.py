@@ -173,7 +173,7 @@ def signals(checkout: Path) -> str:
 
 
 def stripping_tokens(checkout: Path) -> str:
-    """a chat with 50,000 spaces and an added token that strips; then /health, and SIGTERM"""
+    """/tokenize of a chat with 50,000 spaces and an added token that strips; then /health, and SIGTERM"""
     number = port()
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text, "model")
@@ -191,8 +191,8 @@ def stripping_tokens(checkout: Path) -> str:
             connection = http.client.HTTPConnection("127.0.0.1", number, timeout=PATIENCE)
             said, since = "no answer", time.monotonic()
             with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
-                body = json.dumps({"messages": [{"role": "user", "content": " " * 50_000 + "x"}], "max_tokens": 1})
-                connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+                body = json.dumps({"messages": [{"role": "user", "content": " " * 50_000 + "x"}]})
+                connection.request("POST", "/tokenize", body, {"content-type": "application/json"})
                 said = str(connection.getresponse().status)
             said += f" in {time.monotonic() - since:.1f} s"
             health = get(number, "/health")

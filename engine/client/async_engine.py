@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...model.tokenizer import Tokenizer
 
 _decoder: msgspec.msgpack.Decoder[messages.FromEngine] = msgspec.msgpack.Decoder(messages.FromEngine)
-MAX_HELD_IDS = 2**24  # of unfinished requests; each takes up to 36 bytes in this process, and in the engine's
+MAX_HELD_BYTES = 2**29  # of unfinished requests, in this process and in the engine's
 EXIT_SECONDS = 1.0  # how long to wait for an engine that has closed its socket to exit
 
 
@@ -98,7 +98,7 @@ class AsyncEngine:
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, RequestStream] = {}
         self._clients: Counter[str] = Counter()  # how many of these each client has
-        self._held_ids: Counter[str] = Counter()  # and how many token ids are in them
+        self._held: Counter[str] = Counter()  # and how many bytes they take
         self._grammars = GrammarChecks(pipe.send)
         self._config = config
         self._tokenizer = tokenizer
@@ -162,11 +162,11 @@ class AsyncEngine:
             message = f"The queue is full (at most {queue} requests can wait). Retry later."
             raise EngineBusyError(message, retry_after=self._seconds_until(excess))
 
-    def _check_ids(self, count: int, client: str) -> None:
-        """Raise `EngineBusyError` if `count` more token ids are too many for the memory of both processes."""
-        share = MAX_HELD_IDS // (len(self._clients) + (client not in self._clients))
-        if self._held_ids.total() + count > MAX_HELD_IDS and not (client and self._held_ids[client] + count <= share):
-            message = f"The requests that run and wait have too many tokens (at most {MAX_HELD_IDS}). Retry later."
+    def _check_bytes(self, count: int, client: str) -> None:
+        """Raise `EngineBusyError` if `count` more bytes are too many for the memory of both processes."""
+        share = MAX_HELD_BYTES // (len(self._clients) + (client not in self._clients))
+        if self._held.total() + count > MAX_HELD_BYTES and not (client and self._held[client] + count <= share):
+            message = f"The requests that run and wait are too large (at most {MAX_HELD_BYTES} bytes). Retry later."
             raise EngineBusyError(message, retry_after=self._seconds_until(1))
 
     def _seconds_until(self, count: int) -> int:
@@ -210,13 +210,13 @@ class AsyncEngine:
             priority=priority, background=background, client=client, cache_salt=cache_salt, pooling=pooling,
         )  # fmt: skip
         message = messages.resolve_request(message, self.info, self._seeds)
-        num_ids = message.num_ids
-        self._check_ids(num_ids, client)
-        stream = RequestStream(wire_id, wakeup or Wakeup(), self._forget, client, num_ids)
+        num_bytes = message.num_bytes
+        self._check_bytes(num_bytes, client)
+        stream = RequestStream(wire_id, wakeup or Wakeup(), self._forget, client, num_bytes)
         self._processor.add(wire_id, len(prompt_token_ids), message.params)
         self._streams[wire_id] = stream
         self._clients[client] += 1
-        self._held_ids[client] += num_ids
+        self._held[client] += num_bytes
         self._pipe.send(message)
         return stream
 
@@ -247,9 +247,9 @@ class AsyncEngine:
         if stream is None:
             return False
         self._clients[stream.client] -= 1
-        self._held_ids[stream.client] -= stream.num_ids
+        self._held[stream.client] -= stream.num_bytes
         if not self._clients[stream.client]:
-            del self._clients[stream.client], self._held_ids[stream.client]
+            del self._clients[stream.client], self._held[stream.client]
         return True
 
     def _forget(self, wire_id: str) -> None:
@@ -279,7 +279,7 @@ class AsyncEngine:
             stream.die(reason)
         self._streams.clear()
         self._clients.clear()
-        self._held_ids.clear()
+        self._held.clear()
         self._grammars.die(reason)
         if not self._closing:
             self._died.set()

@@ -275,10 +275,10 @@ class RequestStream:
     """
 
     def __init__(
-        self, wire_id: str, wakeup: Wakeup, forget: Callable[[str], None], client: str = "", num_ids: int = 0
+        self, wire_id: str, wakeup: Wakeup, forget: Callable[[str], None], client: str = "", num_bytes: int = 0
     ) -> None:
         self.client = client
-        self.num_ids = num_ids  # token ids in the request
+        self.num_bytes = num_bytes  # of the request
         self._wire_id = wire_id
         self._wakeup = wakeup
         self._forget = forget  # called with the id when the reader aborts the request

@@ -12,6 +12,7 @@ from ...engine.errors import RequestError
 from ...engine.grammar.keys import CALL_OPENING
 from ..http.errors import shorten
 from .conversation import Conversation, Tool, ToolChoice
+from .schema.compiler import MAX_SIZE
 from .structured import choice_grammar, json_schema_grammar
 from .template import MAX_DEPTH, is_deeper
 from .tool_calls import CallReader, ToolCallFormat
@@ -52,7 +53,14 @@ class ToolOptions:
         """
         if self.mode == "auto" and answer is None and self.parallel and not any(tool.strict for tool in self.tools):
             return None
-        arguments = {tool.parameters_field: self._arguments(tool) for tool in self.tools}
+        arguments: dict[str, str] = {}
+        size = 0
+        for tool in self.tools:
+            arguments[tool.parameters_field] = text = self._arguments(tool)
+            size += len(text)
+            if size > MAX_SIZE:
+                message = f"{tool.parameters_field} and those before it are too complex together: use fewer tools."
+                raise RequestError(message, param=tool.parameters_field)
         grammars = [{"name": "turn", "lark_grammar": self._rules(answer is not None)}]
         grammars += [_named(f"arguments_{n}", text) for n, text in enumerate(arguments.values())]
         if answer is not None:

@@ -23,6 +23,7 @@ from ..http.middleware import RequestContext
 
 MAX_SEQUENCES = 1024
 MAX_LISTED_IDS = 2**22  # total ids in one list option, over all sequences of a request
+MAX_GRAMMAR_BYTES = 2**26  # of a request's grammar, over all its sequences
 MAX_SHOWN = 2**21
 """Candidates for tokens in one response."""
 CANDIDATE_BYTES = 150  # of memory that each takes until the response is written
@@ -326,6 +327,9 @@ def _check_size(
         if length * count > MAX_LISTED_IDS:  # each sequence carries its own list
             message = f"{name} is too long for {count} sequences: {length * count} ids; the limit is {MAX_LISTED_IDS}."
             raise RequestError(message, param=name)
+    if len(params.grammar or "") * count > MAX_GRAMMAR_BYTES:  # the same
+        message = f"The grammar of the answer is too long for {count} sequences: {len(params.grammar or '')} bytes"
+        raise RequestError(f"{message} each; the limit is {MAX_GRAMMAR_BYTES} in all.", param=field)
     shown = 0
     for prompt in prompts:
         if params.prompt_logprobs is not None:

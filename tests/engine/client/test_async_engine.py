@@ -310,14 +310,14 @@ async def test_each_client_keeps_a_share_of_a_full_queue(tiny_checkpoint):
         await engine.shutdown()
 
 
-async def test_the_ids_of_unfinished_requests_are_bounded(tiny_checkpoint, monkeypatch):
+async def test_the_size_of_unfinished_requests_is_bounded(tiny_checkpoint, monkeypatch):
     """They are held in both processes: a queue of long lists would take gigabytes."""
-    monkeypatch.setattr("pyllm.engine.client.async_engine.MAX_HELD_IDS", 1000)
+    monkeypatch.setattr("pyllm.engine.client.async_engine.MAX_HELD_BYTES", 36_000)
     listed = msgspec.structs.replace(ENDLESS, allowed_token_ids=tuple(range(4, 204)))
     engine = await start(tiny_checkpoint)
     try:
         streams = [engine.submit(f"list-{n}", [5], listed, client="a") for n in range(4)]
-        with pytest.raises(EngineBusyError, match="too many tokens"):
+        with pytest.raises(EngineBusyError, match="too large"):
             engine.submit("more", [5], listed, client="a")
         streams.append(engine.submit("other", [5], listed, client="b"))  # its share is free
         streams.pop(0).abort()

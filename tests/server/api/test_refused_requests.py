@@ -187,3 +187,15 @@ def test_more_logprobs_than_the_server_gives_are_refused(harness, path, fields, 
     error = error_of(response)
     assert (error.param, error.message) == (param, f"{param} must be at most 2 on this server, but got 3.")
     assert harness.post(path, fields | {param: 2}).status_code == 200
+
+
+def test_a_long_grammar_is_not_copied_for_many_sequences(harness):
+    """Each sequence carries its own: a thousand of 200 KB would take the memory of both processes."""
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "schema": {"enum": ["1234" * n for n in range(1, 350)]}},
+    }
+    assert harness.complete(response_format=form, n=2).status_code == 200
+    refused = harness.complete(response_format=form, n=128, prompt=["a"] * 4)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert "too long for 512 sequences" in refused.json()["error"]["message"]

@@ -9,6 +9,7 @@ import llguidance
 import pytest
 from support.grammars import check_grammar
 
+from pyllm.engine.errors import RequestError
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.chat.conversation import Conversation, Message, Tool, ToolChoice
 from pyllm.server.chat.structured import json_schema_grammar, regex_grammar
@@ -104,6 +105,18 @@ def test_an_answer_of_a_format_may_be_calls_instead() -> None:
         assert accepts(AUTO, call + call, "hermes", answer)
         assert not accepts(AUTO, call + text, "hermes", answer)
         assert not accepts(AUTO, "other", "hermes", answer)
+
+
+def test_tools_that_are_too_complex_together_are_refused() -> None:
+    """128 tools of a few kilobytes each made a grammar of 22 MB, which took half a minute."""
+    wide = {"type": "object", "properties": {f"p{n}": True for n in range(140)}, "minProperties": 100}
+    tools = [Tool(f"t{n}", parameters=wide, parameters_field=f"tools[{n}].parameters") for n in range(128)]
+    conversation = Conversation(messages=[Message("user", "?")], tools=tools, tool_choice=ToolChoice("required"))
+    options = read_tools(conversation, FORMATS["hermes"])
+    assert options is not None
+    with pytest.raises(RequestError, match="too complex together") as caught:
+        options.grammar(None)
+    assert 5 < int((caught.value.param or "")[6:].partition("]")[0]) < 20
 
 
 def test_arguments_have_only_declared_members() -> None:
