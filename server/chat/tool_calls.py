@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Protocol
 
 import msgspec
@@ -38,6 +39,12 @@ class TurnReader(Protocol):
     # Returns what was held back. None: the text has ended by itself; else the stop string that was cut off it, or "".
 
 
+SLICE = 4096  # characters that are read at a time
+MAX_MARKUP = 2048  # characters of a call before its arguments, or after them; it is read again as it grows
+MAX_TRIAL = 2**14  # characters of a call's JSON that are tried before all of it is
+JSON_SPACE, SPACES = " \t\n\r", re.compile(r"[ \t\n\r]*")
+STRING_MARK, BRACKET, BRACE = re.compile(r'["\\]'), re.compile(r'["{}\[\]]'), re.compile(r"\s*\}")
+
 # Patterns of characters that may be repeated: white space, characters of a JSON string, and those between bare calls.
 _SPACE, _CHARACTER, _BETWEEN = r"\s", r"(?:[^\"\\]|\\(?:.|\Z))", r"[\s;,]"
 
@@ -67,9 +74,9 @@ class ToolCallFormat:
     @cached_property
     def header(self) -> re.Pattern[str]:
         """Matches a call up to its arguments' opening brace; group 1 is the JSON string of the name."""
-        head = re.escape(self.opening) if self.opening else f"{_BETWEEN}*"
+        head = re.escape(self.opening) + r"\s*" if self.opening else f"{_BETWEEN}*"
         key = r'"(?:arguments|parameters)"'
-        return re.compile(head + r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*' + key + r"\s*:\s*(?=\{)")
+        return re.compile(head + r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*' + key + r"\s*:\s*(?=\{)")
 
     @cached_property
     def header_begun(self) -> re.Pattern[str]:
@@ -136,8 +143,11 @@ class CallReader:
         self._format = format_
         self._functions = functions
         self._reason = finish_reason
-        self._held = ""  # not yet read
-        self._space = ""  # white space after the content so far
+        self._held, self._at = "", 0  # text, and how much of it is read
+        self._waiting: list[str] = []  # what is held and more, if nothing can be decided before the closing mark
+        self._overlap = ""  # the end of that, which may begin the closing mark
+        self._closing: int | None = None  # where it is in the held text, -1 for nowhere; None if not known
+        self._space: list[str] = []  # white space after the content so far
         self._has_content = False
         self._may_open = True  # a bare call may begin here
         self._calls = 0
@@ -148,14 +158,31 @@ class CallReader:
 
     def feed(self, text: str) -> list[Part]:
         """Read more text."""
-        self._held += text
-        while self._held and self._step():
-            pass
+        for start in range(0, len(text), SLICE):
+            self._feed(text[start : start + SLICE])
         return self._drain()
+
+    def _feed(self, text: str) -> None:
+        if self._waiting:
+            overlap = self._overlap + text
+            self._waiting.append(text)
+            self._overlap = overlap[1 - len(self._format.closing) :]
+            if self._format.closing not in overlap:
+                return
+            text = ""
+        self._hold(text)
+        while self._at < len(self._held) and self._step():
+            pass
+
+    def _hold(self, text: str) -> None:
+        """Add text to what is held."""
+        held = "".join(self._waiting) or self._held[self._at :]
+        self._held, self._at, self._closing, self._waiting = held + text, 0, None, []
 
     def finish(self, cut: str | None = None) -> list[Part]:
         """Return what was held back; a call that lacks only its closing mark is complete."""
-        while self._held and self._step != self._read_tail:
+        self._hold("")
+        while self._at < len(self._held) and self._step != self._read_tail:
             if self._step == self._read_header:
                 self._end_header(cut)
             elif not self._step():  # what is held may be the beginning of the opening mark
@@ -165,27 +192,29 @@ class CallReader:
             self.finish_reason = "stop" if cut is None else "length"
         elif self._calls:
             self.finish_reason = self._reason
-        elif self._space:
-            self._parts.append(self._space)
+        elif space := "".join(self._space):
+            self._parts.append(space)
         return self._drain()
 
     def _drain(self) -> list[Part]:
-        parts, self._parts = self._parts, []
-        return [part for part in parts if not isinstance(part, str)] if self._forced else parts
+        parts: list[Part] = []
+        for is_text, group in groupby(self._parts, key=lambda part: isinstance(part, str)):
+            if not is_text:
+                parts += group
+            elif not self._forced:
+                parts.append("".join(map(str, group)))
+        self._parts = []
+        return parts
 
     def _add_content(self, length: int) -> None:
         """Make this much of the held text content, except for white space at its end."""
-        text = self._space + self._held[:length]
-        self._held = self._held[length:]
-        content = text.rstrip()
-        self._space = text[len(content) :]
-        if not content:
-            return
-        self._has_content = True
-        if self._parts and isinstance(before := self._parts[-1], str):
-            self._parts[-1] = before + content
-        else:
-            self._parts.append(content)
+        text = self._held[self._at : self._at + length]
+        self._at += len(text)
+        if content := text.rstrip():
+            self._parts.append("".join(self._space) + content)
+            self._space = []
+            self._has_content = True
+        self._space.append(text[len(content) :])
 
     def _read_text(self) -> bool:
         """Read content up to the next call."""
@@ -193,73 +222,87 @@ class CallReader:
         if not opening and self._may_open:
             self._step = self._read_header
             return True
-        found = self._held.find(opening) if opening else -1
+        found = self._held.find(opening, self._at) if opening else -1
         if found >= 0:
             self._step = self._read_header
-            self._add_content(found)
+            self._add_content(found - self._at)
             return True
-        kept = min(max(len(opening) - 1, 0), len(self._held))
+        kept = min(max(len(opening) - 1, 0), len(self._held) - self._at)
         while not opening.startswith(self._held[len(self._held) - kept :]):
             kept -= 1
-        self._add_content(len(self._held) - kept)
+        self._add_content(len(self._held) - kept - self._at)
         return False
+
+    def _find_closing(self, start: int) -> int:
+        """Return where the held text has the closing mark at or after `start`, -1 for nowhere."""
+        if self._closing is None or 0 <= self._closing < start:
+            self._closing = self._held.find(self._format.closing, start) if self._format.closing else -1
+        return self._closing
 
     def _read_header(self) -> bool:
         """Read a call up to its arguments."""
-        opening, closing = self._format.opening, self._format.closing
-        end = self._held.find(closing, len(opening)) if closing else -1
-        match = self._format.header.match(self._held)
+        opening, closing, form = self._format.opening, self._format.closing, self._format
+        start, limit = self._at + len(opening), self._at + MAX_MARKUP
+        end = self._find_closing(start)
+        match = form.header.match(self._held, self._at, limit)
         if match and (end < 0 or match.end() <= end):
             name = decode_json(match[1])
             if name not in self._functions:
                 return self._reject()
             self._open(name)
-            self._held = self._held[match.end() :]
+            self._at = match.end()
             self._step = self._read_arguments
             return True
         if not opening:
-            return False if self._format.header_begun.fullmatch(self._held) else self._reject()
-        body = self._held[len(opening) :].lstrip()
+            waits = len(self._held) < limit and form.header_begun.fullmatch(self._held, self._at)
+            return False if waits else self._reject()
         if end < 0:
-            return self._reject() if body and body[0] != "{" else False
-        if not self._read_whole(self._held[len(opening) : end]):
+            begun = self._held[start:limit].lstrip()
+            if (begun and begun[0] != "{") or (not begun and len(self._held) >= limit):
+                return self._reject()
+            if len(self._held) >= limit:
+                self._waiting = [self._held[self._at :]]
+                self._overlap = self._held[1 - len(closing) :]
+            return False
+        if not self._read_whole(start, end):
             return self._reject()
-        self._held = self._held[end + len(closing) :]
+        self._at = end + len(closing)
         return True
 
     def _end_text(self, cut: str | None) -> None:
         """Decide on what may begin an opening mark, since the text has ended."""
-        text, opening = self._held + (cut or ""), self._format.opening
-        if cut is not None and self._held and (opening.startswith(text) or text.startswith(opening)):
+        held, opening = self._held[self._at :], self._format.opening
+        text = held + (cut or "")
+        if cut is not None and held and (opening.startswith(text) or text.startswith(opening)):
             self._drop()
         else:
-            self._add_content(len(self._held))
+            self._add_content(len(held))
 
     def _drop(self) -> None:
         """Drop what is held as the beginning of a call that was cut off."""
-        self._held, self.unfinished = "", True
+        self._at, self.unfinished = len(self._held), True
 
     def _end_header(self, cut: str | None) -> None:
         """Decide on an unfinished call, since the text has ended."""
-        if self._format.opening and self._read_whole(self._held[len(self._format.opening) :]):
-            self._held = ""
+        opening = self._format.opening
+        if opening and self._read_whole(self._at + len(opening), len(self._held)):
+            self._at = len(self._held)
         elif not self._step():
-            form, is_open = self._format, bool(self._format.opening) or "{" in self._held
-            text = self._held + (cut or "")
-            if (
-                cut is not None
-                and is_open
-                and (form.opening or form.header_begun.fullmatch(text) or form.header.match(text))
-            ):
-                self._drop()
-            elif self._calls and not is_open:  # what separates bare calls
-                self._held = ""
+            self._waiting = []
+            form, is_open = self._format, bool(opening) or self._held.find("{", self._at) >= 0
+            if cut is not None and is_open:
+                text = self._held[self._at : self._at + MAX_MARKUP] + cut
+                if opening or form.header_begun.fullmatch(text) or form.header.match(text):
+                    self._drop()
+                    return
+            if self._calls and not is_open:  # what separates bare calls
+                self._at = len(self._held)
             else:
                 self._reject()
 
-    def _read_whole(self, body: str) -> bool:
+    def _read_whole(self, start: int, end: int) -> bool:
         """Read a complete call that has no arguments or its members in another order; return whether it is one."""
-        call = decode_json(body)
+        call = decode_json(self._held, start, end)
         name = call.get("name") if isinstance(call, dict) else None
         if not isinstance(name, str) or name not in self._functions:
             return False
@@ -281,7 +324,7 @@ class CallReader:
 
     def _open(self, name: str) -> None:
         if not self._has_content:
-            self._space = ""
+            self._space = []
         self._depth = 0
         self._may_open = True
         self._parts.append(CallPiece(index=self._calls, id=f"call_{uuid.uuid4().hex[:24]}", name=name))
@@ -293,44 +336,64 @@ class CallReader:
 
     def _read_arguments(self) -> bool:
         """Read arguments up to the brace that closes them."""
-        end = None
-        for position, character in enumerate(self._held, 1):
+        start = position = self._at
+        end = len(self._held)
+        while position < end:
             if self._escaped:
                 self._escaped = False
-            elif self._in_string:
+                position += 1
+                continue
+            match = (STRING_MARK if self._in_string else BRACKET).search(self._held, position)
+            if match is None:
+                break
+            position = match.end()
+            character = match[0]
+            if self._in_string or character == '"':
                 self._escaped = character == "\\"
-                self._in_string = character != '"'
-            elif character == '"':
-                self._in_string = True
+                self._in_string ^= not self._escaped
             elif character in "{[":
                 self._depth += 1
-            elif character in "}]":
+            else:
                 self._depth -= 1
                 if not self._depth:
                     self._step, end = self._read_tail, position
-                    break
-        self._add_arguments(self._held[:end])
-        self._held = "" if end is None else self._held[end:]
-        return end is not None
+        self._add_arguments(self._held[start:end])
+        self._at = end
+        return self._step == self._read_tail
 
     def _read_tail(self) -> bool:
         """Read the end of a call; without a closing mark, what comes after the brace is content."""
-        match = self._format.tail.match(self._held)
-        if match is None and self._format.tail_begun.fullmatch(self._held):
+        limit = self._at + MAX_MARKUP
+        match = self._format.tail.match(self._held, self._at, limit)
+        if match is None and len(self._held) < limit and self._format.tail_begun.fullmatch(self._held, self._at):
             return False
-        match = match or re.match(r"\s*\}", self._held)
-        self._held = self._held[match.end() if match else 0 :]
+        match = match or BRACE.match(self._held, self._at, limit)
+        self._at = match.end() if match else self._at
         self._step = self._read_text
         return True
 
 
-def decode_json(text: str) -> Any:
+def decode_json(text: str, start: int = 0, end: int | None = None) -> Any:
     """Return the value of JSON text, None if it is not JSON."""
+    end = len(text) if end is None else end
+    start = end - len(text[start:end].lstrip(JSON_SPACE)) if text[start : start + 1].isspace() else start
+    # Only a part at first: for an error, the library counts the lines before it.
+    part = text[start : min(end, start + MAX_TRIAL)]
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        try:
+            value, length = _DECODER.raw_decode(part)
+        except json.JSONDecodeError as error:
+            if len(part) == end - start or (error.pos < MAX_TRIAL - 16 and "Unterminated" not in error.msg):
+                return None
+            value, length = _DECODER.raw_decode(text[start:end])
     except (ValueError, RecursionError):
         return None
+    rest = SPACES.match(text, start + length, end)
+    return value if rest and rest.end() == end else None
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from ...engine.errors import RequestError
@@ -87,16 +88,15 @@ class ParsedTurn:
 def read_turn(reader: TurnReader, text: str, cut: str | None) -> ParsedTurn:
     """Read a whole text with a fresh reader; `cut` is what was cut off it (see `Turn.cut_off`)."""
     parts: list[str | ToolCall] = []
-    for part in [*reader.feed(text), *reader.finish(cut)]:
-        last = parts[-1] if parts else None
-        if isinstance(part, str) and isinstance(last, str):
-            parts[-1] = last + part
-        elif isinstance(part, str):
-            parts.append(part)
-        elif part.id is not None:
-            parts.append(ToolCall(part.id, part.name or "", part.arguments))
-        elif isinstance(last, ToolCall):
-            parts[-1] = replace(last, arguments=last.arguments + part.arguments)
+    found = [*reader.feed(text), *reader.finish(cut)]
+    for index, group in groupby(found, key=lambda part: None if isinstance(part, str) else part.index):
+        pieces = list(group)
+        if index is None:
+            parts.append("".join(map(str, pieces)))
+            continue
+        calls = [piece for piece in pieces if not isinstance(piece, str)]
+        arguments = "".join(piece.arguments for piece in calls)
+        parts.append(ToolCall(calls[0].id or "", calls[0].name or "", arguments))
     return ParsedTurn(parts, reader.finish_reason, reader.unfinished)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -263,3 +264,37 @@ def test_a_parser_is_named_or_follows_the_template() -> None:
 def test_content_and_calls_keep_their_order() -> None:
     parts = CallReader(HERMES, KNOWN).feed(f"One.{CALL}Two.{CALL} Three.")
     assert [part if isinstance(part, str) else part.index for part in parts] == ["One.", 0, 0, "Two.", 1, 1, " Three."]
+
+
+GROWING = [
+    '<tool_call>{"name": "',
+    '<tool_call>{"a": "',
+    "<tool_call>",
+    "",
+    '{"name": "',
+    CALL.removesuffix("}</tool_call>"),
+]
+GROWING += ['<tool_call>{"name": "f", "arguments": {"a": "']
+
+
+@pytest.mark.parametrize("form", [HERMES, JSON], ids=["hermes", "json"])
+@pytest.mark.parametrize("unit", [" ", "x", "<tool_call>{", '<tool_call>{"', '{"name": "f", "arguments": {}};', CALL])
+@pytest.mark.parametrize("start", GROWING)
+def test_a_piece_costs_the_same_however_long_the_text_is(form: ToolCallFormat, unit: str, start: str) -> None:
+    def work(length: int) -> float:
+        text = start + unit * (length // len(unit))
+        began = time.process_time()
+        pieces = [text[at : at + 4] for at in range(0, len(text), 4)]
+        assert read(pieces, form) == read([text], form)
+        return time.process_time() - began
+
+    short = work(3000)
+    assert work(12_000) < 8 * max(short, 0.05)
+
+
+def test_markup_that_is_too_long_is_content() -> None:
+    assert read([" " * 5000 + CALL], JSON)[:2] == (" " * 5000 + CALL, [])
+    late = '<tool_call>{"arguments": {"text": "' + "x" * 9000 + '"}, "name": "f"}</tool_call>'
+    for step in (7, len(late)):
+        content, calls, _ = read([late[at : at + step] for at in range(0, len(late), step)])
+        assert (content, [name for name, _ in calls]) == ("", ["f"])
