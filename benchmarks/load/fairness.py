@@ -5,7 +5,8 @@
 The small client asks once a second, alone and then next to the greedy one, whose 500 requests are renewed as they end:
 with long answers, so that all of `--max-num-seqs` is taken, or with long prompts, so that the token budget is. A client
 that has no first token when the time is up counts with the time that it has waited. The goal is a p99 of at most three
-times the p99 alone and three loaded steps.
+times the p99 alone and three loaded steps. `most_steps` is the same without the machine's speed: the most engine steps
+between a question and its token.
 """
 
 from __future__ import annotations
@@ -34,17 +35,20 @@ LOADS = {"long answers": (1, 300), "long prompts": (50, 4)}  # times that a sent
 SENTENCE = "The quick brown fox jumps over the lazy dog. "
 
 
-async def small_client(target: Target, asks: int, seconds: float) -> list[float]:
-    """Ask once in `seconds` -> seconds to each first token, or until the end."""
+async def small_client(target: Target, asks: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Ask once in `seconds` -> seconds to each first token, or until the end; engine steps until each answer."""
+    taken: list[float] = []
 
     async def ask(number: int) -> float:
         client = Client(target)
+        before, _ = await asyncio.to_thread(steps, target.base_url)
         try:
-            answer = await client.ask(target.body(f"Question {number} of {time.time()}", 4))  # type: ignore[arg-type]
+            answer = await client.ask(target.body(f"Question {number} of {time.time()}", 1))  # type: ignore[arg-type]
         finally:
             client.close()
         if answer.error is not None:
             raise LoadError(answer.error)
+        taken.append((await asyncio.to_thread(steps, target.base_url))[0] - before)
         return answer.first_token
 
     sent, tasks = list[float](), list[asyncio.Task[float]]()
@@ -57,7 +61,7 @@ async def small_client(target: Target, asks: int, seconds: float) -> list[float]
         waits.append(task.result() if task.done() else time.perf_counter() - since)
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    return waits
+    return waits, taken
 
 
 async def greedy_client(target: Target, number: int, repeats: int, output_len: int) -> None:
@@ -94,7 +98,7 @@ async def measure(base: str, model: str, args: argparse.Namespace) -> dict[str, 
     """Measure the small client alone and next to each load."""
     small, greedy = Target(base, model, SMALL), Target(base, model, GREEDY)
     await small_client(small, 2, 0.5)
-    idle = await small_client(small, args.asks, args.seconds)
+    idle, _ = await small_client(small, args.asks, args.seconds)
     result: dict[str, object] = {
         "idle_p50_ms": round(1000 * quantile(idle, 0.5), 1),
         "idle_p99_ms": round(1000 * quantile(idle, 0.99), 1),
@@ -103,7 +107,7 @@ async def measure(base: str, model: str, args: argparse.Namespace) -> dict[str, 
         load = asyncio.create_task(greedy_client(greedy, args.requests, repeats, output_len))
         await asyncio.sleep(args.settle)
         before = await asyncio.to_thread(steps, base)
-        waits = await small_client(small, args.asks, args.seconds)
+        waits, taken = await small_client(small, args.asks, args.seconds)
         after = await asyncio.to_thread(steps, base)
         if load.done():
             load.result()
@@ -115,6 +119,8 @@ async def measure(base: str, model: str, args: argparse.Namespace) -> dict[str, 
             "p50_ms": round(1000 * quantile(waits, 0.5), 1),
             "p99_ms": round(1000 * quantile(waits, 0.99), 1),
             "step_ms": round(1000 * step, 1),
+            "answered": len(taken),
+            "most_steps": int(max(taken, default=0)),
             "goal_ms": round(1000 * goal, 1),
             "met": quantile(waits, 0.99) <= goal,
         }
