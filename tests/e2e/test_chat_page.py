@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not BROWSERS, reason="there is no Chromium on th
 KEY = "open sesame"
 LAYERS_OF_THE_DEMO = 6
 expect = sync_api.expect
+expect.set_options(timeout=PATIENCE * 1000)
 
 
 @pytest.fixture(scope="module")
