@@ -97,7 +97,7 @@ interpreter.InterpreterBuilder.cast_impl = _fixed_cast
 interpreter.InterpreterBuilder.create_dot = _fixed_dot
 interpreter.InterpreterBuilder.create_fp_to_fp = _fixed_fp8
 # Without these, most of the time goes into a table rebuilt at every look-up, a proof at every sum of integers that it
-# fits, which with shapes this small tells nothing, and descriptions of the same few shapes.
+# fits, which with shapes this small tells nothing, descriptions of the same few shapes, and how to add like to like.
 _by_dtype = functools.cache(interpreter._get_np_dtype)
 
 
@@ -111,9 +111,14 @@ _blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
 _shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
+def _sizes(shape: Any) -> tuple[int, ...]:
+    values = getattr(shape, "values", None) or getattr(shape, "value", shape)
+    return tuple([getattr(size, "value", size) for size in values])
+
+
 def _block_once(self: Any, element_ty: Any, shape: Any) -> None:
     """Describe each block once; a tensor's shape is checked when it is new."""
-    sizes = tuple(getattr(size, "value", size) for size in getattr(shape, "value", shape))
+    sizes = _sizes(shape)
     known = _blocks.get((element_ty.name, sizes))
     if known is None:
         _init_block(self, element_ty, shape)
@@ -124,7 +129,7 @@ def _block_once(self: Any, element_ty: Any, shape: Any) -> None:
 
 def _tensor_once(self: Any, handle: Any, type: Any) -> None:
     """Share the shape of all tensors that have the same."""
-    sizes = tuple(type.shape) if type.is_block() else ()
+    sizes = tuple(type.shape.values) if type.is_block() else ()
     if sizes not in _shapes:
         _init_tensor(self, handle, type)
         _shapes[sizes] = self.shape, self.numel
@@ -142,8 +147,44 @@ def _broadcast_others(lhs: Any, rhs: Any) -> tuple[Any, Any]:
     return (lhs, rhs) if sides[0] == sides[1] else _broadcast(lhs, rhs)
 
 
+_to_ir = tl.core.block_type.to_ir
+
+
+def _block_to_ir(self: Any, builder: Any) -> Any:
+    """Unsigned numbers become signed ones; most types stay."""
+    return self if self.element_ty.name in _SAME else _to_ir(self, builder)
+
+
+_check_types = interpreter.interpreter_semantic.binary_op_type_checking_impl
+_SAME = {"fp32": float, "int32": int}
+"""Types of tensors, and the numbers that take their type next to them."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _filled(number: float, dtype: Any, sizes: tuple[int, ...]) -> Any:
+    data = np.full(sizes or (1,), number, dtype=_by_dtype(dtype))
+    data.flags.writeable = False
+    return data
+
+
+def _check_others(lhs: Any, rhs: Any, *how: Any, **flags: Any) -> tuple[Any, Any]:
+    """Find the common type of two operands, unless it is the first one's."""
+    dtype = lhs.dtype if type(lhs) is tl.tensor else None
+    number = dtype and _SAME.get(dtype.name)
+    if number:
+        if type(rhs) is tl.tensor and rhs.dtype.name == dtype.name:
+            return _broadcast_others(lhs, rhs)
+        if type(rhs) is number and (number is float or -(2**31) <= rhs < 2**31):
+            sizes = tuple(lhs.type.shape.values) if lhs.type.is_block() else ()
+            return lhs, tl.tensor(interpreter.TensorHandle(_filled(rhs, dtype, sizes), dtype), lhs.type)
+    return _check_types(lhs, rhs, *how, **flags)
+
+
 interpreter._get_np_dtype = _np_dtype
 interpreter.interpreter_semantic.broadcast_impl_value = _broadcast_others
+interpreter.interpreter_semantic.binary_op_type_checking_impl = _check_others
+interpreter.TensorHandle.__post_init__ = lambda self: None  # a proof of the same kind
+tl.core.block_type.to_ir = _block_to_ir
 tl.core.block_type.__init__ = _block_once
 tl.core.tensor.__init__ = _tensor_once
 _builder = interpreter.interpreter_builder

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from support.checkpoints import TINY, write_checkpoint
 from support.reruns import Reruns
 
 from pyllm import LLM, SamplingParams
@@ -15,6 +18,7 @@ from pyllm.engine.runner.step_graphs import token_counts
 from pyllm.engine.step.core import EngineCore
 from pyllm.model.cuda.backend import TritonBackend
 
+LAYERS = 2
 PROMPTS = ["Hi", "A prompt of two pages", "c"]
 PARAMS = [
     SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True),
@@ -30,6 +34,14 @@ def open_llm(folder, **settings: object) -> LLM:
 
 def answers(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:
     return [completion.token_ids for completion in llm.generate(PROMPTS, params)]
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, so that one passes something on to the other: each takes seconds in the interpreter."""
+    folder = tmp_path_factory.mktemp("two-layers")
+    write_checkpoint(folder, seed=7, config=replace(TINY, num_hidden_layers=LAYERS))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,7 @@ def on_triton(llm: LLM, *, token_counts: Sequence[int] = (), deterministic: bool
 def expect_counts(llm: LLM, tokens: list[list[int]]) -> None:
     """Every token was computed once by each layer, and padding was not counted."""
     computed = sum(len(llm.tokenizer.encode(p)) + len(own) - 1 for p, own in zip(PROMPTS, tokens, strict=True))
-    assert [sum(layer) for layer in llm.core.stats().expert_tokens or []] == [computed] * 3
+    assert [sum(layer) for layer in llm.core.stats().expert_tokens or []] == [computed] * LAYERS
 
 
 @pytest.mark.parametrize("token_counts", [(), (8, 16)], ids=["decodes", "all steps"])

@@ -156,14 +156,14 @@ def test_priority_and_salt_have_bounds(harness, fields):
 
 @pytest.mark.parametrize("field", ["metadata", "logit_bias", "stream_options", "structured_outputs"])
 def test_very_many_wrong_names_are_not_listed_one_by_one(harness, field):
-    error = harness.post(CHAT, {"messages": [USER], field: {f"x{n}": [] for n in range(200_000)}}).json()["error"]
+    error = harness.post(CHAT, {"messages": [USER], field: {f"x{n}": [] for n in range(100_000)}}).json()["error"]
     assert error["param"].startswith(field)
     assert len(error["message"]) < 1000
     assert re.search(r"has \d{6} invalid values or field names", error["message"]), "to tell each takes long"
 
 
 def test_first_of_many_unknown_fields_is_named(harness):
-    error = harness.post(CHAT, {"messages": [USER]} | {f"x{n}": 1 for n in range(200_000)}).json()["error"]
+    error = harness.post(CHAT, {"messages": [USER]} | {f"x{n}": 1 for n in range(100_000)}).json()["error"]
     assert (error["param"], error["code"]) == ("x0", "unknown_parameter")
 
 
