@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,14 @@ def free_host_bytes(root: Path = Path("/")) -> int:
 def total_host_bytes(root: Path = Path("/")) -> int:
     """Return the machine's memory, or the smallest limit of this process's control groups."""
     return min([_machine_bytes(root, "MemTotal"), *(most for most, _ in _groups(root))])
+
+
+def return_free_memory() -> None:
+    """Return the free memory inside this process's heaps to the system, if the C library can; other threads can run."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _machine_bytes(root: Path, name: str) -> int:

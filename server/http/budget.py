@@ -60,6 +60,8 @@ class MemoryBudget:
         self.upload_seconds = upload_seconds
         self.exceeded_at = -math.inf
         self.used = self.num_refused = 0
+        self.released = 0
+        """Bytes released since the C library last returned free memory to the system."""
         self.by_kind: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
         self.by_owner: Counter[str] = Counter()  # without those that hold nothing
         self.give_way: Callable[[], bool] = lambda: False
@@ -122,6 +124,7 @@ class MemoryBudget:
             if not self.by_owner[owner]:
                 del self.by_owner[owner]
         if change < 0:
+            self.released -= change
             self._freed.set()
 
 

@@ -16,6 +16,7 @@ from itertools import islice
 from operator import itemgetter
 from typing import Literal, NamedTuple, Protocol
 
+from ...engine.host_memory import return_free_memory
 from ..flags import ServerConfig
 from .budget import Hold, MemoryBudget
 from .errors import ApiError
@@ -27,6 +28,7 @@ MIN_IDLE_SECONDS = 0.5
 """A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
 CONNECTION_BYTES = 8 * 2**10  # of memory that an open connection takes without a request
+TRIM_BYTES = 16 * 2**20  # released memory, of which the C library may keep much
 SPARE_FILES = 128  # open files of this process that are not connections
 
 
@@ -124,6 +126,9 @@ class ConnectionMonitor:
         loop = asyncio.get_running_loop()
         loop.call_later(self.limits.sweep_interval, self.watch, connections)
         self.sweep(connections, loop.time())
+        if self.budget.released >= TRIM_BYTES:
+            self.budget.released = 0
+            loop.run_in_executor(None, return_free_memory)
 
     def sweep(self, connections: Collection[Connection], now: float) -> None:
         """Close the connections whose clients are too slow, and log how many were closed since the last sweep."""
