@@ -28,7 +28,9 @@ MIN_IDLE_SECONDS = 0.5
 """A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
 CONNECTION_BYTES = 8 * 2**10  # of memory that an open connection takes without a request
-TRIM_BYTES = 16 * 2**20  # released memory, of which the C library may keep much
+TRIM_BYTES = (
+    16 * 2**20
+)  # of released memory, much of it kept by the C library, after which it is returned to the system
 SPARE_FILES = 128  # open files of this process that are not connections
 
 
