@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -58,7 +59,8 @@ def send(connection: socket.socket, data: bytes) -> int:
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with a key, which no client here has."""
-    with ServerProcess(tmp_path_factory.mktemp("keyed") / "log", PYLLM_API_KEY="secret") as server:
+    log, flags = tmp_path_factory.mktemp("keyed") / "log", ("--max-api-memory", "24MiB", "--header-timeout", "300")
+    with ServerProcess(log, *flags, PYLLM_API_KEY="secret") as server:
         yield server
 
 
@@ -133,6 +135,25 @@ def test_half_open_connection_holds_little_memory(keyed: ServerProcess, data: by
             send(connection, data)
         httpx.get(f"{keyed.url}/health")
         assert memory(keyed) - before < count * MOST_PER_CONNECTION
+
+
+def test_newest_half_open_connections_give_way(keyed: ServerProcess) -> None:
+    """Together they would hold 30 MB of 24; those that came first stay, and a client with a key is answered."""
+    data = GET + b"x: " + b"a" * 30_000
+    refused = keyed.metrics().api_memory_refusals_total
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(keyed)) for _ in range(1000)]
+        for connection in connections:
+            connection.sendall(data)
+        body = {"prompt": "x" * 10_000, "max_tokens": 1, "truncate_prompt_tokens": 5}
+        answer = httpx.post(f"{keyed.url}/v1/completions", json=body, headers={"x-api-key": "secret"}, timeout=PATIENCE)
+        assert answer.status_code == 200
+        now = keyed.metrics()
+        assert now.api_memory_refusals_total > refused + 100
+        assert sum(value for (name, _), value in now.items() if name == "api_memory_bytes") <= 24 * MIB
+        answered = select.select(connections, [], [], 0)[0]
+        assert set(answered).isdisjoint(connections[:400])
+        assert b" 503 " in answered[0].recv(1000)
 
 
 @needs_proc

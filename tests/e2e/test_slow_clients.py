@@ -192,14 +192,29 @@ def test_unread_answer_is_stopped_and_its_memory_freed(
 
 
 def test_a_slow_reader_gets_all_of_its_stream(strict: ServerProcess) -> None:
-    """It is behind for longer than an answer may stand still, and all that it reads was in the system's buffers."""
-    data = post(stream=True, ignore_eos=True, logprobs=20, max_tokens=1000)
+    """It is behind all the time, and takes longer than an answer may stand still."""
+    data = post(stream=True, ignore_eos=True, logprobs=20, max_tokens=400)
     with connect(strict, data.replace(b"host: x", b"host: x\r\nconnection: close"), receive_bytes=4096) as connection:
         answer, since = b"", time.monotonic()
-        while piece := connection.recv(2**12):
+        while piece := connection.recv(8192):
             answer += piece
-            time.sleep(0.0 if time.monotonic() > since + 4 * WRITE else 0.2)
+            time.sleep(0.0 if time.monotonic() > since + 1.5 * WRITE else 0.05)
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+def test_a_reader_with_a_small_window_gets_all_of_its_answer(strict: ServerProcess) -> None:
+    """What it reads comes from the system's buffers, which take more from the server only once they are half empty."""
+    ask = HEALTH.replace(b"/health", b"/docs/swagger-ui-bundle.js").replace(b"host", b"connection: close\r\nhost")
+    with connect(strict, ask, receive_bytes=4096) as connection:
+        answer, since = b"", time.monotonic()
+        while time.monotonic() < since + 4 * WRITE:
+            answer += connection.recv(2**11)
+            time.sleep(0.4)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+        answer += rest(connection)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert len(body) == int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
+    assert len(body) > 1_000_000, "more than the system's buffers hold"
 
 
 def test_headers_that_are_too_large_are_refused(strict: ServerProcess) -> None:
