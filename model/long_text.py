@@ -213,11 +213,10 @@ def _may_be_word(character: str) -> bool:
 
 
 def _has_plain_words(splits: list[dict[str, Any]]) -> bool:
-    """Return whether these are GPT-2's words, perhaps with digits or punctuation apart."""
+    """Return whether these are GPT-2's words, or the whole text, perhaps with digits or punctuation apart."""
     *others, last = splits or [{}]
     return (
         last.get("type") == "ByteLevel"
-        and last["use_regex"]
         and not last["add_prefix_space"]
         and all(
             part["type"] == "Digits"

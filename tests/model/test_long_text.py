@@ -34,6 +34,8 @@ PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
 JOINED = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 SPLITS = [
     PLAIN,
+    JOINED,
+    pre_tokenizers.Sequence([pre_tokenizers.Digits(), JOINED]),
     pre_tokenizers.ByteLevel(add_prefix_space=True),
     pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), PLAIN]),
     pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Punctuation(), PLAIN]),
