@@ -22,6 +22,7 @@ import msgspec
 from .client.launch import IGNORED_SIGNALS
 from .config import EngineConfig
 from .errors import EngineStartError, RequestError
+from .host_memory import return_freed_memory
 from .messages import (
     Abort,
     Alive,
@@ -98,11 +99,12 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
 
 
 def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -> ToEngine | None:
-    """Wait for the next message; an engine that becomes idle first checks that it holds no requests or blocks."""
+    """Wait for the next message; an idle engine first checks that it holds nothing, and returns freed memory."""
     if not core.has_work:
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=IDLE_SECONDS)
         core.check_idle()
+        return_freed_memory()
     return inbox.get()
 
 

@@ -240,6 +240,7 @@ class RequestMiddleware:
             seconds = time.monotonic() - context.arrival
             self._service.leave(context, seconds)
             _log(context, seconds)
+            context.generation = None  # they refer to each other, and a large one would wait for the garbage collector
 
 
 def _account_of(headers: Headers, batch_owner: str | None, keys: KeyRing) -> Account:

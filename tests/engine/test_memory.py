@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from pyllm.engine import memory
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
-from pyllm.engine.host_memory import free_host_bytes, total_host_bytes
+from pyllm.engine.host_memory import free_host_bytes, return_freed_memory, total_host_bytes
 from pyllm.engine.memory import num_kv_blocks
 
 CPU = torch.device("cpu")
@@ -135,3 +136,19 @@ def test_too_little_is_one_sentence_that_says_what_to_set(
         num_kv_blocks(EngineConfig(model="m", **settings), CPU, 1000, 100)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")
+def test_memory_between_living_objects_is_returned() -> None:
+    """The library keeps what is freed below the last object of its heap, so a burst of work would stay."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    blocks = [bytes(600) for _ in range(200_000)]  # larger than what Python's own allocator serves
+    kept = blocks[::1000]
+    del blocks
+    before = resident()
+    return_freed_memory()
+    assert len(kept) == 200
+    assert before - resident() > 60 * 2**20
