@@ -19,11 +19,11 @@ class _Heap(ctypes.Structure):
     ))  # fmt: skip
 
 
-def return_freed_memory() -> None:
+def return_free_memory() -> None:
     """Return the freed memory between this process's objects to the system, if it is much.
 
     The GNU C library does so by itself only at the end of its heap; with other libraries, this does nothing. Takes
-    some milliseconds, and the next allocations take a little longer.
+    some milliseconds, in which other threads can run, and the next allocations take a little longer.
     """
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
@@ -40,14 +40,6 @@ def free_host_bytes(root: Path = Path("/")) -> int:
 def total_host_bytes(root: Path = Path("/")) -> int:
     """Return the machine's memory, or the smallest limit of this process's control groups."""
     return min([_machine_bytes(root, "MemTotal"), *(most for most, _ in _groups(root))])
-
-
-def return_free_memory() -> None:
-    """Return the free memory inside this process's heaps to the system, if the C library can; other threads can run."""
-    import ctypes
-
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _machine_bytes(root: Path, name: str) -> int:

@@ -22,7 +22,7 @@ import msgspec
 from .client.launch import IGNORED_SIGNALS
 from .config import EngineConfig
 from .errors import EngineStartError, RequestError
-from .host_memory import return_freed_memory
+from .host_memory import return_free_memory
 from .messages import (
     Abort,
     Alive,
@@ -104,7 +104,7 @@ def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=IDLE_SECONDS)
         core.check_idle()
-        return_freed_memory()
+        return_free_memory()
     return inbox.get()
 
 

@@ -20,7 +20,6 @@ import uvloop
 
 from .. import __version__
 from ..engine.client.launch import EngineProcess
-from ..engine.host_memory import return_freed_memory
 from .api.batches.store import BatchStore
 from .api.batches.worker import BatchWorker
 from .app import create_app
@@ -38,7 +37,6 @@ logger = logging.getLogger("pyllm.server")
 
 KEEP_ALIVE_SECONDS = 60
 LAST_ERRORS_SECONDS = 2.0  # to send the errors of the requests that still run when the server stops
-RETURN_SECONDS = 5.0  # between two attempts to return freed memory
 TLS_CLOSE_SECONDS = 1.0  # for the peer's TLS close_notify: many never send it, and stay connected until then
 SIGNAL_NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (which reloads nothing)"}
 KERNELS = {"native": "compiled kernels", "triton": "Triton kernels", "torch": "plain torch"}
@@ -208,12 +206,12 @@ class _ServerProcess:
         """Wait for a signal or the engine's last death, drain the requests, and end the engine."""
         service = self._service
         supervision = asyncio.create_task(Restarts(self._config.restart_engine).supervise(service, model))
-        others = [asyncio.create_task(self._run_batches(model)), asyncio.create_task(_return_memory())]
+        worker = asyncio.create_task(self._run_batches(model))
         await _first_of(supervision, http, self._stop.wait())
         restarting = service.restarting != ""  # the requests of the dead engine have failed already
-        for task in (supervision, *others):
-            task.cancel()
-        await asyncio.wait([supervision, *others])
+        supervision.cancel()
+        worker.cancel()
+        await asyncio.wait([supervision, worker])
         if not supervision.cancelled():
             supervision.result()
         engine = (service.model or model).engine
@@ -239,13 +237,6 @@ class _ServerProcess:
         if (batches := self._service.batches) is not None:
             concurrency = self._config.batch_concurrency or max(model.engine.info.config.max_num_seqs // 4, 1)
             await BatchWorker(batches, self._app, concurrency, lambda: self._service.alive).run()
-
-
-async def _return_memory() -> None:
-    """Return the memory that requests have freed, now and then."""
-    while True:
-        await asyncio.sleep(RETURN_SECONDS)
-        await asyncio.to_thread(return_freed_memory)
 
 
 def _http_ended(http: asyncio.Task[None]) -> int:

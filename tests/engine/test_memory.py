@@ -11,7 +11,7 @@ import torch
 from pyllm.engine import memory
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
-from pyllm.engine.host_memory import free_host_bytes, return_freed_memory, total_host_bytes
+from pyllm.engine.host_memory import free_host_bytes, return_free_memory, total_host_bytes
 from pyllm.engine.memory import num_kv_blocks
 
 CPU = torch.device("cpu")
@@ -149,6 +149,6 @@ def test_memory_between_living_objects_is_returned() -> None:
     kept = blocks[::1000]
     del blocks
     before = resident()
-    return_freed_memory()
+    return_free_memory()
     assert len(kept) == 200
     assert before - resident() > 60 * 2**20
