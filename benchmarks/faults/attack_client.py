@@ -152,7 +152,7 @@ async def crowd(to: To, clients: int, play: Callable[[int], Awaitable[str]], rou
                     outcome = await play(number)
             except TimeoutError:
                 outcome = "held back"
-            except OSError:
+            except (OSError, EOFError):
                 outcome = "closed"
             seen[outcome] += 1
             if outcome == "closed":

@@ -13,16 +13,28 @@ import sys
 import time
 
 from pyllm.benchmarks.faults import attacks_on_state, attacks_on_wire
-from pyllm.benchmarks.faults.attack_client import ATTACKS, To
+from pyllm.benchmarks.faults.attack_client import ATTACKS, Seen, To
 
+GRACE = 5.0  # seconds
 __all__ = ["ATTACKS", "attacks_on_state", "attacks_on_wire"]
 
 
 def main() -> None:
     name, host, port, seconds = sys.argv[1:]
     to = To(host, int(port), time.monotonic() + float(seconds))
-    seen = asyncio.run(ATTACKS[name].play(to))
+    try:
+        seen = asyncio.run(_play(name, to))
+    except (OSError, EOFError, LookupError, ValueError) as error:  # an answer that is no answer
+        seen = Seen({f"gave up ({type(error).__name__})": 1})
     print(json.dumps(dict(seen)))
+
+
+async def _play(name: str, to: To) -> Seen:
+    """Play an attack; one that the server neither answers nor refuses is given up soon after its time."""
+    try:
+        return await asyncio.wait_for(ATTACKS[name].play(to), to.until - time.monotonic() + GRACE)
+    except TimeoutError:
+        return Seen({"no answer": 1})
 
 
 if __name__ == "__main__":
