@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 
 
@@ -28,6 +29,24 @@ class EngineStartError(RuntimeError):
 
 class EngineDeadError(RuntimeError):
     """The engine process has exited or failed and cannot serve requests."""
+
+
+START_FAILURES = (OSError, MemoryError, ImportError, RuntimeError)
+"""What a system that lacks memory, files or threads makes fail, in this code or in libraries."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a process cannot start, as a part of a sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()).rstrip(".")[:300]
+    if isinstance(error, MemoryError):
+        return f"memory is used up{f': {text}' if text else ''}"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: raise the limit (ulimit -n)"
+    if isinstance(error, BlockingIOError) or "start new thread" in text:
+        return "the system allows no more processes or threads: raise the limit (ulimit -u), or that of the container"
+    return text or type(error).__name__
 
 
 def describe(error: BaseException) -> str:

@@ -16,12 +16,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from .client.launch import IGNORED_SIGNALS
 from .config import EngineConfig
-from .errors import EngineStartError, RequestError
+from .errors import START_FAILURES, EngineStartError, RequestError, reason_of
 from .host_memory import return_free_memory
 from .messages import (
     Abort,
@@ -37,8 +38,9 @@ from .messages import (
     encode_frame,
     read_frames,
 )
-from .step.core import EngineCore
-from .step.request import failure_of
+
+if TYPE_CHECKING:  # what needs memory is imported where a failure becomes a sentence
+    from .step.core import EngineCore
 
 _GRAMMAR_READY = Abort(request_ids=[])  # wakes the loop, and aborts nothing
 IDLE_SECONDS = 0.1  # an engine without work for this long is idle; shorter gaps are normal between a client's requests
@@ -115,6 +117,8 @@ def _handle(core: EngineCore, message: EngineRequest | Abort | CheckGrammar) -> 
     elif isinstance(message, CheckGrammar):
         core.check_grammar(message)
     else:
+        from .step.request import failure_of
+
         try:
             core.add_request(message)
         except RequestError as error:
@@ -140,15 +144,18 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
     with socket.socket(fileno=int(sys.argv[-1])) as sock:
         threading.Thread(target=_end_with_api_process, args=(sock,), name="hangup", daemon=True).start()
         frames = read_frames(sock.makefile("rb"))
-        from .build import build_engine  # slow, so the API process prepares the configuration meanwhile
-
-        if (first := next(frames, None)) is None:
-            return
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process has exited
             try:
+                from .build import build_engine  # slow, so the API process prepares the configuration meanwhile
+
+                if (first := next(frames, None)) is None:
+                    return
                 core = build_engine(msgspec.msgpack.decode(first, type=EngineConfig))
             except EngineStartError as error:
                 sock.sendall(encode_frame(StartFailed(message=str(error))))
+                return
+            except START_FAILURES as error:
+                sock.sendall(encode_frame(StartFailed(message=f"The engine cannot start ({reason_of(error)}).")))
                 return
             prepare(core)
             sock.sendall(encode_frame(core.info))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import tokenizers
 
-from .files import CheckpointError, folder_of, read_json
+from .files import folder_of, read_json
 from .long_text import LongTextEncoder
-from .tokenizer_files import ROLES, find_chat_templates, read_library, special_names
+from .tokenizer_files import ROLES, find_chat_templates, read_library, refuse_panics, special_names
 
+SAMPLE = "Some text, 12.5 é 中\n"
 LARGE_TEXT = 4000  # from this many characters, tokenising takes so long that other threads should run meanwhile
 SLICE = 2**16  # characters that are searched at a time: a search lets no other thread run
 
@@ -75,7 +76,6 @@ class Tokenizer:
         """
         folder = folder_of(Path(folder))
         path = folder / "tokenizer.json"
-        library = read_library(path)
         model = read_json(folder / "config.json") or {}
         names: dict[str, str] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -84,12 +84,11 @@ class Tokenizer:
         firsts = {role: v[0] if isinstance(v, list) and v else v for role, v in values.items()}
         templates, origin = find_chat_templates(folder)
         ids = {role: id_ for role, id_ in firsts.items() if isinstance(id_, int)}
-        try:
-            return cls(library, names=names, ids=ids, chat_templates=templates, template_origin=str(origin))
-        except BaseException as error:  # the library raises bare Exception, or panics
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise CheckpointError(f"{path} cannot be used as a tokenizer ({error!s:.200}): fetch it again.") from None
+        with refuse_panics(path):
+            library = read_library(path)
+            tokenizer = cls(library, names=names, ids=ids, chat_templates=templates, template_origin=str(origin))
+            tokenizer.encode(SAMPLE)  # some tokenizers fail only at their first text
+            return tokenizer
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Encode plain text: a special token spelled in it stays text, and only `add_bos` adds one, in front."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,32 @@ MAX_BYTES = 256 << 20  # of tokenizer.json; the largest published one has 40 MB
 MAX_ID = 2**22  # as in `DeepConfig`
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 EXTRAS = ("additional_special_tokens", "extra_special_tokens")  # keys for special tokens without a role
+
+
+@contextlib.contextmanager
+def refuse_panics(path: Path) -> Iterator[None]:
+    """Raise `CheckpointError` where the library fails or panics, and leave the panic's own lines out of stderr."""
+    source, pipe = os.pipe()
+    os.set_blocking(source, False)
+    os.set_blocking(pipe, False)
+    stderr, is_panic = os.dup(2), False
+    os.dup2(pipe, 2)
+    try:
+        yield
+    except (CheckpointError, MemoryError, OSError):
+        raise
+    except BaseException as error:  # the library raises bare Exception
+        is_panic = type(error).__name__ == "PanicException"
+        if not isinstance(error, Exception) and not is_panic:
+            raise
+        raise CheckpointError(f"{path} cannot be used as a tokenizer ({error!s:.200}): fetch it again.") from None
+    finally:
+        os.dup2(stderr, 2)
+        with contextlib.suppress(BlockingIOError):
+            written = os.read(source, 1 << 16)
+            os.write(2, written.partition(b"\nthread '")[0] if is_panic else written)  # lines of other threads
+        for descriptor in (source, pipe, stderr):
+            os.close(descriptor)
 
 
 def read_library(path: Path) -> tokenizers.Tokenizer:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
+import select
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ DEMO_NAME = "pyllm-demo"
 ENVIRONMENT_PREFIX = "PYLLM_"
 DAY = 86400.0  # seconds
 MAX_YAML_BYTES, MAX_YAML_VALUES = 2**16, 10_000
+PIPE_SECONDS = 5.0
 # What Kubernetes sets for a Service whose name begins with `pyllm`, and Docker for a linked container. Its PYLLM_PORT
 # is an address, which tells it from the flag's.
 SERVICE_NAME = re.compile(r"PYLLM_(.*_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
@@ -234,8 +238,7 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_YAML_BYTES + 1).decode("utf-8-sig")
+        text = _read(path).decode("utf-8-sig")
         node: Any = yaml.compose(text, yaml.SafeLoader)
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
@@ -259,10 +262,26 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     names = [str(key.value).replace("-", "_") for key, _ in (node.value if content else ())]
     for name in names:
         if name not in known or name == "config":
-            raise ConfigError(f"{path} has an unknown flag {name!r:.200}{nearest(name, known)}")
+            hint = nearest(name, [flag for flag in known if flag != "config"])
+            raise ConfigError(f"{path} has an unknown flag {name!r:.200}{hint}")
         if names.count(name) > 1:
             raise ConfigError(f"{path} has the flag {name} twice.")
     return {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
+
+
+def _read(path: str) -> bytes:
+    """Read a file, or a pipe such as a shell's `<(command)`, but not for longer than that may take."""
+    data, deadline = b"", time.monotonic() + PIPE_SECONDS
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        poll = select.poll()
+        poll.register(file, select.POLLIN)
+        while len(data) <= MAX_YAML_BYTES:
+            if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+                raise OSError(f"nothing was written to it for {PIPE_SECONDS:g} s")
+            if not (more := file.read(MAX_YAML_BYTES)):
+                break
+            data += more
+    return data
 
 
 def _is_small(content: Any) -> bool:

@@ -113,13 +113,13 @@ class Output:
         self._changed = threading.Condition()
         self._sink = os.dup(2)
         source, pipe = _open_pipe(self._sink)
-        for number in (1, 2):
-            os.dup2(pipe, number)
-        os.close(pipe)
         self._reader = threading.Thread(target=self._read, args=(source,), name="read output", daemon=True)
         self._writer = threading.Thread(target=self._write, name="write output", daemon=True)
         self._reader.start()
         self._writer.start()
+        for number in (1, 2):
+            os.dup2(pipe, number)
+        os.close(pipe)
 
     def _read(self, source: int) -> None:
         rest = b""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from ... import __version__
 from ...engine.client.launch import EngineProcess
+from ...engine.errors import START_FAILURES, reason_of
 from ..flags import (
     BenchConfig,
     ConfigError,
@@ -39,6 +41,7 @@ COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
 }
 SHORT = {"run-batch": {"-i": "--input-file", "-o": "--output-file"}}  # vLLM's
 USAGE_ERROR = 2
+MIN_FILES = 64  # that a command may have open
 MAX_MESSAGE = 4000  # characters of an error
 
 
@@ -70,16 +73,22 @@ def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
         config = load_config(cls, words, os.environ, program=f"pyllm {command}", description=description)
         if isinstance(config, GenerateConfig) and not config.prompt:
             raise ConfigError('A prompt is needed, as in: pyllm generate "Once upon a time".')
+        if 0 <= (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < MIN_FILES:
+            raise ConfigError(f"The system allows only {files} open files: raise the limit (ulimit -n) to {MIN_FILES}.")
     except ConfigError as error:
         return _fail(error)
     formatter = configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
-    if isinstance(config, ServerConfig):
-        lifetime.take_output(functools.partial(dropped_notice, formatter))
-    else:
-        lifetime.hand_back()
-    for sentence in unknown_variables(os.environ, cls, [other for other, *_ in COMMANDS.values()]):
-        logger.warning(sentence)
-    code = _start(entry, config, lifetime)
+    try:
+        if isinstance(config, ServerConfig):
+            lifetime.take_output(functools.partial(dropped_notice, formatter))
+        else:
+            lifetime.hand_back()
+        for sentence in unknown_variables(os.environ, cls, [other for other, *_ in COMMANDS.values()]):
+            logger.warning(sentence)
+        code = _start(entry, config, lifetime)
+    except START_FAILURES as error:
+        logger.debug("It failed here:", exc_info=True)
+        code = _fail(ConfigError(f"PyLLM cannot run ({reason_of(error)}); --log-level debug shows where."))
     if isinstance(config, ServerConfig):
         lifetime.exit(code)
     return code
