@@ -207,6 +207,7 @@ class HttpProtocol(SupervisedProtocol):
                     self._ignore_upgrade()
         except (HttpParserError, HttpParserUpgrade):
             if self._problem is None:
+                self.url = b""  # what is not HTTP belongs to no route
                 self.logger.warning("Invalid HTTP request received.")
                 self._problem = _invalid("Invalid HTTP request received")
 
