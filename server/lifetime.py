@@ -156,8 +156,7 @@ class Output:
                     return
                 self._lines, self._size, self._num_refused = [], 0, 0
             self.num_dropped += num_refused
-            texts = [b"\n"] * is_torn + [self._notice(num_lost).encode()] * bool(num_lost) + lines
-            text = b"".join(texts + [self._notice(num_refused).encode()] * bool(num_refused))
+            text = b"\n" * is_torn + self._missing(num_lost) + b"".join(lines) + self._missing(num_refused)
             written = text[: _write_all(self._sink, text)]
             is_torn = bool(written or is_torn) and not written.endswith((b"\n", b"\r"))
             if len(written) == len(text):
@@ -166,6 +165,9 @@ class Output:
                 num_unwritten = max(len(lines) - written.count(b"\n"), 0)
                 self.num_dropped += num_unwritten
                 num_lost += num_unwritten + num_refused
+
+    def _missing(self, count: int) -> bytes:
+        return self._notice(count).encode() if count else b""
 
     def close(self) -> None:
         """Write what is left, for a moment only; to be called once all other processes that write here have ended."""

@@ -8,7 +8,12 @@ from pathlib import Path
 from support.request_path import modules_of_a_chat
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
-ON_A_TIMER = {"server/http/connection_limits.py", "engine/client/watchdog.py"}
+BESIDE_THE_WAY = {
+    "server/http/connection_limits.py",  # on a timer
+    "engine/client/watchdog.py",  # on a timer
+    "engine/host_memory.py",  # when nothing is to be done
+    "server/lifetime.py",  # in threads that write the log
+}
 BACKENDS = {"model/backend.py", "model/cpu/backend.py"}
 """One of them runs."""
 MOST = 24
@@ -20,5 +25,5 @@ def test_page_lists_the_modules_of_a_streamed_chat() -> None:
     listed = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     traced = {module for modules in modules_of_a_chat().values() for module in modules}
     assert len(listed) == len(set(listed)) <= MOST
-    assert set(listed) - BACKENDS == traced - BACKENDS - ON_A_TIMER
+    assert set(listed) - BACKENDS == traced - BACKENDS - BESIDE_THE_WAY
     assert BACKENDS & traced <= set(listed)
