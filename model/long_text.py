@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import chain
 from threading import Lock
 from typing import Any, Protocol
@@ -69,18 +70,15 @@ def parts_of(component: Any) -> list[dict[str, Any]]:
     return found
 
 
-def unbounded_expression(library: tokenizers.Tokenizer) -> str | None:
-    """Return a regular expression of this tokenizer that may take more than linear time, None if it has none."""
-    for part in parts_of(library.normalizer) + parts_of(library.pre_tokenizer):
-        pattern = part.get("pattern")
-        expression = pattern.get("Regex") if isinstance(pattern, dict) else None
-        if expression is not None and expression not in WORDS | RUNS:
-            return str(expression)
-    return None
+def unknown_expressions(library: tokenizers.Tokenizer) -> list[str]:
+    """List the regular expressions of this tokenizer that are not known to take linear time."""
+    patterns = [part.get("pattern") for part in parts_of(library.normalizer) + parts_of(library.pre_tokenizer)]
+    found = [pattern["Regex"] for pattern in patterns if isinstance(pattern, dict) and "Regex" in pattern]
+    return [expression for expression in dict.fromkeys(found) if expression not in WORDS | RUNS]
 
 
 class IndivisibleTextError(ValueError):
-    """A text with a long part that can only be encoded together; the message is one sentence."""
+    """A text that this tokenizer cannot encode, or only as a whole that is too long; the message is one sentence."""
 
 
 class Spellings(Protocol):
@@ -115,6 +113,9 @@ class LongTextEncoder:
 
     def encode(self, text: str) -> Iterator[list[int]]:
         """Yield the ids of a text piece by piece; raise `IndivisibleTextError`. Other threads can run meanwhile."""
+        if not self._cuts_spaces:
+            yield self._encode_together(text)
+            return
         start, size = 0, self._window
         ids = self._encode(text[:size])
         swallowed, spans = self._swallowing.find(text), deque([(0, 0)])
@@ -138,6 +139,14 @@ class LongTextEncoder:
             ids, size = following, self._window
         yield ids
 
+    def _encode_together(self, text: str) -> list[int]:
+        """Encode a text for which no safe places are known."""
+        if len(text) > MAX_WINDOW:
+            reason = f"this model's tokenizer can read at most {MAX_WINDOW} characters at a time"
+            raise IndivisibleTextError(f"The text has {len(text)} characters, but {reason}: shorten it.")
+        with self._one_large if len(text) > self._window else nullcontext():
+            return self._encode(text)
+
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
@@ -149,8 +158,6 @@ class LongTextEncoder:
 
         Return how many ids come before the cut, where it is, and the ids of the window that begins there.
         """
-        if not self._cuts_spaces:
-            return None
         for cut in self._places(text, end - (end - start) // 2, end - self._margin):
             if any(begin < cut < stop for begin, stop in whole):
                 continue

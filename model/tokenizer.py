@@ -10,8 +10,9 @@ from pathlib import Path
 
 import tokenizers
 
+from .expressions import is_panic
 from .files import folder_of, read_json
-from .long_text import LongTextEncoder
+from .long_text import IndivisibleTextError, LongTextEncoder
 from .tokenizer_files import ROLES, find_chat_templates, read_library, refuse_panics, special_names
 
 SAMPLE = "Some text, 12.5 é 中\n"
@@ -95,14 +96,23 @@ class Tokenizer:
         return [id_ for piece in self.encode_pieces(text, add_bos=add_bos) for id_ in piece]
 
     def encode_pieces(self, text: str, *, add_bos: bool = False) -> Iterator[list[int]]:
-        """Yield the ids of `encode` piece by piece, in memory that does not grow with the text."""
+        """Yield the ids of `encode` piece by piece, in memory that does not grow with the text.
+
+        Raises `IndivisibleTextError` for a text that this tokenizer cannot encode.
+        """
         text = _well_formed(text)
         if add_bos and self.bos_token_id is not None:
             yield [self.bos_token_id]
-        if len(text) < LARGE_TEXT:
-            yield self._library.encode(text, add_special_tokens=False).ids
-        else:  # other threads can run meanwhile
-            yield from self._long.encode(text)
+        try:
+            if len(text) < LARGE_TEXT:
+                yield self._library.encode(text, add_special_tokens=False).ids
+            else:  # other threads can run meanwhile
+                yield from self._long.encode(text)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            reason = "on which a regular expression of this model's tokenizer takes too many steps"
+            raise IndivisibleTextError(f"The text has a part {reason}.") from None
 
     def encode_prompt(self, text: str, *, guard: str = "") -> list[int]:
         """Return the ids of `prompt_pieces`."""

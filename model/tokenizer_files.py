@@ -11,8 +11,9 @@ from typing import Any
 
 import tokenizers
 
+from .expressions import find_slow, is_panic
 from .files import CheckpointError, read_json, read_text, shown
-from .long_text import unbounded_expression
+from .long_text import unknown_expressions
 
 MAX_BYTES = 256 << 20  # of tokenizer.json; the largest published one has 40 MB
 MAX_ID = 2**22  # as in `DeepConfig`
@@ -26,22 +27,21 @@ def refuse_panics(path: Path) -> Iterator[None]:
     source, pipe = os.pipe()
     os.set_blocking(source, False)
     os.set_blocking(pipe, False)
-    stderr, is_panic = os.dup(2), False
+    stderr = os.dup(2)
     os.dup2(pipe, 2)
     try:
         yield
     except (CheckpointError, MemoryError, OSError):
         raise
     except BaseException as error:  # the library raises bare Exception
-        is_panic = type(error).__name__ == "PanicException"
-        if not isinstance(error, Exception) and not is_panic:
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise CheckpointError(f"{path} cannot be used as a tokenizer ({error!s:.200}): fetch it again.") from None
     finally:
         os.dup2(stderr, 2)
         with contextlib.suppress(BlockingIOError):
             written = os.read(source, 1 << 16)
-            os.write(2, written.partition(b"\nthread '")[0] if is_panic else written)  # lines of other threads
+            os.write(2, written.partition(b"\nthread '")[0])  # lines of other threads
         for descriptor in (source, pipe, stderr):
             os.close(descriptor)
 
@@ -62,10 +62,11 @@ def read_library(path: Path) -> tokenizers.Tokenizer:
         raise CheckpointError(
             f"{path} has a token with the id {highest}, but ids must be below {MAX_ID}: fetch it again."
         )
-    if (expression := unbounded_expression(library)) is not None:
+    if (slow := find_slow(unknown_expressions(library))) is not None:
+        expression, unit = slow
         raise CheckpointError(
-            f"{path} uses the regular expression {shown(expression)}, which may take too long on some "
-            "texts: PyLLM reads only those of GPT-2, GPT-4, GPT-4o, Llama 3 and Qwen 2, and runs of digits or spaces."
+            f"{path} has the regular expression {shown(expression)}, which takes far too long on long texts, such as "
+            f"{shown(unit)} repeated: replace it by one that takes linear time, such as GPT-4's."
         )
     others = [token for token in library.get_added_tokens_decoder().values() if not token.special]
     if any(t.rstrip for t in others) and (spaces := [t.content for t in others if t.content[:1].isspace()]):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...engine.errors import RequestError
 from ...engine.messages import SamplingParams
+from ...model.long_text import IndivisibleTextError
 from ...model.tokenizer import Tokenizer
 from ..http.body import is_large, off_loop, off_loop_if_large
 from ..http.errors import encode_json, shorten
@@ -155,9 +156,12 @@ def sampling_params(
 
 
 def _spellings(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
-    """Yield the token ids of each word at the start of a text and after a space."""
+    """Yield the token ids of each word at the start of a text and after a space; raises `RequestError`."""
     for word in words:
-        ids = {tuple(tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
+        try:
+            ids = {tuple(tokenizer.encode(text)) for text in (word, f" {word.lstrip()}")}
+        except IndivisibleTextError as error:
+            raise RequestError(str(error), param="bad_words") from None
         yield from sorted(spelling for spelling in ids if spelling)
 
 

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, t
 from tokenizers.decoders import ByteLevel
 
 from pyllm.model.config import CheckpointError
-from pyllm.model.long_text import GPT2, WINDOW, WORDS, IndivisibleTextError
+from pyllm.model.long_text import GPT2, MAX_WINDOW, WINDOW, WORDS, IndivisibleTextError
 from pyllm.model.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "model" / "demo"
@@ -192,17 +192,116 @@ def test_what_can_only_be_read_together_is_bounded() -> None:
         tokenizer.encode("\u0301" * 300_000)
 
 
-@pytest.mark.parametrize("expression", [r"\s+$", r"(a+)+b", r"\d{1,3}(?=(?:\d{3})*\b)"])
-@pytest.mark.parametrize("place", ["pre_tokenizer", "normalizer"])
-def test_an_expression_without_a_bound_is_refused(tmp_path: Path, expression: str, place: str) -> None:
+DEEPSEEK = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+HONEST = [
+    DEEPSEEK,
+    r"\s?\p{L}+",
+    r"\s?\p{P}+",
+    r"[一-龥ࠀ-一가-퟿]+",  # DeepSeek-Coder
+    "[一-龥\u3040-ゟ゠-ヿ]+",  # DeepSeek-V3
+    "[0-9][0-9][0-9]",  # Falcon
+    r"\p{N}{1,2}",  # nanochat
+    r"[^\n]+|\n",
+    r"[A-Za-z_]\w*|0x[0-9a-fA-F]+|\d+\.?\d*|[=!<>]=|&&|\|\||\s+|.",  # code
+    r"(?<=\p{Ll})(?=\p{Lu})",
+    r"\p{Han}+|[^\p{Han}]+",
+    r" ?[^\s]+|\s+",
+    r"<[^>]{0,40}>",
+    r"'s|'t|'re|'ve|'m|'ll|'d|\s?\p{L}+|\s?\p{N}+|\s?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n/]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+]
+SLOW = [
+    r"\s*<call>", r"\s*\n", r"\s+$", r"\s+(?=\n)", r"(\s+)+x", r"(a+)+b", r"(a|aa)+$", r"a*a*a*b", r"x*y",
+    r".*?foo", r"[^\n]*foo", r"\w+@\w+", r"<!--.*?-->", r"(?:\d{3},)*x", r"\d{1,3}(?=(?:\d{3})*\b)",
+    r"[\p{L}\p{M}]+(?=')", r"(?:\p{Lu}\d-|\p{Lu}\d-\p{Lu}\d-)+$", r"(?<=a.*)b", r"(.*)\1x",
+]  # fmt: skip
+
+
+def written(folder: Path, expression: str, place: str) -> tokenizers.Tokenizer:
+    """A tokenizer with an expression in its normalizer or pre-tokenizer, which is also a file in `folder`."""
     made = library()
     if place == "normalizer":
         made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(expression), "x")])
     else:
-        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"), PLAIN])
-    made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="which may take too long on some texts"):
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"), JOINED])
+    made.save(str(folder / "tokenizer.json"))
+    return made
+
+
+def in_both_places(expressions: list[str]) -> list[tuple[str, str]]:
+    return [(e, "pre_tokenizer") for e in expressions] + [(e, "normalizer") for e in expressions[:3]]
+
+
+@pytest.mark.parametrize(("expression", "place"), in_both_places(HONEST))
+def test_expressions_of_other_tokenizers_are_accepted(tmp_path: Path, expression: str, place: str) -> None:
+    made = written(tmp_path, expression, place)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    prose = "".join(f"Line {n}: 0xFF != 中文, don't\tgetName()\n\n  <b>1234567 e\u0301</b>" for n in range(500))
+    for text in ("a", prose[:200], prose, " " * 10_000 + "x", "A" * 10_000 + "'"):
+        assert tokenizer.encode(text) == whole(made, text)
+
+
+@pytest.mark.parametrize(("expression", "place"), in_both_places(SLOW))
+def test_an_expression_shown_to_be_slow_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], expression: str, place: str
+) -> None:
+    written(tmp_path, expression, place)
+    with pytest.raises(CheckpointError, match="which takes far too long on long texts") as refused:
         Tokenizer.from_folder(tmp_path)
+    assert repr(expression)[:10] in str(refused.value)
+    assert not capfd.readouterr().err  # where the library panics, it writes a trace
+
+
+def test_a_slow_expression_after_others_is_refused(tmp_path: Path) -> None:
+    made = library()
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in (r"\p{N}{1,2}", r"\s*\n")]
+    made.pre_tokenizer = pre_tokenizers.Sequence([*splits, JOINED])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="far too long"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_huge_expression_does_not_hold_up_the_start(tmp_path: Path) -> None:
+    words = "|".join(f"{n:x}word" for n in range(20_000))
+    made = written(tmp_path, rf"(?:{words})|\s+", "pre_tokenizer")
+    start = time.process_time()
+    assert Tokenizer.from_folder(tmp_path).encode("1word") == whole(made, "1word")
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_work_is_linear_with_an_unknown_expression(run: str) -> None:
+    made = library(pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(DEEPSEEK), "isolated"), JOINED]))
+    tokenizer, used = Tokenizer(made), []
+    for length in (60_000, 240_000):
+        text = (run * length)[:length]
+        start = time.process_time()
+        ids = tokenizer.encode(text)
+        used.append(time.process_time() - start)
+        assert ids == whole(made, text)
+    assert used[1] < 8 * max(used[0], 0.05)
+
+
+def test_a_text_too_long_for_an_unknown_expression_is_refused() -> None:
+    made = library(pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(DEEPSEEK), "isolated"), JOINED]))
+    message = (
+        f"^The text has {MAX_WINDOW + 1} characters, but .* at most {MAX_WINDOW} characters at a time: shorten it.$"
+    )
+    with pytest.raises(IndivisibleTextError, match=message):
+        Tokenizer(made).encode("a" * (MAX_WINDOW + 1))
+
+
+@pytest.mark.parametrize("length", [40, 5000])
+def test_a_text_on_which_the_library_panics_is_refused(length: int) -> None:
+    made = library(pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("(a+)+$"), "isolated"), JOINED]))
+    tokenizer = Tokenizer(made)
+    with pytest.raises(IndivisibleTextError, match="takes too many steps"):
+        tokenizer.encode("a" * length + "!")
+    assert tokenizer.encode("ab") == whole(made, "ab")
 
 
 def test_tokens_on_which_the_library_panics_are_refused(tmp_path: Path) -> None:

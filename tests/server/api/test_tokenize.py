@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from pyllm.server.api.tokenize import DetokenizeAnswer, TokenizeAnswer
 
@@ -112,3 +115,22 @@ def test_a_key_is_needed(make_harness):
     harness = make_harness(api_key=("secret",))
     assert harness.post("/tokenize", {"prompt": "a"}).status_code == 401
     assert harness.post("/detokenize", {"tokens": [5]}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/tokenize", {"prompt": "HARD"}, None),
+        ("/v1/completions", {"prompt": "HARD"}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "bad_words": ["HARD"]}, "bad_words"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "HARD"}]}, "messages"),
+    ],
+)
+def test_a_text_that_the_tokenizer_gives_up_on_is_refused(harness, path, fields, param):
+    expression = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    harness.tokenizer._library.pre_tokenizer = pre_tokenizers.Sequence([expression, pre_tokenizers.ByteLevel()])
+    body = json.loads(json.dumps(fields).replace("HARD", "a" * 40 + "!"))
+    response = harness.post(path, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert "takes too many steps" in response.json()["error"]["message"]
