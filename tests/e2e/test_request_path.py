@@ -8,7 +8,7 @@ from pathlib import Path
 from support.request_path import modules_of_a_chat
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
-BESIDE_THE_WAY = {
+OFF_THE_WAY = {
     "server/http/connection_limits.py",  # on a timer
     "engine/client/watchdog.py",  # on a timer
     "engine/host_memory.py",  # when nothing is to be done
@@ -25,5 +25,5 @@ def test_page_lists_the_modules_of_a_streamed_chat() -> None:
     listed = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     traced = {module for modules in modules_of_a_chat().values() for module in modules}
     assert len(listed) == len(set(listed)) <= MOST
-    assert set(listed) - BACKENDS == traced - BACKENDS - BESIDE_THE_WAY
+    assert set(listed) - BACKENDS == traced - BACKENDS - OFF_THE_WAY
     assert BACKENDS & traced <= set(listed)
