@@ -202,7 +202,7 @@ def play(name: str, server: Server, seconds: float) -> subprocess.Popen[bytes]:
     """Start an attack in a process of its own."""
     program = str(Path(__file__).with_name("attack_kinds.py"))
     return subprocess.Popen(
-        ["nice", sys.executable, program, name, "127.0.0.1", str(server.port), str(seconds)],
+        ["nice", "-n", "19", sys.executable, program, name, "127.0.0.1", str(server.port), str(seconds)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 

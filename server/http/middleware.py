@@ -8,6 +8,7 @@ import logging
 import re
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,6 +35,7 @@ MAX_HEADER = 1024  # characters of `x-pyllm-ignored`
 MAX_NAME = 100  # characters of one name in it
 CONTEXT = "pyllm.context"  # the member of an ASGI scope that holds the context
 BATCH_OWNER = "pyllm.batch_owner"  # the member that makes a scope a line of this owner's batch
+STARTS_PER_ROUND = 4  # requests; each takes a few milliseconds
 
 
 class GenerationProgress(Protocol):
@@ -178,6 +180,40 @@ class ServiceState(Protocol):
     def leave(self, context: RequestContext, seconds: float) -> None: ...
 
 
+class Turnstile:
+    """Lets a few requests start in each round of the event loop, so that nothing else waits for hundreds of them."""
+
+    def __init__(self) -> None:
+        self._room = STARTS_PER_ROUND  # in this round
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._is_turning = False
+
+    async def enter(self) -> None:
+        """Wait behind the requests that came before."""
+        self._turn()
+        if self._room and not self._waiting:
+            self._room -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _turn(self) -> None:
+        if not self._is_turning:
+            self._is_turning = True
+            asyncio.get_running_loop().call_soon(self._begin_round)
+
+    def _begin_round(self) -> None:
+        self._room, self._is_turning = STARTS_PER_ROUND, False
+        while self._room and self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # its task was not cancelled
+                turn.set_result(None)
+                self._room -= 1
+        if self._room < STARTS_PER_ROUND:
+            self._turn()
+
+
 class RequestMiddleware:
     """Plain ASGI, so that streams pass through untouched."""
 
@@ -188,6 +224,7 @@ class RequestMiddleware:
         self._app = app
         self._is_route = is_route
         self._service = service
+        self._turnstile = Turnstile()
         self._public_paths = PROBES | public_paths
         self._root = service.config.root_path.rstrip("/")
 
@@ -211,13 +248,9 @@ class RequestMiddleware:
         context.background = BATCH_OWNER in scope
         self._service.enter()
         try:
-            keys, fair = self._service.keys, self._service.config.fair_scheduling
-            if keys.guards and asked not in self._public_paths:
-                context.account = _account_of(headers, scope.get(BATCH_OWNER), keys)
-                context.owner = context.account.owner
-                context.cache_owner = context.owner if self._service.config.isolate_cache_by_key else ""
-            if len(keys.accounts) > 1 if fair is None else fair:
-                context.client = context.owner or _network_of(scope)
+            if path not in PROBES:
+                await self._turnstile.enter()
+            self._identify(context, headers, is_public=asked in self._public_paths)
             # HEAD is answered like GET; the HTTP server leaves out the body.
             get_scope = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
             await self._app(get_scope, context.receive, context.respond)
@@ -241,6 +274,16 @@ class RequestMiddleware:
             self._service.leave(context, seconds)
             _log(context, seconds)
             context.generation = None  # they refer to each other, and a large one would wait for the garbage collector
+
+    def _identify(self, context: RequestContext, headers: Headers, *, is_public: bool) -> None:
+        """Note whose request it is; raise `ApiError` 401 if it needs a key and has none."""
+        keys, fair = self._service.keys, self._service.config.fair_scheduling
+        if keys.guards and not is_public:
+            context.account = _account_of(headers, context.scope.get(BATCH_OWNER), keys)
+            context.owner = context.account.owner
+            context.cache_owner = context.owner if self._service.config.isolate_cache_by_key else ""
+        if len(keys.accounts) > 1 if fair is None else fair:
+            context.client = context.owner or _network_of(context.scope)
 
 
 def _account_of(headers: Headers, batch_owner: str | None, keys: KeyRing) -> Account:

@@ -88,6 +88,27 @@ def scope_of(path):
     }  # fmt: skip
 
 
+def test_a_probe_does_not_wait_for_requests_that_came_together(harness):
+    async def answer(path):
+        received = iter([{"type": "http.request", "body": b'{"prompt": "Hi"}'}])
+
+        async def receive():
+            return next(received, None) or await asyncio.Event().wait()
+
+        async def send(_):
+            pass
+
+        await harness.app(scope_of(path), receive, send)
+        return len(harness.engine.requests)
+
+    async def crowd():
+        return await asyncio.gather(*(answer("/v1/completions") for _ in range(200)), answer("/health"))
+
+    *_, started = asyncio.run(crowd())
+    assert len(harness.engine.requests) == 200
+    assert started < 50
+
+
 async def disconnect(harness, path, fields, *, after=0.05):
     """Call the application as a server does, and hang up after some seconds; return what was sent until then."""
     sent = []
