@@ -77,7 +77,9 @@ async def read_body(request: Request, model: type[Body], tolerance: Tolerance) -
 async def _read_bytes(request: Request, size: int) -> bytes:
     """Read the body; if it turns out to be large, reserve its `size` before reading the rest."""
     data, context = bytearray(), RequestContext.of(request.scope)
-    too_large = ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
+    too_large = ApiError(
+        413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large", headers={"connection": "close"}
+    )
     if size > MAX_BODY_BYTES:
         raise too_large
     async for chunk in request.stream():

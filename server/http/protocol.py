@@ -36,12 +36,20 @@ class _Transport:
     def __init__(self, transport: asyncio.Transport) -> None:
         self._real = transport
         self.written = 0  # bytes
+        self.receiving = False  # a body
         self.ended = False
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
         if not self.ended and not self._real.is_closing():
             self._real.write(data)
+
+    def close(self) -> None:
+        """Close; if the client may still be sending a body, after it had time to read the answer."""
+        if self.receiving and not self.ended:
+            self.end()
+        else:
+            self._real.close()
 
     def end(self) -> None:
         """Close after `LINGER_SECONDS`: closing before the client has sent all would discard what it has not read."""
@@ -249,6 +257,9 @@ class HttpProtocol(SupervisedProtocol):
             lengths = (value for name, value in self.headers if name == b"content-length")
             self._body_left = int(next(lengths, b"0"))
             self._phase = "body"
+            self._wire.receiving = True
+            if self._body_left > MAX_DROPPED:
+                self.cycle.keep_alive = False
             self._head_bytes = self._framing = self._dropped = 0
             self._num_requests += 1
 
@@ -266,6 +277,7 @@ class HttpProtocol(SupervisedProtocol):
         if self.cycle is not None:  # else it is refused, or the parser begins again without the `Upgrade` header
             super().on_message_complete()
             self._phase = "idle"
+            self._wire.receiving = False
             self._line, self._line_complete = b"", False
             self._forget_answered()
 

@@ -26,7 +26,7 @@ def locked(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with ServerProcess(tmp_path_factory.mktemp("locked") / "log", str(checkpoint), *flags) as server:
         yield server
         for secret in (FIRST, SECOND, SECOND.encode().hex(), repr(SECOND.encode())):
-            assert secret not in server.log
+            assert secret not in server.settled_log()
 
 
 def ask(server: ServerProcess, key: str, method: str, path: str, body: Any = None) -> httpx.Response:

@@ -24,7 +24,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerPr
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_request_fails_inside_hangs_or_harms_another(watched: tuple[ServerProcess, bytes], group: str) -> None:
     server, before = watched
-    engine, said = server.engine_pid, len(server.log)
+    engine, said = server.engine_pid, len(server.settled_log())
     outcome = send_all(server.url, GROUPS[group](), CONCURRENCY.get(group, 8))
     assert not outcome.faults, "\n".join(outcome.faults[:20])
     assert outcome.slowest[0] <= LATEST
@@ -32,4 +32,4 @@ def test_no_request_fails_inside_hangs_or_harms_another(watched: tuple[ServerPro
     server.wait_until_idle()
     assert canary(server.url) == before
     assert server.engine_pid == engine
-    assert "Traceback" not in server.log[said:]
+    assert "Traceback" not in server.settled_log()[said:]

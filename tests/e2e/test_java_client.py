@@ -31,9 +31,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_java_client(compiled: Path, server: ServerProcess, method: str) -> None:
-    said = len(server.log)
+    said = len(server.settled_log())
     command = [shutil.which("java") or "java", "-cp", str(compiled), "Client", server.url, method]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     server.wait_until_idle()
-    assert "WARNING" not in server.log[said:]
+    assert "WARNING" not in server.settled_log()[said:]

@@ -62,11 +62,11 @@ class Connection:
 @pytest.fixture
 def connection(server: ServerProcess) -> Iterator[Connection]:
     """An open connection; its requests must leave no warning in the log."""
-    said = len(server.log)
+    said = len(server.settled_log())
     connection = Connection(server.url)
     with connection.socket:
         yield connection
-    assert "WARNING" not in server.log[said:]
+    assert "WARNING" not in server.settled_log()[said:]
 
 
 def text_of(reply: Reply) -> str:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -141,6 +142,13 @@ class ServerProcess:
     def log(self) -> str:
         """All that it has said so far."""
         return self._log.read_text(errors="replace")
+
+    def settled_log(self) -> str:
+        """All that it has said so far, with the last line, which comes a moment late."""
+        mark = uuid.uuid4().hex
+        httpx.get(f"{self.url}/version", headers={"x-request-id": mark}, timeout=PATIENCE)
+        wait_for(lambda: mark in self.log, "the log")
+        return self.log
 
     @property
     def engine_pid(self) -> int:

@@ -283,13 +283,14 @@ GROWING += ['<tool_call>{"name": "f", "arguments": {"a": "']
 def test_a_piece_costs_the_same_however_long_the_text_is(form: ToolCallFormat, unit: str, start: str) -> None:
     def work(length: int) -> float:
         text = start + unit * (length // len(unit))
-        began = time.process_time()
         pieces = [text[at : at + 4] for at in range(0, len(text), 4)]
+        began = time.thread_time()
         assert read(pieces, form) == read([text], form)
-        return time.process_time() - began
+        return time.thread_time() - began
 
-    short = work(3000)
-    assert work(12_000) < 8 * max(short, 0.05)
+    # The least of several, since the garbage collector may run in any of them.
+    short = min(work(3000) for _ in range(3))
+    assert min(work(12_000) for _ in range(3)) < 8 * max(short, 0.05)
 
 
 def test_markup_that_is_too_long_is_content() -> None:
