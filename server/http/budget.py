@@ -19,9 +19,9 @@ BODY_FACTOR = 4  # bytes of memory for each byte of a body while it is read and 
 BODIES_BYTES = 4 * MAX_BODY_BYTES * BODY_FACTOR
 MAX_DEFAULT_BYTES = 2 * 2**30
 WAIT_SECONDS = 5.0
-Kind = Literal["connections", "bodies", "requests", "tokenizing", "answers", "responses", "logs"]
+Kind = Literal["connections", "bodies", "requests", "tokenizing", "answers", "responses"]
 """What memory is held for: unfinished headers, bodies that are read and parsed, requests that are answered, texts that
-are tokenised, answers that are not sent, stored responses, lines that are not logged."""
+are tokenised, answers that are not sent, stored responses."""
 
 
 def memory_full() -> ApiError:

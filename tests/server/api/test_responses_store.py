@@ -204,7 +204,7 @@ def test_stored_responses_count_as_memory_and_give_way_to_it():
     assert 50_000 < budget.by_kind["responses"] == budget.by_owner["a"] <= 100_000
     count = len(store)
     assert 0 < count < 200
-    with budget.hold("logs", 100_000 - budget.used):
+    with budget.hold("requests", 100_000 - budget.used):
         store.put(response(200), b"[]", "a", "a")
         assert 0 < len(store) <= count
         assert budget.used <= 100_000
