@@ -21,7 +21,7 @@ LONG = re.compile(r"# long: \S")
 """How a function, in its first line or the one above, or a file, in its first 12 lines, says why it is long."""
 
 PRODUCT = ("server/", "engine/", "model/")
-UNCHECKED = re.compile(r"LICENSE|.*\.(lock|safetensors|svg|json)|\.ci/house\.py|model/demo/(corpus|prose|tables)\.py")
+UNCHECKED = re.compile(r"LICENSE|.*\.(lock|safetensors|svg|jsonl?)|\.ci/house\.py|model/demo/(corpus|prose|tables)\.py")
 """Texts that are data, and this list itself."""
 
 PHRASES = {
