@@ -1,4 +1,4 @@
-# Five everyday commands, and four for a release. They need only make and Python 3.11 or newer.
+# Five everyday commands, and five for a release. They need only make and Python 3.11 or newer.
 
 PYTHON ?= python3
 MODEL ?=
@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTEST := $(BIN)/python -m pytest
 TESTS = $(PYTEST) $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: serve test test-clients test-optimized lint bench clean lock audit
+.PHONY: serve test test-clients test-optimized lint bench clean lock vendor audit
 
 ## serve: serve the bundled demo model (or MODEL=folder-or-hub-id) on port 8000
 serve: .venv/installed
@@ -48,6 +48,11 @@ lock: .venv/tools/installed
 	  /^[a-z0-9]/ { to = /^(torch|triton|cuda-|nvidia-)/ ? "requirements-torch.lock" : "requirements.lock"; \
 	    if (!(to in begun)) { begun[to] = 1; print head > to } } { print > to }' .venv/all.lock
 	rm .venv/all.lock
+
+## vendor: fetch the libraries of the chat page again, and check that the committed files are those of their packages
+vendor: .venv/bin/python
+	$(BIN)/python .ci/vendor.py --fetch
+	git diff --exit-code --stat server/api/static/vendor
 
 ## audit: check the locked versions for known vulnerabilities
 audit: .venv/tools/installed
