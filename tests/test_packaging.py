@@ -32,12 +32,20 @@ def _program() -> set[str]:
 
 def _static() -> set[str]:
     """What the server sends as it is."""
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "server" / "api" / "static").iterdir()}
+    folder = ROOT / "server" / "api" / "static"
+    return {path.relative_to(ROOT).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def _kernels() -> set[str]:
     """The C++ sources of the CPU's kernels."""
     return {path.relative_to(ROOT).as_posix() for path in (ROOT / "model" / "cpu" / "kernels").iterdir()}
+
+
+def test_the_libraries_of_the_page_are_those_of_their_packages() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / ".ci" / "vendor.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def _copy(target: Path) -> Path:
@@ -65,6 +73,8 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_the_wheel_holds_the_program_and_the_demo_model(wheel: list[str]) -> None:
     assert {f"pyllm/{name}" for name in _program() | {"__init__.py", "__main__.py", "py.typed"}} <= set(wheel)
     assert {f"pyllm/{name}" for name in _static()} <= set(wheel)
+    licences = {f"licenses/{name}" for name in _static() | {"LICENSE"} if name.endswith("LICENSE")}
+    assert licences <= {name.partition(".dist-info/")[2] for name in wheel}
     demo = {name.removeprefix("pyllm/model/demo/") for name in wheel if name.startswith("pyllm/model/demo/")}
     assert demo == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

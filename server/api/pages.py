@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -17,18 +18,27 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from ..http.errors import JsonResponse
+from .assets import ASSET_PATHS, STATIC, VERSION, accepts_gzip, send_asset
 
 ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the API reference: all that is used of fastapi-offline
 NO_SNIFFING = {"x-content-type-options": "nosniff"}
-PAGE_PATHS = frozenset({"/", "/v1", "/v1/", "/docs", "/openapi.json", *(f"/docs/{name}" for name in ASSETS)})
+PAGE_HEADERS = NO_SNIFFING | {"referrer-policy": "no-referrer", "cache-control": "no-cache"}
+CHAT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify"
+)
+"""No inline script or style, and no text becomes markup except through DOMPurify."""
+PAGE_PATHS = ASSET_PATHS | {"/", "/v1", "/v1/", "/docs", "/openapi.json", *(f"/docs/{name}" for name in ASSETS)}
 """They need no key: they hold no data, and a browser that opens a page cannot send one."""
 
 
 def add_page_routes(app: FastAPI) -> None:
     """Add the pages and their assets to `app`."""
     assets = Path(str(files("fastapi_offline"))) / "static"
-    pages: dict[str, Any] = {"/": _page("chat.html"), "/docs": _page("docs.html")}
+    pages: dict[str, Any] = {"/": _chat_page(), "/docs": _page("docs.html")}
     pages |= {f"/docs/{name}": partial(_asset, assets / name) for name in ASSETS}
+    pages["/static/{version}/{name:path}"] = send_asset
     app.router.routes += [Route(path, page, methods=["GET"]) for path, page in pages.items()]
 
 
@@ -40,7 +50,12 @@ def methods_of(route: Route) -> list[str]:
 
 def add_base_route(app: FastAPI, routes: Sequence[Route]) -> None:
     """Add a route at the base URL: it lists `routes` to a client, and leads a browser to the chat page."""
-    listed = [f"{method} {route.path}" for route in routes for method in methods_of(route) if method != "HEAD"]
+    listed = [
+        f"{method} {route.path}"
+        for route in routes
+        for method in methods_of(route)
+        if method != "HEAD" and not route.path.startswith("/static/")
+    ]
 
     async def show(request: Request) -> Response:
         vary = {"vary": "accept"}
@@ -60,17 +75,33 @@ async def _asset(path: Path, request: Request) -> Response:
     return FileResponse(path, headers=NO_SNIFFING)
 
 
+def _chat_page() -> Callable[[Request], Awaitable[Response]]:
+    """Return the endpoint of the chat page, which is a small frame around its modules."""
+    text = (STATIC / "chat.html").read_text(encoding="utf-8").replace("{version}", VERSION)
+    etag = f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
+    headers = PAGE_HEADERS | {"content-security-policy": CHAT_POLICY, "etag": etag, "vary": "accept-encoding"}
+    small = gzip.compress(text.encode(), 9, mtime=0)
+
+    async def show(request: Request) -> Response:
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        if accepts_gzip(request):
+            return HTMLResponse(small, headers=headers | {"content-encoding": "gzip"})
+        return HTMLResponse(text, headers=headers)
+
+    return show
+
+
 def _page(name: str) -> HTMLResponse:
     """Return a page that may run and load only what it contains, and connect only to this server."""
-    text = (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
-    # Swagger UI writes style attributes, which no hash allows; the chat page has none.
+    text = (STATIC / name).read_text(encoding="utf-8")
+    # Swagger UI writes style attributes, which no hash allows.
     scripts, styles = _hashes(text, "script"), _hashes(text, "style") or "'self' 'unsafe-inline'"
     policy = (
         f"default-src 'none'; script-src 'self' {scripts}; style-src {styles}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    headers = NO_SNIFFING | {"referrer-policy": "no-referrer", "cache-control": "no-cache"}
-    return HTMLResponse(text, headers=headers | {"content-security-policy": policy})
+    return HTMLResponse(text, headers=PAGE_HEADERS | {"content-security-policy": policy})
 
 
 def _hashes(text: str, tag: str) -> str:

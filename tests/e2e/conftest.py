@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from support.checkpoints import TINY, write_checkpoint
 from support.serving import PATIENCE, ServerProcess
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from support.chat_page import Visit
 
 FLAGS = ("--dtype", "float32", "--max-num-batched-tokens", "64", "--max-num-seqs", "24")
 
@@ -61,3 +66,44 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """`pyllm serve`, with no model named."""
     with ServerProcess(tmp_path_factory.mktemp("demo") / "log") as process:
         yield process
+
+
+KEY = "open sesame"
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The demo model behind a key."""
+    with ServerProcess(tmp_path_factory.mktemp("guarded") / "log", "--api-key", KEY) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    from support.chat_page import BROWSERS, open_browser
+
+    if not BROWSERS:
+        pytest.skip("there is no Chromium on this machine")
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visit(browser: Browser, guarded: ServerProcess) -> Iterator[Visit]:
+    """The page of the demo; afterwards, nothing may have been asked of others, nor anything have gone wrong unseen."""
+    from support.chat_page import SCRIPTED, Visit
+
+    with browser.new_context() as context:
+        context.add_init_script(SCRIPTED)
+        made = Visit(context.new_page(), guarded.url)
+        yield made
+    assert made.urls
+    assert not [url for url in made.urls if not url.startswith((guarded.url, "data:", "blob:"))]
+    # A browser counts every answer of 400 and above as an error of the page.
+    assert not [text for text in made.complaints if "status of 401" not in text]
+
+
+@pytest.fixture
+def signed_in(visit: Visit) -> Visit:
+    visit.open().use_key(KEY)
+    return visit
