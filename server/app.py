@@ -8,11 +8,9 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -36,6 +34,7 @@ from .api.messages.wire import (
     TokenCount,
 )
 from .api.models import add_model_routes
+from .api.openapi import REFERENCE, write_document
 from .api.pages import PAGE_PATHS, add_base_route, add_page_routes, methods_of
 from .api.responses.route import create_response
 from .api.responses.store import add_store_routes
@@ -53,7 +52,6 @@ from .http.errors import MAX_ECHO, ApiError, JsonResponse, shorten, to_api_error
 from .http.middleware import RequestContext, RequestMiddleware, error_response
 from .service import Endpoint, Service
 
-REFERENCE = "#/components/schemas/{model}"
 REFUSED_ORIGIN = "Pages of this origin may not call this server: see --allowed-origins."
 
 
@@ -61,7 +59,7 @@ def create_app(service: Service) -> FastAPI:
     """Build the ASGI application around `service`."""
     app = FastAPI(
         title="PyLLM", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
-        responses=_error_schemas(ErrorAnswer),
+        responses=_error_schemas(ErrorAnswer), generate_unique_id_function=lambda route: route.name,
     )  # fmt: skip
     _add_state_routes(app, service)
     add_model_routes(app, service.ready_model)
@@ -71,7 +69,7 @@ def create_app(service: Service) -> FastAPI:
     add_store_routes(app, service.responses)
     for endpoint in ENDPOINTS:
         _add_endpoint(app, service, endpoint)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _document(app, with_batches=bool(service.config.batch_dir))  # type: ignore[method-assign]
     add_base_route(app, [route for route in app.routes if isinstance(route, Route)])
     routes = [route for route in app.routes if isinstance(route, Route)]
     app.add_exception_handler(HTTPException, partial(_http_error, routes))
@@ -192,19 +190,15 @@ def _add_endpoint(app: FastAPI, service: Service, endpoint: Endpoint) -> None:
     name = endpoint.handle.__name__
     app.add_api_route(
         endpoint.path, partial(service.answer, endpoint), methods=["POST"], response_model=endpoint.answer, name=name,
-        operation_id=name, description=endpoint.handle.__doc__, openapi_extra=extra,
+        description=endpoint.handle.__doc__, openapi_extra=extra,
         responses=_error_schemas(endpoint.error),
     )  # fmt: skip
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Complete FastAPI's schema with the models of bodies and events."""
+def _document(app: FastAPI, *, with_batches: bool) -> dict[str, Any]:
+    """Return the OpenAPI document, written once."""
     if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         models: set[type[BaseModel]] = {BatchRequest, *(e.body for e in ENDPOINTS)}
         models |= {e.chunk for e in ENDPOINTS if e.chunk is not None}
-        ordered = sorted(models, key=lambda model: model.__name__)
-        _, extra = models_json_schema([(m, "validation") for m in ordered], ref_template=REFERENCE)
-        schema["components"]["schemas"] |= extra["$defs"]
-        app.openapi_schema = schema
+        app.openapi_schema = write_document(app, models, with_batches=with_batches)
     return app.openapi_schema

@@ -51,7 +51,8 @@ def add_batch_routes(app: FastAPI, find_store: Callable[[], BatchStore | None]) 
 def _add_upload_route(app: FastAPI, store: Callable[[], BatchStore]) -> None:
     form = {"type": "object", "required": ["file", "purpose"], "properties": {
         "file": {"type": "string", "format": "binary"}, "purpose": {"const": "batch"},
-        "expires_after[anchor]": {"const": "created_at"}, "expires_after[seconds]": {"type": "integer"}}}  # fmt: skip
+        "expires_after[anchor]": {"const": "created_at"}, "expires_after[seconds]": {
+            "type": "integer", "minimum": MIN_KEEP, "maximum": MAX_KEEP, "default": KEEP}}}  # fmt: skip
     upload = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}}}
 
     @app.post("/v1/files", response_model=FileObject, openapi_extra=upload)
