@@ -6,6 +6,7 @@ Started by `EngineProcess` as `python -m pyllm.engine.process FD`. It exits when
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import queue
 import select
@@ -146,8 +147,13 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
         frames = read_frames(sock.makefile("rb"))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process has exited
             try:
-                from .build import build_engine  # slow, so the API process prepares the configuration meanwhile
+                # Slow, so the API process prepares the configuration meanwhile. What is loaded stays, so the garbage
+                # collector need not scan it again and again.
+                gc.disable()
+                from .build import build_engine
 
+                gc.freeze()
+                gc.enable()
                 if (first := next(frames, None)) is None:
                     return
                 core = build_engine(msgspec.msgpack.decode(first, type=EngineConfig))

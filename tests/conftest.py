@@ -13,7 +13,7 @@ import pytest
 # Before they are imported:
 SUPPORT = (
     "async_engines", "batches", "chat_page", "crowds", "grammars", "hostile", "paged_runner", "responses_client",
-    "scheduler_bench", "serving", "soak",
+    "scheduler_bench", "serving", "soak", "warm",
 )  # fmt: skip
 pytest.register_assert_rewrite(*(f"support.{name}" for name in SUPPORT))
 

@@ -39,6 +39,7 @@ class EngineProcess:
 
     command: ClassVar[Sequence[str]] = ("-m", "pyllm.engine.process")
     """What Python runs; the descriptor of the engine's end of the socket follows as the last argument."""
+    popen: ClassVar[type[subprocess.Popen[bytes]]] = subprocess.Popen  # tests fork a process instead
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -48,7 +49,7 @@ class EngineProcess:
         with theirs:
             try:
                 # In a session of its own, so that Ctrl-C in a terminal reaches only this process, which then decides.
-                self._process = subprocess.Popen(
+                self._process = self.popen(
                     [*python(), *self.command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
                     env=MEMORY_SETTINGS | ({} if "OMP_WAIT_POLICY" in os.environ else THREAD_SETTINGS) | os.environ,

@@ -39,7 +39,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A server whose steps are so small that prompts are cut in chunks and mixed with decodes."""
     log = tmp_path_factory.mktemp("server") / "log"
     names = ("--served-model-name", "tiny", "--served-model-name", "team/alias")
-    with ServerProcess(log, str(checkpoint), *FLAGS, *names) as process:
+    with ServerProcess(log, str(checkpoint), *FLAGS, *names, cold=True) as process:
         yield process
 
 
@@ -64,7 +64,7 @@ def http(server: ServerProcess) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """`pyllm serve`, with no model named."""
-    with ServerProcess(tmp_path_factory.mktemp("demo") / "log") as process:
+    with ServerProcess(tmp_path_factory.mktemp("demo") / "log", cold=True) as process:
         yield process
 
 

@@ -32,7 +32,7 @@ def test_server_under_optimize_answers_the_same(
 ) -> None:
     """The engine process inherits -O, and no answer depends on an assert."""
     monkeypatch.setenv("PYTHONOPTIMIZE", "1")
-    with ServerProcess(tmp_path / "log") as server:
+    with ServerProcess(tmp_path / "log", cold=True) as server:
         for pid in (server.process.pid, server.engine_pid):
             assert b"PYTHONOPTIMIZE=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         assert canary(server.url) == canary(demo.url)
@@ -52,7 +52,7 @@ def test_every_process_of_a_server_has_its_interpreters_options(
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with ServerProcess(tmp_path / "log") as server:
+    with ServerProcess(tmp_path / "log", cold=True) as server:
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "response_format": JSON_OBJECT}
         assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE).status_code == 200
         (engine,) = children(server.process.pid)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from support.serving import PATIENCE, ServerProcess, environment
+from support.serving import PATIENCE, ServerProcess, run_command
 
 FIRST, SECOND = "first-key-4f9c", "clé-zweite-77aa"
 WORDS = "The same words again, so that there is something to share. " * 4
@@ -23,7 +22,7 @@ def locked(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A server with two keys that keeps their caches apart."""
     flags = ("--dtype", "float32", "--api-key", FIRST, "--api-key", SECOND, "--isolate-cache-by-key")
     flags += ("--served-model-name", "tiny", "--log-level", "debug")
-    with ServerProcess(tmp_path_factory.mktemp("locked") / "log", str(checkpoint), *flags) as server:
+    with ServerProcess(tmp_path_factory.mktemp("locked") / "log", str(checkpoint), *flags, cold=True) as server:
         yield server
         for secret in (FIRST, SECOND, SECOND.encode().hex(), repr(SECOND.encode())):
             assert secret not in server.settled_log()
@@ -129,8 +128,7 @@ def test_keys_are_not_on_the_engines_command_line(locked: ServerProcess) -> None
 )
 def test_errors_about_keys_do_not_show_the_key(tmp_path: Path, words: list[str], yaml: str) -> None:
     (tmp_path / "flags.yaml").write_text(yaml)
-    command = [sys.executable, "-m", "pyllm", "serve", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=PATIENCE)
+    done = run_command("serve", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("pyllm: ")
     assert done.stderr.count("\n") == 1
@@ -142,15 +140,13 @@ def test_errors_about_keys_do_not_show_the_key(tmp_path: Path, words: list[str],
 def test_a_bad_file_of_keys_is_one_sentence(tmp_path: Path, text: str | None, reason: str) -> None:
     if text is not None:
         (tmp_path / "keys").write_text(text)
-    command = [sys.executable, "-m", "pyllm", "serve", "--api-key-file", "keys", "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=PATIENCE)
+    done = run_command("serve", "--api-key-file", "keys", "--port", "0", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert reason in done.stderr
     assert "sk-" not in done.stderr
 
 
 def test_isolation_without_keys_is_a_mistake(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pyllm", "serve", "--isolate-cache-by-key"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=PATIENCE)
+    done = run_command("serve", "--isolate-cache-by-key", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--api-key" in done.stderr

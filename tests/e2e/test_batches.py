@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from openai import OpenAI
 from openai.types import Batch
 from openai.types.chat import ChatCompletion
-from support.serving import FOREVER, PATIENCE, ServerProcess, environment, wait_for
+from support.serving import FOREVER, PATIENCE, ServerProcess, run_command, wait_for
 
 CHAT = "/v1/chat/completions"
 FLAGS = ("--dtype", "float32", "--max-num-seqs", "4", "--served-model-name", "tiny")
@@ -184,9 +183,8 @@ def test_without_a_folder_the_client_reads_how_to_get_one(client: OpenAI, demo: 
         client.files.create(file=b"{}", purpose="batch")
 
 
-def run_batch(*arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "pyllm", "run-batch", *arguments]
-    return subprocess.run(command, input=data, capture_output=True, env=environment(), timeout=PATIENCE)
+def run_batch(*arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[str]:
+    return run_command("run-batch", *arguments, typed=data.decode())
 
 
 def test_run_batch_answers_every_line(checkpoint: Path, tmp_path: Path) -> None:
@@ -198,7 +196,7 @@ def test_run_batch_answers_every_line(checkpoint: Path, tmp_path: Path) -> None:
     flags = (str(checkpoint), "--dtype", "float32", "--served-model-name", "tiny")
     done = run_batch("-i", str(source), "-o", str(sink), *flags)
     assert done.returncode == 0, done.stderr
-    assert b"7 lines: 4 answered, 3 failed." in done.stderr
+    assert "7 lines: 4 answered, 3 failed." in done.stderr
     rows = {row["custom_id"]: row for row in map(json.loads, sink.read_text().splitlines())}
     status = {name: row["response"]["status_code"] for name, row in rows.items()}
     assert status == {"chat": 200, "wrong": 400, "get": 400, None: 400} | dict.fromkeys(others, 200)
@@ -219,6 +217,6 @@ def test_run_batch_answers_every_line(checkpoint: Path, tmp_path: Path) -> None:
 )
 def test_run_batch_says_what_is_wrong_with_its_files(arguments: tuple[str, ...], words: str) -> None:
     done = run_batch(*arguments)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert words.encode() in done.stderr
-    assert done.stderr.count(b"\n") == 1
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from support.serving import PATIENCE, ServerProcess, environment
+from support.serving import ServerProcess, run_command
 
 from pyllm.server.cli.load_client import Answer, LoadError, Target, closed_loop, summarize
 
@@ -21,8 +20,7 @@ SMALL = ("--num-requests", "6", "--input-len", "5", "--output-len", "7", "--voca
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pyllm", "bench", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment(), check=False)
+    return run_command("bench", *words)
 
 
 def test_a_running_server_is_measured_and_every_token_counted(server: ServerProcess) -> None:

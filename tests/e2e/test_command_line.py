@@ -14,20 +14,17 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
-from support.serving import PATIENCE, environment, wait_for
+from support.serving import PATIENCE, environment, run_command, wait_for
+from support.warm import Process
 
 import pyllm
 
-COMMAND = [sys.executable, "-m", "pyllm"]
 SHORT = ("--dtype", "float32", "--temperature", "0")
 
 
 def run(*words: str, typed: str = "", setting: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command to its end; `typed` is its standard input, `setting` a line `NAME=value` of its environment."""
-    return subprocess.run(
-        [*COMMAND, *words], input=typed, capture_output=True, text=True, errors="replace", timeout=PATIENCE,
-        env=environment() | dict([setting.split("=")] if setting else []), check=False,
-    )  # fmt: skip
+    return run_command(*words, typed=typed, **dict([setting.split("=", 1)] if setting else []))
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -185,9 +182,10 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         os.set_blocking(self._ours, False)
         with os.fdopen(theirs, "wb") as end:
-            self.process = subprocess.Popen(
-                [*COMMAND, *words], stdin=end, stdout=end, stderr=subprocess.PIPE, env=environment() | {"TERM": "dumb"}
-            )
+            self.process = Process(
+                [sys.executable, "-m", "pyllm", *words], stdin=end, stdout=end, stderr=subprocess.PIPE,
+                env=environment() | {"TERM": "dumb"},
+            )  # fmt: skip
         self._seen = b""
 
     def read_until(self, mark: bytes) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from support.checkpoints import TINY, write_checkpoint
-from support.serving import FOREVER, PATIENCE, ServerProcess, environment, posted, wait_for_load
+from support.serving import FOREVER, PATIENCE, ServerProcess, posted, run_command, wait_for_load
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "Hi"}
@@ -260,18 +258,7 @@ def test_12_start_is_quick_and_first_request_is_not_slower(fresh: Any) -> None:
 
 
 def test_13_too_little_memory_is_said_with_the_flag_to_set(checkpoint: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pyllm",
-        "serve",
-        str(checkpoint),
-        "--port",
-        "0",
-        "--kv-cache-memory-bytes",
-        "1KiB",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment(), check=False)
+    done = run_command("serve", str(checkpoint), "--port", "0", "--kv-cache-memory-bytes", "1KiB")
     assert done.returncode not in (0, -9)
     assert "--kv-cache-memory-bytes" in done.stderr
     assert "Traceback" not in done.stderr

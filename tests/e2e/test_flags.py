@@ -8,13 +8,12 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
-from support.serving import PATIENCE, ServerProcess, environment
+from support.serving import PATIENCE, ServerProcess, run_command
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +101,7 @@ def test_idle_https_connections_are_evicted_at_once(
 
 def refusal(*flags: str, **variables: str) -> str:
     """The one sentence with which `pyllm serve` refuses to start."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pyllm", "serve", *flags, "--port", "0"], capture_output=True, text=True, check=False,
-        timeout=PATIENCE, env=environment() | variables, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = run_command("serve", *flags, "--port", "0", **variables)
     assert done.returncode == 2, done.stderr
     return done.stderr.splitlines()[-1]
 

@@ -60,7 +60,7 @@ def send(connection: socket.socket, data: bytes) -> int:
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with a key, which no client here has."""
     log, flags = tmp_path_factory.mktemp("keyed") / "log", ("--max-api-memory", "24MiB", "--header-timeout", "300")
-    with ServerProcess(log, *flags, PYLLM_API_KEY="secret") as server:
+    with ServerProcess(log, *flags, cold=True, PYLLM_API_KEY="secret") as server:
         yield server
 
 

@@ -30,6 +30,7 @@ from support.serving import (
     wait_for,
     wait_for_load,
 )
+from support.warm import Process
 
 
 def connect(server: ServerProcess) -> OpenAI:
@@ -139,7 +140,8 @@ def test_idle_server_reports_engine_death_then_ends(checkpoint: Path, tmp_path: 
 
 
 def test_the_engine_ends_with_a_server_that_is_killed(checkpoint: Path, tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log", str(checkpoint), exit_code=-9) as server, connect(server) as client:
+    log = tmp_path / "log"
+    with ServerProcess(log, str(checkpoint), exit_code=-9, cold=True) as server, connect(server) as client:
         engine = server.engine_pid
         with stream_of(client, FOREVER) as stream:
             next(iter(stream))
@@ -161,7 +163,7 @@ def test_engine_threads_spin_briefly_and_share_one_heap(
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     if policy:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    with ServerProcess(tmp_path / "log", str(checkpoint)) as process:
+    with ServerProcess(tmp_path / "log", str(checkpoint), cold=True) as process:
         environment = Path(f"/proc/{process.engine_pid}/environ").read_bytes().split(b"\0")
     spins = any(setting.startswith(b"GOMP_SPINCOUNT=") for setting in environment)
     assert spins == (policy is None)
@@ -177,7 +179,8 @@ def test_sigkill_leaves_no_process_no_port_no_waiting_client(checkpoint: Path, t
     port = free_port()
     for n in range(3):
         started = time.monotonic()
-        with ServerProcess(tmp_path / f"log{n}", str(checkpoint), port=port, exit_code=-9) as server:
+        log = tmp_path / f"log{n}"
+        with ServerProcess(log, str(checkpoint), port=port, exit_code=-9, cold=n > 0) as server:
             assert time.monotonic() - started < 10
             with contextlib.ExitStack() as stack:
                 # The process that tries grammars is a child of the engine.
@@ -230,7 +233,7 @@ def test_shutdown_answers_a_request_with_an_unsent_body(checkpoint: Path, tmp_pa
 
 def test_a_log_that_is_not_read_stops_nothing(checkpoint: Path) -> None:
     command = [sys.executable, "-m", "pyllm", "serve", str(checkpoint), "--dtype", "float32", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with Process(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         try:
             assert process.stderr
             url = next(line.split()[-1] for line in process.stderr if "Ready after" in line)

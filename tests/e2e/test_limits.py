@@ -128,7 +128,7 @@ def test_server_memory_is_near_weights_plus_cache(tmp_path: Path) -> None:
     write_checkpoint(folder, seed=1, config=config)
     cache = 100 * 2**20
     flags = ("--dtype", "bfloat16", "--kv-cache-memory-bytes", str(cache))
-    with ServerProcess(tmp_path / "log", str(folder), *flags) as server:
+    with ServerProcess(tmp_path / "log", str(folder), *flags, cold=True) as server:
         found = re.search(r"([\d,]+) parameters", server.log)
         assert found is not None
         weights = 2 * int(found[1].replace(",", ""))

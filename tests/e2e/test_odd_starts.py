@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.serving import PATIENCE, children, environment, is_running, wait_for
+from support.warm import Process
 
 Make = Callable[[Path], object]
 
@@ -79,7 +80,7 @@ def run(*words: str, **more: Any) -> tuple[int, list[str]]:
     """Start a server that must fail; return its code and what it wrote, once all its processes have ended."""
     variables = more.pop("variables", {})
     command = [sys.executable, "-m", "pyllm", "serve", *words]
-    with subprocess.Popen(
+    with (subprocess.Popen if more else Process)(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=environment() | variables, **more,
     ) as process:  # fmt: skip

@@ -116,7 +116,7 @@ def test_flood_of_large_bodies_has_bounded_memory_and_latency(checkpoint: Path, 
     tool = b'{"type":"function","function":{"name":"f","parameters":' + schema + b"}}"
     body = b'{"messages":[{"role":"user","content":"Hi"}],"max_tokens":1,"tools":[' + tool + b"]}"
     data = request(body).replace(b"/v1/completions", b"/v1/chat/completions")
-    with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32") as server:
+    with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32", cold=True) as server:
 
         async def flood() -> list[tuple[int, bytes, float]]:
             return await asyncio.gather(*(exchange(server, data) for _ in range(40)))
@@ -134,7 +134,8 @@ def test_flood_of_large_bodies_has_bounded_memory_and_latency(checkpoint: Path, 
 def test_large_bodies_that_never_end_are_not_all_read(checkpoint: Path, tmp_path: Path) -> None:
     """Forty clients hold 8 MiB back by a byte: a few are waited for, and the others refused."""
     body = b'{"prompt":"Hi","max_tokens":1' + b" " * (8 * MIB - 100) + b"}"
-    with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32", "--body-timeout", "8") as server:
+    flags = ("--dtype", "float32", "--body-timeout", "8")
+    with ServerProcess(tmp_path / "log", str(checkpoint), *flags, cold=True) as server:
         before = peak_bytes(server)
 
         async def flood() -> Counter[int]:

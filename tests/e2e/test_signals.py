@@ -105,7 +105,7 @@ def test_no_engine_outlives_a_server_killed_while_it_starts(checkpoint: Path, tm
 
 
 def test_an_engine_that_hangs_ends_with_a_server_that_is_killed(checkpoint: Path, tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log", str(checkpoint), faults="hang@zz", exit_code=-9) as server:
+    with ServerProcess(tmp_path / "log", str(checkpoint), faults="hang@zz", exit_code=-9, cold=True) as server:
         engine = server.engine_pid
         with contextlib.suppress(httpx.TimeoutException):
             httpx.post(f"{server.url}/v1/completions", json={"prompt": "Hi"}, headers={"x-request-id": "zz"}, timeout=1)
@@ -139,7 +139,7 @@ def test_a_server_under_nohup_ignores_hang_ups(checkpoint: Path, tmp_path: Path)
 
 def test_signals_that_stop_nothing_leave_the_server_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
     """The engine leaves the decision to the server, and a pause of either harms no request."""
-    with ServerProcess(tmp_path / "log", str(checkpoint)) as server:
+    with ServerProcess(tmp_path / "log", str(checkpoint), cold=True) as server:
         engine = server.engine_pid
         for pid, number in [(engine, number) for number in STOPPING] + [(server.process.pid, signal.SIGPIPE)]:
             os.kill(pid, number)

@@ -62,7 +62,7 @@ def wait_until_closed(server: ServerProcess) -> int:
 
 
 def test_mixed_load_frees_its_memory_blocks_and_files(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log", *FLAGS) as server:
+    with ServerProcess(tmp_path / "log", *FLAGS, cold=True) as server:
         check(server, 6)
 
 
@@ -77,7 +77,7 @@ def memory_after(server: ServerProcess, requests: int) -> list[int]:
 @pytest.mark.slow
 def test_soak_keeps_latency_and_memory_flat(tmp_path: Path) -> None:
     """Caches fill up in the first minutes: how little grows in ten is for `benchmarks/faults/chaos.py` to say."""
-    with ServerProcess(tmp_path / "log", *FLAGS) as server:
+    with ServerProcess(tmp_path / "log", *FLAGS, cold=True) as server:
         found = check(server, 120)
         assert found.p99(2) <= 1.5 * found.p99(0) + 0.5
         before, after = (memory_after(server, REPEATS) for _ in range(2))

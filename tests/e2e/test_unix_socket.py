@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.serving import PATIENCE, environment, wait_for
+from support.warm import Process
 
 from pyllm.server.flags import ConfigError
 from pyllm.server.listen import listen_on_file
@@ -28,7 +29,7 @@ def folder() -> Iterator[Path]:
 
 def start(checkpoint: Path, path: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pyllm", "serve", str(checkpoint), "--dtype", "float32", "--uds", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
+    return Process(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
 
 
 def is_ready(process: subprocess.Popen[bytes], path: Path) -> bool:

@@ -28,7 +28,7 @@ def modules_of_a_chat() -> dict[str, list[str]]:
         hook = str(Path(__file__).parent / "traced")
         paths = os.pathsep.join(filter(None, (hook, os.environ.get("PYTHONPATH"))))
         extra = {"PYTHONPATH": paths, "PYLLM_TRACE_FOLDER": name}
-        with ServerProcess(folder / "log", **extra) as server:
+        with ServerProcess(folder / "log", cold=True, **extra) as server:
             _chat(server)  # what runs only once is not on every request's way
             pids = {"server": server.process.pid, "engine": server.engine_pid}
             (folder / "on").touch()

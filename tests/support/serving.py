@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from support.warm import Process
 
 PATIENCE = 180.0
 """Seconds until a wait is given up: no test is about time, and the machine may be busy with other things."""
@@ -84,20 +85,22 @@ class ServerProcess:
         arguments: of `pyllm serve`.
         exit_code: what it must end with.
         port: where it listens; 0 is a free one.
+        cold: whether it starts as a user starts it, not from libraries that are loaded.
         faults: what goes wrong in its engine, in the language of `support/faults.py`; then the log may have tracebacks.
         variables: of its environment, besides this process's own.
     """
 
     def __init__(
-        self, log: Path, *arguments: str, exit_code: int = 0, port: int = 0, faults: str = "", **variables: str
-    ) -> None:
+        self, log: Path, *arguments: str, exit_code: int = 0, port: int = 0, faults: str = "", cold: bool = False,
+        **variables: str,
+    ) -> None:  # fmt: skip
         self._log = log
         self._exit_code = exit_code
         self._signs_of_failure = () if faults else ("Traceback", "Warning:", "Exception")
         program = [str(Path(__file__).with_name("faults.py")), "serve", faults] if faults else ["-m", "pyllm", "serve"]
         command = [sys.executable, *program, *arguments, "--port", str(port)]
         with log.open("wb") as sink:
-            self.process = subprocess.Popen(
+            self.process = (subprocess.Popen if cold else Process)(
                 command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=log.parent,
                 env=environment() | variables,
             )  # fmt: skip
@@ -170,6 +173,22 @@ class ServerProcess:
             return None if busy else now
 
         return wait_for(idle, "the engine to be idle")
+
+
+def run_command(
+    *words: str, typed: str | None = None, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `pyllm WORDS` to its end; `typed` is its standard input, and `variables` are added to its environment."""
+    command = [sys.executable, "-m", "pyllm", *words]
+    with Process(
+        command, stdin=subprocess.DEVNULL if typed is None else subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, errors="replace", cwd=cwd, env=environment() | variables,
+    ) as process:  # fmt: skip
+        try:
+            stdout, stderr = process.communicate(typed, timeout=PATIENCE)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 @contextlib.contextmanager
