@@ -93,7 +93,7 @@ def _build(config: EngineConfig) -> EngineCore:
         config=resolved, era=report.era, parameters=report.parameters, file_dtypes=report.file_dtypes,
         load_seconds=report.seconds, vocab_size=model.config.vocab_size, eos_token_ids=model.config.eos_token_ids,
         hidden_size=model.config.hidden_size, num_layers=model.config.num_hidden_layers,
-        num_experts=model.config.num_experts if model.config.use_token_routed_mlp else 0,
+        num_experts=model.config.experts if model.config.use_token_routed_mlp else 0,
         kernels=kernels, graphs=graphs, chunk_multiple=model.ops.prefill_multiple,
     )  # fmt: skip
     tokenizer = partial(Tokenizer.from_folder, config.model)

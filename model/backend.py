@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sampling
+from .config import DeepConfig
 from .fp8 import FP8, narrow
 from .parameters import BASE_EXPERT_SCORE, HIGHWAY_SHARE, MAX_BETA, MAX_VELOCITY, QK_NORM_EPS, DeepLayer, DynamicsLayer
 
@@ -130,9 +131,9 @@ class Backend:
         dtype = layer.kqv_proj.dtype
         q, k, v = _rotate(q, *rope).to(dtype), _rotate(k, *rope).to(dtype), v.to(dtype)
         if cache is None:
-            out = _attention_without_cache(q, k, v, step.seq_lens, config.sliding_window)
+            out = _attention_without_cache(q, k, v, step.seq_lens, config)
         else:
-            out = _paged_attention(q, k, v, cache[layer.index], step, config.sliding_window)
+            out = _paged_attention(q, k, v, cache[layer.index], step, config)
         return self.linear(out.flatten(1), layer.o_proj)
 
     def dynamics(
@@ -161,10 +162,12 @@ class Backend:
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream x [T, H] with the gated MLP of each token's expert, and the shared one's, added.
 
-        Also returns the expert of each token, int64 [T], or None for a dense MLP. `mu` [T, H] is None where the era has
-        none.
+        Also returns the expert of each token, int64 [T], or None for a dense MLP and where the layer has `routes`.
+        `mu` [T, H] is None where the era has none.
         """
         b = self.rms_norm(x, layer.post_norm, layer.config.rms_norm_eps)
+        if layer.routes is not None:
+            return x + self._hash_mlp(layer, b, input_ids), None
         experts = self.route(layer, input_ids, mu)
         if experts is None:
             x = x + self._mlp(b, layer.gate_up[0], layer.down[0], layer.activation)
@@ -191,6 +194,19 @@ class Backend:
         scores = F.linear(mu, layer.router)
         return (scores + BASE_EXPERT_SCORE * F.one_hot(own, scores.shape[-1])).argmax(dim=-1)
 
+    def _hash_mlp(self, layer: DeepLayer, b: Tensor, input_ids: Tensor) -> Tensor:
+        """The shared MLP and those of each id's experts: b [T, H] -> FP32 [T, H].
+
+        All experts compute all tokens, and those that an id does not use are multiplied by zero: they are so small that
+        choosing columns by id takes longer (docs/performance.md).
+        """
+        gate, up = self.linear(b, layer.gate_up[0]).chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        factors = route_factors(layer, input_ids)
+        inner[:, : layer.shared_width] *= layer.output_scales()[0]
+        inner[:, layer.shared_width :].unflatten(1, (factors.shape[1], -1)).mul_(factors)
+        return self.linear(inner, layer.down[0])
+
     def _mlp(self, x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
         """One gated MLP: x [T, H], gate_up [2W, H] (gate rows first), down [H, W] -> FP32 [T, H]."""
         gate, up = self.linear(x, gate_up).chunk(2, dim=-1)
@@ -210,6 +226,30 @@ class Backend:
         return sampling.logprobs(logits, chosen, top)
 
 
+def route_factors(layer: DeepLayer, input_ids: Tensor) -> Tensor:
+    """What each expert's inner channels are multiplied with: FP32 [T, E, 1], or [T, E, W] if ids modulate channels."""
+    assert layer.routes is not None
+    chosen = layer.routes[:, input_ids].T  # [T, K]
+    weights = layer.output_scales()[1:].expand(chosen.shape)
+    factors = weights.new_zeros(len(chosen), layer.config.experts).scatter_add(1, chosen, weights)[:, :, None]
+    if layer.channel_scale is None:
+        return factors
+    return factors * (1.0 + _hash_signs(layer, input_ids) * layer.channel_scale)
+
+
+def _hash_signs(layer: DeepLayer, input_ids: Tensor) -> Tensor:
+    """A sign for each token and channel of each expert, from 32-bit arithmetic: int64 [T, E, W], 1 or -1."""
+    assert layer.channel_scale is not None
+    experts, channels = (torch.arange(size, device=input_ids.device) for size in layer.channel_scale.shape)
+    start = 0xA511E9B3 + layer.index * 0x63D83595
+    h = input_ids[:, None, None] * 0x9E3779B1 + experts[:, None] * 0x85EBCA77 + channels * 0xC2B2AE3D + start
+    h &= 0xFFFFFFFF
+    h ^= h >> 16
+    h = (h * 0x7FEB352D) & 0xFFFFFFFF
+    h ^= h >> 15
+    return (h & 1) * 2 - 1
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [T, heads, D] by tables [T, D/2], pairing element i with i + D/2."""
     first, second = x.chunk(2, dim=-1)
@@ -218,7 +258,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _paged_attention(
-    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: AttentionMetadata, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: AttentionMetadata, config: DeepConfig
 ) -> Tensor:
     """Write k and v [T, KV, D] to their pages, then attend over these: q [T, heads, D] -> [T, heads, D].
 
@@ -235,7 +275,7 @@ def _paged_attention(
         if lengths is None:
             tables = tables[:, : -(-max(step.seq_lens[:decodes]) // cache.shape[2])]
             lengths = torch.tensor(step.seq_lens[:decodes], device=q.device)
-        out[:decodes] = _decode_attention(q[:decodes], cache, tables, lengths[:decodes, None], window)
+        out[:decodes] = _decode_attention(q[:decodes], cache, tables, lengths[:decodes, None], config)
     start = decodes
     prompts = zip(step.block_tables[decodes:], step.query_lens[decodes:], step.seq_lens[decodes:], strict=True)
     for table, query_len, seq_len in prompts:
@@ -248,7 +288,7 @@ def _paged_attention(
         while start < end:
             block_end = min(seq_len, (at // PREFILL_BLOCK + 1) * PREFILL_BLOCK)
             rows = slice(start, start + block_end - at)
-            out[rows] = _attend(q[None, rows], keys[None, :block_end], values[None, :block_end], window)[0]
+            out[rows] = _attend(q[None, rows], keys[None, :block_end], values[None, :block_end], config)[0]
             start, at = rows.stop, block_end
     return out
 
@@ -261,40 +301,42 @@ def _pages(side: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:
     return side.index_select(0, pages)
 
 
-def _decode_attention(q: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+def _decode_attention(q: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor, config: DeepConfig) -> Tensor:
     """One query per sequence, all sequences at once: q [S, heads, D], lengths [S, 1] -> [S, heads, D]."""
     kv_heads = cache.shape[3]
     pages = (_pages(side, tables.flatten(), q.dtype) for side in cache)
     keys, values = (page.view(len(q), -1, *page.shape[2:]).transpose(1, 2) for page in pages)  # [S, KV, L, D]
     at = torch.arange(keys.shape[2], device=q.device)[None]
     visible = at < lengths.clamp(min=1)  # [S, L]; a row of padding sees one key, or it would be NaN
-    if window is not None:
-        visible &= at >= lengths - window
+    if config.sliding_window is not None:
+        visible &= at >= lengths - config.sliding_window
     # The query heads that share a KV head are the rows of one small matrix, so K and V are not repeated.
     grouped = q.unflatten(1, (kv_heads, -1))  # [S, KV, group, D]
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None]).flatten(1, 2)
+    mask = visible[:, None, None]
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=config.attention_scale)
+    return out.flatten(1, 2)
 
 
-def _attention_without_cache(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
+def _attention_without_cache(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], config: DeepConfig) -> Tensor:
     if len(set(lengths)) == 1:
         batch = (len(lengths), lengths[0])
-        return _attend(q.unflatten(0, batch), k.unflatten(0, batch), v.unflatten(0, batch), window).flatten(0, 1)
+        return _attend(q.unflatten(0, batch), k.unflatten(0, batch), v.unflatten(0, batch), config).flatten(0, 1)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_attend(a[None], b[None], c[None], window)[0] for a, b, c in parts])
+    return torch.cat([_attend(a[None], b[None], c[None], config)[0] for a, b, c in parts])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, config: DeepConfig) -> Tensor:
     """Causal attention of the last query positions over all keys: q [B, Tq, heads, D], k and v [B, L, KV, D]."""
-    queries, length = q.shape[1], k.shape[1]
+    queries, length, window, scale = q.shape[1], k.shape[1], config.sliding_window, config.attention_scale
     group = q.shape[2] // k.shape[2]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if queries == length and (window is None or window >= length):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     at = torch.arange(length, device=q.device)
     position = at[length - queries :, None]
     visible = at <= position  # [Tq, L]
     if window is not None:
         visible &= at > position - window
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale).transpose(1, 2)

@@ -1,8 +1,10 @@
-"""The configuration of a Complexity-Deep network, and what a checkpoint's tensor names add to it."""
+"""The configuration of a network of the family, and what a checkpoint's tensor names add to it."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +12,30 @@ from typing import Any
 
 from .files import CheckpointError, folder_of, read_json, shown
 
+logger = logging.getLogger(__name__)
+
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
 MAX_CONTEXT = 2**26
 SIZES = {
     "vocab_size": (1, 2**22), "hidden_size": (1, 2**17), "intermediate_size": (1, 2**20),
     "num_hidden_layers": (1, 2**10), "num_attention_heads": (1, 2**10), "num_key_value_heads": (1, 2**10),
     "max_position_embeddings": (2, MAX_CONTEXT), "num_experts": (1, 2**10), "dynamics_controller_hidden": (1, 2**17),
+    "mup_base_width": (1, 2**17), "num_experts_per_tok": (1, 2**10), "top_k": (0, 2**22),
+    "shared_intermediate_size": (1, 2**20),
 }  # fmt: skip
 """The least and the most that each may be: many times what any published model has."""
+OPTIONAL_SIZES = ("num_experts", "num_experts_per_tok", "top_k", "shared_intermediate_size")
+SWITCHES = (
+    "tie_word_embeddings", "use_token_routed_mlp", "use_qk_norm", "use_mup_attn_scale", "use_mup_output_mult",
+    "use_shared_routed_gates", "learn_hash_channel_modulation", "learn_hash_pair_gates", "lsh_routing",
+)  # fmt: skip
+SCALES = ("shared_output_scale", "routed_output_scale")
+DEPTH_SCALES = tuple(f"{name}_{which}_layer" for name in SCALES for which in ("first", "last"))
+HASH_TYPES = ("tr_hash_engine", "tr_hash_moe")
+ROUTED_TYPES = ("token_routed", "sort_split", "sort_split_moe", "deterministic_moe", "complexity", *HASH_TYPES)
+DENSE_TYPES = ("swiglu", "silu", "llama", "dense")
+"""Names of `mlp_type`. The tensors decide which network a file has."""
+DEFAULT_EXPERTS = 4
 
 
 def read_generation_config(folder: Path, source: str = "auto") -> tuple[dict[str, Any], Path]:
@@ -37,9 +55,11 @@ def read_generation_config(folder: Path, source: str = "auto") -> tuple[dict[str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepConfig:
-    """`config.json` of a Complexity-Deep checkpoint, with the published names and defaults.
+    """`config.json` of a checkpoint, with the published names and defaults.
 
-    Keys that do not matter for inference (initial values of the dynamics, dropout, model_type …) are dropped.
+    Keys that do not matter for inference (initial values of the dynamics, dropout, model_type …) are dropped, and so
+    are those that have one supported value. Some exist only in the TR-Hash line; `checkpoint.eras` compares them with
+    the file's tensors.
     """
 
     vocab_size: int = 32000
@@ -57,66 +77,122 @@ class DeepConfig:
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 0
     use_token_routed_mlp: bool = True
-    num_experts: int = 4
+    num_experts: int | None = None  # None: `DEFAULT_EXPERTS`, or as many as the tensors show
     use_qk_norm: bool = True
     sliding_window: int | None = None
     dynamics_dt: float = 0.1
     dynamics_controller_hidden: int = 64
+    use_mup_attn_scale: bool = False
+    use_mup_output_mult: bool = False
+    mup_base_width: int = 256
+    mlp_type: str | None = None
+    source_mlp_type: str | None = None  # of an export, the type that it was made from
+    num_experts_per_tok: int | None = None
+    top_k: int | None = None  # means the same if it is alone; in some files it is a sampling default
+    top_k_primary_weight: float | None = None
+    shared_intermediate_size: int | None = None
+    shared_output_scale: float = 1.0
+    shared_output_scale_first_layer: float | None = None
+    shared_output_scale_last_layer: float | None = None
+    routed_output_scale: float = 1.0
+    routed_output_scale_first_layer: float | None = None
+    routed_output_scale_last_layer: float | None = None
+    use_shared_routed_gates: bool = False
+    learn_hash_channel_modulation: bool = False
+    learn_hash_pair_gates: bool = False
+    lsh_routing: bool = False
 
     def __post_init__(self) -> None:
         """Raise `CheckpointError` for values that no network can have."""
 
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise CheckpointError(message)
-
         for name, (low, high) in SIZES.items():
             value = getattr(self, name)
-            whole = type(value) is int and low <= value <= high
-            require(whole, f"{name} must be a whole number between {low} and {high}, but got {shown(value)}.")
+            whole = (type(value) is int and low <= value <= high) or (value is None and name in OPTIONAL_SIZES)
+            _require(whole, f"{name} must be a whole number between {low} and {high}, but got {shown(value)}.")
         for name in ("rms_norm_eps", "rope_theta", "dynamics_dt"):
             value = getattr(self, name)
             number = type(value) in (int, float) and 1e-30 <= value <= 1e30
-            require(number, f"{name} must be a positive number that FP32 can hold, but got {shown(value)}.")
-        for name in ("tie_word_embeddings", "use_token_routed_mlp", "use_qk_norm"):
+            _require(number, f"{name} must be a positive number that FP32 can hold, but got {shown(value)}.")
+        for name in (*SCALES, *DEPTH_SCALES, "top_k_primary_weight"):
             value = getattr(self, name)
-            require(type(value) is bool, f"{name} must be true or false, but got {shown(value)}.")
+            number = (type(value) in (int, float) and abs(value) <= 1e30) or (value is None and name not in SCALES)
+            _require(number, f"{name} must be a number that FP32 can hold, but got {shown(value)}.")
+        for name in SWITCHES:
+            value = getattr(self, name)
+            _require(type(value) is bool, f"{name} must be true or false, but got {shown(value)}.")
         size, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         even = size % heads == 0 and size // heads % 2 == 0
-        require(even, f"hidden_size {size} cannot be split into {heads} heads of even size.")
+        _require(even, f"hidden_size {size} cannot be split into {heads} heads of even size.")
         multiple = heads % kv_heads == 0
-        require(multiple, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
+        _require(multiple, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
         act, window = self.hidden_act, self.sliding_window
-        require(act in ACTIVATIONS, f"hidden_act {shown(act)} is not one of {', '.join(ACTIVATIONS)}.")
-        require(
+        _require(act in ACTIVATIONS, f"hidden_act {shown(act)} is not one of {', '.join(ACTIVATIONS)}.")
+        _require(
             window is None or (type(window) is int and 1 <= window <= MAX_CONTEXT),
             f"sliding_window must be null or a whole number between 1 and {MAX_CONTEXT}, but got {shown(window)}.",
         )
         for name in ("pad_token_id", "bos_token_id"):
             value = getattr(self, name)
-            require(value is None or type(value) is int, f"{name} must be an id or null, but got {shown(value)}.")
-        require(
+            _require(value is None or type(value) is int, f"{name} must be an id or null, but got {shown(value)}.")
+        _require(
             all(type(id_) is int and 0 <= id_ < self.vocab_size for id_ in self.eos_token_ids),
             f"eos_token_id must be ids below {self.vocab_size}, but got {shown(self.eos_token_id)}.",
         )
-        too_small = f"intermediate_size {self.intermediate_size} is too small for {self.num_experts} experts."
-        require(self.expert_size >= 1, too_small)
+        too_small = f"intermediate_size {self.intermediate_size} is too small for {self.experts} experts."
+        _require(self.expert_size >= 1, too_small)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DeepConfig:
         """Read the known keys of a parsed `config.json`; raise `CheckpointError` for another family's file."""
         mlp_type = values.get("mlp_type")
-        if mlp_type not in (None, "token_routed", "dense"):
+        if mlp_type not in (None, *ROUTED_TYPES, *DENSE_TYPES):
             raise CheckpointError(
                 f"mlp_type {shown(mlp_type)} belongs to another line of the family and is not supported."
             )
         known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+        known.setdefault("use_token_routed_mlp", mlp_type not in DENSE_TYPES)
+        if known.get("shared_intermediate_size", 0) is None:
+            known["shared_intermediate_size"] = values.get("intermediate_size")
+        known |= _shared_value("rms_norm_eps", values, values.get("norm_eps"), "norm_eps")
+        rope = values.get("rope_parameters")
+        inner = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+        known |= _shared_value("rope_theta", values, inner, "rope_parameters.rope_theta")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if known.get(name) == -1:  # some files write -1 for none
                 known[name] = None
         if isinstance(known.get("eos_token_id"), list):
             known["eos_token_id"] = tuple(known["eos_token_id"])
-        return cls(**known)
+        if (kind := values.get("attention_type")) in ("mha", "multi_head"):
+            known["num_key_value_heads"] = known.get("num_attention_heads", 12)
+        elif kind in ("mqa", "multi_query"):
+            known["num_key_value_heads"] = 1
+        config = cls(**known)
+        config._refuse_others(values)
+        return config
+
+    def _refuse_others(self, values: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` for a key that asks for another network; warn of one without effect."""
+        supported: dict[str, tuple[Any, ...]] = {
+            "norm_type": ("rmsnorm", "rms", "llama"),
+            "attention_type": ("gqa", "grouped_query", "mha", "multi_head", "mqa", "multi_query"),
+            "is_causal": (True,),
+            "active_num_experts": (self.experts,),
+            "active_expert_width": (self.expert_size,),
+        }
+        for name, known in supported.items():
+            value = values.get(name)
+            _require(
+                value is None or any(type(value) is type(each) and value == each for each in known),
+                f"{name} {shown(value)} is not supported, only {' or '.join(map(shown, known))}.",
+            )
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = values.get(name) or {}
+            kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+            plain = kind in ("default", None) and not set(rope) - {"rope_type", "type", "rope_theta"}
+            _require(plain, f"{name} {shown(rope)} is not supported: models of this family use plain rotary positions.")
+        unused = {"rope_type": (None, "standard", "default"), "rope_fraction": (None, 1)}
+        if odd := [f"{name} {shown(values[name])}" for name, usual in unused.items() if values.get(name) not in usual]:
+            logger.warning("config.json has %s, which has no effect, as in the family's own code", " and ".join(odd))
 
     @classmethod
     def from_folder(cls, folder: str | Path, generation_config: str = "auto") -> DeepConfig:
@@ -156,7 +232,17 @@ class DeepConfig:
     @property
     def experts(self) -> int:
         """Number of MLPs per layer: `num_experts`, or 1 for a dense model."""
-        return self.num_experts if self.use_token_routed_mlp else 1
+        return (self.num_experts or DEFAULT_EXPERTS) if self.use_token_routed_mlp else 1
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied with before softmax."""
+        return 1.0 / self.head_dim if self.use_mup_attn_scale else 1.0 / math.sqrt(self.head_dim)
+
+    @property
+    def logit_divisor(self) -> float:
+        """What the scores of next tokens are divided by."""
+        return max(1.0, self.hidden_size / self.mup_base_width) if self.use_mup_output_mult else 1.0
 
     @property
     def expert_size(self) -> int:
@@ -171,6 +257,20 @@ class DeepConfig:
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(message)
+
+
+def _shared_value(name: str, values: Mapping[str, Any], other: Any, other_name: str) -> dict[str, Any]:
+    """Return the value of a key that has a second name, empty if neither is there; raise if the two differ."""
+    if other is None:
+        return {}
+    own = other if values.get(name) is None else values[name]
+    _require(own == other, f"{name} {shown(own)} and {other_name} {shown(other)} mean the same, but differ.")
+    return {name: other}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """How the network of one era differs from the others, as a checkpoint's tensor names show."""
@@ -183,9 +283,20 @@ class Architecture:
     mu_guidance: bool = False  # the 2026-03 rewrite: mu is computed after the MLP, without dynamics or velocity
     shared_expert_size: int = 0  # width of the expert that every token uses; 0 for none
     tied: bool = True  # the LM head is the embedding
+    mu: bool = True  # False: neither mu nor velocity, as in the TR-Hash line and its dense sibling
+    routes: int = 0  # experts that each id uses, as columns next to the shared expert's; 0: see `token_to_expert`
+    output_gates: bool = False  # learned factors of the shared and the routed output
+    channel_modulation: bool = False  # the id scales the channels of its experts
 
     @classmethod
     def latest(cls, config: DeepConfig) -> Architecture:
-        """Return the network of versions 0.12 to 0.14, the headline family."""
+        """Return the network of versions 0.12 to 0.14, or that of the TR-Hash line if the configuration names it."""
         routed, tied = config.use_token_routed_mlp, config.tie_word_embeddings
+        if config.mlp_type in (*HASH_TYPES, *DENSE_TYPES[:3]):
+            return cls(
+                era="TR-Hash", contextual_mu=False, mu_attention=False, mu_highway=False, mu_router=False,
+                mu_guidance=False, tied=tied, mu=False,
+                shared_expert_size=config.shared_intermediate_size or config.intermediate_size if routed else 0,
+                routes=(config.num_experts_per_tok or config.top_k or 1) if routed else 0,
+            )  # fmt: skip
         return cls(era="0.12-0.14", contextual_mu=True, mu_attention=True, mu_highway=True, mu_router=routed, tied=tied)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,26 @@ def shown(value: Any) -> str:
     return _values.repr(value)
 
 
-def folder_of(path: Path) -> Path:
-    """Return the folder of a checkpoint that is named by its folder or by one of its files."""
+def folder_of(path: Path, file: str = "config.json") -> Path:
+    """Return the folder of a checkpoint that is named by its folder or by one of its files.
+
+    In a folder of many checkpoints, it is that of the newest one, unless `file` is in the outer folder.
+    """
     try:
-        return path.parent if path.is_file() else path
+        if path.is_file():
+            return path.parent
+        pack = None if (path / file).exists() else newest_pack(entry.name for entry in path.iterdir())
+        return path / pack if pack and (path / pack / file).exists() else path
     except OSError:  # reading it gives the reason
         return path
+
+
+def newest_pack(names: Iterable[str]) -> str | None:
+    """Return the name `token_pack_NNN_TOKENS` with the highest NNN."""
+    packs = {
+        int(match[1]): name for name in sorted(names) if (match := re.fullmatch(r"token_pack_(\d{1,18})_.+", name))
+    }
+    return packs[max(packs)] if packs else None
 
 
 def is_present(path: Path) -> bool:

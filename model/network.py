@@ -1,4 +1,4 @@
-"""The Complexity-Deep network, written once over flat tokens.
+"""The family's network, written once over flat tokens.
 
 The tokens of all sequences of a step are concatenated in `[T, H]`; the attention metadata says which tokens attend to
 which. `Backend` holds what differs by device, and a layer's class and optional parameters hold what differs by era.
@@ -27,14 +27,14 @@ class LayerState(NamedTuple):
     hidden: Tensor  # [T, H], the residual stream after the layer
     mu: Tensor | None  # [T, H]; None if the era has none
     velocity: Tensor | None  # [T, H], after the layer; None if the era has none
-    experts: Tensor | None  # int64 [T], the expert used; None for a dense MLP
+    experts: Tensor | None  # int64 [T], the expert used; None for a dense MLP, and where `DeepLayer.routes` tells all
 
 
 Observer = Callable[[LayerState], None]
 
 
 class DeepNetwork(nn.Module):
-    """A Complexity-Deep network; its parameters are uninitialised until the loader fills them.
+    """A network of the family; its parameters are uninitialised until the loader fills them.
 
     Raises `CheckpointError` for a configuration that no network of the family has.
     """
@@ -50,7 +50,7 @@ class DeepNetwork(nn.Module):
         super().__init__()
         device = torch.device(device)
         arch = architecture or Architecture.latest(config)
-        if config.hidden_act == "relu" and config.use_token_routed_mlp and not arch.mu_guidance:
+        if config.hidden_act == "relu" and config.use_token_routed_mlp and arch.mu and not arch.mu_guidance:
             raise CheckpointError("hidden_act 'relu' exists for the dense MLP only (use_token_routed_mlp: false).")
         self.config = config
         self.architecture = arch
@@ -59,7 +59,7 @@ class DeepNetwork(nn.Module):
         self.lm_head = self.embed_tokens if arch.tied else nn.Parameter(torch.empty_like(self.embed_tokens))
         self.norm = nn.Parameter(torch.empty(config.hidden_size, device=device))
         self.mu_init = nn.Parameter(torch.empty(config.hidden_size, device=device)) if arch.mu_guidance else None
-        kind = GuidedLayer if arch.mu_guidance else DynamicsLayer
+        kind = GuidedLayer if arch.mu_guidance else DynamicsLayer if arch.mu else DeepLayer
         layers = (kind(config, arch, index, dtype, device) for index in range(config.num_hidden_layers))
         self.layers = cast("Sequence[DeepLayer]", nn.ModuleList(layers))
         # Arithmetic on the meta device would import sympy: a second, and 140 MiB.
@@ -113,7 +113,8 @@ class DeepNetwork(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [N, H] -> FP32 [N, vocab]."""
-        return self.ops.linear(hidden, self.lm_head)
+        scores, divisor = self.ops.linear(hidden, self.lm_head), self.config.logit_divisor
+        return scores if divisor == 1.0 else scores / divisor
 
     def new_kv_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Zeroed pages [layers, 2, num_blocks, block_size, kv_heads, D] in `dtype` or the model's, on its device."""

@@ -19,9 +19,15 @@ HIGHWAY_SHARE = 0.1
 
 
 class DeepLayer(nn.Module):
-    """The parameters that layers of all eras have; a subclass adds those that mu is computed with."""
+    """The parameters that layers of all eras have, and all of the TR-Hash line; a subclass adds those of mu.
 
-    token_to_expert: Tensor | None  # int64 [vocab]; None for a dense MLP
+    Where an id uses several experts, these are columns of one MLP next to the shared expert's: `gate_up` and `down`
+    have one matrix, whose columns are the shared ones, then those of each expert.
+    """
+
+    token_to_expert: Tensor | None  # int64 [vocab]; None for a dense MLP, and for the TR-Hash line
+    scales: Tensor  # FP32 [1 + K], with `routes`: see `output_scales`
+    routes: Tensor | None  # int64 [K, vocab], the experts of each id; None if tokens have one expert or a dense MLP
 
     def __init__(
         self, config: DeepConfig, arch: Architecture, index: int, dtype: torch.dtype, device: torch.device
@@ -29,7 +35,8 @@ class DeepLayer(nn.Module):
         super().__init__()
         self.config = config
         self.index = index
-        self.activation = "silu" if arch.mu_guidance else config.hidden_act  # the rewrite supports no other
+        # The rewrite and the TR-Hash line support no other.
+        self.activation = "silu" if arch.mu_guidance or arch.routes else config.hidden_act
         self.contextual_mu = arch.contextual_mu
         self._dtype, self._device = dtype, device
 
@@ -44,19 +51,33 @@ class DeepLayer(nn.Module):
         self.k_norm = self._small(head_dim) if config.use_qk_norm else None
         self.o_proj = self._large(hidden, q_size)
         self.post_norm = self._small(hidden)
-        self.mu = self._small(hidden)
         self._add_mu_parameters()
         self.router = self._small(config.experts, hidden) if arch.mu_router else None
+        self.shared_width = arch.shared_expert_size
+        one = config.use_token_routed_mlp and not arch.routes
         table = torch.empty(config.vocab_size, dtype=torch.int64, device=device)
-        self.register_buffer("token_to_expert", table if config.use_token_routed_mlp else None)
-        self.gate_up = self._large(config.experts, 2 * config.expert_size, hidden)
-        self.down = self._large(config.experts, hidden, config.expert_size)
-        shared = arch.shared_expert_size
+        self.register_buffer("token_to_expert", table if one else None)
+        self.register_buffer("routes", table.new_empty(arch.routes, config.vocab_size) if arch.routes else None)
+        mlps, width, shared = config.experts, config.expert_size, arch.shared_expert_size
+        if arch.routes:
+            mlps, width, shared = 1, shared + mlps * width, 0
+            self.register_buffer("scales", torch.tensor(_scales(config, arch, index), device=device), persistent=False)
+        self.gate_up = self._large(mlps, 2 * width, hidden)
+        self.down = self._large(mlps, hidden, width)
         self.shared_gate_up = self._large(2 * shared, hidden) if shared else None
         self.shared_down = self._large(hidden, shared) if shared else None
+        self.output_gates = self._small(2) if arch.output_gates else None  # of the shared and the routed output
+        modulated = arch.channel_modulation
+        self.channel_scale = self._small(config.experts, config.expert_size) if modulated else None
+
+    def output_scales(self) -> Tensor:
+        """What the shared output is multiplied with, and the output of each of an id's experts: FP32 [1 + K]."""
+        if self.output_gates is None:
+            return self.scales
+        return self.scales * self.output_gates[[0] + [1] * (len(self.scales) - 1)]
 
     def _add_mu_parameters(self) -> None:
-        raise NotImplementedError
+        """Add nothing: the TR-Hash line has no mu."""
 
     def _large(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self._dtype, device=self._device))
@@ -69,6 +90,7 @@ class DynamicsLayer(DeepLayer):
     """A layer whose controller turns the attention output into mu and velocity: every era but the 2026-03 rewrite."""
 
     def _add_mu_parameters(self) -> None:
+        self.mu = self._small(self.config.hidden_size)
         hidden, inner = self.config.hidden_size, self.config.dynamics_controller_hidden
         self.dynamics_in = self._large(inner + (hidden if self.contextual_mu else 0), hidden)
         self.controller_v = self._large(inner, hidden)
@@ -81,4 +103,28 @@ class GuidedLayer(DeepLayer):
     """A layer of the 2026-03 rewrite, which computes mu from its own output."""
 
     def _add_mu_parameters(self) -> None:
+        self.mu = self._small(self.config.hidden_size)
         self.mu_guidance_proj = self._large(self.config.hidden_size, self.config.hidden_size)
+
+
+def _scales(config: DeepConfig, arch: Architecture, index: int) -> list[float]:
+    """The factors of a layer's shared output and of the output of each of an id's experts, the first one first."""
+
+    def of_layer(base: float, first: float | None, last: float | None) -> float:
+        if first is None and last is None:
+            return base
+        first = base if first is None else first
+        last = first if last is None else last
+        return first + (last - first) * index / max(1, config.num_hidden_layers - 1)
+
+    shared = of_layer(
+        config.shared_output_scale, config.shared_output_scale_first_layer, config.shared_output_scale_last_layer
+    )
+    routed = of_layer(
+        config.routed_output_scale, config.routed_output_scale_first_layer, config.routed_output_scale_last_layer
+    )
+    primary, others = config.top_k_primary_weight, arch.routes - 1
+    if not others:
+        return [shared, routed]
+    primary = 1 / arch.routes if primary is None else min(max(primary, 0.0), 1.0)
+    return [shared, routed * primary, *[routed * (1 - primary) / others] * others]

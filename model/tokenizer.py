@@ -75,9 +75,9 @@ class Tokenizer:
         templates and `config.json` if they exist. Raises `CheckpointError` for a file that is missing, broken or
         unsupported.
         """
-        folder = folder_of(Path(folder))
+        model = read_json(folder_of(Path(folder)) / "config.json") or {}
+        folder = folder_of(Path(folder), "tokenizer.json")
         path = folder / "tokenizer.json"
-        model = read_json(folder / "config.json") or {}
         names: dict[str, str] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             names |= special_names(folder / name, read_json(folder / name) or {})

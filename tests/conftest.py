@@ -28,15 +28,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, at its first import
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT.parent / "shared" / "golden"
-GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir()) if GOLDEN.is_dir() else []
+LINES = ("golden", "golden-tr-hash")
+"""The folders of published fixtures: the line with dynamics, and the TR-Hash line."""
+
+
+def golden_folders(line: str) -> list[Path]:
+    folder = ROOT.parent / "shared" / line
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test with the argument `golden` once for each published fixture; without them it does not exist here."""
     if "golden" in metafunc.fixturenames:
-        if GOLDEN_NAMES:
-            metafunc.parametrize("golden", [GOLDEN / name for name in GOLDEN_NAMES], ids=GOLDEN_NAMES)
+        if folders := [folder for line in LINES for folder in golden_folders(line)]:
+            metafunc.parametrize("golden", folders, ids=[folder.name for folder in folders])
         else:
             reason = "the published fixtures are not next to this checkout; the tests on made checkpoints cover it"
             metafunc.parametrize("golden", [pytest.param(None, marks=pytest.mark.skip(reason=reason))])

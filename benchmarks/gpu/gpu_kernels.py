@@ -68,7 +68,7 @@ def randomise(model: DeepForCausalLM, seed: int = 0) -> None:
         parameter.copy_(noise + 1.0 if norm else noise)
     for name, buffer in model.named_buffers():
         if name.endswith("token_to_expert"):
-            buffer.copy_(torch.arange(len(buffer), device=model.device) % model.config.num_experts)
+            buffer.copy_(torch.arange(len(buffer), device=model.device) % model.config.experts)
 
 
 @contextlib.contextmanager

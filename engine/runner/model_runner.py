@@ -128,8 +128,7 @@ class ModelRunner:
         """
         if self.graphs is not None and (result := self.graphs.run(sequences)) is not None:
             hidden, tokens, seen = result
-            if seen is not None:
-                self.observer.add(seen[0], seen[1:])
+            self.observer.add(seen[0], seen[1:])
             return hidden, tokens, []
         input_ids, positions, metadata = self.prepare(sequences)
         self.observer.begin(watched)
@@ -166,10 +165,13 @@ class LayerObserver:
     def __init__(self, model: DeepNetwork) -> None:
         layers = model.layers
         tables = [layer.token_to_expert for layer in layers if layer.token_to_expert is not None]
-        self._shape = len(tables), model.config.experts if tables else 0
+        routes = [layer.routes for layer in layers if layer.routes is not None]
+        self._shape = len(tables or routes), model.config.experts if tables or routes else 0
         # [layers, vocab], the expert of each id. Mu can choose another only if there is a router.
         routed = any(layer.router is not None for layer in layers)
         self._own = torch.stack(tables).to(torch.uint8) if tables and routed else None
+        # [layers, K, vocab], if ids alone choose several experts: then the network does not report them.
+        self._routes = torch.stack(routes).to(torch.int16) if routes else None
         self._offsets = torch.arange(len(layers), device=model.device)[:, None] * self._shape[1]
         self._counts = torch.zeros(self._shape[0] * self._shape[1], dtype=torch.int64, device=model.device)
         self._reroutes = torch.zeros(len(layers), dtype=torch.int64, device=model.device)
@@ -202,12 +204,13 @@ class LayerObserver:
 
     def end(self, input_ids: Tensor) -> list[TokenDynamics]:
         """Count the step's tokens, int64 [T]; report those of its `rows`."""
-        if self._experts:
-            self.add(input_ids, self._experts)
+        self.add(input_ids, self._experts)
         if self._rows is None:
             return []
         ids = input_ids[self._rows]
         chosen = [experts[self._rows] for experts in self._experts]
+        if self._routes is not None:
+            chosen = list(self._routes[:, 0, ids].long())
         experts = torch.stack(chosen) if chosen else ids.new_zeros((0, len(ids)))  # [layers, R]
         own = experts if self._own is None else self._own[:, ids]
         rerouted = (experts != own).T.tolist()
@@ -220,7 +223,12 @@ class LayerObserver:
         ]
 
     def add(self, ids: Tensor, experts: Tensor | list[Tensor]) -> None:
-        """Add a step's tokens, int64 [T], and their experts, int64 [layers, T] or a [T] per layer, to be counted."""
+        """Add a step's tokens, int64 [T], and their experts, int64 [layers, T] or a [T] per layer, to be counted.
+
+        Without layers, the tokens' ids tell their experts.
+        """
+        if not self._shape[0]:
+            return
         self._steps.append((ids, experts))
         self._num_tokens += len(ids)
         if len(self._steps) == MAX_STEPS or self._num_tokens >= MAX_TOKENS:
@@ -238,8 +246,11 @@ class LayerObserver:
         if not self._steps:
             return
         ids = torch.cat([ids for ids, _ in self._steps])
-        layers = zip(*(experts for _, experts in self._steps), strict=True)
-        experts = torch.stack([torch.cat(layer) for layer in layers])  # [layers, T]
+        if self._routes is not None:
+            experts = self._routes[:, :, ids].long().flatten(1)  # [layers, K * T]
+        else:
+            layers = zip(*(experts for _, experts in self._steps), strict=True)
+            experts = torch.stack([torch.cat(layer) for layer in layers])  # [layers, T]
         self._steps.clear()
         self._num_tokens = 0
         places = (experts + self._offsets).flatten()

@@ -132,7 +132,7 @@ class Graph:
     replay: Step
     hidden: Tensor  # FP32 [T, H]
     tokens: Tensor  # int64 [S], drawn after each sequence's last token by its `DrawParams` without penalties
-    seen: Tensor | None  # int64 [1 + layers, T], token ids and the experts that computed them; None without experts
+    seen: Tensor  # int64 [1 + layers, T], token ids and the experts that computed them; [1, T] if the ids tell these
 
 
 class StepGraphs:
@@ -185,11 +185,11 @@ class StepGraphs:
         self.info = GraphInfo(sizes=decodes, mixed_sizes=mixed, seconds=took, bytes=used)
         return self.info
 
-    def run(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def run(self, sequences: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor, Tensor] | None:
         """Begin a step, whose pending tokens are read from the last step's draws.
 
         Returns hidden states FP32 [T, H] and drawn tokens int64 [S], until the next step; and the tokens' ids and
-        experts, int64 [1 + layers, T], if there are experts. None if no graph fits.
+        experts, int64 [1 + layers, T] or [1, T]. None if no graph fits.
         """
         graph = self._graph_for(sequences)
         if graph is None:
@@ -197,7 +197,7 @@ class StepGraphs:
         num_tokens = self._fill(graph, sequences)
         graph.buffers.send()
         graph.replay()
-        seen = None if graph.seen is None else graph.seen[:, :num_tokens].clone()  # it is counted later
+        seen = graph.seen[:, :num_tokens].clone()  # it is counted later
         return graph.hidden[:num_tokens], graph.tokens[: len(sequences)], seen
 
     def _graph_for(self, sequences: Sequence[ScheduledSequence]) -> Graph | None:
@@ -245,7 +245,7 @@ class StepGraphs:
             temperature=given["temperature"], top_k=given["top_k"], top_p=given["top_p"], min_p=given["min_p"],
             seed=given["seed"], position=given["position"],
         )  # fmt: skip
-        graph = Graph(size, mixed, buffers, lambda: None, self._draws, self._draws, None)
+        graph = Graph(size, mixed, buffers, lambda: None, self._draws, self._draws, self._draws)
 
         def step() -> None:
             experts: list[Tensor] = []
@@ -260,7 +260,7 @@ class StepGraphs:
             ends = graph.hidden.index_select(0, given["last"]) if mixed else graph.hidden
             graph.tokens = model.ops.draw(model.logits(ends), batch)
             self._draws[:sequences].copy_(graph.tokens)
-            graph.seen = torch.stack([ids, *experts]) if experts else None
+            graph.seen = torch.stack([ids, *experts])
 
         self._write(buffers.host, {})
         buffers.host["starts"][:] = 0 if mixed else np.arange(sequences + 1)

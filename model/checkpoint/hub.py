@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..files import CheckpointError
+from ..files import CheckpointError, newest_pack
 
 # What serving reads, and nothing that can run code: no pickles, no Python.
 FILES = (
@@ -72,7 +72,13 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
         except Exception:
             raise _refusal(hub_id, revision, error) from None
     try:
-        return Path(snapshot_download(hub_id, **wanted))
+        folder = Path(snapshot_download(hub_id, **wanted))
+        if not any(folder.glob("*.safetensors")):
+            names = HfApi().list_repo_files(hub_id, revision=revision)
+            if pack := newest_pack(name.partition("/")[0] for name in names):
+                wanted |= {kind: [f"{pack}/{name}" for name in wanted[kind]] for kind in wanted if kind != "revision"}
+                snapshot_download(hub_id, **wanted)
+        return folder
     except Exception as error:
         raise _refusal(hub_id, revision, error) from None
 

@@ -23,9 +23,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import Architecture, DeepConfig
-from ..files import CheckpointError, folder_of, is_present, read_json, shown
+from ..files import CheckpointError, folder_of, is_present, newest_pack, read_json, shown
 from ..network import DeepNetwork
-from .eras import BUFFER, LATEST, OPTIONAL, REWRITE, Entry, Era, detect, plan, shortened
+from .eras import (
+    EXPORT,
+    FIRST_ROUTE,
+    LATEST,
+    OPTIONAL,
+    REWRITE,
+    SIBLING,
+    Entry,
+    Era,
+    detect,
+    is_derived,
+    plan,
+    shortened,
+)
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -88,11 +101,13 @@ def load_checkpoint(
         name = f"dummy {arch.era}"
     else:
         stored = _read_headers(folder)
-        era, arch = detect({key: tensor.shape for key, tensor in stored.items()}, config, folder)
+        era, arch, config = detect({key: tensor.shape for key, tensor in stored.items()}, config, folder)
         outline = _outline(config, arch, dtype, folder)
         _check(stored, plan(era, outline), outline, era, folder)
         model = network(config, arch, dtype=dtype, device=device)
         read = _fill(model, plan(era, model), stored, progress)
+        if era is FIRST_ROUTE:
+            _derive_routes(model)
         name = era.name
     dtypes = tuple(sorted({tensor.dtype for tensor in read if tensor.dtype in FLOATS}))
     parameters, size = sum(p.numel() for p in model.parameters()), sum(tensor.nbytes for tensor in read)
@@ -129,6 +144,8 @@ def _find_files(path: Path) -> list[Path]:
         return [steps[max(steps)]]
     if len(files) == 1:
         return files
+    if not files and (pack := newest_pack(file.name for file in path.iterdir())):
+        return _find_files(path / pack)
     if names := shortened([file.name for file in files]):
         raise CheckpointError(f"{path} holds {names}: pass the path of one of them.")
     if pickles := sorted(file for file in path.glob("*") if file.suffix in PICKLES):
@@ -184,7 +201,7 @@ def _check(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, Entry], model: DeepNetwork, era: Era, path: Path
 ) -> None:
     """Raise for names, shapes and dtypes that do not fit, before any weight is read."""
-    if unknown := [t.name for key, t in stored.items() if key not in expected and not BUFFER.fullmatch(key)]:
+    if unknown := [t.name for key, t in stored.items() if key not in expected and not is_derived(key, era)]:
         raise CheckpointError(
             f"{path} has tensors that a network of era {model.architecture.era} with its config.json does not have "
             f"({shortened(unknown)}): use the config.json that was saved with it, or a checkpoint of a known era."
@@ -207,10 +224,10 @@ def _check(
                 f"{tensor.path}: tensor {tensor.name} has the shape {list(tensor.shape)}, but config.json implies "
                 f"{list(entry.shape)}: use the config.json that was saved with it."
             )
-        if tensor.dtype not in (INTEGERS if key.endswith("token_to_expert") else FLOATS):
+        if tensor.dtype not in (FLOATS if entry.parts[0].target.is_floating_point() else INTEGERS):
             raise CheckpointError(
                 f"{tensor.path}: tensor {tensor.name} is stored as {tensor.dtype}, which is not supported: "
-                "save it as F32, F16 or BF16 (a token_to_expert table as I64)."
+                "save it as F32, F16 or BF16 (a table of experts as I64)."
             )
 
 
@@ -221,7 +238,7 @@ def _fill(
     for key in expected.keys() - stored.keys() - {"lm_head.weight"}:
         for target, *_ in expected[key].parts:
             if key.endswith("token_to_expert"):
-                torch.arange(len(target), out=target).remainder_(model.config.num_experts)
+                torch.arange(len(target), out=target).remainder_(model.config.experts)
             else:
                 target.zero_()
     wanted = {key: stored[key] for key in expected if key in stored}
@@ -242,7 +259,7 @@ def _fill(
 def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> None:
     """Copy one tensor of a file to its parts, piece by piece; raise for values that are not finite."""
     kind = (FLOATS | INTEGERS)[tensor.dtype]
-    shape = tensor.shape[-max(part.target.dim() for part in entry.parts) :]
+    shape = tensor.shape[-max(part.target.dim() for part in entry.parts) :] or (1,)
     for index, first, size in _pieces(shape, any(part.transposed for part in entry.parts)):
         # A private mapping of this piece only, so that its pages are freed with it.
         begin = tensor.offset + first * kind.itemsize
@@ -271,6 +288,14 @@ def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> N
                 target = part.target[index]
                 # Transposing within one dtype is faster.
                 target.copy_(source.to(target.dtype).mT if part.transposed else source)
+
+
+def _derive_routes(model: DeepNetwork) -> None:
+    """Fill tables that the file has the first row of: the next row has the next expert, or the first after the last."""
+    for layer in model.layers:
+        assert layer.routes is not None
+        steps = torch.arange(len(layer.routes), device=model.device)[:, None]
+        layer.routes.copy_((layer.routes[:1] + steps) % model.config.experts)
 
 
 def _pieces(shape: tuple[int, ...], whole: bool) -> Iterator[tuple[tuple[int | slice, ...], int, tuple[int, ...]]]:
@@ -307,18 +332,21 @@ def _fill_at_random(model: DeepNetwork, seed: int) -> None:
             parameter.normal_(0.0, std, generator=generator)
     for name, table in model.named_buffers():
         if name.endswith("token_to_expert"):
-            torch.arange(len(table), out=table).remainder_(model.config.num_experts)
+            torch.arange(len(table), out=table).remainder_(model.config.experts)
+        elif name.endswith("routes"):
+            scores = torch.rand(table.shape[1], model.config.experts, generator=generator, device=model.device)
+            table.copy_(scores.argsort(dim=1)[:, : len(table)].T)
 
 
 def save_checkpoint(model: DeepNetwork, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors` in the format of versions 0.12 to 0.14 (or of the 2026-03 rewrite).
+    """Write `config.json` and `model.safetensors` in the newest format of the model's line.
 
     Models of any era can be saved; tensors that the era lacks are left out. The folder is created if missing, and files
     in it are overwritten. `dtype` is that of the large matrices. Norms, biases and the router are written in FP32, as
     the network keeps them, so that loading in `dtype` gives exactly what was saved.
     """
     arch = model.architecture
-    era = REWRITE if arch.mu_guidance else LATEST
+    era = EXPORT if arch.routes else SIBLING if not arch.mu else REWRITE if arch.mu_guidance else LATEST
     tensors: dict[str, Tensor] = {}
     for key, entry in plan(era, model).items():
         if (key == "lm_head.weight" and arch.tied) or ("mu_to_v" in key and not arch.mu_highway):
@@ -328,7 +356,8 @@ def save_checkpoint(model: DeepNetwork, folder: Path, *, dtype: torch.dtype) -> 
         if not whole.numel():  # the first layer reads no mu, but files have its weights
             whole = torch.zeros(entry.shape)
         if whole.is_floating_point():
-            whole = whole.to(torch.float32 if whole.dim() == 1 or "mu_router" in key else dtype)
+            small = whole.dim() == 1 or key.endswith(("mu_router.weight", "hash_channel_scale"))
+            whole = whole.to(torch.float32 if small else dtype)
         name = key if arch.mu_guidance or key == "lm_head.weight" else f"model.{key}"
         tensors[name] = whole.reshape(entry.shape).contiguous()
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ LANES = 16
 PANELS = 4
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 PER_WORD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
+HALF = LANES * PANELS // 2  # rows of gate in a group, next to as many of up
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "relu": 2}
 
 
@@ -38,7 +39,7 @@ class Step(Structure):
 
 class Attention(Structure):
     _fields_ = _fields(
-        (POINTER(Matrix), "kqv out"), (c_void_p, "input_norm q_norm k_norm"), (c_float, "eps head_eps"),
+        (POINTER(Matrix), "kqv out"), (c_void_p, "input_norm q_norm k_norm"), (c_float, "eps head_eps scale"),
         (c_int32, "size heads kv_heads head_dim window kind"),
     )  # fmt: skip
 
@@ -53,7 +54,9 @@ class Dynamics(Structure):
 class Mlp(Structure):
     _fields_ = _fields(
         (c_void_p, "norm router own"), (POINTER(Matrix), "gate_up down shared_gate_up shared_down"),
-        (c_float, "eps own_score"), (c_int32, "size num_experts activation shared_activation"),
+        (c_void_p, "routes output_scales channel_scale"), (c_float, "eps own_score"),
+        (c_int32, "size num_experts activation shared_activation num_routes vocab layer expert_width"),
+        (c_int32, "shared_columns expert_columns"),
     )  # fmt: skip
 
 
@@ -135,27 +138,32 @@ class PackedLayer:
             return ctypes.pointer(packer.pack(layer, name, **options).struct)
 
         def stack(name: str, arrange: Callable[[Tensor], Tensor] | None = None) -> Any:
-            parts = [packer.pack(layer, name, index=e, arrange=arrange).struct for e in range(config.experts)]
+            parts = [packer.pack(layer, name, index=e, arrange=arrange).struct for e in range(len(layer.down))]
             return ctypes.cast((Matrix * len(parts))(*parts), POINTER(Matrix))
 
+        widths = [layer.shared_width] + [config.expert_size] * config.experts if layer.routes is not None else None
+
         def halves(weight: Tensor) -> Tensor:
-            return _interleave(weight.unflatten(0, (2, -1)), LANES * PANELS // 2)
+            return _interleave(_aligned(weight.unflatten(0, (2, -1)), 1, widths), HALF)
 
         attention = Attention(
             kqv=matrix("kqv_proj"), out=matrix("o_proj"), input_norm=pointer(layer.input_norm),
             q_norm=pointer(layer.q_norm), k_norm=pointer(layer.k_norm), eps=config.rms_norm_eps,
-            head_eps=QK_NORM_EPS, size=size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+            head_eps=QK_NORM_EPS, scale=config.attention_scale, size=size, heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim, window=config.sliding_window or 0, kind=kind,
         )  # fmt: skip
         mlp = Mlp(
             norm=pointer(layer.post_norm), router=pointer(layer.router), own=pointer(layer.token_to_expert),
-            gate_up=stack("gate_up", halves), down=stack("down"), eps=config.rms_norm_eps,
+            gate_up=stack("gate_up", halves), down=stack("down", lambda w: _aligned(w, 1, widths)),
+            eps=config.rms_norm_eps,
             own_score=BASE_EXPERT_SCORE, size=size, num_experts=config.experts,
             activation=ACTIVATIONS[layer.activation],
         )  # fmt: skip
         if layer.shared_gate_up is not None:
             mlp.shared_gate_up = matrix("shared_gate_up", arrange=halves)
             mlp.shared_down = matrix("shared_down")
+        self._scales = _set_routes(mlp, layer)
         dynamics = None
         if isinstance(layer, DynamicsLayer):
             dynamics = Dynamics(
@@ -171,9 +179,33 @@ class PackedLayer:
         self.dynamics = ctypes.addressof(dynamics) if dynamics else 0
 
 
+def _set_routes(mlp: Mlp, layer: DeepLayer) -> Tensor | None:
+    """Fill in what only the TR-Hash line has; return a tensor to be kept as long as `mlp`."""
+    if layer.routes is None:
+        return None
+    scales, size = layer.output_scales(), layer.config.expert_size
+    mlp.routes, mlp.num_routes, mlp.vocab = pointer(layer.routes), *layer.routes.shape
+    mlp.output_scales, mlp.channel_scale = pointer(scales), pointer(layer.channel_scale)
+    mlp.layer, mlp.expert_width = layer.index, size
+    mlp.shared_columns, mlp.expert_columns = (-(-width // HALF) * HALF for width in (layer.shared_width, size))
+    return scales
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """The address of a tensor's data; None is a null pointer."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def _aligned(weight: Tensor, dim: int, widths: list[int] | None) -> Tensor:
+    """Pad each part of a dimension to a multiple of `HALF`, so that a group holds columns of one expert only."""
+    if widths is None:
+        return weight
+    parts = []
+    for part in weight.split(widths, dim):
+        size = [*part.shape]
+        size[dim] = -size[dim] % HALF
+        parts += [part, part.new_zeros(size)]
+    return torch.cat(parts, dim)
 
 
 def _interleave(parts: Tensor, rows: int) -> Tensor:

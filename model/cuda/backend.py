@@ -7,7 +7,6 @@ same object computes on the CPU.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -217,7 +216,7 @@ class TritonBackend(Backend):
         shape = {"D": size, "HEADS": heads, "KV": kv_heads, "PAGE": cache.shape[2]}
         # With a window, all keys of a prompt go through one loop, whichever tokens are in the block.
         qk_norm, window = layer.q_norm is not None, config.sliding_window or (NO_WINDOW if self._fixed else 0)
-        block_d, group, scale = power_of_two(16, size), heads // kv_heads, 1.0 / math.sqrt(size)
+        block_d, group, scale = power_of_two(16, size), heads // kv_heads, config.attention_scale
         if decodes:
             splits = step.num_splits or num_splits(decodes, kv_heads)
             blocks = self._blocks.decode(splits, splits * kv_heads * decodes)
@@ -297,6 +296,8 @@ class TritonBackend(Backend):
         self, layer: DeepLayer, x: Tensor, input_ids: Tensor, mu: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """As `Backend.routed_mlp`; changes `x` in place. The expert of a padding row is -1."""
+        if layer.routes is not None:
+            return super().routed_mlp(layer, x, input_ids, mu)
         tokens, size = x.shape
         table, router = layer.token_to_expert, None if mu is None else layer.router
         b = x.new_empty(x.shape, dtype=layer.gate_up.dtype)

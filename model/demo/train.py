@@ -221,7 +221,7 @@ def new_model(config: DeepConfig) -> DeepForCausalLM:
                     parameter.mul_(0.2)
         for layer in model.layers:
             assert isinstance(layer.token_to_expert, Tensor)
-            layer.token_to_expert.copy_(torch.arange(config.vocab_size) % config.num_experts)
+            layer.token_to_expert.copy_(torch.arange(config.vocab_size) % config.experts)
             assert isinstance(layer.router, nn.Parameter)
             layer.router.requires_grad_(False)  # a choice of expert has no gradient
     return model

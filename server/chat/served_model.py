@@ -87,7 +87,7 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
     defaults, description = read_defaults(folder, flags.generation_config, flags.override_generation_config)
     config = flags.engine_config(path)
     process.configure(config)
-    tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
+    tokenizer = await asyncio.to_thread(Tokenizer.from_folder, path)
     template = ChatTemplate.from_tokenizer(tokenizer, _read_template(flags.chat_template), flags.chat_template or "")
     server = flags if isinstance(flags, ServerConfig) else ServerConfig()
     tool_format = find_format(server.tool_call_parser, template)

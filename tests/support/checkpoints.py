@@ -34,6 +34,16 @@ TINY = DeepConfig(
     dynamics_dt=0.2,
     dynamics_controller_hidden=16,
 )
+HASH = Architecture(
+    era="TR-Hash", contextual_mu=False, mu_attention=False, mu_highway=False, mu_router=False, mu=False,
+    shared_expert_size=72, routes=2, output_gates=True, channel_modulation=True,
+)  # fmt: skip
+"""The TR-Hash line with all that a file of it may have, for a configuration with `TR_HASH` in it."""
+TR_HASH = {
+    "top_k_primary_weight": 0.7, "shared_output_scale": 0.8, "routed_output_scale_first_layer": 1.5,
+    "routed_output_scale_last_layer": 0.9, "use_mup_attn_scale": True, "use_mup_output_mult": True,
+    "mup_base_width": 48,
+}  # fmt: skip
 # How widely each matrix is drawn, in units of 1/sqrt(inputs): enough for mu to re-route tokens and for clamps to bite.
 GAINS = {"o_proj": 2.2, "gate_up": 1.6, "down": 1.6, "dynamics_in": 0.8, "router": 3.4, "controller_v": 0.4}
 
@@ -61,7 +71,10 @@ def random_model(
                 normal(parameter, 0.0, GAINS.get(kind, 1.0) / math.sqrt(parameter.shape[-1]))
     for name, buffer in model.named_buffers():
         if name.endswith("token_to_expert"):
-            buffer.copy_(torch.arange(config.vocab_size) % config.num_experts)
+            buffer.copy_(torch.arange(config.vocab_size) % config.experts)
+        elif name.endswith("routes"):
+            scores = torch.rand(config.vocab_size, config.experts, generator=generator)
+            buffer.copy_(scores.argsort(dim=1)[:, : len(buffer)].T)
     return model
 
 

@@ -17,7 +17,7 @@ struct Step {
 struct Attention {
   const Matrix *kqv, *out;
   const float *input_norm, *q_norm, *k_norm;  // [H], and [head_dim] or null
-  float eps, head_eps;
+  float eps, head_eps, scale;
   int32_t size, heads, kv_heads, head_dim, window, kind;  // kind: of the pages, BF16 or FP32
 };
 
@@ -173,7 +173,6 @@ void attend(const Attention& a, const Step& step, const float* kqv, const void* 
                 begin / step.block_size, begin % step.block_size};
   Cursor ahead = at_row;
   ahead.prefetch(all_keys, all_values, last + 1 - begin < KEY_TILE ? last + 1 - begin : KEY_TILE);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   for (int row = 0; row < rows; ++row) {
     const float* q = kqv + static_cast<size_t>(first + row / group) * row_size +
                      (a.kv_heads + kv_head * group + row % group) * dim;
@@ -217,7 +216,7 @@ void attend(const Attention& a, const Step& step, const float* kqv, const void* 
     for (int row = 0; row < rows; ++row) {
       if (row < 3) prefetch_some();
       const uint64_t seen = visible(position + row / group, at, a.window);
-      if (seen) softmax_tile(s, row, seen, scale, width);
+      if (seen) softmax_tile(s, row, seen, a.scale, width);
       else std::memset(s.scores + row * KEY_TILE, 0, KEY_TILE * sizeof(float));
     }
     while (wanted > 0) prefetch_some();

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.checkpoints import TINY, random_model
+from support.checkpoints import HASH, TINY, TR_HASH, random_model
 
 from pyllm.model import Architecture, AttentionMetadata, DeepConfig, DeepForCausalLM
 from pyllm.model.checkpoint.loader import save_checkpoint
@@ -47,6 +47,13 @@ ERAS = {
         LATEST, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=48
     ),
 }
+HASHES = {
+    "all": (replace(WIDE, **TR_HASH), HASH),
+    "one expert, plain, no shared one": (
+        ODD, replace(HASH, routes=1, shared_expert_size=0, output_gates=False, channel_modulation=False)
+    ),
+    "three of three, odd sizes": (replace(ODD, **TR_HASH), replace(HASH, routes=3)),
+}  # fmt: skip
 Step = list[tuple[int, int]]
 """(sequence, number of its next tokens), those with one token first."""
 
@@ -145,6 +152,28 @@ def test_networks_of_other_eras_equal_plain_torch(era):
     fast, plain = both(WIDE, ERAS[era])
     for ours, expected in zip(run(fast, sequences, steps), run(plain, sequences, steps), strict=True):
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_networks_of_the_tr_hash_line_equal_plain_torch(name):
+    config, architecture = HASHES[name]
+    sequences, steps = prompts(config, [70, 33, 5]), mixed_steps([70, 33, 5], seed=2)
+    fast, plain = (random_model(config, seed=11, architecture=architecture) for _ in range(2))
+    fast.ops = NativeBackend(fast)
+    for ours, expected in zip(run(fast, sequences, steps), run(plain, sequences, steps), strict=True):
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_experts_of_other_tokens_change_no_bit(int8):
+    """Columns of experts that no token of a step uses are skipped."""
+    config, architecture = HASHES["all"]
+    model = random_model(config, seed=11, dtype=torch.bfloat16, architecture=architecture)
+    model.ops = NativeBackend(model, int8=int8)
+    sequences = prompts(config, [40, 17, 3])
+    alone = [run(model, [ids], [[(0, 1)] for _ in ids])[0] for ids in sequences]
+    together = run(model, sequences, mixed_steps([40, 17, 3], seed=3))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("variant", ["routed", "wide", "odd-sizes", "dense", "sliding-window", "untied"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import TINY, random_model
+from support.checkpoints import HASH, TINY, TR_HASH, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -26,6 +26,8 @@ ERAS = {
     "mu after the MLP, a shared expert": replace(
         LATEST, contextual_mu=False, mu_highway=False, mu_guidance=True, shared_expert_size=48
     ),
+    "TR-Hash": replace(HASH, output_gates=False, channel_modulation=False),
+    "TR-Hash with gates and modulated channels": HASH,
 }
 VARIANTS: dict[str, DeepConfig] = {
     "routed": SMALL,
@@ -103,7 +105,7 @@ def test_logits_equal_plain_torch_in_every_phase(name):
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("era", ERAS)
 def test_every_era_equals_plain_torch(era):
-    same(SMALL, ERAS[era])
+    same(replace(SMALL, **TR_HASH) if era.startswith("TR-Hash") else SMALL, ERAS[era])
 
 
 @pytest.mark.usefixtures("few")
