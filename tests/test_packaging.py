@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +14,9 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
+from support.serving import PATIENCE, ServerProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -54,20 +59,82 @@ def _copy(target: Path) -> Path:
     return Path(shutil.copytree(ROOT, target, ignore=unwanted))
 
 
-@pytest.fixture(scope="module", params=["with a compiler", "without a compiler"])
-def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The names in a wheel built from a clean copy of the tree, without a network."""
-    source, target = _copy(tmp_path_factory.mktemp("source") / "pyllm"), tmp_path_factory.mktemp("wheel")
-    compiler = {"CC": "/bin/false", "CXX": "/bin/false"} if request.param == "without a compiler" else {}
+def _build_wheel(source: Path, target: Path, **variables: str) -> Path:
+    """Build a wheel without a network."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run(
         [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False,
-        env=os.environ | compiler,
+        env=os.environ | variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = target.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
-        return archive.namelist()
+    return path
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive of a clean copy of the tree."""
+    source = _copy(tmp_path_factory.mktemp("source") / "pyllm")
+    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = source.glob("dist/*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheels(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A wheel of the tree, made with a compiler, and one of the source archive, made without."""
+    folder = tmp_path_factory.mktemp("wheels")
+    source = _copy(folder / "pyllm")
+    return {
+        "tree": _build_wheel(source, folder / "tree"),
+        "archive": _build_wheel(archive, folder / "archive", CC="/bin/false", CXX="/bin/false"),
+    }
+
+
+@pytest.fixture(params=["tree", "archive"])
+def wheel(request: pytest.FixtureRequest, wheels: dict[str, Path]) -> list[str]:
+    """The names in a wheel."""
+    with zipfile.ZipFile(wheels[request.param]) as file:
+        return file.namelist()
+
+
+def test_a_wheel_is_for_every_version_of_python_from_the_first(wheels: dict[str, Path]) -> None:
+    assert {path.name.split("-")[2:4] == ["cp311", "abi3"] for path in wheels.values()} == {True}
+    assert PROJECT["project"]["requires-python"] == ">=3.11"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="there is no compiler")
+def test_the_wheel_has_the_compiled_kernels(wheels: dict[str, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheels["tree"]) as file:
+        path = file.extract("pyllm/model/cpu/_kernels.abi3.so", tmp_path)
+    assert ctypes.CDLL(path).pyllm_layout() > 0
+    symbols = Path(path).read_bytes()
+    assert b"PyModule" not in symbols  # nothing of one version of Python
+    assert b"_Py_" not in symbols
+
+
+def test_the_source_archive_makes_the_same_wheel(wheels: dict[str, Path]) -> None:
+    def contents(path: Path) -> dict[str, int]:
+        with zipfile.ZipFile(path) as file:
+            return {
+                item.filename: item.CRC for item in file.infolist() if not item.filename.endswith((".so", "RECORD"))
+            }
+
+    assert contents(wheels["tree"]) == contents(wheels["archive"])
+
+
+def test_the_wheel_serves_its_model_and_its_pages(wheels: dict[str, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheels["tree"]) as file:
+        file.extractall(tmp_path / "site")
+    body = {"messages": [{"role": "user", "content": "What is the capital of Italy?"}], "temperature": 0}
+    with ServerProcess(tmp_path / "log", cold=True, PYTHONPATH=str(tmp_path / "site")) as server:
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE).json()
+        assert "Rome" in answer["choices"][0]["message"]["content"]
+        page = httpx.get(server.url).raise_for_status().text
+        for path in ["docs", *re.findall(r'(?:src|href)="(static/[^"]+)"', page)]:
+            assert httpx.get(f"{server.url}/{path}").status_code == 200, path
 
 
 def test_the_wheel_holds_the_program_and_the_demo_model(wheel: list[str]) -> None:
@@ -91,16 +158,29 @@ def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
     assert len([name for name in wheel if name.endswith(".so")]) <= 1  # the kernels, where they could be compiled
 
 
-def test_the_source_archive_holds_all_that_the_wheel_is_made_of(tmp_path: Path) -> None:
-    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
-    source = _copy(tmp_path / "pyllm")
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = source.glob("dist/*.tar.gz")
-    with tarfile.open(path) as archive:
-        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+def test_the_source_archive_holds_all_that_the_wheel_is_made_of(archive: Path) -> None:
+    with tarfile.open(archive) as file:
+        names = {member.name.partition("/")[2] for member in file if member.isfile()}
     rest = {"LICENSE", "README.md", "pyproject.toml", "py.typed", "model/demo/model.safetensors"}
     assert _program() | _static() | _kernels() | rest <= names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="there is no compiler")
+def test_make_dist_makes_a_wheel_that_package_indexes_take(tmp_path: Path) -> None:
+    copy = _copy(tmp_path / "pyllm")
+    (copy / ".venv").mkdir()
+    (copy / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    done = subprocess.run(
+        ["make", "dist", f"TOOLS={tmp_path / 'tools'}"], cwd=copy, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = sorted(path.name for path in (copy / "dist").iterdir())
+    assert len(names) == 2
+    assert re.fullmatch(r"pyllm_deep-[\d.]+-cp311-abi3-manylinux_2_\d\d_\w+\.whl", names[0])
+    assert re.fullmatch(r"pyllm_deep-[\d.]+\.tar\.gz", names[1])
+    with zipfile.ZipFile(copy / "dist" / names[0]) as file:
+        assert "pyllm/model/cpu/_kernels.abi3.so" in file.namelist()
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import operator
 import os
 from ctypes import addressof, c_float, c_int32, c_void_p, sizeof
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +21,9 @@ from ..backend import AttentionMetadata, Backend, Rope
 from ..config import DeepConfig
 from ..network import DeepNetwork
 from ..parameters import HIGHWAY_SHARE, DeepLayer, DynamicsLayer
+from .library import FILE, find_obstacle
 from .packing import Attention, Dynamics, Matrix, Mlp, Packer, Step, pointer
 
-CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"})
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 SIGNATURES = {
@@ -38,17 +36,14 @@ SIGNATURES = {
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None if they were not built or this CPU cannot run them."""
+    if find_obstacle():
+        return None
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-        files = [Path(__file__).with_name("_kernels" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-        found = next(file for file in files if file.exists())
-        if not set(flags.split()) >= CPU_FLAGS:
-            return None
-        library = ctypes.CDLL(str(found))
+        library = ctypes.CDLL(str(FILE))
         # In an editable install the compiled file may be older or newer than this one.
         if library.pyllm_layout() != sizeof(Matrix) + 1000 * sum(map(sizeof, (Step, Attention, Dynamics, Mlp))):
             return None
-    except (OSError, StopIteration, AttributeError):
+    except (OSError, AttributeError):
         return None
     types = {"i": c_int32, "f": c_float, "p": c_void_p}
     for name, arguments in SIGNATURES.items():

@@ -9,10 +9,13 @@ import resource
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
+from platform import python_version
 
 from ... import __version__
 from ...engine.client.launch import EngineProcess
 from ...engine.errors import START_FAILURES, reason_of
+from ...model.cpu.library import find_obstacle
 from ..flags import (
     BenchConfig,
     ConfigError,
@@ -50,12 +53,17 @@ def main(arguments: Sequence[str] | None = None, lifetime: Lifetime | None = Non
     words = list(sys.argv[1:] if arguments is None else arguments)
     lifetime = lifetime or Lifetime.begin(words)
     if words[:1] == ["--version"]:
-        print(f"pyllm {__version__}")
+        print(_version())
         sys.exit(0)
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         sys.exit(0 if words else USAGE_ERROR)
     sys.exit(_run(words[0], words[1:], lifetime))
+
+
+def _version() -> str:
+    kernels = find_obstacle() or "ready"
+    return f"pyllm {__version__}\ntorch {version('torch')}, Python {python_version()}\nCPU kernels: {kernels}"
 
 
 def _help() -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import pty
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -47,8 +50,11 @@ def test_help_is_given_for_every_command(words: tuple[str, ...]) -> None:
         assert part in done.stdout
 
 
-def test_version_is_printed() -> None:
-    assert run("--version").stdout == f"pyllm {pyllm.__version__}\n"
+def test_version_is_printed_with_what_computes() -> None:
+    first, second, third = run("--version").stdout.splitlines()
+    assert first == f"pyllm {pyllm.__version__}"
+    assert second == f"torch {version('torch')}, Python {platform.python_version()}"
+    assert re.fullmatch(r"CPU kernels: (ready|not compiled.*|this processor lacks avx512.*|only for Linux)", third)
 
 
 @pytest.mark.parametrize(
