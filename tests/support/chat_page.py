@@ -98,9 +98,9 @@ class Visit:
         self.page.get_by_role("textbox", name="Message").fill(text)
         self.page.keyboard.press("Enter")
 
-    def answer(self, text: str, question: str = "Hi", **usage: Any) -> sync_api.Locator:
+    def answer(self, text: str, question: str = "Hi", *, size: int = 5, **usage: Any) -> sync_api.Locator:
         """Ask, and get this text as the answer; its body."""
-        events = pieces(text)
+        events = pieces(text, size)
         if usage:
             events.append({"choices": [], "usage": usage})
         self.script(events)

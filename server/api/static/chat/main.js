@@ -30,7 +30,7 @@ const thread = new Thread({
   change(message, text) {
     Object.assign(message, { content: text, edited: true });
     current.saveMessage(message);
-    thread.refresh(message);
+    thread.refresh(current, message);
   },
   save: (message) => current.saveMessage(message),
   remove(message) {
@@ -54,7 +54,7 @@ const thread = new Thread({
     for (const call of message.calls) {
       if (texts.has(call.id)) parent = current.add("tool", parent, { content: texts.get(call.id), callId: call.id, name: call.function.name });
     }
-    thread.refresh(message);
+    thread.refresh(current, message);
     answer(current, parent);
   },
 });
@@ -85,7 +85,7 @@ function answer(conversation, parent, message = null) {
       if (error?.status === 401) askForKey();
       if (conversation !== current) return;
       showBusy();
-      thread.refresh(changed);
+      thread.refresh(conversation, changed);
       showContext();
       announce(changed, error);
     },

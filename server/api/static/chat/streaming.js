@@ -36,16 +36,21 @@ export class StreamingMarkdown {
     this.root = root;
     this.env = {};  // link definitions of all blocks so far
     this.tail = "";  // the text that is not settled
+    this.held = "";
     this.open = [];  // the nodes that show it
     this.code = null;  // the open fenced block
     this.joined = null;  // the table or paragraph whose next part the tail is
-    this.wasSplit = false;
+    this.needsWhole = false;  // parts were drawn in a way that only the whole text shows right
     this.parsedLength = 0;  // of a tail that cannot be split
     this.raw = null;  // shows what came after that, unparsed
     this.rawLength = 0;
   }
 
-  append(text) { this.tail += text; }
+  append(text) {
+    const all = this.held + text;
+    this.held = all.endsWith("\r") ? "\r" : "";  // the half of a line end
+    this.tail += all.slice(0, all.length - this.held.length).replace(/\r\n?/g, "\n");
+  }
 
   /** Show all that was appended; to be called once a frame. */
   draw() {
@@ -58,7 +63,7 @@ export class StreamingMarkdown {
   /** The text is complete; `text` is all of it. */
   end(text) {
     this.draw();
-    if (this.wasSplit) this.root.replaceChildren(renderAll(text));  // as one piece, once
+    if (this.needsWhole) this.root.replaceChildren(renderAll(text));  // as one piece, once
     else if (this.code) {
       if (this.tail && !this.code.partial && !this.code.closing.test(this.tail)) this.#addCode(this.tail);
       this.#closeCode();
@@ -103,7 +108,10 @@ export class StreamingMarkdown {
       return false;
     }
     const source = this.#header() + this.tail;
-    const tokens = parse(source, this.env);
+    const env = { references: { ...this.env.references } };  // a link definition that is still open must not stay
+    const tokens = parse(source, env);
+    const hasDefinitions = Object.keys(env.references).length > 0;
+    if (hasDefinitions) this.needsWhole = true;  // a use above its definition was drawn as text
     const blocks = blocksOf(tokens);
     if (!blocks.length) {
       this.#replaceOpen(null);
@@ -113,9 +121,12 @@ export class StreamingMarkdown {
     const keep = Math.max(0, blocks.at(-1).first < complete ? blocks.length - 1 : blocks.length - 2);
     this.#replaceOpen(null);
     if (keep > 0) {
-      this.#place(render(tokens.slice(0, blocks[keep].from), this.env));
+      this.#place(render(tokens.slice(0, blocks[keep].from), env));
       this.joined = null;
-      this.#cut(source, blocks[keep].first);
+      const end = offsetOf(source, blocks[keep].first);
+      if (hasDefinitions) parse(source.slice(0, end), this.env);
+      this.tail = source.slice(end);
+      this.parsedLength = 0;
     }
     const block = blocks[keep];
     if (keep === blocks.length - 1 && block.type === "fence" && block.first < complete) {
@@ -124,13 +135,8 @@ export class StreamingMarkdown {
     }
     if (this.tail.length > MAX_OPEN && keep === blocks.length - 1 && this.#split(tokens, block, source, complete)) return true;
     this.parsedLength = this.tail.length > MAX_OPEN ? this.tail.length : 0;
-    this.open = this.#place(render(tokens.slice(block.from), this.env, false));
+    this.open = this.#place(render(tokens.slice(block.from), env, false));
     return false;
-  }
-
-  #cut(source, line) {
-    this.tail = source.slice(offsetOf(source, line));
-    this.parsedLength = 0;
   }
 
   /** Settle a part of a long open block. */
@@ -168,7 +174,7 @@ export class StreamingMarkdown {
   }
 
   #settle(text) {
-    this.wasSplit = true;
+    this.needsWhole = true;
     this.#place(render(parse(text, this.env), this.env));
     this.parsedLength = 0;
   }
@@ -239,6 +245,7 @@ export class StreamingMarkdown {
 
   #closeCode() {
     const { code, language } = this.code;
+    code.textContent = code.textContent;  // one node, without the groups
     highlight(code, language);
     this.code = null;
     this.open = [];

@@ -245,8 +245,8 @@ export class Thread {
   }
 
   /** Draw the answer to a call's message and all feet again: what is last, and what was answered, has changed. */
-  refresh(message) {
-    this.show(this.conversation);
+  refresh(conversation, message) {
+    this.show(conversation);
     const view = this.views.get(message?.id);
     if (view) view.draw();
   }
