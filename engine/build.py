@@ -90,7 +90,8 @@ def _build(config: EngineConfig) -> EngineCore:
         graphs = _capture(runner, CudaGraphs(device))
     runner.observer.reset()
     info = EngineInfo(
-        config=resolved, era=report.era, parameters=report.parameters, file_dtypes=report.file_dtypes,
+        config=resolved, era=report.era, parameters=report.parameters, active_parameters=model.active_parameters,
+        sizes=model.sizes, file_dtypes=report.file_dtypes,
         load_seconds=report.seconds, vocab_size=model.config.vocab_size, eos_token_ids=model.config.eos_token_ids,
         hidden_size=model.config.hidden_size, num_layers=model.config.num_hidden_layers,
         num_experts=model.config.experts if model.config.use_token_routed_mlp else 0,

@@ -145,6 +145,8 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     config: ResolvedConfig
     era: str
     parameters: int
+    active_parameters: int = 0  # that one token is computed with
+    sizes: str = ""  # of the network, in words
     file_dtypes: tuple[str, ...] = ()  # number formats of the checkpoint's files; none for dummy weights
     load_seconds: float
     vocab_size: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import CheckpointError, folder_of, read_json, shown
+from .files import CheckpointError, folder_of, read_json, read_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,11 @@ ROUTED_TYPES = ("token_routed", "sort_split", "sort_split_moe", "deterministic_m
 DENSE_TYPES = ("swiglu", "silu", "llama", "dense")
 """Names of `mlp_type`. The tensors decide which network a file has."""
 DEFAULT_EXPERTS = 4
+MAX_TOKENIZER_BYTES = 256 << 20  # the largest published one has 40 MB
+TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
+"""The files that name a tokenizer's special tokens; the first one counts."""
+AGENTIC_ENDS = ("<|end|>", "<|end_of_turn|>")
+"""The ends of a conversation and of a turn in the agentic format; `config.json` can name only one."""
 
 
 def read_generation_config(folder: Path, source: str = "auto") -> tuple[dict[str, Any], Path]:
@@ -157,11 +163,7 @@ class DeepConfig:
         rope = values.get("rope_parameters")
         inner = rope.get("rope_theta") if isinstance(rope, Mapping) else None
         known |= _shared_value("rope_theta", values, inner, "rope_parameters.rope_theta")
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if known.get(name) == -1:  # some files write -1 for none
-                known[name] = None
-        if isinstance(known.get("eos_token_id"), list):
-            known["eos_token_id"] = tuple(known["eos_token_id"])
+        known |= {name: _ids(known[name]) for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in known}
         if (kind := values.get("attention_type")) in ("mha", "multi_head"):
             known["num_key_value_heads"] = known.get("num_attention_heads", 12)
         elif kind in ("mqa", "multi_query"):
@@ -196,10 +198,11 @@ class DeepConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path, generation_config: str = "auto") -> DeepConfig:
-        """Read `config.json` in `folder`, and the further end tokens of its `generation_config.json`.
+        """Read `config.json` in `folder`, and the end tokens of its other files.
 
-        `generation_config` is where that file is, as for `read_generation_config`. Raises `CheckpointError` if a file
-        is missing or invalid.
+        Those of `generation_config.json` are further ones; the tokenizer's is taken if `config.json` has none, and both
+        of the agentic format always. `generation_config` is where the first file is, as for `read_generation_config`.
+        Raises `CheckpointError` if a file is missing or invalid.
         """
         path = folder_of(Path(folder)) / "config.json"
         values = read_json(path)
@@ -214,8 +217,10 @@ class DeepConfig:
         generation, origin = read_generation_config(path.parent, generation_config)
         try:
             config = cls.from_dict(values)
+            if (found := _tokenizer_ends(path, values, config.eos_token_ids)) != config.eos_token_ids:
+                config = dataclasses.replace(config, eos_token_id=found)
             path = origin  # of an error from here on
-            ends = cls.from_dict(values | {"eos_token_id": generation.get("eos_token_id")}).eos_token_ids
+            ends = dataclasses.replace(config, eos_token_id=_ids(generation.get("eos_token_id"))).eos_token_ids
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         if ends:
@@ -260,6 +265,32 @@ class DeepConfig:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise CheckpointError(message)
+
+
+def _ids(value: Any) -> Any:
+    """Return the ids that a key has, as one or a tuple; some files write -1 for none."""
+    return tuple(value) if isinstance(value, list) else None if value == -1 else value
+
+
+def _tokenizer_ends(path: Path, values: Mapping[str, Any], own: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the ids that end a text by the `config.json` at `path` and by the tokenizer's files."""
+    folder = folder_of(path.parent, "tokenizer.json")
+    try:
+        library = json.loads(read_text(folder / "tokenizer.json", most=MAX_TOKENIZER_BYTES) or "{}")
+        ids = {token["content"]: token["id"] for token in library.get("added_tokens") or ()}
+        vocabulary = (library.get("model") or {}).get("vocab") or {}
+        names = [(read_json(folder / name) or {}).get("eos_token") for name in TOKEN_NAMES]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # reading the tokenizer gives the reason
+        return own
+    name = next((name for name in names if name), None)
+    text = name.get("content") if isinstance(name, Mapping) else name
+    ends = list(own)
+    if values.get("eos_token_id") is None and isinstance(text, str):
+        found = ids.get(text, vocabulary.get(text) if isinstance(vocabulary, Mapping) else None)
+        ends = ends if found is None else [found]
+    if all(mark in ids for mark in AGENTIC_ENDS):
+        ends = [*ends, *(ids[mark] for mark in AGENTIC_ENDS)]
+    return tuple(dict.fromkeys(ends))
 
 
 def _shared_value(name: str, values: Mapping[str, Any], other: Any, other_name: str) -> dict[str, Any]:

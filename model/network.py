@@ -69,6 +69,28 @@ class DeepNetwork(nn.Module):
         self.inv_freq: Tensor
 
     @property
+    def active_parameters(self) -> int:
+        """How many weights one token is computed with; the embedding counts once, as it does in all of them."""
+        config, arch = self.config, self.architecture
+        unused = config.experts - max(1, arch.routes)
+        expert = 3 * config.hidden_size * config.expert_size + (config.expert_size if arch.channel_modulation else 0)
+        everything = sum(parameter.numel() for parameter in self.parameters())
+        return everything - config.num_hidden_layers * unused * expert
+
+    @property
+    def sizes(self) -> str:
+        """The network's sizes in words."""
+        config, arch = self.config, self.architecture
+        mlp = f"an MLP of width {config.expert_size}"
+        if config.use_token_routed_mlp:
+            used = f"{max(1, arch.routes)} of {config.experts} experts of width {config.expert_size}"
+            mlp = f"a shared expert of width {arch.shared_expert_size} and {used}" if arch.shared_expert_size else used
+        return (
+            f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads with "
+            f"{config.num_key_value_heads} for keys and values, {mlp}, a vocabulary of {config.vocab_size:,}"
+        )
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.dtype
 

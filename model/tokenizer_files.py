@@ -11,11 +11,11 @@ from typing import Any
 
 import tokenizers
 
+from .config import MAX_TOKENIZER_BYTES
 from .expressions import find_slow, is_panic
 from .files import CheckpointError, read_json, read_text, shown
 from .long_text import unknown_expressions
 
-MAX_BYTES = 256 << 20  # of tokenizer.json; the largest published one has 40 MB
 MAX_ID = 2**22  # as in `DeepConfig`
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 EXTRAS = ("additional_special_tokens", "extra_special_tokens")  # keys for special tokens without a role
@@ -48,7 +48,7 @@ def refuse_panics(path: Path) -> Iterator[None]:
 
 def read_library(path: Path) -> tokenizers.Tokenizer:
     """Read a `tokenizer.json`; raise `CheckpointError` if it is broken or of a kind that the family does not use."""
-    text = read_text(path, most=MAX_BYTES)
+    text = read_text(path, most=MAX_TOKENIZER_BYTES)
     if text is None:
         raise CheckpointError(f"{path.parent} has no tokenizer.json: copy it there from the checkpoint's source.")
     try:
@@ -139,9 +139,39 @@ def find_chat_templates(folder: Path) -> tuple[dict[str, str], Path]:
         return found, files[next(iter(found))]
     for name in ("tokenizer_config.json", "chat_template.json", "config.json"):
         path = folder / name
-        if (value := (read_json(path) or {}).get("chat_template")) is not None:
+        settings = read_json(path) or {}
+        if (value := settings.get("chat_template")) is not None:
             return _named_templates(path, value), path
+        if "assistant_prefix" in settings:
+            return {"default": _joined_pieces(path, settings)}, path
     return {}, folder
+
+
+PIECES = """\
+{%- if always or messages[0].role != "system" -%}{{ pieces.start }}{%- endif -%}
+{%- for m in messages -%}{%- set text = m.content | trim -%}
+{%- if m.role == "system" and not always -%}{{ pieces.system[0] + text + pieces.system[1] }}
+{%- elif m.role == "user" -%}{{ pieces.user[0] + text + pieces.user[1] }}
+{%- elif m.role == "assistant" -%}{{ pieces.assistant + text + eos_token }}{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ pieces.assistant }}{%- endif -%}"""
+
+
+def _joined_pieces(path: Path, settings: Mapping[str, Any]) -> str:
+    """Return the template whose pieces a `chat_template.json` of the TR-Hash line has.
+
+    The tokenizer's end token ends an assistant's turn: the file may spell that of another tokenizer.
+    """
+    names = ("system_prompt", "system_format", "user_format", "assistant_prefix")
+    texts = [settings.get(name, "") for name in names]
+    if not all(isinstance(text, str) for text in texts) or any("{content}" not in text for text in texts[1:3]):
+        needed = "system_format and user_format must be texts with {content}, and assistant_prefix a text"
+        raise CheckpointError(f"{path}: {needed}: fetch it again.")
+    system, user = (text.split("{content}", 1) for text in texts[1:3])
+    prompt = texts[0].strip()
+    pieces = {"start": prompt and prompt.join(system), "system": system, "user": user, "assistant": texts[3]}
+    always = settings.get("id") == "complexity-chat-v1"  # it has no place for a client's system message
+    given = f"{{%- set pieces = {json.dumps(pieces)} -%}}{{%- set always = {json.dumps(always)} -%}}"
+    return given + PIECES
 
 
 def _named_templates(path: Path, value: Any) -> dict[str, str]:

@@ -181,6 +181,7 @@ class _ServerProcess:
         logger.info(
             f"PyLLM {__version__} serves {', '.join(model.names)}: era {info.era}, {info.parameters:,} parameters, "
             f"{source} in {info.load_seconds:.1f} s, computed in {dtype} on {config.device} by {KERNELS[info.kernels]}"
+            f"; {info.active_parameters:,} parameters are active for a token: {info.sizes}"
         )
         size, length = info.kv_capacity_tokens, config.max_model_len
         fp8 = " in FP8" if config.kv_cache_dtype == "fp8" else ""

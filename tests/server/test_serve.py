@@ -105,7 +105,14 @@ def test_the_host_of_all_ipv6_addresses_takes_ipv4_too():
 )
 def test_the_log_tells_what_was_loaded(listener, harness, caplog, dtypes, source):
     harness.engine.info = msgspec.structs.replace(
-        harness.engine.info, era="0.12-0.14", parameters=7_516_544, load_seconds=2.5, file_dtypes=dtypes
+        harness.engine.info,
+        era="TR-Hash native",
+        parameters=7_516_544,
+        load_seconds=2.5,
+        file_dtypes=dtypes,
+        active_parameters=7_000_000,
+        sizes="2 layers",
     )
     listener.run()
-    assert f"era 0.12-0.14, 7,516,544 parameters, {source}, computed in float32 on cpu" in caplog.text
+    assert f"era TR-Hash native, 7,516,544 parameters, {source}, computed in float32 on cpu" in caplog.text
+    assert "; 7,000,000 parameters are active for a token: 2 layers" in caplog.text
