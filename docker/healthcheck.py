@@ -13,7 +13,8 @@ from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
 
-from pyllm.server.flags import ServerConfig, load_config
+from pyllm.server.arguments import load_config
+from pyllm.server.flags import ServerConfig
 
 SECONDS = 4.0
 

@@ -27,14 +27,14 @@ Bytes = NewType("Bytes", int)  # may also be given with a unit, such as 512MB or
 
 def setting(
     default: Any, text: str, *, low: float = -math.inf, high: float = math.inf,
-    secret: bool = False, guard: bool = False,
+    secret: bool = False, guard: bool = False, blank: bool = False,
 ) -> Any:  # fmt: skip
     """Declare a field of a settings class with its help and its inclusive bounds.
 
     A secret is hidden in the repr. A guard protects the server, so it is refused if it is set but empty, as when the
-    value of a template or of a variable is missing; every secret is one.
+    value of a template or of a variable is missing; every secret is one. `blank` texts of a list may be white space.
     """
-    metadata = {"text": text, "low": low, "high": high, "guard": guard or secret}
+    metadata = {"text": text, "low": low, "high": high, "guard": guard or secret, "blank": blank}
     return field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -51,6 +51,7 @@ class Setting:
     low: float
     high: float
     guard: bool
+    blank: bool
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -67,7 +68,9 @@ class Setting:
             raise ValueError(f"{source} is not UTF-8 text.")
         if self.kind == "list":
             items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
-            whole = isinstance(items, list) and all(isinstance(item, str) and item.strip() for item in items)
+            whole = isinstance(items, list) and all(
+                isinstance(item, str) and (item if self.blank else item.strip()) for item in items
+            )
             if not whole or (self.guard and not items):
                 raise ValueError(f"{source} must be one or more strings, none of them empty.")
             return tuple(items)
@@ -134,9 +137,19 @@ def from_values(cls: type[Settings], values: Mapping[str, Any], source: str = ""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: `; did you mean X?` for the closest known word, else a full stop."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else "."
+    """Return the end of an error message: `; did you mean X?` for the closest known word, else a full stop.
+
+    What all flags and variables begin with does not count, since it would make any two of them alike.
+    """
+    names = {_bare(name): name for name in known}
+    near = difflib.get_close_matches(_bare(word), names, n=1, cutoff=0.7)
+    if not near and len(_bare(word)) > 2:
+        near = [name for name in sorted(names, key=len) if name.startswith(_bare(word))]
+    return f"; did you mean {names[near[0]]}?" if near else "."
+
+
+def _bare(name: str) -> str:
+    return re.sub("^(--|PYLLM_)", "", name[:200]).replace("_", "-")
 
 
 def _is_text(value: Any) -> bool:

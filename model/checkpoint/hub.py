@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ..files import CheckpointError, newest_pack
+from ..files import CheckpointError, folder_of, newest_pack
 
 # What serving reads, and nothing that can run code: no pickles, no Python.
 FILES = (
@@ -24,7 +26,9 @@ FILES = (
 )
 NO_FILES = ("*/*.safetensors", "*/*.json")  # the patterns' `*` also matches folders, which hold training states
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # of one file; why pickles are refused is said later
+FILE_ENDINGS = (*WEIGHTS_ENDINGS, ".json", ".gguf")
+NEEDED = "the folder that holds config.json, *.safetensors and tokenizer.json"
 
 
 def resolve_model(
@@ -49,6 +53,8 @@ def resolve_model(
     if exists:
         if revision is not None:
             raise CheckpointError(f"{path} is on this machine, and --revision is for hub ids: leave it out.")
+        if (problem := _what_else(path)) is not None:
+            raise CheckpointError(f"{path} {problem}.")
         return path
     if not HUB_ID.fullmatch(name_or_path) or name_or_path.endswith(FILE_ENDINGS):
         raise CheckpointError(
@@ -56,6 +62,47 @@ def resolve_model(
             "pass the folder that holds config.json and model.safetensors, as in pyllm serve /path/to/folder."
         )
     return _fetch(name_or_path, revision)
+
+
+def _what_else(path: Path) -> str | None:
+    """Return what a path is, and what to do, if it is plainly no checkpoint: the end of a sentence."""
+    folder = folder_of(path)
+    in_checkpoint = os.path.lexists(folder / "config.json")
+    gguf = "in llama.cpp's format, which PyLLM does not read: pass the folder of the model that it was made from, with "
+    gguf += "config.json, *.safetensors and tokenizer.json"
+    if not path.is_dir() and path.suffix not in WEIGHTS_ENDINGS:
+        if not path.is_file():
+            return f"is a device, pipe or socket: pass {NEEDED}"
+        if path.suffix.lower() == ".gguf" or _begins_with(path, b"GGUF"):
+            return f"is a GGUF file, {gguf}"
+        return (
+            f"is one file of a checkpoint: pass its folder, {folder}"
+            if in_checkpoint
+            else f"is no model: pass {NEEDED}"
+        )
+    if in_checkpoint:
+        return None
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f"holds no config.json but {ggufs[0].name}, a GGUF file {gguf}"
+    if (folder / "adapter_config.json").exists():
+        return (
+            "holds an adapter (adapter_config.json), not a model: merge it into its model, and pass the result's folder"
+        )
+    if any(folder.glob("*.safetensors")):
+        return "has no config.json: copy it there from the checkpoint's source"
+    # As of the hub's cache, of a training run, or of a collection of models.
+    inner = [
+        found.parent for pattern in ("*", "snapshots/*") for found in sorted(folder.glob(f"{pattern}/config.json"))
+    ]
+    if models := [inside for inside in inner if any(inside.glob("*.safetensors"))]:
+        return f"is not a checkpoint, but holds {'one' if len(models) == 1 else 'several'}: pass {models[-1]}"
+    return f"is not a checkpoint, since it has no config.json: pass {NEEDED}"
+
+
+def _begins_with(path: Path, start: bytes) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(start)) == start
+    return False
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:

@@ -68,6 +68,7 @@ class TokenizerInfo(StrictModel):
     tokenizer_class: str
     chat_template: str
     model_max_length: int
+    vocab_size: int
     bos_token: str | None
     bos_token_id: int | None
     eos_token: str | None
@@ -89,7 +90,7 @@ def add_tokenizer_route(app: FastAPI, ready_model: Callable[[], ServedModel]) ->
         texts = {id_: tokenizer.token_text(id_) for id_ in sorted(tokenizer.special_ids)}
         return JsonResponse(
             {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": model.template.source}
-            | {"model_max_length": info.config.max_model_len}
+            | {"model_max_length": info.config.max_model_len, "vocab_size": info.vocab_size}
             | {f"{role}_token_id": id_ for role, id_ in ids.items()}
             | {f"{role}_token": None if id_ is None else tokenizer.token_text(id_) for role, id_ in ids.items()}
             | {"added_tokens_decoder": {str(i): {"content": text, "special": True} for i, text in texts.items()}}

@@ -22,6 +22,7 @@ from .load_client import Client, LoadError, Target, closed_loop, summarize
 
 USAGE_ERROR = 2  # with which `pyllm serve` exits if it cannot start
 LOWEST_ID = 100  # lower ids may be special tokens
+USUAL_VOCAB_SIZE = 1000  # nearly every model has at least as many
 COLUMNS = ("clients", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "ITL p50 ms", "ITL p99 ms", "failed")
 
 
@@ -36,7 +37,8 @@ def bench(config: BenchConfig) -> int:
         try:
             name = config.model if config.base_url is not None else None
             target = Target(base, name or _first_model(base, config.api_key), config.api_key)
-            results = [_measure(config, target, clients) for clients in counts]
+            vocab_size = config.vocab_size or _vocab_size(target)
+            results = [_measure(config, target, clients, vocab_size) for clients in counts]
         except LoadError as error:
             raise ConfigError(f"{base} cannot be measured. {error}") from None
     if config.json:
@@ -67,10 +69,18 @@ def _first_model(base: str, api_key: str | None) -> str:
         raise LoadError("It does not list its models: pass --model NAME.") from None
 
 
+def _vocab_size(target: Target) -> int:
+    """Ask the server how many token ids its model has; of another server than PyLLM assume few."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return int(json.loads(uvloop.run(Client(target).get("/tokenizer_info", below_v1=False)))["vocab_size"])
+    return USUAL_VOCAB_SIZE
+
+
 def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
     """Make prompts of random token ids, which no server can have cached."""
     draw = random.Random(os.urandom(8))
-    return [[draw.randrange(LOWEST_ID, vocab_size) for _ in range(length)] for _ in range(count)]
+    lowest = min(LOWEST_ID, vocab_size // 2)
+    return [[draw.randrange(lowest, vocab_size) for _ in range(length)] for _ in range(count)]
 
 
 def measure_load(
@@ -83,8 +93,8 @@ def measure_load(
     return {"clients": clients} | summarize(answers, seconds)
 
 
-def _measure(config: BenchConfig, target: Target, clients: int) -> dict[str, float]:
-    size = {"input_len": config.input_len, "vocab_size": config.vocab_size}
+def _measure(config: BenchConfig, target: Target, clients: int, vocab_size: int) -> dict[str, float]:
+    size = {"input_len": config.input_len, "vocab_size": vocab_size}
     measure_load(target, 1, requests=1, output_len=min(8, config.output_len), **size)  # warm up
     requests = config.num_requests or max(4, 2 * clients)
     return measure_load(target, clients, requests=requests, output_len=config.output_len, **size)

@@ -10,7 +10,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,10 +20,19 @@ import httptools
 Piece = tuple[float, bytes]  # when a part of an answer arrived, and its bytes
 ATTEMPTS = 3
 LIMIT_SECONDS = 1200.0
+MAX_ERROR_BYTES = 1 << 16
 
 
 class LoadError(RuntimeError):
     """The server cannot be reached or used; the message is one sentence to show the user."""
+
+
+class StatusError(Exception):
+    """The server has answered with another status than 200."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(f"status {status}")
+        self.status, self.body = status, body
 
 
 @dataclass(slots=True)
@@ -89,20 +98,53 @@ class Client:
         except OSError as error:
             return Answer(sent, error=f"{type(error).__name__}: {error}".rstrip(": "))
 
-    async def get(self, path: str) -> bytes:
-        """Fetch what is at `path` under /v1; raises `OSError`."""
-        status, pieces = await self._request("GET", path, b"")
+    async def get(self, path: str, *, below_v1: bool = True) -> bytes:
+        """Fetch what is at `path`; raises `OSError`."""
+        status, pieces = await self._request("GET", path, b"", below_v1=below_v1)
         self.close()
         if status != 200:
             raise OSError(f"status {status}")
         return b"".join(body for _, body in pieces)
 
-    async def _request(self, method: str, path: str, body: bytes) -> tuple[int, list[Piece]]:
+    async def stream(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
+        """Send a request over a connection of its own, and yield the answer as it arrives.
+
+        Raises `StatusError`, or `OSError` if it breaks off. Closing the iterator closes the connection.
+        """
+        self.close()
+        reader, writer = self._stream = await asyncio.open_connection(*self._address, ssl=self._tls)
+        self._pieces, self._complete, received = [], False, b""
+        parser = httptools.HttpResponseParser(self)
+        try:
+            writer.write(self._head("POST", path, body) + body)
+            while not self._complete and (data := await reader.read(2**16)):
+                self._now = 0.0
+                parser.feed_data(data)
+                text, self._pieces = b"".join(piece for _, piece in self._pieces), []
+                if parser.get_status_code() == 200:
+                    yield text
+                else:
+                    received += text[: MAX_ERROR_BYTES - len(received)]
+            if parser.get_status_code() != 200:
+                raise StatusError(parser.get_status_code(), received)
+            if not self._complete and parser.should_keep_alive():
+                raise ConnectionResetError("the server closed the connection")
+        except httptools.HttpParserError as error:
+            raise OSError(f"it does not speak HTTP ({error})") from None
+        finally:
+            self.close()
+
+    def _head(self, method: str, path: str, body: bytes, *, below_v1: bool = True) -> bytes:
+        base = self._path if below_v1 else self._path.removesuffix("/v1")
+        head = f"{method} {base}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
+        return head.encode()
+
+    async def _request(self, method: str, path: str, body: bytes, *, below_v1: bool = True) -> tuple[int, list[Piece]]:
         """Send a request, again if the server had just closed the connection; raises `OSError`."""
-        head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
+        request = self._head(method, path, body, below_v1=below_v1) + body
         for attempt in range(ATTEMPTS):
             try:
-                return await asyncio.wait_for(self._exchange(head.encode() + body), LIMIT_SECONDS)
+                return await asyncio.wait_for(self._exchange(request), LIMIT_SECONDS)
             except (OSError, httptools.HttpParserError) as error:
                 self.close()
                 if self._pieces or attempt == ATTEMPTS - 1 or isinstance(error, (ConnectionRefusedError, TimeoutError)):

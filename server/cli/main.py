@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -14,8 +15,10 @@ from platform import python_version
 
 from ... import __version__
 from ...engine.client.launch import EngineProcess
+from ...engine.config import nearest
 from ...engine.errors import START_FAILURES, reason_of
 from ...model.cpu.library import find_obstacle
+from ..arguments import load_config, unknown_variables
 from ..flags import (
     BenchConfig,
     ConfigError,
@@ -24,8 +27,6 @@ from ..flags import (
     RunBatchConfig,
     ServerConfig,
     TerminalConfig,
-    load_config,
-    unknown_variables,
 )
 from ..http.logs import configure_logging, dropped_notice
 from ..lifetime import Lifetime
@@ -42,10 +43,23 @@ COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
     "run-batch": (RunBatchConfig, ".run_batch:run_batch", "Answer the requests in a file, in OpenAI's batch format."),
     "bench": (BenchConfig, ".bench:bench", "Measure the speed of a server, PyLLM or another."),
 }
+COMPLETION = "Print a script that completes commands and flags in bash, zsh or fish."
+LOADING = """Load it where your shell starts:
+  bash  eval "$(pyllm completion bash)"
+  zsh   eval "$(pyllm completion zsh)"   after compinit
+  fish  pyllm completion fish | source"""
+FIRST = """PyLLM serves Complexity-Deep language models. Three things to do first:
+
+  pyllm serve         start a server with the small demo model: a chat page and an OpenAI-compatible API
+  pyllm chat          talk to the demo model here, in the terminal
+  pyllm serve MODEL   serve your own: a folder with config.json, *.safetensors and tokenizer.json, or a hub id
+
+`pyllm --help` lists all commands, `pyllm serve --help` all flags."""
 SHORT = {"run-batch": {"-i": "--input-file", "-o": "--output-file"}}  # vLLM's
 USAGE_ERROR = 2
 MIN_FILES = 64  # that a command may have open
 MAX_MESSAGE = 4000  # characters of an error
+MAX_PROMPT_BYTES = 32 << 20
 
 
 def main(arguments: Sequence[str] | None = None, lifetime: Lifetime | None = None) -> None:
@@ -55,8 +69,8 @@ def main(arguments: Sequence[str] | None = None, lifetime: Lifetime | None = Non
     if words[:1] == ["--version"]:
         print(_version())
         sys.exit(0)
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help() if words else FIRST)
         sys.exit(0 if words else USAGE_ERROR)
     sys.exit(_run(words[0], words[1:], lifetime))
 
@@ -67,20 +81,23 @@ def _version() -> str:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:<10}{description}" for name, (*_, description) in COMMANDS.items())
+    described = {name: description for name, (*_, description) in COMMANDS.items()} | {"completion": COMPLETION}
+    commands = "\n".join(f"  {name:<12}{description}" for name, description in described.items())
     end = "`pyllm COMMAND --help` lists a command's options, `pyllm --version` prints the version."
     return f"usage: pyllm COMMAND [OPTIONS]\n\n{commands}\n\n{end}"
 
 
 def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
     try:
+        if command == "completion":
+            return _complete(words)
         if command not in COMMANDS:
-            raise ConfigError(f"Unknown command {command[:200]!r}: use one of {', '.join(COMMANDS)}.")
+            raise ConfigError(_unknown(command))
         cls, entry, description = COMMANDS[command]
         words = [SHORT.get(command, {}).get(word, word) for word in words]
         config = load_config(cls, words, os.environ, program=f"pyllm {command}", description=description)
-        if isinstance(config, GenerateConfig) and not config.prompt:
-            raise ConfigError('A prompt is needed, as in: pyllm generate "Once upon a time".')
+        if isinstance(config, GenerateConfig) and config.prompt in ("", "-"):
+            config = dataclasses.replace(config, prompt=_read_prompt(is_asked_for=config.prompt == "-"))
         if 0 <= (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < MIN_FILES:
             raise ConfigError(f"The system allows only {files} open files: raise the limit (ulimit -n) to {MIN_FILES}.")
     except ConfigError as error:
@@ -102,11 +119,51 @@ def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
     return code
 
 
+def _unknown(command: str) -> str:
+    """Return what to say of a command that does not exist; flags and models belong after one."""
+    known = [*COMMANDS, "completion"]
+    text = f"Unknown command {command[:200]!r}: use one of {', '.join(known)}"
+    if command.startswith("-") or "/" in command:
+        return f"{text}, as in: pyllm serve {command[:200]}"
+    return text + nearest(command, known)
+
+
+def _complete(words: list[str]) -> int:
+    from .completion import SHELLS, script
+
+    if words[:1] and words[0] in ("-h", "--help"):
+        print(f"usage: pyllm completion {{{','.join(SHELLS)}}}\n\n{COMPLETION}\n\n{LOADING}")
+        return 0
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise ConfigError(f"Name one shell: pyllm completion {', '.join(SHELLS[:-1])} or {SHELLS[-1]}.")
+    print(script(words[0], {name: (cls, description) for name, (cls, _, description) in COMMANDS.items()}))
+    return 0
+
+
+def _read_prompt(*, is_asked_for: bool) -> str:
+    """Return standard input without its last line break; a terminal is read only if that is asked for."""
+    needed = 'A prompt is needed, as in: pyllm generate "Once upon a time", or: pyllm generate < prompt.txt'
+    if sys.stdin.isatty():
+        if not is_asked_for:
+            raise ConfigError(needed)
+        print("Type the prompt; Ctrl-D on a line of its own ends it.", file=sys.stderr)
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise ConfigError(f"The prompt on standard input has more than {MAX_PROMPT_BYTES >> 20} MiB.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The prompt on standard input is not UTF-8 text (byte {error.start}).") from None
+    if not (text := text.removesuffix("\n").removesuffix("\r")):
+        raise ConfigError(needed)
+    return text
+
+
 def _start(entry: str, config: ModelFlags, lifetime: Lifetime) -> int:
     # The engine's libraries take a second to load, so its process starts now, while this one loads its own.
     process = None
     try:
-        if not isinstance(config, BenchConfig):
+        if not isinstance(config, BenchConfig) and getattr(config, "base_url", None) is None:
             process = EngineProcess()
             lifetime.defer(process.kill)
         return _call(entry, config, process, lifetime)
@@ -126,7 +183,7 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None, lifetim
         run = getattr(import_module(module, __package__), function)
         if isinstance(config, ServerConfig):
             return int(run(config, process, lifetime))
-        return int(run(config) if process is None else run(config, process))
+        return int(run(config) if isinstance(config, BenchConfig) else run(config, process))
     except EngineDeadError as error:
         return _fail(error, 1)
     except (ConfigError, CheckpointError, ChatTemplateError, EngineStartError, RequestError) as error:

@@ -1,98 +1,182 @@
-"""`pyllm generate` and `pyllm chat`: one engine, one user, text as it is generated."""
+"""`pyllm generate` and `pyllm chat`: one model, one user, text as it is generated."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
-from itertools import count
+from collections.abc import AsyncGenerator, Iterator
+from typing import Protocol, cast
 
 from ...engine.client.launch import EngineProcess
-from ...engine.errors import EngineDeadError, RequestError
-from ...engine.messages import SamplingParams
+from ...engine.errors import RequestError
 from ..chat.conversation import Message
-from ..chat.served_model import ServedModel, load
-from ..chat.template import ChatTemplateError
-from ..flags import GenerateConfig, TerminalConfig
+from ..chat.served_model import load
+from ..flags import ConfigError, GenerateConfig, TerminalConfig
+from .load_client import LoadError
+from .models import TOO_LONG, Asked, EngineModel, Model, ServerModel, has_older
+from .talk import HELP, Commands, Talk, options_of, printable
 
-_serial = count()
+
+class Writer(Protocol):
+    """Takes the text of an answer, piece by piece."""
+
+    def write(self, text: str) -> object:
+        """Add text."""
 
 
-def generate(config: GenerateConfig, process: EngineProcess) -> int:
-    """Continue one prompt; return the exit code. Ctrl-C raises `KeyboardInterrupt`."""
-    with asyncio.Runner() as runner:
-        model = runner.run(load(config, process))
+class Screen(Protocol):
+    """Where a chat is held."""
+
+    def ask(self, runner: asyncio.Runner) -> str | None:
+        """Read the next line that is not blank; return None at the end of input."""
+
+    def answer(self) -> contextlib.AbstractContextManager[Writer]:
+        """Show an answer, for as long as the block runs."""
+
+
+class Lines:
+    """Questions from a pipe, a line each, and answers as plain text; also for a terminal that can do no more."""
+
+    def ask(self, runner: asyncio.Runner) -> str | None:
+        """Read a line."""
+        while True:
+            try:
+                print("> " if sys.stdin.isatty() else "", end="", flush=True)  # input() would write it to stderr
+                if (line := input().rstrip()) != "":
+                    return line
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                return None
+
+    @contextlib.contextmanager
+    def answer(self) -> Iterator[Writer]:
+        """End the answer's last line; a failure before its first word has none."""
+        plain = Plain()
         try:
-            text = config.prompt
-            prompt = model.template.render([Message("user", text)]) if config.chat else model.tokenizer.encode(text)
-            runner.run(_answer(model, prompt, _params(config, model, chat=config.chat), []))
-        finally:
-            runner.run(model.engine.shutdown())
-    return 0
-
-
-def chat(config: TerminalConfig, process: EngineProcess) -> int:
-    """Chat until the end of input; Ctrl-C stops an answer, whose text so far stays in the conversation."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() a line editor
-    # The runner is entered once per answer, so that Ctrl-C stops that answer and input() can block in between.
-    with asyncio.Runner() as runner:
-        model = runner.run(load(config, process))
-        params = _params(config, model, chat=True)
-        limit = model.engine.info.config.max_model_len
-        room, truncated = config.max_tokens or limit // 4, False
-        print(f"Chatting with {model.names[0]}. Ctrl-C stops an answer, Ctrl-D exits.", file=sys.stderr)
-        messages: list[Message] = []
-        try:
-            while model.engine.is_alive and (question := _ask()) is not None:
-                talk = [*messages, Message("user", question)]
-                pieces: list[str] = []
-                try:
-                    while len(prompt := model.template.render(talk)) + room > limit and len(talk) > 1:
-                        del talk[:2]
-                        if not truncated:
-                            print("The chat is too long for the model: dropping its oldest messages.", file=sys.stderr)
-                        truncated = True
-                    runner.run(_answer(model, prompt, params, pieces))
-                except KeyboardInterrupt:
-                    print()
-                except (RequestError, ChatTemplateError) as error:
-                    print(error, file=sys.stderr)
-                    continue
-                messages = [*talk, Message("assistant", "".join(pieces))]
-        finally:
-            runner.run(model.engine.shutdown())
-    return 0
-
-
-def _ask() -> str | None:
-    """Read the next message; return None at the end of input."""
-    while True:
-        try:
-            if words := input("> " if sys.stdin.isatty() else "").strip():
-                return words
+            yield plain
+        except Exception:
+            if plain.has_text:
+                print()
+            raise
         except KeyboardInterrupt:
             print()
-        except EOFError:
-            return None
+            raise
+        print()
 
 
-def _params(config: TerminalConfig, model: ServedModel, *, chat: bool) -> SamplingParams:
-    asked = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
-    values = model.defaults | {name: value for name, value in asked.items() if value is not None}
-    values |= {"max_tokens": config.max_tokens, "stop": model.template.stop_strings if chat else ()}
-    return SamplingParams(**values)
+class Plain:
+    """Prints text as it is; what would move a terminal's cursor, or worse, is replaced."""
+
+    def __init__(self) -> None:
+        self.has_text = False
+        self._is_terminal = sys.stdout.isatty()
+
+    def write(self, text: str) -> None:
+        """Print text."""
+        self.has_text |= text != ""
+        print(printable(text) if self._is_terminal else text, end="", flush=True)
 
 
-async def _answer(model: ServedModel, prompt: list[int], params: SamplingParams, pieces: list[str]) -> None:
-    """Print an answer as it arrives, and add its text to `pieces`; raises `RequestError` or `EngineDeadError`."""
-    stream = model.engine.submit(f"terminal-{next(_serial)}", prompt, params)
+def generate(config: GenerateConfig, process: EngineProcess | None) -> int:
+    """Continue one prompt; return the exit code. Ctrl-C raises `KeyboardInterrupt`."""
+    options = options_of(config)
+    asked: Asked = config.prompt
+    if config.chat or config.system:
+        system = [Message("system", config.system)] if config.system else []
+        asked = [*system, Message("user", config.prompt)]
+    with asyncio.Runner() as runner:
+        model = runner.run(_open(config, process))
+        try:
+            with Lines().answer() as writer:
+                runner.run(_write(model.answer(asked, options), writer, []))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ConfigError(_broken_off(error)) from None
+        finally:
+            runner.run(model.close())
+    return 0
+
+
+def chat(config: TerminalConfig, process: EngineProcess | None) -> int:
+    """Chat until the end of input; Ctrl-C stops an answer, whose text so far stays in the conversation."""
+    talk = Talk(options_of(config), config.system or "")
+    commands = Commands(talk, _say)
+    # The runner is entered once per step, so that Ctrl-C stops an answer, and reading a line may block.
+    with asyncio.Runner() as runner:
+        model = runner.run(_open(config, process))
+        try:
+            _say(f"Chatting with {model.name}. /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+            screen = _screen()
+            while model.is_alive and not commands.is_done and (line := screen.ask(runner)) is not None:
+                if line.startswith("/"):
+                    is_asked = commands.run(line)
+                else:
+                    talk.pending, is_asked = line.strip(), True
+                if is_asked:
+                    _answer(runner, model, talk, screen)
+        finally:
+            runner.run(model.close())
+    return 0
+
+
+def _answer(runner: asyncio.Runner, model: Model, talk: Talk, screen: Screen) -> None:
+    """Answer the talk's question, without its oldest messages if there are too many."""
+    pieces: list[str] = []
+    before = list(talk.messages)
+    while True:
+        try:
+            with contextlib.suppress(KeyboardInterrupt), screen.answer() as writer:
+                runner.run(_write(model.answer(talk.asked, talk.options), writer, pieces))
+        except BrokenPipeError:
+            raise
+        except RequestError as error:
+            if error.code == TOO_LONG and has_older(talk.asked):
+                talk.drop_oldest(_say)
+                continue
+            talk.messages = before
+            _say(str(error))
+        except OSError as error:
+            _say(_broken_off(error))
+        if pieces:
+            talk.conclude("".join(pieces))
+        return
+
+
+async def _write(answer: AsyncGenerator[str, None], writer: Writer, pieces: list[str]) -> None:
+    async with contextlib.aclosing(answer) as texts:
+        async for text in texts:
+            pieces.append(text)
+            writer.write(text)
+
+
+async def _open(config: TerminalConfig, process: EngineProcess | None) -> Model:
+    """Load the model, or find it on a running server; raises `ConfigError` or an error of `load`."""
+    if config.base_url is None:
+        return EngineModel(await load(config, cast(EngineProcess, process)))
     try:
-        async for output in stream:
-            if output.finish_reason == "error":
-                raise EngineDeadError(output.error or "The engine failed.")
-            pieces.append(output.text)
-            print(output.text, end="", flush=True)
-    finally:
-        stream.abort()
-    print()
+        return await ServerModel.connect(config.base_url, config.model, config.api_key)
+    except LoadError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        hint = ": pass its key as --api-key" if str(error) == "status 401" else ""
+        raise ConfigError(f"{config.base_url} cannot be used ({error}){hint}.") from None
+
+
+def _screen() -> Screen:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "") in ("", "dumb"):
+        return Lines()
+    from .screen import EditorScreen
+
+    return EditorScreen([f"/{name}" for name in HELP])
+
+
+def _broken_off(error: OSError) -> str:
+    return f"The server has not answered to the end ({str(error).rstrip('.') or type(error).__name__})."
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import pytest
 
 from pyllm.engine.config import settings_of
 from pyllm.engine.messages import MAX_LOGPROBS
+from pyllm.server.arguments import GROUPS, load_config, unknown_variables
 from pyllm.server.chat.served_model import model_name
 from pyllm.server.flags import (
     BenchConfig,
@@ -20,8 +21,6 @@ from pyllm.server.flags import (
     GenerateConfig,
     ServerConfig,
     TerminalConfig,
-    load_config,
-    unknown_variables,
 )
 
 
@@ -304,6 +303,32 @@ def command(*arguments):
     )
 
 
+def test_each_flag_of_the_server_is_in_one_group_of_its_help():
+    grouped = [name for names in GROUPS.values() for name in names.split()]
+    assert sorted(grouped) == sorted(settings_of(ServerConfig))
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--tensor-parallel-size", ": PyLLM computes on one device, so leave it out."),
+        ("--tensor_parallel_size=2", ": PyLLM computes on one device, so leave it out."),
+        ("--ctx-size", ": use --max-model-len."),
+        ("--trust-remote-code", ": no code of a checkpoint is ever run, so leave it out."),
+        ("--quant", "; did you mean --quantization?"),
+        ("--keyfile", "; did you mean --ssl-keyfile?"),
+        ("--MAX_MODEL_LENGTH", "."),
+        ("--lora-modules", "."),
+        ("--reasoning-parser", "."),
+        ("--x", "."),
+    ],
+)
+def test_an_unknown_flag_gets_the_right_hint_or_none(flag, says):
+    with pytest.raises(ConfigError) as refused:
+        load(ServerConfig, flag, "2")
+    assert str(refused.value) == f"Unknown flag {flag.partition('=')[0].replace('_', '-')}{says}"
+
+
 def test_help_and_version_are_quick_and_complete():
     started = time.monotonic()
     assert "chat" in command("--help").stdout
@@ -316,6 +341,10 @@ def test_help_and_version_are_quick_and_complete():
     ("arguments", "words"),
     [
         (["sevre"], "use one of serve"),
+        (["serv"], "did you mean serve?"),
+        (["gen", "Hi"], "did you mean generate?"),
+        (["org/model"], "as in: pyllm serve org/model"),
+        (["completion", "sh"], "Name one shell: pyllm completion bash, zsh or fish."),
         (["serve", "--prot", "1"], "did you mean --port?"),
         (["generate"], "prompt is needed"),
         (["serve", "/no/such/folder", "--port", "0"], "/no/such/folder"),

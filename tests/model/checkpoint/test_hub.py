@@ -122,6 +122,7 @@ def resolve_in_process(name: str, home: Path, revision: str = "", **environment:
 
 
 def test_a_path_that_exists_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
     assert resolve_model(str(tmp_path)) == tmp_path
     file = tmp_path / "model.safetensors"
     file.touch()
@@ -130,8 +131,50 @@ def test_a_path_that_exists_is_itself(tmp_path: Path) -> None:
 
 def test_a_folder_named_like_a_hub_id_is_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "deep").mkdir(parents=True)
+    (tmp_path / "org" / "deep" / "config.json").touch()
     monkeypatch.chdir(tmp_path)
     assert resolve_model("org/deep") == Path("org/deep")
+
+
+NEEDED = "pass the folder that holds config.json, *.safetensors and tokenizer.json."
+GGUF = "in llama.cpp's format, which PyLLM does not read: pass the folder of the model that it was made from, with "
+WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
+    # what is in the folder, what is passed, and what is said of it
+    "nothing": ((), ".", f"is not a checkpoint, since it has no config.json: {NEEDED}"),
+    "source code": (("model/config.py",), ".", f"is not a checkpoint, since it has no config.json: {NEEDED}"),
+    "README": (("README.md",), "README.md", f"is no model: {NEEDED}"),
+    "no config": (("model.safetensors",), ".", "has no config.json: copy it there from the checkpoint's source."),
+    "weights without config": (("x.safetensors",), "x.safetensors", "has no config.json: copy it there"),
+    "config": (("config.json",), "config.json", "is one file of a checkpoint: pass its folder, "),
+    "tokenizer": (("config.json", "tokenizer.json"), "tokenizer.json", "is one file of a checkpoint: pass"),
+    "index": (("config.json", "m.safetensors.index.json"), "m.safetensors.index.json", "is one file of a checkpoint"),
+    "GGUF": (("m-Q4_K_M.gguf",), "m-Q4_K_M.gguf", f"is a GGUF file, {GGUF}config.json, *.safetensors"),
+    "GGUF without ending": (("blobs/sha256-1",), "blobs/sha256-1", f"is a GGUF file, {GGUF}"),
+    "GGUF next to config": (("config.json", "m.GGUF"), "m.GGUF", f"is a GGUF file, {GGUF}"),
+    "GGUF folder": (("README.md", "m.gguf", "n.gguf"), ".", f"holds no config.json but m.gguf, a GGUF file {GGUF}"),
+    "adapter": (("adapter_config.json", "adapter_model.safetensors"), ".", "holds an adapter (adapter_config.json)"),
+    "training run": (("step-1/config.json", "step-1/x.safetensors", "step-2/config.json", "step-2/x.safetensors"), ".",
+                     "is not a checkpoint, but holds several: pass {}/step-2."),
+    "hub's cache": (("refs/main", "snapshots/c0ffee/config.json", "snapshots/c0ffee/model.safetensors"), ".",
+                    "is not a checkpoint, but holds one: pass {}/snapshots/c0ffee."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_checkpoint_is_named_with_what_to_pass(tmp_path: Path, kind: str) -> None:
+    files, passed, says = WRONG[kind]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"GGUF\x03" if "GGUF" in kind else b"{}")
+    with pytest.raises(CheckpointError) as refused:
+        resolve_model(str(tmp_path / passed))
+    assert str(refused.value).startswith(f"{tmp_path / passed} {says.format(tmp_path)}")
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=r"pipe is a device, pipe or socket: pass the folder that holds"):
+        resolve_model(str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "../x/y", "missing", "a/b/c", "a/model.safetensors"])
