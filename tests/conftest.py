@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import certifi
 import pytest
+
+gc.disable()  # until all is imported: the garbage collector would scan it again and again
 
 # Before they are imported:
 SUPPORT = (
@@ -35,6 +38,12 @@ LINES = ("golden", "golden-tr-hash")
 def golden_folders(line: str) -> list[Path]:
     folder = ROOT.parent / "shared" / line
     return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is loaded to the end out of all garbage collections."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
