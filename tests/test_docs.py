@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from pyllm.server.flags import BenchConfig, GenerateConfig, ServerConfig
+from pyllm import LLM, DeepForCausalLM, SamplingParams
+from pyllm.engine.config import EngineConfig
+from pyllm.server.cli.main import COMMANDS, SHORT
+from pyllm.server.flags import BenchConfig, GenerateConfig, ServerConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -19,6 +24,7 @@ PAGES = sorted(
 FLAGS = {field.name for config in (ServerConfig, GenerateConfig, BenchConfig) for field in dataclasses.fields(config)}
 OTHER_FLAGS = {"help", "shape", "version"}
 """Flags of the command line itself, and of the benchmarks."""
+MIGRATION = "docs/migration.md"
 FOLDERS = "server|engine|model|tests|docs|docker|benchmarks"
 
 
@@ -63,7 +69,37 @@ def test_files_tests_and_flags_exist(page: str) -> None:
         assert re.search(rf"^ *(?:async )?(?:def|class) {name}\b", sources, re.MULTILINE), name
     for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)", text):
         assert (ROOT / path).exists(), path
-    assert named_flags(text) <= FLAGS | OTHER_FLAGS
+    assert named_flags(right_sides(text) if page == MIGRATION else text) <= FLAGS | OTHER_FLAGS
+
+
+def right_sides(text: str) -> str:
+    """A page without the first cells of its tables, which are about other programs."""
+    return re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+
+
+def test_commands_to_write_instead_are_commands_of_ours() -> None:
+    """The words after `pyllm serve`, `generate`, `run-batch` and `bench` are flags with values that they take."""
+    text = right_sides(read(MIGRATION))
+    commands = re.findall(r"^pyllm (.*?)(?: +#.*)?$|`pyllm ([^`]+)`", text, re.MULTILINE)
+    flags = re.findall(r"`(--[^`]+)`", text)
+    assert len(commands) > 5
+    assert len(flags) > 30
+    for line in [first or second for first, second in commands] + [f"serve {flag}" for flag in flags if " " in flag]:
+        name, *words = shlex.split(line)
+        cls, _, description = COMMANDS[name]
+        load_config(
+            cls, [SHORT.get(name, {}).get(word, word) for word in words], {}, program=name, description=description
+        )
+
+
+def test_fields_of_the_library_to_write_instead_exist() -> None:
+    text = right_sides(read(MIGRATION))
+    for call, arguments in re.findall(r"(SamplingParams|generate|from_pretrained|embed|LLM)\(([^()]*)\)", text):
+        surface = {"SamplingParams": SamplingParams, "from_pretrained": DeepForCausalLM.from_pretrained, "LLM": LLM}
+        known = {*inspect.signature(surface.get(call) or getattr(LLM, call)).parameters}
+        assert set(re.findall(r"(\w+)=", arguments)) <= known | {
+            field.name for field in dataclasses.fields(EngineConfig)
+        }
 
 
 def test_the_table_of_flags_is_complete() -> None:

@@ -17,7 +17,7 @@ from support.serving import PATIENCE, ServerProcess, environment
 from pyllm.server.flags import DEMO_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/quickstart.md", "docs/api.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/api.md", "docs/migration.md"]
 ADDRESS = "http://127.0.0.1:8000"
 
 
