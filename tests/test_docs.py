@@ -12,8 +12,9 @@ import pytest
 
 from pyllm import LLM, DeepForCausalLM, SamplingParams
 from pyllm.engine.config import EngineConfig
+from pyllm.server.arguments import load_config
 from pyllm.server.cli.main import COMMANDS, SHORT
-from pyllm.server.flags import BenchConfig, GenerateConfig, ServerConfig, load_config
+from pyllm.server.flags import BenchConfig, GenerateConfig, ServerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
