@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MAX_GAPS = 16 * 2**20  # bytes of freed memory in the C library's heap that are not worth returning
+_ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # of the GNU C library's `mallopt`
+LARGE_BLOCK = 256 * 2**10  # bytes from which a block is not part of the heap, so that it is returned when it is freed
 
 
 class _Heap(ctypes.Structure):
@@ -19,7 +21,20 @@ class _Heap(ctypes.Structure):
     ))  # fmt: skip
 
 
-def return_free_memory() -> None:
+def use_one_heap() -> None:
+    """Let all threads share one heap, without large blocks; to be called before there are threads.
+
+    With a heap for each thread, what one has freed is of no use to the others, and hardly a page of it is empty. The
+    user's own settings win. With other C libraries than the GNU one, this does nothing.
+    """
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        with contextlib.suppress(AttributeError, OSError):
+            library = ctypes.CDLL(None)
+            library.mallopt(_ARENA_MAX, 1)
+            library.mallopt(_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def return_free_memory(max_gaps: int = MAX_GAPS) -> None:
     """Return the freed memory between this process's objects to the system, if it is much.
 
     The GNU C library does so by itself only at the end of its heap; with other libraries, this does nothing. Takes
@@ -28,7 +43,7 @@ def return_free_memory() -> None:
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
         library.mallinfo2.restype = _Heap
-        if library.mallinfo2().fordblks > MAX_GAPS:
+        if library.mallinfo2().fordblks > max_gaps:
             library.malloc_trim(0)
 
 

@@ -277,13 +277,16 @@ class DecodeStream:
             return ""
         began_whole = self._whole
         text = self._decoder.decode(self._pieces[id_])
-        self._whole = not self._decoder.getstate()[0]
+        begun = self._decoder.getstate()[0]
+        if begun[:1] == b"\xed" and begun[1:] >= b"\xa0":  # half of a surrogate, which UTF-8 never has
+            text, begun = text + self.finish(), b""
+        self._whole = not begun
         if began_whole and self._whole:
             self._texts[id_] = text
         return text
 
     def finish(self) -> str:
-        """Return what stands for an unfinished character at the end."""
+        """Return what stands for an unfinished character at the end, and begin anew."""
         return self._decoder.decode(b"", final=True)
 
 

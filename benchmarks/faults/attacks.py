@@ -8,7 +8,8 @@
 Every server runs with two keys and the bundled model, as root in a memory cgroup (`--limit`, 4 GiB; 1.5 GiB with
 `--together`), so that an attack that succeeds kills only its server. MB are 10^6 bytes of resident memory: before, the
 peak, and 30 s after the attack, of the API process and of the engine's; the engine's grows by the blocks of its KV
-cache that are used for the first time.
+cache that are used for the first time. `--together` also prints what the API process had at its start, before a first
+round of the attacks, and what it keeps at the end on purpose, by kind (`held_by`): each has a bound in docs/operations.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +101,11 @@ class Server:
             connection.request("GET", path, headers={"authorization": f"Bearer {key}"})
             answer = connection.getresponse()
             return answer.status, answer.read()
+
+    def held_by(self) -> dict[str, float]:
+        """MB of memory that the API process holds for clients, by kind; without what is nothing."""
+        found = re.findall(r'^pyllm:api_memory_bytes{.*kind="(\w+)".*} (\S+)$', self.get("/metrics")[1].decode(), re.M)
+        return {kind: round(float(size) / 1e6, 1) for kind, size in found if float(size)}
 
     def is_ready(self) -> bool:
         with contextlib.suppress(OSError, http.client.HTTPException):
@@ -278,6 +285,7 @@ def together(checkout: Path, limit: int, minutes: float, rest: float, names: lis
     # So few blocks that all of them have been used before anything is measured: memory is theirs from their first use.
     flags = ("--batch-dir", "{folder}", "--max-num-queued-reqs", "2000", "--num-kv-blocks", "512")
     with served(checkout, flags, limit) as server:
+        fresh = megabytes(server.process.pid)
         expected = [honest_stream(server, n) for n in range(HONEST)]
         for name in names:  # what is loaded on first use, and caches that fill up
             outcome(play(name, server, 2), 2)
@@ -303,11 +311,12 @@ def together(checkout: Path, limit: int, minutes: float, rest: float, names: lis
             during = watch.p99
             time.sleep(rest)
             api, engine = watch.now()
+            held_by = server.held_by() if server.process.poll() is None else {}
         grown = api - watch.before[0], engine - watch.before[1]
         return {
             "minutes": minutes, "limit_mb": round(limit / 1e6), "server": state(server), "honest": dict(verdicts),
-            "api_mb": [round(x) for x in (watch.before[0], watch.peaks[0], api)],
-            "engine_mb": [round(x) for x in (watch.before[1], watch.peaks[1], engine)],
+            "api_fresh_mb": round(fresh), "api_mb": [round(x) for x in (watch.before[0], watch.peaks[0], api)],
+            "held_by": held_by, "engine_mb": [round(x) for x in (watch.before[1], watch.peaks[1], engine)],
             "grown_api_mb": round(grown[0], 1), "grown_engine_percent": round(100 * grown[1] / watch.before[1], 1),
             "health_p99_s": round(during, 3), "health_max_s": round(max(watch.waits, default=0.0), 3),
             "came_of_it": {name: dict(found) for name, found in seen.items()},

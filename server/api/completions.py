@@ -85,7 +85,9 @@ async def create_completion(context: RequestContext, body: CompletionRequest, mo
         body.max_tokens = body.max_completion_tokens
     params = await _params(body, model)
     keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
-    prompts = await encode_prompts(body.prompt, model, add_bos=add_bos, keep=keep, max_tokens=params.max_tokens)
+    prompts = await encode_prompts(
+        body.prompt, model, "prompt", add_bos=add_bos, keep=keep, max_tokens=params.max_tokens
+    )
     generation = start_generation(context, body, model, prompts, params, "prompt")
     head: dict[str, Any] = {"id": f"cmpl-{context.request_id}", "object": "text_completion"}
     head |= {"created": int(time.time()), "model": body.model}

@@ -5,8 +5,8 @@ No model of this family was trained for embeddings: the vectors distinguish text
 
 from __future__ import annotations
 
-import asyncio
 import base64
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,13 +18,14 @@ from ...engine.messages import EngineRequest, SamplingParams, check_request
 from ..chat.served_model import ServedModel
 from ..chat.truncation import encode_prompts
 from ..generation.generation import MAX_SEQUENCES, Choice, Generation
-from ..http.errors import JsonResponse
+from ..http.errors import Items, JsonResponse, PiecewiseResponse
 from ..http.middleware import RequestContext
 from .types import MAX_INT, KeptTokens, Name, Priority, Salt, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048
-NUMBER_BYTES = 64  # of memory that each number takes until the response is encoded
-LARGE_ANSWER = 2**16  # a response with at least this many numbers is encoded off the event loop
+NUMBER_BYTES = 4  # of memory that each number of a vector takes until it is sent
+ARRIVING_BYTES = 48  # and while it arrives from the engine
+LARGE_ANSWER = 2**16  # a response with at least this many numbers is encoded while it is sent
 
 
 class EmbeddingRequest(StrictModel):
@@ -76,7 +77,7 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
         message = f"dimensions must be {info.hidden_size}, the model's hidden size, but got {body.dimensions}."
         raise RequestError(message, param="dimensions")
     keep, add_bos = body.truncate_prompt_tokens, bool(body.add_special_tokens)
-    prompts = await encode_prompts(body.input, model, add_bos=add_bos, keep=keep, max_tokens=0)
+    prompts = await encode_prompts(body.input, model, "input", add_bos=add_bos, keep=keep, max_tokens=0)
     params = SamplingParams(max_tokens=1)
     for prompt in prompts:  # check every input before the first is computed
         try:
@@ -84,9 +85,9 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
         except RequestError as error:
             error.param = "input"
             raise
-    context.hold("answers", len(prompts) * info.hidden_size * NUMBER_BYTES)
-    choices: list[Choice] = []
+    size, choices, vectors = info.hidden_size, list[Choice](), list[bytes]()
     batch = min(info.config.max_num_seqs, MAX_SEQUENCES)  # as many as run at once, so that none of them fills the queue
+    context.hold("answers", size * (NUMBER_BYTES * len(prompts) + ARRIVING_BYTES * min(batch, len(prompts))))
     for start in range(0, len(prompts), batch):
         inputs = prompts[start : start + batch]
         generation = Generation(
@@ -98,21 +99,25 @@ async def create_embedding(context: RequestContext, body: EmbeddingRequest, mode
         finally:  # the log counts all inputs so far, even if this one fails
             choices += generation.choices
             generation.choices = choices
-    vectors = [choice.embedding or [] for choice in choices]
+        for choice in choices[start:]:
+            vectors.append(_normalised(choice.embedding or []))
+            choice.embedding = []
     count = sum(map(len, prompts))
     usage = {"prompt_tokens": count, "total_tokens": count}
-
-    def answer() -> Response:
-        data = _data(vectors, body.encoding_format == "base64")
-        return JsonResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
-
-    return answer() if len(vectors) * info.hidden_size < LARGE_ANSWER else await asyncio.to_thread(answer)
+    data = Items(_data(vectors, body.encoding_format == "base64"))
+    answer = {"object": "list", "data": data, "model": body.model, "usage": usage}
+    return PiecewiseResponse(answer) if len(vectors) * size >= LARGE_ANSWER else JsonResponse(answer)
 
 
-def _data(vectors: list[list[float]], as_base64: bool) -> list[dict[str, Any]]:
-    """Normalise the vectors and number them."""
-    matrix = np.array(vectors, dtype=np.float64)
-    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
-    units = (matrix / np.maximum(lengths, np.finfo(np.float64).tiny)).astype("<f4")
-    shown = [base64.b64encode(unit.tobytes()).decode() for unit in units] if as_base64 else units.tolist()
-    return [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(shown)]
+def _normalised(vector: list[float]) -> bytes:
+    """Return the vector of length 1 in little-endian 32-bit floats."""
+    exact = np.array(vector, dtype=np.float64)
+    unit = exact / np.maximum(np.sqrt(np.sum(exact * exact)), np.finfo(np.float64).tiny)
+    return bytes(unit.astype("<f4"))
+
+
+def _data(vectors: list[bytes], as_base64: bool) -> Iterator[dict[str, Any]]:
+    """Yield the objects of the answer."""
+    for index, vector in enumerate(vectors):
+        shown = base64.b64encode(vector).decode() if as_base64 else np.frombuffer(vector, "<f4").tolist()
+        yield {"object": "embedding", "index": index, "embedding": shown}

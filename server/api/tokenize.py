@@ -139,7 +139,7 @@ async def _prompt_ids(body: TokenizeRequest, prompt: str, model: ServedModel) ->
         ids = model.tokenizer.encode_prompt(prompt)
         if len(ids) == 1:  # a client looks up the id of this special token
             return ids
-    return await model.encode(prompt, add_bos=add_bos, any_length=True)
+    return await model.encode(prompt, "prompt", add_bos=add_bos, any_length=True)
 
 
 async def _chat_ids(context: RequestContext, body: TokenizeRequest, model: ServedModel) -> TokenIds:

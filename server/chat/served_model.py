@@ -65,13 +65,16 @@ class ServedModel:
         message = f"The model {shorten(name)!r} does not exist; this server has {self.names[0]!r}."
         return ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, *, add_bos: bool, any_length: bool = False) -> TokenIds:
-        """Tokenise plain text; raises `RequestError` if it cannot fit the context, unless `any_length`."""
+    async def encode(self, text: str, field: str, *, add_bos: bool, any_length: bool = False) -> TokenIds:
+        """Tokenise the plain text of a request's `field`.
+
+        Raises `RequestError` if it cannot be tokenised or, unless `any_length`, cannot fit the context.
+        """
         context = self.engine.info.config.max_model_len
         if not any_length and len(text) // self.longest_token > context:
-            raise too_long(len(text) // self.longest_token, context, "prompt")
+            raise too_long(len(text) // self.longest_token, context, field)
         pieces = self.tokenizer.encode_pieces(text, add_bos=add_bos)
-        work = partial(collect_ids, pieces, self.tokenizer, context, None if any_length else "prompt")
+        work = partial(collect_ids, pieces, self.tokenizer, context, field, any_length=any_length)
         return work() if len(text) < LARGE_TEXT and not is_large.get() else await off_loop(work)
 
 

@@ -238,16 +238,22 @@ class ChatTemplate:
         return () if not stop or self._tokenizer.spells_special(between) else (stop,)
 
 
-def collect_ids(pieces: Iterator[list[int]], tokenizer: Tokenizer, context: int, param: str | None) -> TokenIds:
-    """Return the ids of all pieces; raises `RequestError` as soon as those of `param` are far too many."""
+def collect_ids(
+    pieces: Iterator[list[int]], tokenizer: Tokenizer, context: int, field: str, *, any_length: bool
+) -> TokenIds:
+    """Return the ids of all pieces.
+
+    Raises `RequestError`, which names the request's `field`, if a piece cannot be tokenised, or as soon as they are far
+    too many, unless `any_length`.
+    """
     ids = array("I")
     try:
         for piece in pieces:
             ids.extend(piece)
-            if param is not None and len(ids) > context + SLACK:
-                raise too_long(len(ids), context, param)
+            if not any_length and len(ids) > context + SLACK:
+                raise too_long(len(ids), context, field)
     except IndivisibleTextError as error:
-        raise RequestError(str(error), param=param) from None
+        raise RequestError(str(error), param=field) from None
     return ids if len(ids) > context + SLACK else tokenizer.shared(ids)
 
 

@@ -81,13 +81,17 @@ def _since(messages: Messages, start: int) -> Messages:
 
 
 async def encode_prompts(
-    given: Prompts, model: ServedModel, *, add_bos: bool, keep: int | None, max_tokens: int | None
+    given: Prompts, model: ServedModel, field: str, *, add_bos: bool, keep: int | None, max_tokens: int | None
 ) -> list[list[int]]:
-    """Return the token ids of one or more prompts, cut as `truncate_prompt` does; raises `RequestError`."""
+    """Return the token ids of one or more prompts, cut as `truncate_prompt` does.
+
+    Raises `RequestError`, which names the request's `field`.
+    """
     prompts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    any_length = keep is not None
     encoded = [
-        await model.encode(prompt, add_bos=add_bos, any_length=keep is not None) if isinstance(prompt, str) else prompt
+        await model.encode(prompt, field, add_bos=add_bos, any_length=any_length) if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
     context = model.engine.info.config.max_model_len
-    return [require_list(truncate_prompt(prompt, keep, model, max_tokens), context, "prompt") for prompt in encoded]
+    return [require_list(truncate_prompt(prompt, keep, model, max_tokens), context, field) for prompt in encoded]

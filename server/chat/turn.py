@@ -195,7 +195,7 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
     template = _template(model, tools)
     await off_loop_if_large(_check_template_options, conversation, template)
     context = model.engine.info.config.max_model_len
-    limited = conversation.messages_field if conversation.keep_tokens is None else None
+    field, any_length = conversation.messages_field, conversation.keep_tokens is not None
     options: dict[str, Any] = {
         "tools": tools.tools if tools else None,
         "add_generation_prompt": conversation.add_generation_prompt,
@@ -206,10 +206,11 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
     async def render(messages: Sequence[Message]) -> TokenIds:
         messages = await off_loop_if_large(_tools_as_text, messages, model, tools)
         characters = sum(len(message.text or "") for message in messages)
-        if conversation.keep_tokens is None and characters // model.longest_token > context:
-            raise too_long(characters // model.longest_token, context, conversation.messages_field)
+        if not any_length and characters // model.longest_token > context:
+            raise too_long(characters // model.longest_token, context, field)
         is_long = len(messages) >= LARGE_CHAT or len(encode_json([messages, options])) >= LARGE_TEXT
-        work = partial(collect_ids, template.render_pieces(messages, **options), model.tokenizer, context, limited)
+        pieces = template.render_pieces(messages, **options)
+        work = partial(collect_ids, pieces, model.tokenizer, context, field, any_length=any_length)
         return await off_loop(work) if is_large.get() or is_long else work()
 
     try:
@@ -218,7 +219,7 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
         room = prompt_room(context, conversation.max_tokens)
         return await render_newest(conversation.messages, conversation.keep_messages, room, render)
     except ChatTemplateError as error:
-        error.param = conversation.messages_field
+        error.param = field
         raise
 
 

@@ -105,6 +105,9 @@ def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
     formatter = configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
     try:
         if isinstance(config, ServerConfig):
+            from ...engine.host_memory import use_one_heap
+
+            use_one_heap()
             lifetime.take_output(functools.partial(dropped_notice, formatter))
         else:
             lifetime.hand_back()

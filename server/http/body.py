@@ -24,8 +24,10 @@ from .shapes import ANYTHING, Shape, shape_of
 from .tolerance import Tolerance, unknown_field
 
 LARGE_BODY_BYTES = 64 * 2**10
-MIN_CHARGED_BYTES = 8 * 2**10  # smaller bodies do not count against the memory budget
-MAX_CONTAINERS = 2**18  # objects and arrays in a body: each takes about 70 bytes of memory but only 2 on the wire
+MAX_CONTAINERS = 2**18  # objects and arrays in a body
+PARSED_BYTES = {b"{": 320, b"[": 72, b":": 64, b",": 40}
+"""At most so much memory is taken by an object, an array, a name and a value."""
+REQUEST_BYTES = 8 * 2**10  # of memory that a request takes in addition to what its body holds
 MAX_EXACT = 2**53  # up to here, every integer is exactly representable as a float
 MAX_WHOLE = 2**64  # a larger whole number with a point stays a float
 MAX_MESSAGE = 600
@@ -57,9 +59,9 @@ async def off_loop_if_large(
 
 
 async def read_body(request: Request, model: type[Body], tolerance: Tolerance) -> Body:
-    """Read and check the body; raise `ApiError` (400, 408, 413, 415) or `EngineBusyError`.
+    """Read and check the body; raise `ApiError` (400, 408, 413, 415, 503) or `EngineBusyError`.
 
-    For a large body, the context then holds memory, which the caller releases.
+    The context then holds the memory of what is parsed and, for a large body, more, which the caller releases.
     """
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", kind):
@@ -71,6 +73,7 @@ async def read_body(request: Request, model: type[Body], tolerance: Tolerance) -
     length = request.headers.get("content-length", "")
     data = await _read_bytes(request, int(length[:20]) if length.isdecimal() else MAX_BODY_BYTES)
     is_large.set(len(data) >= LARGE_BODY_BYTES)
+    RequestContext.of(request.scope).hold("requests", await off_loop_if_large(parsed_bytes, data))
     return await off_loop_if_large(parse_body, data, model, tolerance)
 
 
@@ -90,9 +93,14 @@ async def _read_bytes(request: Request, size: int) -> bytes:
             await context.reserve(max(size, len(data)))
         if context.body_hold is not None and context.body_hold.is_overdue:
             raise ApiError(408, "The request body is arriving too slowly.", code="request_timeout")
-    if len(data) >= MIN_CHARGED_BYTES:
-        context.hold("requests", 2 * len(data))
     return bytes(data)
+
+
+def parsed_bytes(data: bytes) -> int:
+    """Return how many bytes of memory a request with this body takes at most once it is parsed."""
+    # One other character can make all of a text four times as wide, and then its UTF-8 is kept too.
+    width = 2 if data.isascii() and b"\\u" not in data else 5
+    return REQUEST_BYTES + width * len(data) + sum(size * data.count(mark) for mark, size in PARSED_BYTES.items())
 
 
 def _number(text: str) -> float:

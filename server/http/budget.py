@@ -106,7 +106,7 @@ class MemoryBudget:
 
     def free_up(self, size: int, owner: str = "") -> None:
         """Let others give way until `size` bytes fit; raise if they cannot."""
-        if owner and self.by_owner[owner] + size > self._owner_limit:
+        if owner and self.by_owner[owner] + size > self._owner_limit < self.limit:
             self.num_refused += 1
             message = f"The requests of this API key hold too much memory: at most {self._owner_limit} bytes at a time."
             raise EngineBusyError(message, retry_after=5)

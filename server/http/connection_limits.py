@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 from collections import Counter
@@ -28,9 +29,7 @@ MIN_IDLE_SECONDS = 0.5
 """A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
 CONNECTION_BYTES = 8 * 2**10  # of memory that an open connection takes without a request
-TRIM_BYTES = (
-    16 * 2**20
-)  # of released memory, much of it kept by the C library, after which it is returned to the system
+TRIM_BYTES = 16 * 2**20  # of released memory, much of it kept by the allocators, after which it is returned
 SPARE_FILES = 128  # open files of this process that are not connections
 
 
@@ -130,7 +129,7 @@ class ConnectionMonitor:
         self.sweep(connections, loop.time())
         if self.budget.released >= TRIM_BYTES:
             self.budget.released = 0
-            loop.run_in_executor(None, return_free_memory)
+            loop.run_in_executor(None, _return_memory)
 
     def sweep(self, connections: Collection[Connection], now: float) -> None:
         """Close the connections whose clients are too slow, and log how many were closed since the last sweep."""
@@ -169,3 +168,8 @@ class ConnectionMonitor:
                 return True
             self.idle[connection] = now
         return False
+
+
+def _return_memory() -> None:
+    gc.collect()  # objects that refer to each other may be few, and still keep much
+    return_free_memory(0)

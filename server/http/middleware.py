@@ -265,8 +265,9 @@ class RequestMiddleware:
         except Exception as failure:
             if context.status not in (0, CLIENT_GONE):
                 raise
-            error = to_api_error(failure, context.request_id)
-            await error_response(error, context)(scope, context.receive, context.respond)
+            # In a local variable, the error would keep itself, and through its traceback all of the body.
+            response = error_response(to_api_error(failure, context.request_id), context)
+            await response(scope, context.receive, context.respond)
         finally:
             context.release()
             context.leave_account()

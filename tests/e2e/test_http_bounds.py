@@ -9,12 +9,16 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 from support.hostile import parse_replies
-from support.serving import PATIENCE, ServerProcess, posted
+from support.serving import PATIENCE, ServerProcess, posted, wait_for
+
+from pyllm.model.tokenizer import Tokenizer
+from pyllm.server.flags import DEMO_FOLDER
 
 KIB, MIB = 2**10, 2**20
 GET = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
@@ -31,9 +35,20 @@ def memory(server: ServerProcess) -> int:
     return int(re.search(r"VmRSS:\s+(\d+) kB", text)[1]) * KIB  # type: ignore[index]
 
 
-def connect(server: ServerProcess) -> socket.socket:
-    url = httpx.URL(server.url)
-    return socket.create_connection((url.host, url.port), PATIENCE)
+def connect(server: ServerProcess, receive_bytes: int | None = None) -> socket.socket:
+    connection, url = socket.socket(), httpx.URL(server.url)
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.settimeout(PATIENCE)
+    connection.connect((url.host, url.port))
+    return connection
+
+
+def read(connection: socket.socket) -> bytes:
+    """What comes next; b"" at the end, however the server ends it."""
+    with contextlib.suppress(ConnectionResetError):
+        return connection.recv(MIB)
+    return b""
 
 
 def ask(server: ServerProcess, data: bytes) -> list[tuple[int, str]]:
@@ -154,6 +169,38 @@ def test_newest_half_open_connections_give_way(keyed: ServerProcess) -> None:
         answered = select.select(connections, [], [], 0)[0]
         assert set(answered).isdisjoint(connections[:400])
         assert b" 503 " in answered[0].recv(1000)
+
+
+def test_slowest_reader_gives_way(keyed: ServerProcess) -> None:
+    """Two answers take 17 MB of 24 until they are read, and a third request needs 11: one is cut, two are whole."""
+    tokenizer, count = Tokenizer.from_folder(DEMO_FOLDER), 140_000
+    longest = max(range(tokenizer.vocab_size), key=lambda id_: len(tokenizer.token_bytes(id_)))
+    body = json.dumps({"tokens": [longest] * count}).encode()
+    head = b"POST /detokenize HTTP/1.1\r\nhost: x\r\nx-api-key: secret\r\nconnection: close\r\n"
+    head += b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(connect(keyed, receive_bytes=4096)) for _ in range(2)]
+        for reader in readers:
+            reader.sendall(head + body)
+        slow, slowest = readers
+        taken = slowest.recv(100) and 0
+
+        def third_is_answered() -> bool:
+            nonlocal taken
+            taken += len(slow.recv(20_000))
+            answer = httpx.post(
+                f"{keyed.url}/detokenize", content=body, timeout=PATIENCE,
+                headers={"x-api-key": "secret", "content-type": "application/json"},
+            )  # fmt: skip
+            assert answer.status_code == 200 or answer.json()["error"]["code"] == "memory_full"
+            return answer.status_code == 200
+
+        wait_for(third_is_answered, "the slowest reader to give way")
+        whole, cut = (b"".join(iter(partial(read, reader), b"")) for reader in readers)
+    assert whole.endswith(b"0\r\n\r\n")
+    assert taken + len(whole) > count * len(tokenizer.token_bytes(longest)) > len(cut)
+    assert not cut.endswith(b"0\r\n\r\n")
+    wait_for(lambda: "its client was the slowest reader" in keyed.log, "the line in the log")
 
 
 @needs_proc

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
@@ -148,6 +148,8 @@ def test_ids_outside_the_vocabulary_decode_to_nothing() -> None:
 
 
 @given(st.lists(st.integers(0, 320)), st.booleans())
+@example([173, 258], True)  # the first two bytes of a surrogate
+@example([173, 258, 33], False)
 def test_stream_of_any_ids_equals_the_whole_decoding(ids: list[int], skip: bool) -> None:
     """Random ids are mostly broken UTF-8; the stream must neither raise nor stall nor differ."""
     stream = WRAPPED.decode_stream(skip)
@@ -155,6 +157,7 @@ def test_stream_of_any_ids_equals_the_whole_decoding(ids: list[int], skip: bool)
     whole = WRAPPED.decode(ids, skip)
     assert whole.startswith(streamed)
     assert whole.removeprefix(streamed) in ("", "\ufffd")
+    assert whole == streamed + stream.finish()
 
 
 LIBRARY = byte_level(SPECIAL)

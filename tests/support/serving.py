@@ -33,9 +33,9 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """The first true value of `condition`; `AssertionError` naming `what` if it never comes."""
-    deadline = time.monotonic() + PATIENCE
+def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = PATIENCE) -> Any:
+    """The first true value of `condition`; `AssertionError` naming `what` if it does not come in time."""
+    deadline = time.monotonic() + seconds
     pause = 0.01
     while not (value := condition()):
         assert time.monotonic() < deadline, f"timed out waiting for {what}"

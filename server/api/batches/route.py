@@ -64,7 +64,7 @@ def _add_upload_route(app: FastAPI, store: Callable[[], BatchStore]) -> None:
         with files.receiving(size, owner) as path:
             received = await receive_upload(request, path)
             keep = _check_upload(received)
-            record = files.add_file(path, owner, received.filename, keep)
+            record = await files.add_file(path, owner, received.filename, keep)
         return JsonResponse(record.show())
 
 
@@ -86,7 +86,7 @@ def _add_file_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
     async def delete_file(file_id: str, request: Request) -> Response:
         """Delete a file."""
         files = store()
-        files.delete_file(files.find_file(file_id, _owner(request)))
+        await files.delete_file(files.find_file(file_id, _owner(request)))
         return JsonResponse({"id": file_id, "object": "file", "deleted": True})
 
     @app.get("/v1/files/{file_id}/content", response_class=FileResponse)
@@ -119,7 +119,7 @@ def _add_batch_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
             created_at=now, expires_at=now + WINDOW, metadata=body.metadata,
             keep_seconds=KEEP if expires is None else expires.seconds,
         )  # fmt: skip
-        files.add_batch(batch)
+        await files.add_batch(batch)
         return JsonResponse(batch.show())
 
     @app.get("/v1/batches", response_model=BatchList, openapi_extra=_page_schema(MAX_LISTED_BATCHES))
@@ -144,7 +144,7 @@ def _add_batch_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
             raise ApiError(409, message, param="batch_id", code="batch_has_ended")
         if batch.status in ("validating", "in_progress"):
             batch.enter("cancelling")
-            files.save(batch)
+            await files.save(batch)
         return JsonResponse(batch.show())
 
 

@@ -6,12 +6,13 @@
     batches/ID.output, .errors rows of an unfinished batch, as they come; files once it has ended
     *.tmp                      being written
 
-A record is replaced as a whole. Rows are appended: the last one may be torn by a crash, and is then cut off. All ids of
-a kind sort by the time at which they were made.
+A record is replaced as a whole, in a thread that does one thing after the other. Rows are appended: the last one may be
+torn by a crash, and is then cut off. All ids of a kind sort by the time at which they were made.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import logging
@@ -19,7 +20,8 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +33,7 @@ from ...http.errors import ApiError, encode_json, shorten
 logger = logging.getLogger("pyllm.server")
 
 MAX_FILE_BYTES = 200 * 10**6
-MAX_FILES = 1000
-MAX_BATCHES = 1000
+MAX_FILES = MAX_BATCHES = 1000
 MAX_UPLOADS = 4  # at a time
 MAX_LINES = 50_000
 WINDOW = 86400  # seconds in which a batch must end
@@ -133,6 +134,8 @@ class BatchStore:
         self.batches: dict[str, BatchRecord] = {}
         self.owned: Counter[str] = Counter()  # bytes of each owner's files and rows, and of the uploads that arrive
         self.uploads: list[str] = []  # the owners of those that arrive
+        self.accepting: set[str] = set()  # batches that are not on the disk yet, so not accepted
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="write-batches")
         try:
             for part in (folder, folder / "files", folder / "batches"):
                 part.mkdir(mode=0o700, parents=part == folder, exist_ok=True)
@@ -224,22 +227,21 @@ class BatchStore:
             self.grow(owner, -size)
             path.unlink(missing_ok=True)
 
-    def add_file(self, path: Path, owner: str, filename: str, keep_seconds: int) -> FileRecord:
+    async def add_file(self, path: Path, owner: str, filename: str, keep_seconds: int) -> FileRecord:
         """Take over the uploaded content at `path`."""
-        record = self._keep(path, new_id("file-"), owner, filename, "batch", keep_seconds)
+        record = await self._keep(path, new_id("file-"), owner, filename, "batch", keep_seconds)
         self.grow(owner, record.bytes)
         return record
 
-    def _keep(self, path: Path, file_id: str, owner: str, filename: str, purpose: str, keep_seconds: int) -> FileRecord:
-        if path.exists():  # else it is already there
-            sync(path)
-            path.replace(self.content(file_id))
-        now = int(time.time())
+    async def _keep(
+        self, path: Path, file_id: str, owner: str, filename: str, purpose: str, keep_seconds: int
+    ) -> FileRecord:
+        size, now = await self._in_order(_move, path, self.content(file_id)), int(time.time())
         record = FileRecord(
-            id=file_id, owner=owner, bytes=self.content(file_id).stat().st_size, created_at=now,
-            expires_at=now + keep_seconds, filename=filename, purpose=purpose,
+            id=file_id, owner=owner, bytes=size, created_at=now, expires_at=now + keep_seconds, filename=filename,
+            purpose=purpose,
         )  # fmt: skip
-        self._write(self.content(f"{file_id}.json"), encode_json(record))
+        await self._write(self.content(f"{file_id}.json"), record)
         self.files[file_id] = record
         return record
 
@@ -250,30 +252,36 @@ class BatchStore:
             raise ApiError(404, f"There is no file {shorten(file_id)!r}.", param=param, code="file_not_found")
         return record
 
-    def delete_file(self, record: FileRecord) -> None:
+    async def delete_file(self, record: FileRecord) -> None:
         """Delete a file; raise `ApiError` 400 while a batch reads it."""
-        for batch in self.batches.values():
-            if batch.input_file_id == record.id and batch.status in UNFINISHED:
-                message = f"The file is in use by {batch.id}, which has not ended: cancel it first."
-                raise ApiError(400, message, param="file_id", code="file_in_use")
+        if (batch := self._reader_of(record)) is not None:
+            message = f"The file is in use by {batch.id}, which has not ended: cancel it first."
+            raise ApiError(400, message, param="file_id", code="file_in_use")
         del self.files[record.id]
-        self._remove(self.content(f"{record.id}.json"))
-        self._remove(self.content(record.id))
+        await self._remove(self.content(f"{record.id}.json"))
+        await self._remove(self.content(record.id))
         self.owned[record.owner] -= record.bytes
 
-    def add_batch(self, batch: BatchRecord) -> None:
+    async def add_batch(self, batch: BatchRecord) -> None:
         """Store a new batch; raise `ApiError` 429 if too many are unfinished."""
         unfinished = [one.owner for one in self.batches.values() if one.status in UNFINISHED]
         if not self._may_add(batch.owner, unfinished, MAX_BATCHES):
             message = f"{len(unfinished)} batches are unfinished; this server keeps at most {MAX_BATCHES}"
             message += ", and of one API key as many as are left for the others" if self.shared else ""
             raise ApiError(429, f"{message}: retry later.", code="too_many_batches", headers={"retry-after": "60"})
-        if len(self.batches) >= MAX_BATCHES:
-            ended = [one for one in self.batches.values() if one.status not in UNFINISHED]
-            counts = Counter(one.owner for one in ended)
-            self._forget(max(ended, key=lambda one: counts[one.owner]))  # the oldest of the owner with the most
-        self.save(batch)
+        ended = [one for one in self.batches.values() if one.status not in UNFINISHED]
         self.batches[batch.id] = batch
+        self.accepting.add(batch.id)
+        try:
+            if len(self.batches) > MAX_BATCHES:
+                counts = Counter(one.owner for one in ended)
+                await self._forget(max(ended, key=lambda one: counts[one.owner]))  # the oldest of the one with the most
+            await self.save(batch)
+        except OSError:
+            del self.batches[batch.id]
+            raise
+        finally:
+            self.accepting.remove(batch.id)
 
     def find_batch(self, batch_id: str, owner: str) -> BatchRecord:
         """Return an owner's batch; raise `ApiError` 404."""
@@ -282,11 +290,11 @@ class BatchStore:
             raise ApiError(404, f"There is no batch {shorten(batch_id)!r}.", param="batch_id", code="batch_not_found")
         return batch
 
-    def save(self, batch: BatchRecord) -> None:
-        """Write a batch's record."""
-        self._write(self._folder / "batches" / f"{batch.id}.json", encode_json(batch))
+    async def save(self, batch: BatchRecord) -> None:
+        """Write a batch's record, as it is now."""
+        await self._write(self._folder / "batches" / f"{batch.id}.json", batch)
 
-    def finalize(self, batch: BatchRecord) -> None:
+    async def finalize(self, batch: BatchRecord) -> None:
         """Make files of a batch's rows, and end it; may be repeated after a crash at any point."""
         ids = {"output": batch.output_file_id, "errors": batch.error_file_id}
         for kind, file_id in ids.items():
@@ -299,42 +307,68 @@ class BatchStore:
         batch.output_file_id, batch.error_file_id = ids["output"], ids["errors"]
         if batch.status != "finalizing":
             batch.enter("finalizing")
-        self.save(batch)
+        await self.save(batch)
         for kind, file_id in ids.items():
             if file_id is not None and file_id not in self.files:
                 name = f"{batch.id}_{kind.removesuffix('s')}.jsonl"
-                self._keep(self.rows(batch, kind), file_id, batch.owner, name, "batch_output", batch.keep_seconds)
+                await self._keep(self.rows(batch, kind), file_id, batch.owner, name, "batch_output", batch.keep_seconds)
         batch.enter(batch.ends_as)
-        self.save(batch)
+        await self.save(batch)
 
-    def purge(self) -> None:
+    async def purge(self) -> None:
         """Delete the files and the batches whose time has come."""
         now = time.time()
-        in_use = {batch.input_file_id for batch in self.batches.values() if batch.status in UNFINISHED}
-        for record in [r for r in self.files.values() if r.expires_at < now and r.id not in in_use]:
-            self.delete_file(record)
-        for batch in [b for b in self.batches.values() if b.created_at + KEEP < now and b.status not in UNFINISHED]:
-            self._forget(batch)
+        for record in [record for record in self.files.values() if record.expires_at < now]:
+            if record.id in self.files and self._reader_of(record) is None:
+                await self.delete_file(record)
+        for batch in [batch for batch in self.batches.values() if batch.created_at + KEEP < now]:
+            if batch.id in self.batches and batch.status not in UNFINISHED:
+                await self._forget(batch)
 
-    def _forget(self, batch: BatchRecord) -> None:
+    def _reader_of(self, record: FileRecord) -> BatchRecord | None:
+        """Return an unfinished batch that reads a file."""
+        return next((b for b in self.batches.values() if b.input_file_id == record.id and b.status in UNFINISHED), None)
+
+    async def _forget(self, batch: BatchRecord) -> None:
         del self.batches[batch.id]
-        self._remove(self._folder / "batches" / f"{batch.id}.json")
+        await self._remove(self._folder / "batches" / f"{batch.id}.json")
 
-    def _remove(self, path: Path) -> None:
-        size = path.stat().st_size if path.exists() else 0
-        path.unlink(missing_ok=True)
-        self.used -= size
+    async def _remove(self, path: Path) -> None:
+        self.used -= await self._in_order(_delete, path)
 
-    def _write(self, path: Path, data: bytes) -> None:
-        """Replace a file's content as a whole, also through a crash of the machine."""
-        temporary = path.with_suffix(".tmp")
-        before = path.stat().st_size if path.exists() else 0
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        self.used += len(data) - before
+    async def _write(self, path: Path, record: FileRecord | BatchRecord) -> None:
+        self.used += await self._in_order(_replace, path, encode_json(record))
+
+    async def _in_order(self, work: Callable[..., int], *args: Any) -> int:
+        """Work on the disk, which may take long, after all that was to be done there before."""
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
+
+
+def _move(path: Path, target: Path) -> int:
+    """Sync a file and give it another name, unless that is done already; return its bytes."""
+    if path.exists():
+        sync(path)
+        path.replace(target)
+    return target.stat().st_size
+
+
+def _delete(path: Path) -> int:
+    """Delete a file, and return how many bytes it had."""
+    size = path.stat().st_size if path.exists() else 0
+    path.unlink(missing_ok=True)
+    return size
+
+
+def _replace(path: Path, data: bytes) -> int:
+    """Replace a file's content as a whole, also through a crash of the machine; return by how much it has grown."""
+    temporary = path.with_suffix(".tmp")
+    before = path.stat().st_size if path.exists() else 0
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return len(data) - before
 
 
 def _read(path: Path, kind: type[Any]) -> Any:

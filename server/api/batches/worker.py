@@ -88,7 +88,7 @@ class BatchWorker:
         purged = 0.0
         while True:
             if time.monotonic() - purged >= PURGE_SECONDS:
-                self._store.purge()
+                await self._store.purge()
                 purged = time.monotonic()
             if (batch := self._next_batch()) is None:
                 await asyncio.sleep(POLL_SECONDS)
@@ -97,14 +97,15 @@ class BatchWorker:
             try:
                 await self._process(batch)
             except (OSError, DiskFull) as error:
-                self._fail(batch, "storage_full", f"The batch's results could not be written: {error}.")
+                await self._fail(batch, "storage_full", f"The batch's results could not be written: {error}.")
             except Exception:
                 logger.exception("Batch %s failed because of an internal error.", batch.id)
-                self._fail(batch, "internal_error", "The server failed to run this batch.")
+                await self._fail(batch, "internal_error", "The server failed to run this batch.")
 
     def _next_batch(self) -> BatchRecord | None:
         """Return the oldest unfinished batch of the owner whose last turn is the longest ago."""
-        unfinished = (batch for batch in self._store.batches.values() if batch.status in UNFINISHED)
+        waiting = (batch for batch in self._store.batches.values() if batch.id not in self._store.accepting)
+        unfinished = (batch for batch in waiting if batch.status in UNFINISHED)
         return min(unfinished, key=lambda batch: self._turns.get(batch.owner, 0), default=None)
 
     def _is_turn_over(self, run: _Run) -> bool:
@@ -119,41 +120,43 @@ class BatchWorker:
             if errors:
                 batch.errors = errors
                 batch.enter("failed")
-                self._store.save(batch)
+                await self._store.save(batch)
                 logger.info("Batch %s failed: its file has lines that are no requests", batch.id)
                 return
             if batch.status == "validating":  # not cancelled meanwhile
                 batch.enter("in_progress")
-                self._store.save(batch)
+                await self._store.save(batch)
                 logger.info("Batch %s runs: %d lines for %s", batch.id, batch.total, batch.endpoint)
         if batch.status != "finalizing":
             if batch.crashes >= MAX_CRASHES:
-                self._fail(batch, "server_died", f"The server died {batch.crashes} times while it ran this batch.")
+                await self._fail(
+                    batch, "server_died", f"The server died {batch.crashes} times while it ran this batch."
+                )
                 return
             batch.crashes += 1
-            self._store.save(batch)
+            await self._store.save(batch)
             try:
                 is_done = await self._run_lines(batch)
             finally:
                 if self._is_alive():
                     batch.crashes -= 1
-                    self._store.save(batch)
+                    await self._store.save(batch)
             if not is_done:
                 return
         for kind in ROWS:  # many bytes may be left to write
             await asyncio.to_thread(sync, self._store.rows(batch, kind))
-        self._store.finalize(batch)
+        await self._store.finalize(batch)
         counts = batch.completed, batch.failed, batch.total
         logger.info("Batch %s %s: %d answered, %d failed of %d lines", batch.id, batch.status, *counts)
 
-    def _fail(self, batch: BatchRecord, code: str, message: str) -> None:
+    async def _fail(self, batch: BatchRecord, code: str, message: str) -> None:
         """End a batch with the rows that it has."""
         batch.errors = [{"code": code, "message": message, "line": None, "param": None}]
         batch.ends_as = "failed"
         try:
             for kind in ROWS:
-                deque(repair_rows(self._store.rows(batch, kind)), maxlen=0)
-            self._store.finalize(batch)
+                await asyncio.to_thread(deque, repair_rows(self._store.rows(batch, kind)), 0)
+            await self._store.finalize(batch)
         except OSError as error:
             batch.status = "failed"  # at least until the next start
             logger.error("The end of batch %s could not be written: %s", batch.id, error.strerror)

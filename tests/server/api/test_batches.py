@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import threading
 import tracemalloc
 
 import pytest
@@ -137,7 +139,7 @@ def test_a_torn_row_is_repaired_and_no_line_is_computed_twice(harness, make_harn
     record = before.store.batches[batch["id"]]
     record.enter("in_progress")
     record.total = 6
-    before.store.save(record)
+    asyncio.run(before.store.save(record))
     response = {"status_code": 200, "request_id": "r", "body": {"usage": {"completion_tokens": 2}}}
     row = {"id": "batch_req_1", "custom_id": "n0", "error": None, "response": response}
     before.store.rows(record, "output").write_text(json.dumps(row) + "\n" + json.dumps(row)[:50])
@@ -160,7 +162,7 @@ def test_a_crash_while_finalizing_is_finished(harness, make_harness, tmp_path, m
     record, store = before.store.batches[batch["id"]], before.store
     record.output_file_id = "file-x"
     record.enter("finalizing")
-    store.save(record)
+    asyncio.run(store.save(record))
     path = store.content("file-x") if moved else store.rows(record, "output")
     path.write_text('{"custom_id": "a", "response": {"status_code": 200}}\n')
     before.close()
@@ -178,6 +180,41 @@ def test_a_batch_with_which_the_server_keeps_dying_fails(batches):
 
     batch, _ = batches.run(work)
     assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "server_died")
+
+
+def test_a_slow_disk_delays_only_what_must_be_on_it(batches, monkeypatch):
+    """A batch is accepted once its record is on the disk; until then it neither runs nor keeps others waiting."""
+    ready, sync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: ready.wait(60) and sync(number))
+
+    async def work(client):
+        ready.set()
+        file = (await post_file(client, line())).json()
+        ready.clear()
+        body = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
+        accepted = asyncio.ensure_future(client.post("/v1/batches", json=body))
+        await until(lambda: batches.store.accepting)
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.delete(f"/v1/files/{file['id']}")).status_code == 400, "the batch will read it"
+        await asyncio.sleep(0.3)
+        assert not accepted.done()
+        assert not batches.harness.engine.requests
+        ready.set()
+        return await ended(client, (await accepted).json()["id"])
+
+    batch, rows = batches.run(work)
+    assert (batch["status"], rows.keys()) == ("completed", {"a"})
+
+
+def test_a_batch_that_cannot_be_written_is_not_accepted(batches, monkeypatch):
+    def fail(number):
+        raise OSError(28, "No space left on device")
+
+    file = batches.upload(line()).json()
+    monkeypatch.setattr(os, "fsync", fail)
+    body = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
+    assert batches.harness.post("/v1/batches", body).status_code >= 500
+    assert not batches.store.batches
 
 
 def test_one_folder_has_one_server(batches, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from support.answers import error_of
 from support.batches import COMPLETIONS, Batches, ended, line, make_batch
@@ -212,7 +214,7 @@ def test_old_files_and_batches_are_deleted(batches):
     for record in store.files.values():
         record.expires_at = 1
     store.batches[batch["id"]].created_at = 1
-    store.purge()
+    asyncio.run(store.purge())
     assert (store.files, store.batches, store.used) == ({}, {}, 0)
 
 

@@ -120,8 +120,13 @@ def test_a_key_is_needed(make_harness):
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
-        ("/tokenize", {"prompt": "HARD"}, None),
+        ("/tokenize", {"prompt": "HARD"}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "HARD"}]}, "messages"),
         ("/v1/completions", {"prompt": "HARD"}, "prompt"),
+        ("/v1/completions", {"prompt": "HARD", "truncate_prompt_tokens": 9}, "prompt"),
+        ("/v1/embeddings", {"input": "HARD"}, "input"),
+        ("/v1/embeddings", {"input": ["a", "HARD"], "truncate_prompt_tokens": 9}, "input"),
+        ("/v1/responses", {"input": "HARD"}, "input"),
         ("/v1/completions", {"prompt": "a", "bad_words": ["HARD"]}, "bad_words"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "HARD"}]}, "messages"),
     ],

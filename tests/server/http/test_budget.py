@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 
 from pyllm.engine.errors import EngineBusyError
+from pyllm.server.api.chat import ChatCompletionRequest
+from pyllm.server.api.completions import CompletionRequest
+from pyllm.server.api.embeddings import EmbeddingRequest
+from pyllm.server.api.tokenize import DetokenizeRequest
 from pyllm.server.http import budget as module
+from pyllm.server.http.body import parse_body, parsed_bytes
 from pyllm.server.http.budget import MemoryBudget, default_limit
 from pyllm.server.http.errors import ApiError
+from pyllm.server.http.tolerance import Rules, Tolerance
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +145,10 @@ def test_one_key_cannot_use_up_the_memory_of_the_others():
     budget.hold("tokenizing", 50, "other")
 
 
-def test_others_give_way_until_there_is_room():
+@pytest.mark.parametrize("owner", ["", "the only key"])
+def test_others_give_way_until_there_is_room(owner):
     budget = MemoryBudget(100)
-    held = [budget.hold("connections", 30) for _ in range(3)]
+    held = [budget.hold("connections", 30, owner) for _ in range(3)]
 
     def give_way() -> bool:
         if held:
@@ -147,10 +157,10 @@ def test_others_give_way_until_there_is_room():
         return False
 
     budget.give_way = give_way
-    budget.hold("answers", 50)
+    budget.hold("answers", 50, owner)
     assert (len(held), budget.used) == (1, 80)
     with pytest.raises(ApiError):
-        budget.hold("answers", 60)
+        budget.hold("answers", 60, owner)
 
 
 def test_what_is_allocated_already_is_counted_beyond_the_limit():
@@ -168,3 +178,41 @@ def test_the_default_is_a_quarter_of_the_memory(monkeypatch):
     assert default_limit() == 2**28
     monkeypatch.setattr(module, "total_host_bytes", lambda: 2**40)
     assert default_limit() == 2**31
+
+
+IDS = [*range(1000, 3000)]
+MESSAGE = {"role": "user", "content": "a"}
+PARTS = MESSAGE | {"content": [{"type": "text", "text": "a"}]}
+SCHEMA = {"type": "object", "properties": {f"p{n}": {"type": "string", "enum": [n, {}]} for n in range(2000)}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+BODIES = {
+    "ids": (CompletionRequest, {"prompt": IDS * 10}),
+    "small ids": (CompletionRequest, {"prompt": [1, 2] * 10_000}),
+    "lists of ids": (CompletionRequest, {"prompt": [IDS] * 20}),
+    "lists of one id": (EmbeddingRequest, {"input": [[n] for n in IDS]}),
+    "texts": (EmbeddingRequest, {"input": ["", "é"] * 1000}),
+    "ids of a text": (DetokenizeRequest, {"tokens": IDS * 10}),
+    "allowed ids": (CompletionRequest, {"prompt": "a", "allowed_token_ids": IDS * 10}),
+    "biases": (CompletionRequest, {"prompt": "a", "logit_bias": {str(n): 0.5 for n in range(1000)}}),
+    "text": (CompletionRequest, {"prompt": "word " * 20_000}),
+    "a wide text": (CompletionRequest, {"prompt": "word " * 20_000 + "\U0001f600"}),
+    "short messages": (ChatCompletionRequest, {"messages": [MESSAGE] * 2000}),
+    "messages in parts": (ChatCompletionRequest, {"messages": [PARTS] * 1000}),
+    "a schema": (ChatCompletionRequest, {"messages": [MESSAGE], "tools": TOOLS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("escapes", [False, True])
+@pytest.mark.parametrize(("model", "fields"), BODIES.values(), ids=BODIES)
+def test_a_parsed_body_takes_no_more_than_is_charged(model, fields, escapes):
+    data = json.dumps(fields, separators=(",", ":"), ensure_ascii=escapes).encode()
+    parse_body(data, model, Tolerance(Rules({})))
+    gc.collect()
+    tracemalloc.start()
+    try:
+        body = parse_body(data, model, Tolerance(Rules({})))
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert body is not None
+    assert size < parsed_bytes(data)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 
+import msgspec
 import pytest
 
 from pyllm.server.generation import generation
@@ -51,34 +53,30 @@ def test_a_large_answer_is_the_same_in_pieces(harness, monkeypatch, path):
     assert harness.service.budget.used == 0
 
 
-def test_an_answer_is_sent_in_pieces_and_counted_until_then(harness):
-    """A client that reads nothing holds one piece in the transport; the rest is counted once."""
-    sent, budget = [], harness.service.budget
-    inputs = [[1]] * 2000
-    request = json.dumps({"input": inputs}).encode()
+async def post_raw(harness, path, fields, send):
+    """Post as the HTTP server does; `send` gets what is sent."""
+    request = [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
     scope = {
-        "type": "http", "method": "POST", "path": "/v1/embeddings", "raw_path": b"/v1/embeddings", "query_string": b"",
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
         "headers": [(b"content-type", b"application/json")], "root_path": "", "http_version": "1.1", "scheme": "http",
         "client": ("x", 1), "server": ("x", 1),
     }  # fmt: skip
 
-    async def main() -> None:
-        stop = asyncio.Event()
+    async def receive():
+        return request.pop() if request else await asyncio.Event().wait()
 
-        async def receive():
-            if not sent and not stop.is_set():
-                stop.set()
-                return {"type": "http.request", "body": request, "more_body": False}
-            await asyncio.Event().wait()
-            raise AssertionError
+    await asyncio.wait_for(harness.app(scope, receive, send), 60)
 
-        async def send(message):
-            held = budget.by_kind["answers"]
-            sent.append((len(message.get("body", b"")), held, message.get("more_body", False)))
 
-        await harness.app(scope, receive, send)
+def test_an_answer_is_sent_in_pieces_and_counted_until_then(harness):
+    """A client that reads nothing holds one piece in the transport; the rest is counted once."""
+    sent, budget = [], harness.service.budget
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    async def send(message):
+        held = budget.by_kind["answers"]
+        sent.append((len(message.get("body", b"")), held, message.get("more_body", False)))
+
+    asyncio.run(post_raw(harness, "/v1/embeddings", {"input": [[1]] * 2000}, send))
     pieces = sent[1:]
     total = sum(size for size, *_ in pieces)
     assert total > 2 * PIECE_BYTES
@@ -86,6 +84,29 @@ def test_an_answer_is_sent_in_pieces_and_counted_until_then(harness):
     assert min(held for _, held, _ in pieces) >= total
     assert [more for *_, more in pieces] == [True] * (len(pieces) - 1) + [False]
     assert budget.used == 0
+
+
+def test_vectors_take_as_little_memory_as_is_counted_for_them(harness, monkeypatch):
+    """Four bytes a number, although each is five times as long as text, and eight times as a Python float."""
+    size, inputs = 1024, [[n % 200 + 3] for n in range(1000)]
+    harness.engine.info = msgspec.structs.replace(harness.engine.info, hidden_size=size)
+    monkeypatch.setattr(harness.engine, "embed", lambda prompt, _: [prompt[0] + n / 3 for n in range(size)])
+    counted, sent = [], []
+
+    async def send(message):
+        counted.append(harness.service.budget.by_kind["answers"])
+        sent.append(len(message.get("body", b"")))
+
+    asyncio.run(post_raw(harness, "/v1/embeddings", {"input": inputs[:200]}, send))  # what is loaded on first use
+    tracemalloc.start()
+    try:
+        asyncio.run(post_raw(harness, "/v1/embeddings", {"input": inputs}, send))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(sent) > 15 * size * len(inputs)
+    assert 4 * size * len(inputs) < max(counted) < 6 * size * len(inputs)
+    assert peak < max(counted) + 4 * 2**20, "1,000 inputs, the answer's pieces and the scripted engine take some too"
 
 
 def test_an_answer_that_does_not_fit_is_refused_before_it_begins(harness):
