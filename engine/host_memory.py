@@ -24,8 +24,8 @@ class _Heap(ctypes.Structure):
 def use_one_heap() -> None:
     """Let all threads share one heap, without large blocks; to be called before there are threads.
 
-    With a heap for each thread, what one has freed is of no use to the others, and hardly a page of it is empty. The
-    user's own settings win. With other C libraries than the GNU one, this does nothing.
+    With a heap for each thread, no thread can use what another has freed, and hardly a page of it is empty. The user's
+    own settings win. With other C libraries than the GNU one, this does nothing.
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         with contextlib.suppress(AttributeError, OSError):

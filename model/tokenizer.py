@@ -286,7 +286,7 @@ class DecodeStream:
         return text
 
     def finish(self) -> str:
-        """Return what stands for an unfinished character at the end, and begin anew."""
+        """Return what stands for an unfinished character at the end, and start afresh."""
         return self._decoder.decode(b"", final=True)
 
 

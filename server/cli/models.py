@@ -70,7 +70,7 @@ class EngineModel:
         sampling: dict[str, Any] = {**options.sampling, **({"stop": options.stop} if options.stop else {})}
         ends: tuple[str, ...] = ()
         if isinstance(asked, str):
-            prompt = list(await model.encode(asked, add_bos=False))
+            prompt = list(await model.encode(asked, "prompt", add_bos=False))
             if grammar is not None:
                 await model.engine.check_grammar(grammar)
         else:
