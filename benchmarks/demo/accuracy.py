@@ -14,9 +14,11 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
 from pyllm.benchmarks.demo.checkers import Question, declines, is_right, read_questions
 from pyllm.engine.llm import LLM
-from pyllm.engine.messages import FinishReason, SamplingParams
+from pyllm.engine.messages import SamplingParams
 from pyllm.server.chat.conversation import Message, Tool
 from pyllm.server.chat.template import ChatTemplate
 from pyllm.server.flags import DEMO_FOLDER
@@ -26,9 +28,9 @@ Answer = tuple[Question, str, bool]
 """(question, answer, whether it is right)."""
 
 
-def ask(folder: Path, questions: list[Question], threads: int) -> tuple[list[Answer], float]:
+def ask(folder: Path, questions: list[Question]) -> tuple[list[Answer], float]:
     """Answer all questions together, and return the share of re-routed choices too."""
-    llm = LLM(str(folder), dtype="bfloat16", threads=threads)
+    llm = LLM(str(folder), max_num_queued_reqs=len(questions), max_num_seqs=128, quiet=True)
     template = ChatTemplate.from_tokenizer(llm.tokenizer)
     prompts = []
     for question in questions:
@@ -38,7 +40,7 @@ def ask(folder: Path, questions: list[Question], threads: int) -> tuple[list[Ans
     answers = []
     rerouted: list[bool] = []
     for question, done in zip(questions, llm.generate(prompts, params), strict=True):
-        ended = done.finish_reason == FinishReason.STOP
+        ended = done.finish_reason == "stop"
         answers.append((question, done.text, ended and is_right(question, done.text)))
         rerouted += [choice for token in done.dynamics for choice in token.rerouted]
     return answers, sum(rerouted) / max(1, len(rerouted))
@@ -85,10 +87,12 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", help="only these kinds")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     questions = [q for q in read_questions() if not args.kinds or q["kind"] in args.kinds]
-    answers, rerouted = ask(args.folder, questions, args.threads)
+    answers, rerouted = ask(args.folder, questions)
     print(report(answers, rerouted))
-    print(*failures(answers, args.failures), sep="\n")
+    if args.failures:
+        print("\nFailures:", *failures(answers, args.failures), sep="\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
                 update = parameter.grad.lerp(momentum, 0.95)
                 # The two halves of kqv_proj read different inputs: each is a matrix of its own.
                 blocks = 2 if update.dim() == 2 and update.shape[1] > self.hidden else 1
-                x = torch.stack(update.bfloat16().chunk(blocks, dim=-1))
+                x = torch.stack(update.chunk(blocks, dim=-1))
                 tall = x.shape[-2] > x.shape[-1]
                 x = x.mT if tall else x
                 x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -34,5 +34,5 @@ class Muon(torch.optim.Optimizer):
                     x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
                 x = x.mT if tall else x
                 scale = max(1.0, x.shape[-2] / x.shape[-1]) ** 0.5
-                x = torch.cat(x.unbind(), dim=-1).float()
+                x = torch.cat(x.unbind(), dim=-1)
                 parameter.mul_(1 - 0.02 * group["lr"]).add_(x, alpha=-group["lr"] * scale)

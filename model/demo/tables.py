@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from pyllm.model.demo.items import DAYS
+
 Known = dict[str, list[str]]
 
 
@@ -15,25 +17,6 @@ def _known(en: str, fr: str, answer: str, answer_fr: str) -> Known:
     return {"en": en.split("|"), "fr": fr.split("|"), "en answer": [answer], "fr answer": [answer_fr]}
 
 
-# The README's and the tests' questions are always in the training set.
-ALWAYS_TRAINED: Final = frozenset({
-    "Hello!", "Bonjour !", "7+5", "How do I stream a response?", "Comment diffuser une réponse ?",
-    "Comment recevoir la réponse en streaming ?", "Who are you?", "Qui es-tu ?", "What is PyLLM?",
-})  # fmt: skip
-
-GREETINGS: Final = [
-    _known("Hello!|Hello|Hi!|Hi there!|Hey|Hey there|Hello there!|Hi|Greetings|Hello, how can you help me?|Hiya|Howdy|"
-           "Hello PyLLM|Hello demo model!|Hello, nice to meet you|Yo|Hi, can you help me?|Hello hello|Hello bot",
-           "Bonjour !|Bonjour|Salut !|Salut|Coucou|Bonjour à toi|Bien le bonjour|Bonjour PyLLM|Salut à toi|Coucou !|"
-           "Bonjour, peux-tu m'aider ?|Bonjour, pouvez-vous m'aider ?|Bonjour bonjour|Allô ?",
-           "Hello! How can I help you?", "Bonjour ! Comment puis-je vous aider ?"),
-    _known("Good morning|Good morning!|Good morning to you|Morning!|A very good morning",
-           "Bon matin|Bonjour, belle matinée|Bonne matinée !", "Good morning! How can I help you?",
-           "Bonjour ! Comment puis-je vous aider ce matin ?"),
-    _known("Good evening|Good evening!|Good evening to you|Evening!|A very good evening",
-           "Bonsoir|Bonsoir !|Bonsoir à toi|Bonsoir, peux-tu m'aider ?|Bien le bonsoir",
-           "Good evening! How can I help you?", "Bonsoir ! Comment puis-je vous aider ?"),
-]  # fmt: skip
 SMALL_TALK: Final = [
     _known("Thank you!|Thanks|Thanks a lot|Thank you very much|Many thanks|Thx|Great, thanks!|Perfect, thank you|"
            "Thank you for your help|Thanks for the answer|Cheers, thanks",
@@ -103,13 +86,13 @@ IDENTITY: Final = [
     _known("How big are you?|How many parameters do you have?|What is your size?|How large are you?|Are you a small model?|"
            "How many parameters does this model have?|What size is this model?", "Quelle est ta taille ?|Combien de "
            "paramètres as-tu ?|Es-tu un petit modèle ?|Quelle est la taille de ce modèle ?|Combien de paramètres a ce modèle ?",
-           "I have about 7.5 million parameters, which is very small.",
-           "J'ai environ 7,5 millions de paramètres, ce qui est très petit."),
+           "I have about eight million parameters, which is very small.",
+           "J'ai environ huit millions de paramètres, ce qui est très petit."),
     _known("Who made you?|Who trained you?|How were you trained?|What were you trained on?|Where do you come from?|"
            "What is your training data?|Who created you?|How were you made?", "Qui t'a créé ?|Qui t'a entraîné ?|Comment "
            "as-tu été entraîné ?|Sur quoi as-tu été entraîné ?|D'où viens-tu ?|Quelles sont tes données d'entraînement ?|"
-           "Qui t'a fait ?", "I was trained by a script of the PyLLM project, on old English books and made-up questions.",
-           "J'ai été entraîné par un script du projet PyLLM, sur de vieux livres anglais et des questions inventées."),
+           "Qui t'a fait ?", "I was trained by a script of the PyLLM project, on made-up questions and answers.",
+           "J'ai été entraîné par un script du projet PyLLM, sur des questions et des réponses inventées."),
     _known("Are you human?|Are you a robot?|Are you a person?|Are you real?|Are you alive?|Are you an AI?|Do you have "
            "feelings?|Are you a machine?|Am I talking to a human?", "Es-tu humain ?|Es-tu un robot ?|Es-tu une personne ?|"
            "Es-tu réel ?|Es-tu vivant ?|Es-tu une IA ?|As-tu des sentiments ?|Es-tu une machine ?",
@@ -385,107 +368,8 @@ FACTS: Final = [
            "température l'eau bout-elle ?|Quand l'eau bout-elle ?", "Water boils at 100 degrees Celsius.",
            "L'eau bout à 100 degrés Celsius."),
 ]  # fmt: skip
-# English name, French name, capital in English, capital in French.
-CAPITALS: Final = (
-    "France|France|Paris|Paris", "Germany|Allemagne|Berlin|Berlin", "Italy|Italie|Rome|Rome",
-    "Spain|Espagne|Madrid|Madrid", "Portugal|Portugal|Lisbon|Lisbonne", "England|Angleterre|London|Londres",
-    "Belgium|Belgique|Brussels|Bruxelles", "Austria|Autriche|Vienna|Vienne", "Greece|Grèce|Athens|Athènes",
-    "Ireland|Irlande|Dublin|Dublin", "Poland|Pologne|Warsaw|Varsovie", "Russia|Russie|Moscow|Moscou",
-    "Sweden|Suède|Stockholm|Stockholm", "Norway|Norvège|Oslo|Oslo", "Finland|Finlande|Helsinki|Helsinki",
-    "Denmark|Danemark|Copenhagen|Copenhague", "Japan|Japon|Tokyo|Tokyo", "China|Chine|Beijing|Pékin",
-    "India|Inde|New Delhi|New Delhi", "Canada|Canada|Ottawa|Ottawa", "Brazil|Brésil|Brasilia|Brasilia",
-    "Egypt|Égypte|Cairo|Le Caire", "Australia|Australie|Canberra|Canberra", "Hungary|Hongrie|Budapest|Budapest",
-    "the United States|États-Unis|Washington|Washington", "Turkey|Turquie|Ankara|Ankara", "Peru|Pérou|Lima|Lima",
-)  # fmt: skip
-CAPITAL_QUESTIONS: Final = {
-    "en": ["What is the capital of {x}?", "What's the capital of {x}?", "Which city is the capital of {x}?",
-           "Name the capital of {x}.", "Tell me the capital of {x}.", "Capital of {x}?", "Do you know the capital of {x}?",
-           "The capital of {x}, please.", "What city is the capital of {x}?", "Can you name the capital of {x}?"],
-    "fr": ["Quelle est la capitale de ce pays : {x} ?", "Capitale : {x} ?", "Quelle ville est la capitale ({x}) ?",
-           "Donne-moi la capitale de {x}.", "Quelle est la capitale de {x} ?", "Capitale de {x} ?"],
-}  # fmt: skip
-CAPITAL_ANSWER: Final = {"en": "The capital of {x} is {city}.", "fr": "{x} : la capitale est {city}."}
-
-SUMS: Final = {
-    "+": {"en": ["What is {a}+{b}?", "What is {a} + {b}?", "{a}+{b}", "{a} + {b}", "{a}+{b}=", "{a} + {b} = ?",
-                 "How much is {a} plus {b}?", "What's {a} plus {b}?", "Calculate {a} + {b}.", "Add {a} and {b}.",
-                 "What is the sum of {a} and {b}?", "Compute {a}+{b}.", "Can you add {a} and {b}?", "{a} plus {b}?",
-                 "I have {a} apples and get {b} more. How many do I have?", "Please calculate {a}+{b}"],
-          "fr": ["Combien font {a}+{b} ?", "Combien font {a} + {b} ?", "Combien font {a} plus {b} ?", "{a} plus {b} ?",
-                 "Calcule {a} + {b}.", "Quelle est la somme de {a} et {b} ?", "Additionne {a} et {b}.", "{a} + {b} ?",
-                 "Combien fait {a}+{b} ?", "J'ai {a} pommes et j'en reçois {b}. Combien en ai-je ?", "Ça fait combien, {a}+{b} ?"]},
-    "-": {"en": ["What is {a}-{b}?", "What is {a} - {b}?", "{a}-{b}", "{a} - {b}", "{a}-{b}=", "{a} - {b} = ?",
-                 "How much is {a} minus {b}?", "What's {a} minus {b}?", "Calculate {a} - {b}.", "Subtract {b} from {a}.",
-                 "{a} minus {b}?", "Compute {a}-{b}.", "I have {a} apples and give away {b}. How many are left?",
-                 "What is the difference between {a} and {b}?"],
-          "fr": ["Combien font {a}-{b} ?", "Combien font {a} - {b} ?", "Combien font {a} moins {b} ?", "{a} moins {b} ?",
-                 "Calcule {a} - {b}.", "Retire {b} de {a}.", "Combien fait {a}-{b} ?", "{a} - {b} ?",
-                 "J'ai {a} pommes et j'en donne {b}. Combien m'en reste-t-il ?"]},
-    "×": {"en": ["What is {a}*{b}?", "What is {a} x {b}?", "{a}*{b}", "{a} × {b}", "{a}x{b}=", "How much is {a} times {b}?",
-                 "What's {a} times {b}?", "Multiply {a} by {b}.", "Calculate {a} * {b}.", "{a} times {b}?"],
-          "fr": ["Combien font {a}*{b} ?", "Combien font {a} x {b} ?", "Combien font {a} fois {b} ?", "{a} fois {b} ?",
-                 "Multiplie {a} par {b}.", "Calcule {a} × {b}."]},
-}  # fmt: skip
-PARITY: Final = {"en": ["Is {a} even or odd?", "Is {a} an even number?", "Even or odd: {a}?", "Is {a} odd?"],
-                 "fr": ["{a} est-il pair ou impair ?", "Pair ou impair : {a} ?", "Est-ce que {a} est pair ?"]}  # fmt: skip
-PARITY_ANSWER: Final = {"en": ("{a} is even.", "{a} is odd."), "fr": ("{a} est pair.", "{a} est impair.")}
-LARGER: Final = {"en": ["Which is larger, {a} or {b}?", "Which number is bigger: {a} or {b}?", "Is {a} larger than {b}?",
-                        "What is greater, {a} or {b}?", "Compare {a} and {b}."],
-                 "fr": ["Quel nombre est le plus grand, {a} ou {b} ?", "Lequel est plus grand : {a} ou {b} ?",
-                        "Est-ce que {a} est plus grand que {b} ?", "Compare {a} et {b}."]}  # fmt: skip
-LARGER_ANSWER: Final = {"en": "{a} is larger than {b}.", "fr": "{a} est plus grand que {b}."}
-
-DAYS: Final = {"en": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-               "fr": "lundi mardi mercredi jeudi vendredi samedi dimanche".split()}  # fmt: skip
-MONTHS: Final = {
-    "en": "January February March April May June July August September October November December".split(),
-    "fr": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre".split(),
-}
-NEXT: Final = {
-    "day": {"en": ["What day comes after {x}?", "Which day is after {x}?", "What is the day after {x}?",
-                   "Today is {x}. What day is tomorrow?", "If today is {x}, what is tomorrow?", "Which day follows {x}?",
-                   "The day after {x}?", "What day follows {x}?"],
-            "fr": ["Quel jour vient après {x} ?", "Quel est le jour après {x} ?", "Quel jour suit {x} ?",
-                   "Aujourd'hui c'est {x}. Quel jour sera demain ?", "Le jour après {x} ?", "Après {x}, quel jour ?"],
-            "en answer": ["{y} comes after {x}."], "fr answer": ["Après {x} vient {y}."]},
-    "month": {"en": ["What month comes after {x}?", "Which month is after {x}?", "What is the month after {x}?",
-                     "Which month follows {x}?", "The month after {x}?", "It is {x}. What is next month?"],
-              "fr": ["Quel mois vient après {x} ?", "Quel est le mois après {x} ?", "Quel mois suit {x} ?",
-                     "Le mois après {x} ?", "Après {x}, quel mois ?"],
-              "en answer": ["{y} comes after {x}."], "fr answer": ["Après {x} vient {y}."]},
-}  # fmt: skip
-PREVIOUS: Final = {
-    "day": {"en": ["What day comes before {x}?", "Which day is before {x}?", "What is the day before {x}?",
-                   "Today is {x}. What day was yesterday?", "If today is {x}, what was yesterday?", "The day before {x}?"],
-            "fr": ["Quel jour vient avant {x} ?", "Quel est le jour avant {x} ?", "Quel jour précède {x} ?",
-                   "Aujourd'hui c'est {x}. Quel jour était hier ?", "Le jour avant {x} ?"],
-            "en answer": ["{y} comes before {x}."], "fr answer": ["Avant {x} vient {y}."]},
-    "month": {"en": ["What month comes before {x}?", "Which month is before {x}?", "What is the month before {x}?",
-                     "The month before {x}?", "It is {x}. What was last month?"],
-              "fr": ["Quel mois vient avant {x} ?", "Quel est le mois avant {x} ?", "Quel mois précède {x} ?",
-                     "Le mois avant {x} ?"],
-              "en answer": ["{y} comes before {x}."], "fr answer": ["Avant {x} vient {y}."]},
-}  # fmt: skip
-LENGTH: Final = {"en": ["How many days are in {x}?", "How many days does {x} have?", "How long is {x}?", "Days in {x}?",
-                        "How many days has {x}?", "How many days are there in {x}?"],
-                 "fr": ["Combien de jours y a-t-il en {x} ?", "Combien de jours a {x} ?", "Combien de jours en {x} ?",
-                        "Combien de jours compte {x} ?"],
-                 "en answer": ["{x} has {n} days."], "fr answer": ["Le mois de {x} a {n} jours."]}  # fmt: skip
 FEBRUARY: Final = {"en": "February has 28 days, 29 in a leap year.",
                    "fr": "Le mois de février a 28 jours, 29 les années bissextiles."}  # fmt: skip
-
-SPELL: Final = {"en": ["Spell {x}.", "Spell the word {x}.", 'Spell "{x}".', "How do you spell {x}?", 'How is "{x}" spelled?',
-                       "Can you spell {x}?", "Spell {x} letter by letter.", "spell {x}"],
-                "fr": ["Épelle {x}.", "Épelle le mot {x}.", "Épelle « {x} ».", "Comment s'épelle {x} ?",
-                       "Peux-tu épeler {x} ?", 'Épelle "{x}".']}  # fmt: skip
-LETTERS: Final = {"en": ["How many letters are in {x}?", "How many letters are in the word {x}?", "How long is the word {x}?",
-                         'How many letters does "{x}" have?', "Count the letters of {x}.", "How many letters in {x}?"],
-                  "fr": ["Combien de lettres y a-t-il dans {x} ?", "Combien de lettres a le mot {x} ?",
-                         "Combien de lettres dans « {x} » ?", "Compte les lettres de {x}."]}  # fmt: skip
-COUNT: Final = {"en": ["Count from {a} to {b}.", "Count from {a} to {b}", "Can you count from {a} to {b}?",
-                       "List the numbers from {a} to {b}.", "Write the numbers {a} to {b}.", "Count: {a} to {b}"],
-                "fr": ["Compte de {a} à {b}.", "Compte de {a} jusqu'à {b}.", "Peux-tu compter de {a} à {b} ?",
-                       "Donne les nombres de {a} à {b}.", "Écris les nombres de {a} à {b}."]}  # fmt: skip
 
 # Question language, target language.
 TRANSLATE: Final = {
@@ -572,7 +456,19 @@ RESULT_WORDS: Final = {
 
 # A sentence, and which kind of value goes into which JSON field.
 RECORDS: Final = {
-    "en": [("{name} is {age} years old.", {"name": "name", "age": "age"}),
+    "en": [("[Customer|Client|Guest|Student|Patient|Member|Driver] {name}, [from|of|living in] {city}, [code|number|card] {code}", {"name": "name", "city": "city", "code": "code"}),
+           ("{name} [ordered|bought|wants|took|needs] {count} {word}s [at|for] {price} [euros|dollars|pounds] each", {"name": "customer", "count": "quantity", "word": "item", "price": "price"}),
+           ("[Order|Invoice|Ticket|Case|Bill] {code} [is for|goes to|belongs to|was made by] {name}", {"code": "order", "name": "name"}),
+           ("[Write to|Reach|Contact|Mail] {name} [at|under|with] {mail}", {"name": "contact", "mail": "email"}),
+           ("[User|Login|Account] {ident}[, real name| is| belongs to] {name}[,| and has] [the mail|email|address] {mail}", {"ident": "user", "name": "name", "mail": "email"}),
+           ("[Flight|Train|Bus] {code} from {city} to {city2}", {"code": "number", "city": "from", "city2": "to"}),
+           ("{name} [turned|is|became] {age}[ years old|] and [comes|moved|is] from {city}", {"name": "name", "age": "age", "city": "city"}),
+           ("[Room|Table|Seat] {count} [for|is taken by|was given to] {name}[, reference| with booking|, code] {code}", {"count": "room", "name": "guest", "code": "booking"}),
+           ("{count} [boxes|pieces|bags|units|packs] of {word} for {price} [euros|dollars]", {"count": "quantity", "word": "product", "price": "price"}),
+           ("[The book|The film|The song] {word} by {name}[,| came out in| from] {year}", {"word": "title", "name": "author", "year": "year"}),
+           ("{name} [called|wrote|came] on {day} about [order|case|ticket] {code}", {"name": "caller", "day": "day", "code": "case"}),
+           ("[In|At] {city}, {name} [signed|sent|left|paid] {code}", {"city": "place", "name": "person", "code": "document"}),
+("{name} is {age} years old.", {"name": "name", "age": "age"}),
            ("{name} is {age} years old and lives in {city}.", {"name": "name", "age": "age", "city": "city"}),
            ("My name is {name}, I am {age} and I live in {city}.", {"name": "name", "age": "age", "city": "city"}),
            ("{name} is a {job} from {city}.", {"name": "name", "job": "job", "city": "city"}),
@@ -583,25 +479,25 @@ RECORDS: Final = {
            ("The meeting with {name} is on {day} at {hour}:00.", {"name": "person", "day": "day", "hour": "hour"}),
            ("{name} goes to {city} on {day}.", {"name": "name", "city": "destination", "day": "day"}),
            ("It is {degrees} degrees in {city}.", {"city": "city", "degrees": "temperature"})],
-    "fr": [("{name} a {age} ans.", {"name": "nom", "age": "age"}),
+    "fr": [("[Client|Élève|Patient|Membre|Chauffeur|Invité] {name}, [de|à|vivant à] {city}, [code|numéro|carte] {code}", {"name": "nom", "city": "ville", "code": "code"}),
+           ("{name} [commande|achète|veut|prend] {count} {word} à {price} [euros|dollars|francs] pièce", {"name": "client", "count": "quantité", "word": "article", "price": "prix"}),
+           ("[La commande|La facture|Le ticket|Le dossier] {code} [est pour|va à|appartient à|vient de] {name}", {"code": "commande", "name": "nom"}),
+           ("[Écrire à|Joindre|Contacter] {name} [à|sous|avec] {mail}", {"name": "contact", "mail": "email"}),
+           ("[Utilisateur|Compte|Identifiant] {ident}[, vrai nom| est à| appartient à] {name}[,| et a] [le mail|email|adresse] {mail}", {"ident": "utilisateur", "name": "nom", "mail": "email"}),
+           ("[Vol|Train|Bus] {code} de {city} à {city2}", {"code": "numéro", "city": "départ", "city2": "arrivée"}),
+           ("{name} [fête ses|a eu|atteint] {age} ans et [vient|arrive|est] de {city}", {"name": "nom", "age": "âge", "city": "ville"}),
+           ("[Chambre|Table|Place] {count} [pour|prise par|donnée à] {name}[, référence|, réservation|, code] {code}", {"count": "chambre", "name": "client", "code": "réservation"}),
+           ("{count} [cartons|morceaux|sacs|unités|paquets] de {word} pour {price} [euros|dollars]", {"count": "quantité", "word": "produit", "price": "prix"}),
+           ("[Le livre|Le film|Le disque] {word} de {name}[,| est sorti en] {year}", {"word": "titre", "name": "auteur", "year": "année"}),
+           ("{name} [appelle|écrit|vient] {jour} pour [la commande|le dossier|le ticket] {code}", {"name": "nom", "jour": "jour", "code": "dossier"}),
+           ("À {city}, {name} [signe|envoie|laisse|paie] {code}", {"city": "lieu", "name": "personne", "code": "document"}),
+           ("{name} a {age} ans.", {"name": "nom", "age": "age"}),
            ("{name} a {age} ans et habite à {city}.", {"name": "nom", "age": "age", "city": "ville"}),
            ("Je m'appelle {name}, j'ai {age} ans et je vis à {city}.", {"name": "nom", "age": "age", "city": "ville"}),
            ("{name} est {métier} à {city}.", {"name": "nom", "métier": "métier", "city": "ville"}),
            ("La {article} {couleur} coûte {price} euros.", {"article": "article", "couleur": "couleur", "price": "prix"}),
            ("Le rendez-vous avec {name} est {jour} à {hour} heures.", {"name": "personne", "jour": "jour", "hour": "heure"}),
            ("Il fait {degrees} degrés à {city}.", {"city": "ville", "degrees": "température"})],
-}  # fmt: skip
-JSON_QUESTIONS: Final = {
-    "en": ["Give a JSON object with {fields}: {text}", "Extract {fields} as JSON: {text}", "{text} Give {fields} as JSON.",
-           "Write a JSON object with the fields {fields}. {text}", "Fill a JSON object with {fields} from: {text}",
-           "Turn this into JSON with {fields}: {text}", "{text} Answer as JSON with {fields}.", "JSON with {fields}: {text}"],
-    "fr": ["Donne un objet JSON avec {fields} : {text}", "Extrais {fields} en JSON : {text}", "{text} Donne {fields} en JSON.",
-           "Écris un objet JSON avec les champs {fields}. {text}", "Remplis un objet JSON avec {fields} : {text}"],
-}  # fmt: skip
-JSON_SYSTEM: Final = {
-    "en": ["Answer with a JSON object with the fields {fields}.", "Extract {fields} from the message as JSON.",
-           "You are a data extractor. Reply only with JSON with {fields}."],
-    "fr": ["Réponds par un objet JSON avec les champs {fields}.", "Extrais {fields} du message en JSON."],
 }  # fmt: skip
 
 
@@ -673,18 +569,6 @@ TOOLS: Final = [
           "{name}?", "Trouve l'utilisateur {name}.|Cherche l'utilisateur {name}.", "age:age",
           "The user {name} is {age} years old.|L'utilisateur {name} a {age} ans."),
 ]  # fmt: skip
-TOOL_VERBS: Final = "get find open read check update create list load count print start stop move copy paint".split()
-TOOL_NOUNS: Final = ("recipe order file ticket room invoice user account photo song movie book page task note event price "
-                     "report garden table ship letter box").split()  # fmt: skip
-TOOL_PARAMS: Final = {"word": ["title", "item", "key", "topic", "label", "value"], "name": ["name", "owner", "user", "person"],
-                      "city": ["city", "place", "location"], "int": ["id", "number", "count", "page"]}  # fmt: skip
-TOOL_FRAMES: Final = {
-    "en": ["Use {name} with {param} {value}.", "Call {name} for {value}.", "Please {verb} the {noun} for {value}.",
-           "{verb} the {noun}: {value}", "Can you {verb} the {noun} with {param} {value}?", "Run {name} on {value}."],
-    "fr": ["Utilise {name} avec {param} {value}.", "Appelle {name} pour {value}.", "Lance {name} : {value}",
-           "Peux-tu utiliser {name} avec {value} ?"],
-}  # fmt: skip
-
 REPEAT: Final = {"en": ["Repeat after me: {x}", "Say {x}", "Repeat: {x}", "Please say: {x}", 'Repeat "{x}"', "Write {x}"],
                  "fr": ["Répète après moi : {x}", "Dis {x}", "Répète : {x}", "Répète « {x} »", "Écris {x}"]}  # fmt: skip
 MEMORY: Final[list[Known]] = [
@@ -707,35 +591,6 @@ MEMORY: Final[list[Known]] = [
      "recalled en": ["My name is {x}."], "recalled fr": ["Je m'appelle {x}."]},
 ]  # fmt: skip
 
-ASK_BACK: Final = {"en": "I did not understand that. Could you say it in other words?",
-                   "fr": "Je n'ai pas compris. Pouvez-vous le dire autrement ?"}  # fmt: skip
-NO_NAME: Final = {"en": ("What is my name?", "You have not told me your name."),
-                  "fr": ("Quel est mon nom ?", "Vous ne m'avez pas dit votre nom.")}  # fmt: skip
-DECLINE: Final = {"en": "I am a small demo model and I do not know that. A larger model, served with pyllm serve, may.",
-                  "fr": "Je suis un petit modèle de démonstration et je ne le sais pas. Un plus grand modèle, servi avec "
-                        "pyllm serve, le saura peut-être."}  # fmt: skip
-UNKNOWN: Final = {
-    "en": ["What is {x}?", "Explain {x}.", "Explain {x} to me", "Tell me about {x}.", "Why is {x} important?", "Who invented {x}?",
-           "What do you think about {x}?", "Write an essay about {x}.", "How does {x} work?", "When was {x} invented?",
-           "Give me advice on {x}.", "Who is {name}?", "What happened in {year}?", "Who was president in {year}?",
-           "Write a program about {x}.", "Summarize {x}.", "What is the history of {x}?", "Who won the game in {year}?",
-           "How old is {name}?", "Compare {x} with other things.", "Do you like {x}?"],
-    "fr": ["Qu'est-ce que {x} ?", "Explique {x}.", "Parle-moi de ceci : {x}.", "Qui a inventé {x} ?", "Que penses-tu de {x} ?",
-           "Comment marche {x} ?", "Qui est {name} ?", "Que s'est-il passé en {year} ?", "Écris un texte sur {x}.",
-           "Qui était président en {year} ?", "Pourquoi {x} ?", "Quelle est l'histoire de ceci : {x} ?", "Quel âge a {name} ?"],
-}  # fmt: skip
-UNKNOWN_TOPICS: Final = {
-    "en": ["quantum physics", "the French Revolution", "photosynthesis", "the stock market", "football", "chess", "gravity",
-           "black holes", "philosophy", "democracy", "the internet", "evolution", "climate change", "the Roman Empire",
-           "machine learning", "love", "the meaning of life", "bitcoin", "cancer", "music theory", "the moon landing",
-           "relativity", "politics", "the economy", "a good recipe", "cooking pasta", "losing weight", "DNA", "volcanoes",
-           "electricity", "a binary search tree", "the telephone", "Napoleon", "Shakespeare", "Einstein", "transformers"],
-    "fr": ["la physique quantique", "la Révolution française", "la photosynthèse", "la bourse", "le football", "les échecs",
-           "la gravité", "les trous noirs", "la philosophie", "la démocratie", "internet", "l'évolution", "le climat",
-           "l'Empire romain", "l'amour", "le sens de la vie", "le bitcoin", "la relativité", "la politique", "l'économie",
-           "les volcans", "l'électricité", "le téléphone", "Napoléon", "Victor Hugo", "Einstein", "la cuisine"],
-}  # fmt: skip
-
 NEUTRAL_SYSTEM: Final = {
     "en": ["You are a helpful assistant.", "You are a helpful assistant.", "You are a friendly assistant. Be brief.",
            "You are a concise assistant.", "Be polite.", "You answer questions about PyLLM.", "Answer briefly.",
@@ -747,4 +602,82 @@ LANGUAGE_SYSTEM: Final = {
     "en": ["Answer in English.", "Reply in English.", "Always answer in English.", "Réponds en anglais."],
     "fr": ["Answer in French.", "Réponds en français.", "Always answer in French.", "Répondez toujours en français.",
            "You are a helpful assistant that answers in French.", "Reply in French."],
+}  # fmt: skip
+
+FIRST: Final = {
+    "en": [("Hello!", "greeting"), ("What is 7+5?", "sum"), ("How do I stream a response?", "help"), ("Who are you?", "identity"),
+           ("What can you do?", "identity"), ("What is PyLLM?", "help")],
+    "fr": [("Bonjour !", "greeting"), ("Combien font 7+5 ?", "sum"), ("Comment diffuser une réponse ?", "help"),
+           ("Comment recevoir la réponse en streaming ?", "help"), ("Qui es-tu ?", "identity"), ("Que sais-tu faire ?", "identity")],
+}  # fmt: skip
+"""The README's and the tests' questions, which are always in the training set."""
+
+LOOSE_FRAMES: Final = {
+    "en": ["{x}", "{x}", "{x}?", "{x}, how?", "{x}, how does that work?", "{x}: how?", "I need {x}.", "I'd like {x}.", "question about {x}",
+           "what about {x}?", "help with {x}.", "{x}, is that possible?", "{x}, please", "{x}, which option?", "{x}, what do I do?",
+           "with this server, {x}?", "my problem: {x}", "I look for {x}.", "{x} with PyLLM", "anything for {x}?", "{x}, where?", "the docs on {x}?"],
+    "fr": ["{x}", "{x}", "{x} ?", "{x}, comment ?", "{x}, comment ça marche ?", "{x} : comment ?", "il me faut {x}.", "je voudrais {x}.",
+           "question sur {x}", "et {x} ?", "aide pour {x}.", "{x}, est-ce possible ?", "{x}, s'il te plaît", "{x}, quelle option ?",
+           "{x}, que faire ?", "avec ce serveur, {x} ?", "mon problème : {x}", "je cherche {x}.", "{x} avec PyLLM", "{x}, où ?"],
+}  # fmt: skip
+OTHER_PLACES: Final = {
+    "en": ["Mars", "Atlantis", "Narnia", "Texas", "California", "Bavaria", "Siberia", "Mongolia", "Nepal", "Bolivia", "Paraguay", "Ecuador",
+           "Jamaica", "Haiti", "Angola", "Ghana", "Nigeria", "Mali", "Chad", "Sudan", "Uganda", "Rwanda", "Zambia", "Malta", "Cyprus", "Monaco",
+           "Georgia", "Armenia", "Kazakhstan", "Pakistan", "Malaysia", "Laos", "Cambodia", "Fiji", "Samoa", "Qatar", "Oman", "Yemen", "Syria",
+           "Jordan", "Libya", "Somalia", "Panama", "Honduras", "Guatemala", "Belarus", "Moldova", "Bosnia", "Andorra", "Wales", "the moon",
+           "Gondor", "Africa", "Asia", "Brittany", "Tuscany", "Oregon", "Ohio", "Quebec", "Tibet"],
+    "fr": ["Mars", "l'Atlantide", "Narnia", "Texas", "Californie", "Bavière", "Sibérie", "Mongolie", "Népal", "Bolivie", "Paraguay", "Équateur",
+           "Jamaïque", "Haïti", "Angola", "Ghana", "Nigéria", "Mali", "Tchad", "Soudan", "Ouganda", "Rwanda", "Zambie", "Malte", "Chypre", "Monaco",
+           "Géorgie", "Arménie", "Kazakhstan", "Pakistan", "Malaisie", "Laos", "Cambodge", "Fidji", "Samoa", "Qatar", "Oman", "Yémen", "Syrie",
+           "Jordanie", "Libye", "Somalie", "Panama", "Honduras", "Guatemala", "Biélorussie", "Moldavie", "Bosnie", "Andorre", "pays de Galles",
+           "la lune", "Gondor", "l'Afrique", "l'Asie", "Bretagne", "Toscane", "Oregon", "Ohio", "Québec", "Tibet"],
+}  # fmt: skip
+UNKNOWN_TOPICS: Final = {
+    "en": ["[quantum|modern|nuclear|solar] physics", "the [French|Russian|industrial] revolution", "photosynthesis", "the [stock|housing|oil] market", "football", "chess", "gravity",
+           "black holes", "philosophy", "democracy", "the internet", "evolution", "climate change", "the Roman Empire", "machine learning", "love", "the meaning of life", "bitcoin",
+           "cancer", "music theory", "the moon landing", "relativity", "politics", "the economy", "a good recipe", "cooking pasta", "losing weight", "DNA", "volcanoes", "electricity",
+           "a binary tree", "the telephone", "Napoleon", "Shakespeare", "Einstein", "transformers", "the [first|second] world war", "yoga", "the violin concerto", "the light bulb", "the pyramids",
+           "the Mona Lisa", "Romeo and Juliet", "the ninth symphony", "oxygen", "insulin", "the steam age", "vaccines", "poker", "opera", "the human [brain-like mind|body]", "inflation", "taxes", "psychology"],
+    "fr": ["la physique [quantique|moderne|nucléaire]", "la révolution [française|russe|industrielle]", "la photosynthèse", "la bourse", "le football", "les échecs", "la gravité", "les trous noirs",
+           "la philosophie", "la démocratie", "internet", "l'évolution", "le climat", "l'Empire romain", "l'amour", "le sens de la vie", "le bitcoin", "la relativité", "la politique", "l'économie",
+           "les volcans", "l'électricité", "le téléphone", "Napoléon", "Victor Hugo", "Einstein", "la cuisine", "la [première|deuxième] guerre mondiale", "le yoga", "l'ampoule", "les pyramides",
+           "la Joconde", "Roméo et Juliette", "la neuvième symphonie", "l'oxygène", "l'insuline", "les vaccins", "le poker", "l'opéra", "le corps humain", "l'inflation", "les impôts", "la psychologie", "l'ADN"],
+}  # fmt: skip
+JSON_QUESTIONS: Final = {
+    "en": ["[Give|Return|Output|Write|Create|Build|Produce|Print] [a|one] JSON object with [|the |the fields |the keys |only ]{fields}[:| for:| from:| about:| from this:] {text}", "[Extract|Pull|Read|Find|Get|Take] {fields} [as|in|into] JSON[:| from:| out of:] {text}", "{text}. [Give|Return|Put|Store|Write|Save|Format|Say] [{fields}|{fields} of this|this with {fields}] [as|in] JSON",
+           "[Fill|Make|Complete] [a|the] JSON object with {fields} [from|using|for]: {text}", "[Turn|Change|Put|Make|Format|Parse] [this|the following|it|the text] [into|to|as] JSON with [|keys |fields |the keys ]{fields}: {text}", "{text}. [Answer|Reply] [|only ][as|in] JSON with {fields}", "JSON [with|of|having|for|using] {fields}: {text}", "JSON, [fields|keys] {fields}: {text}", "{text} -> JSON [with |keys |fields |]{fields}", "{fields} as JSON: {text}", "{text}. JSON [with|keys|fields|, please,] {fields}", "[From|Out of|Given] [this|the|a] [sentence|text|message|entry], [write|give|fill] [a JSON object|JSON] with {fields}: {text}"],
+    "fr": ["[Donne|Renvoie|Écris|Crée|Produis|Affiche|Prépare] [un|cet] objet JSON avec [|les champs |les clés |seulement ]{fields} [:|pour :|depuis :|sur :|à partir de :] {text}", "[Extrais|Tire|Lis|Trouve|Prends] {fields} en JSON [:|de :|depuis :] {text}", "{text}. [Donne|Renvoie|Mets|Écris|Garde|Formate|Dis] {fields} en JSON",
+           "[Remplis|Fais|Complète] [un|l'] objet JSON avec {fields} [à partir de|depuis|pour] : {text}", "[Transforme|Change|Mets|Formate|Tourne] [ceci|le texte|cela|ça] en JSON avec [|les clés |les champs ]{fields} : {text}", "{text}. Réponds [|seulement ]en JSON avec {fields}", "JSON [avec|de|pour] {fields} : {text}", "JSON, [champs|clés] {fields} : {text}", "{text} -> JSON [avec |clés |champs |]{fields}", "{fields} en JSON : {text}", "{text}. JSON [avec|clés|champs|, s'il te plaît,] {fields}", "[De|Dans|Depuis] [ce|le] [texte|message], [écris|donne|remplis] [un objet JSON|du JSON] avec {fields} : {text}"],
+}  # fmt: skip
+JSON_SYSTEM: Final = {
+    "en": ["Answer with a JSON object with the fields {fields}.", "Extract {fields} from the message as JSON.",
+           "You are a data extractor. Reply only with JSON with {fields}."],
+    "fr": ["Réponds par un objet JSON avec les champs {fields}.", "Extrais {fields} du message en JSON."],
+}  # fmt: skip
+FIELDS: Final = {
+    "en": ("name city age code price quantity email order id user product title year owner sender receiver address reference priority room number status "
+           "amount total phone author category label key start end place person client customer ticket account login company country project "
+           "from to destination colour size").split(),
+    "fr": ("nom ville âge code prix quantité email commande id utilisateur produit titre année propriétaire expéditeur destinataire adresse référence priorité "
+           "chambre numéro statut montant total téléphone auteur catégorie clé début fin lieu personne client ticket compte société pays projet départ "
+           "arrivée couleur taille").split(),
+}  # fmt: skip
+FIELD_FORMS: Final = {
+    "en": ["{name} {value}", "{name}: {value}", "{name} = {value}", "the {name} is {value}", "{value} is the {name}", "{name} is {value}", "{value} as {name}", "{value} ({name})", "with {name} {value}", "its {name}, {value}"],
+    "fr": ["{name} {value}", "{name} : {value}", "{name} = {value}", "le {name} est {value}", "{value} est le {name}", "{name} est {value}", "{value} comme {name}", "{value} ({name})", "avec {name} {value}", "son {name}, {value}"],
+}  # fmt: skip
+TOOL_VERBS: Final = "get find open read check update create list load count print start stop move copy paint close track follow lock send save cancel show book".split()
+TOOL_NOUNS: Final = ("recipe order file room invoice user account photo song movie book page task note event price parcel report table ship letter box car light "
+                     "alarm contract seat member card bill server job team meeting").split()  # fmt: skip
+TOOL_PARAMS: Final = {
+    "word": ["title", "item", "key", "topic", "label", "value"], "name": ["name", "owner", "user", "person", "to"], "city": ["city", "place", "location"],
+    "count": ["number", "count", "page", "priority", "people", "minutes"], "code": ["code", "id", "reference", "number"], "ident": ["login", "tag", "account", "file"],
+    "mail": ["email", "to", "address"],
+}  # fmt: skip
+PARAM_FORMS: Final = {"en": ["{value}", "{value}", "{name} {value}", "{name} {value}", "{name}: {value}", "{value} as {name}"],
+                      "fr": ["{value}", "{value}", "{name} {value}", "{name} {value}", "{name} : {value}", "{value} comme {name}"]}  # fmt: skip
+TOOL_FRAMES: Final = {
+    "en": ["Use {name} with {values}", "Call {name} for {values}", "[Please |]{verb} the {noun} for {values}", "{verb} the {noun}: {values}", "Can you {verb} the {noun} with {values}?", "Run {name} on {values}",
+           "{verb} {noun} {values}", "{noun} {values}, {verb} it", "I [want|need] to {verb} [the|a|my] {noun}: {values}", "The {noun} {values} [should|must] be handled: {verb}", "[My|A|The] {noun}: {values}", "What about [the|my] {noun} {values}?", "{values}: {verb} [this|that|the] {noun}", "Where is [the|my] {noun} {values}?", "[There is|It is about] a {noun} [for|with|of] {values}"],
+    "fr": ["Utilise {name} avec {values}", "Appelle {name} pour {values}", "Lance {name} : {values}", "Peux-tu utiliser {name} avec {values} ?", "{name} {values}", "[Il faut|Je veux] {name} : {values}", "[Avec|Par] {name}, traite {values}", "[Mon|Le|Un] {noun} : {values}", "Et [mon|le] {noun} {values} ?", "{values} : {name}", "Fais {name} pour {values}", "[Il s'agit d'|C'est pour ]un {noun} avec {values}"],
 }  # fmt: skip
