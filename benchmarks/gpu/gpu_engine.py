@@ -168,7 +168,7 @@ def engine_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[
             times = [first_token_seconds(each, prompt(draw, config, length)) for _ in range(2 if machine.dry else 6)]
             add("TTFT", f"ms of {length} tokens{name}", 1000 * statistics.median(times[1:]))
     del apart
-    size = 40 if machine.dry else 1920
+    size = 20 if machine.dry else 1920
     cold, hit = [], []
     for _ in range(2 if machine.dry else 6):
         ids = prompt(draw, config, size)
@@ -183,7 +183,7 @@ def engine_goals(machine: Machine, best: dict[str, float], quick: bool) -> list[
         add("G4", "÷ floor", rate / floor, "0.50")
     del core
     tokens = 4 if machine.dry else 256
-    texts = {"copy-heavy": prompt(draw, config, 8) * 6, "random": prompt(draw, config, 40)}
+    texts = {"copy-heavy": prompt(draw, config, 8) * (2 if machine.dry else 6), "random": prompt(draw, config, 40)}
     for text, ids in list(texts.items())[: 1 if machine.dry else None]:
         plain = run(make_core(machine, model, 1), [(ids, tokens)])
         guessed = run(make_core(machine, model, 1, speculative=SpeculativeConfig()), [(ids, tokens)])

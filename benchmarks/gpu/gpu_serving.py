@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def serving_goals(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     """G6 and G11. G10, the race with another server, needs that server: `race.py`."""
-    shape, input_len, output_len, prompt_len = ("150m", 8, 4, 40) if machine.dry else ("1.5b", 128, 256, 2000)
+    shape, input_len, output_len, prompt_len = ("tiny-32k", 8, 4, 40) if machine.dry else ("1.5b", 128, 256, 2000)
     batches = (2,) if machine.dry else (32,) if quick else (32, 256)
     config = machine.shape("1.5b")
     model, draw = machine.model(config), random.Random(6)
@@ -49,6 +49,6 @@ def serving_goals(machine: Machine, quick: bool) -> list[dict[str, Any]]:
                 accept = "0.92" if batch == 32 else "0.85"
                 add("G6", f"output tokens/s over HTTP, {batch} clients", rate)
                 add("G6", f"÷ the engine alone, {batch} at once", rate / alone[batch], accept)
-            found = disturbance(target, min(8, max(batches)), 32 if machine.dry else 384, prompt_len)
+            found = disturbance(target, min(8, max(batches)), 12 if machine.dry else 384, prompt_len)
             add("G11", f"p99 ITL next to prompts of {prompt_len} ÷ p50 without", found["ratio"], "2.5")
     return rows

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support.serving import run_command
 
 from pyllm.engine.config import settings_of
 from pyllm.engine.messages import MAX_LOGPROBS
@@ -352,7 +353,7 @@ def test_help_and_version_are_quick_and_complete():
     ],
 )
 def test_mistakes_end_with_code_2_and_one_sentence(arguments, words):
-    result = command(*arguments)
+    result = run_command(*arguments)
     assert result.returncode == 2
     assert result.stdout == ""
     assert words in result.stderr

@@ -42,6 +42,7 @@ def llm(tiny_checkpoint) -> LLM:
         quiet=True,
         num_kv_blocks=4096,
         max_model_len=512,
+        max_num_seqs=256,
         seed=1,
         allow_long_max_model_len=True,
     )
