@@ -4,7 +4,7 @@ import { countTokens, ServerError, stream } from "./api.js";
 import { counters, plural } from "./dom.js";
 import { requestFields, settings } from "./settings.js";
 
-const SAVE_EVERY = 2000;  // milliseconds in which a crash may lose text
+const SAVE_EVERY = 1000;  // milliseconds in which a crash may lose text
 const TOKENS_PER_MESSAGE = 64;  // at most, of the template around a message
 const MAX_SENT = 4096;  // messages in one request
 
@@ -88,7 +88,7 @@ export class Run {
     try {
       const body = { model: this.model.id, ...requestFields(), stream: true, stream_options: { include_usage: true } };
       if (message) Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
-      message ??= conversation.add("assistant", parent, { model: this.model.id });
+      message ??= conversation.add("assistant", parent, { model: this.model.id, partial: true });
       Object.assign(message, { note: "", partial: true });
       if (body.return_dynamics) message.dynamics ??= [];
       this.message = message;
@@ -104,9 +104,9 @@ export class Run {
       if (!message.content && !message.reasoning && !message.calls?.length) {
         conversation.remove(message);
         if (conversation.messages.has(parent?.id)) conversation.record.leaf = parent.id;
-      } else conversation.saveMessage(message);
+        conversation.save();
+      } else conversation.saveEnd(message);
     }
-    conversation.save();
     this.onEnd(message, failure);
   }
 
@@ -130,6 +130,8 @@ export class Run {
     const begin = performance.now();
     let first = 0;
     let saved = begin;
+    const save = () => { this.conversation.saveMessage(message); };
+    window.addEventListener("pagehide", save, { signal: this.controller.signal });
     for await (const chunk of stream(body, this.controller.signal)) {
       counters.chunks += 1;
       const choice = chunk.choices?.[0];
@@ -139,9 +141,10 @@ export class Run {
       this.onChange(message);
       if (performance.now() - saved > SAVE_EVERY) {
         saved = performance.now();
-        this.conversation.saveMessage(message);
+        save();
       }
     }
+    window.removeEventListener("pagehide", save);
   }
 }
 

@@ -21,6 +21,10 @@ export class Conversation {
   async load() {
     if (this.messages) return;
     const found = await store.loadMessages(this.id);
+    for (const message of found.filter((each) => each.partial)) {
+      delete message.partial;
+      message.note = "Not complete: the page was closed, or another tab is writing it.";
+    }
     this.messages ??= new Map(found.sort((a, b) => a.created - b.created).map((message) => [message.id, message]));
   }
 
@@ -79,6 +83,13 @@ export class Conversation {
   }
 
   #saveAll(messages) { store.putAll([this.record], messages); }
+  /** Save a complete answer; other tabs then read the conversation again. */
+  saveEnd(message) {
+    if (!this.messages.has(message.id)) return;
+    this.record.updated = Date.now();
+    this.#saveAll([message]);
+  }
+
   save() { return store.putConversation(this.record); }
   saveMessage(message) { return this.messages?.has(message.id) ? store.putMessage(message) : undefined; }
 }
@@ -97,8 +108,10 @@ export class Library {
     const records = await store.listConversations();
     const found = records.map((record) => {
       const before = known.get(record.id);
-      if (before && !before.run) before.record = { ...record, leaf: before.messages?.has(before.record.leaf) ? before.record.leaf : record.leaf };
-      return before ?? new Conversation(record);
+      if (!before) return new Conversation(record);
+      if (!before.run && before.record.updated !== record.updated) before.messages = null;  // another tab added some
+      if (!before.run) before.record = record;
+      return before;
     });
     const kept = new Set(found);
     this.all = [...found, ...this.all.filter((each) => each.run && !kept.has(each))];

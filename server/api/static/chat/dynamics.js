@@ -45,7 +45,7 @@ function curves(tokens, key, name, top) {
   const y = (value) => (top + PANEL - ((Math.log10(Math.max(value, 10 ** low)) - low) / (high - low || 1)) * PANEL).toFixed(1);
   const lines = Array.from({ length: layers }, (_, layer) => {
     const points = tokens.flatMap((token, column) => (token[key].length > layer ? [`${LEFT + (column + 0.5) * CELL},${y(token[key][layer])}`] : []));
-    const stroke = `hsl(${210 + (70 * layer) / Math.max(1, layers - 1)} 70% ${60 - (20 * layer) / Math.max(1, layers - 1)}%)`;
+    const stroke = `hsl(${210 + (70 * layer) / Math.max(1, layers - 1)} 65% ${60 - (10 * layer) / Math.max(1, layers - 1)}%)`;
     return svg("polyline", { points: points.join(" "), fill: "none", stroke, "stroke-width": 1.5 }, svg("title", {}, `${name}, layer ${layer}`));
   });
   return [
@@ -132,7 +132,7 @@ function tokenTable(token) {
 /** Draw the view of an answer's tokens into `root`. */
 export function drawDynamics(root, tokens) {
   const drawn = picture(tokens);
-  const table = make("div", { class: "token-table" });
+  const table = make("div", { class: "token-table", tabindex: "0", role: "region", "aria-label": "Layers of the chosen token" });
   const strip = make("div", { class: "tokens", role: "group", "aria-label": "Tokens: choose one to see its layers" });
   const choose = (chosen) => {
     for (const other of strip.querySelectorAll('[aria-pressed="true"]')) other.setAttribute("aria-pressed", "false");

@@ -176,6 +176,10 @@ $("key-form").addEventListener("submit", () => {
   setApiKey($("key").value.trim(), $("remember").checked);
   loadModels();
 });
+$("key-dialog").addEventListener("close", () => {
+  $("question").blur();  // Chromium returns the focus here without a caret, and typing would do nothing
+  $("question").focus();
+});
 $("error-close").addEventListener("click", () => fail(""));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
@@ -183,7 +187,15 @@ document.addEventListener("keydown", (event) => {
   }
   if (event.key === "O" && event.ctrlKey && event.shiftKey) { event.preventDefault(); openConversation(null); }
 });
-onChangeElsewhere(async () => { await library.load(); sidebar.draw(); });
+onChangeElsewhere(async () => {
+  await library.load();
+  sidebar.draw();
+  if (!current || current.messages) return;
+  const conversation = current;
+  await conversation.load();
+  if (conversation === current) thread.show(conversation);
+});
+window.addEventListener("not-kept", ({ detail }) => fail(`The browser did not keep the last change: ${detail}`));
 
 applyTheme();
 if (!(await openStore())) notify("This browser does not keep conversations: they end with this page.");

@@ -34,12 +34,17 @@ function stores(mode, ...names) {
 /** Write, and resolve when it is on the disk. */
 async function write(names, change) {
   if (!database) return;
-  const transaction = database.transaction(names, "readwrite");
-  change(...names.map((name) => transaction.objectStore(name)));
-  await new Promise((resolve, reject) => {
-    transaction.oncomplete = resolve;
-    transaction.onerror = transaction.onabort = () => reject(transaction.error);
-  });
+  try {
+    const transaction = database.transaction(names, "readwrite");
+    change(...names.map((name) => transaction.objectStore(name)));
+    transaction.commit();  // now: the page may be about to close
+    await new Promise((resolve, reject) => {
+      transaction.oncomplete = resolve;
+      transaction.onerror = transaction.onabort = () => reject(transaction.error);
+    });
+  } catch (error) {
+    window.dispatchEvent(new CustomEvent("not-kept", { detail: error?.message ?? String(error) }));
+  }
   if (names.includes("conversations")) channel?.postMessage("changed");
 }
 

@@ -202,8 +202,9 @@ export class Thread {
   show(conversation) {
     const isNew = conversation !== this.conversation;
     this.conversation = conversation;
-    if (isNew) this.views.clear();
     const path = conversation.path();
+    // Of another conversation, or read again from the browser: not the same messages.
+    if (path.some((message) => (this.views.get(message.id)?.message ?? message) !== message) || isNew) this.views.clear();
     this.last = path.at(-1) ?? null;
     const before = this.views;
     this.views = new Map(path.map((message) => [message.id, before.get(message.id) ?? new MessageView(this, message)]));
