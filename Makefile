@@ -6,7 +6,10 @@ ARGS ?=
 TOOLS ?= .venv/tools
 
 BIN := .venv/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# A package index with torch's build for CPUs, which on Linux is gigabytes smaller than the usual one.
+TORCH_INDEX ?=
+NVIDIA := /proc/driver/nvidia/version
 PYTEST := $(BIN)/python -m pytest
 TESTS = $(PYTEST) $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
@@ -77,12 +80,18 @@ clean:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt $(wildcard model/cpu/kernels/*)
-	@echo "Installing PyLLM into .venv (a few minutes the first time) ..."
+	@echo "Installing PyLLM and its libraries into .venv: a few minutes the first time, mostly for torch."
+	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname -s)" = Linux ] && [ ! -e $(NVIDIA) ] && \
+	  ! ls -d .venv/lib/python*/site-packages/torch >/dev/null 2>&1; then \
+	  echo "There is no NVIDIA GPU here, and torch's build for CPUs is gigabytes smaller. To take it, press Ctrl-C and run"; \
+	  echo "  make $(or $(MAKECMDGOALS),serve) TORCH_INDEX=URL"; \
+	  echo "with the index URL that pytorch.org/get-started/locally shows for CPU."; fi
+	$(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 	$(PIP_INSTALL) --editable ".[client]"
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP_INSTALL) --editable ".[dev]"
+	$(PIP_INSTALL) --quiet --editable ".[dev]"
 	@touch $@
 
 $(TOOLS)/installed: .venv/bin/python Makefile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,10 +46,15 @@ GRAPH_BYTES = 256 << 20  # what graphs usually take in addition to their working
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def build_engine(config: EngineConfig) -> EngineCore:
-    """Load the model and build its engine; raise `EngineStartError`, one sentence to show the user, if that fails."""
+def build_engine(
+    config: EngineConfig, on_progress: Callable[[int, int], object] = lambda done, total: None
+) -> EngineCore:
+    """Load the model and build its engine; raise `EngineStartError`, one sentence to show the user, if that fails.
+
+    `on_progress` is called as the weights are loaded, with how many bytes are and with all of them.
+    """
     try:
-        return _build(config)
+        return _build(config, on_progress)
     except CheckpointError as error:
         raise EngineStartError(str(error)) from None
     except (MemoryError, RuntimeError) as error:
@@ -62,7 +68,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         ) from None
 
 
-def _build(config: EngineConfig) -> EngineCore:
+def _build(config: EngineConfig, on_progress: Callable[[int, int], object]) -> EngineCore:
     device = _device(config)
     shape = DeepConfig.from_folder(config.model, config.generation_config)
     native = device.type == "cpu" and native_available(shape)
@@ -71,6 +77,7 @@ def _build(config: EngineConfig) -> EngineCore:
     model, report = load_checkpoint(
         Path(config.model), network=DeepNetwork, config=shape, dtype=_dtype(config, device), device=device,
         load_format=config.load_format, seed=config.seed or 0, progress=not config.quiet,
+        on_progress=on_progress,
     )  # fmt: skip
     model.eval().requires_grad_(False)
     if config.kv_cache_dtype == "fp8":

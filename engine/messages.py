@@ -164,6 +164,13 @@ class EngineInfo(Message, frozen=True, kw_only=True):
         return self.config.num_kv_blocks * self.config.block_size
 
 
+class Loading(Message, frozen=True, kw_only=True):
+    """How many bytes of the weights are loaded, and of how many."""
+
+    done: int
+    total: int
+
+
 class StartFailed(Message, frozen=True, kw_only=True):
     """The engine could not start; the message is one sentence to show the user."""
 
@@ -247,7 +254,7 @@ class StepOutputs(Message, frozen=True, kw_only=True):
 
 
 ToEngine = EngineRequest | Abort | CheckGrammar | Ping | Shutdown
-FromEngine = EngineInfo | StartFailed | Alive | StepOutputs
+FromEngine = EngineInfo | Loading | StartFailed | Alive | StepOutputs
 
 
 LENGTH_BYTES = 4

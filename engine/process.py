@@ -30,6 +30,7 @@ from .messages import (
     Alive,
     CheckGrammar,
     EngineRequest,
+    Loading,
     Ping,
     Shutdown,
     StartFailed,
@@ -45,7 +46,22 @@ if TYPE_CHECKING:  # what needs memory is imported where a failure becomes a sen
 
 _GRAMMAR_READY = Abort(request_ids=[])  # wakes the loop, and aborts nothing
 IDLE_SECONDS = 0.1  # an engine without work for this long is idle; shorter gaps are normal between a client's requests
+FIRST_REPORT_SECONDS, REPORT_SECONDS = 1.0, 10.0  # of loading
 PULSE_SECONDS = 0.25  # a long step reports no more often than this that another of its layers is done
+
+
+class LoadReports:
+    """Sends how much of the weights is loaded: soon, since a small model needs no report, and then now and then."""
+
+    def __init__(self, send: Callable[[msgspec.Struct], object]) -> None:
+        self._send = send
+        self._due = time.monotonic() + FIRST_REPORT_SECONDS
+
+    def __call__(self, done: int, total: int) -> None:
+        """Report, if it is time."""
+        if done < total and (now := time.monotonic()) >= self._due:
+            self._send(Loading(done=done, total=total))
+            self._due = now + REPORT_SECONDS
 
 
 class Outbox:
@@ -156,7 +172,10 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
                 gc.enable()
                 if (first := next(frames, None)) is None:
                     return
-                core = build_engine(msgspec.msgpack.decode(first, type=EngineConfig))
+                # On a terminal there is a progress bar.
+                reports = LoadReports(lambda message: sock.sendall(encode_frame(message)))
+                config = msgspec.msgpack.decode(first, type=EngineConfig)
+                core = build_engine(config) if sys.stderr.isatty() else build_engine(config, reports)
             except EngineStartError as error:
                 sock.sendall(encode_frame(StartFailed(message=str(error))))
                 return

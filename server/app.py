@@ -70,7 +70,7 @@ def create_app(service: Service) -> FastAPI:
     for endpoint in ENDPOINTS:
         _add_endpoint(app, service, endpoint)
     app.openapi = lambda: _document(app, with_batches=bool(service.config.batch_dir))  # type: ignore[method-assign]
-    add_base_route(app, [route for route in app.routes if isinstance(route, Route)])
+    add_base_route(app, [route for route in app.routes if isinstance(route, Route)], service.config.root_path)
     routes = [route for route in app.routes if isinstance(route, Route)]
     app.add_exception_handler(HTTPException, partial(_http_error, routes))
     app.add_middleware(RequestMiddleware, service=service, public_paths=PAGE_PATHS, is_route=partial(_is_route, routes))

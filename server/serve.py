@@ -195,13 +195,15 @@ class _ServerProcess:
                 f"of up to {max(graphs.mixed_sizes, default=0)} tokens, captured in {graphs.seconds:.1f} s with "
                 f"{graphs.bytes >> 20} MiB"
             )
+        pages = ""
         if self._config.uds:
             url = f"the socket {self._config.uds}"
         else:
             host, port = self.sockets[0].getsockname()[:2]
             scheme = "https" if self._config.ssl_certfile else "http"
-            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self._config.root_path}/v1"
-        logger.info(f"Ready after {time.monotonic() - self._process.started:.1f} s on {url}")
+            base = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self._config.root_path}"
+            pages, url = f": chat page {base}/, reference {base}/docs, API", f"{base}/v1"
+        logger.info(f"Ready after {time.monotonic() - self._process.started:.1f} s{pages} on {url}")
 
     async def _serve_until_end(self, model: ServedModel, http: asyncio.Task[None]) -> int:
         """Wait for a signal or the engine's last death, drain the requests, and end the engine."""

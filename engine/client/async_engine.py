@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import random
 import time
@@ -23,6 +24,8 @@ from .watchdog import wait_for_hang
 
 if TYPE_CHECKING:
     from ...model.tokenizer import Tokenizer
+
+logger = logging.getLogger("pyllm.engine")
 
 _decoder: msgspec.msgpack.Decoder[messages.FromEngine] = msgspec.msgpack.Decoder(messages.FromEngine)
 MAX_HELD_BYTES = 2**29  # of unfinished requests, in this process and in the engine's
@@ -122,7 +125,15 @@ class AsyncEngine:
             process.configure(config)
         loop = asyncio.get_running_loop()
         first: asyncio.Future[messages.FromEngine] = loop.create_future()
-        pipe = Pipe(first.set_result)
+
+        def receive(message: messages.FromEngine) -> None:
+            if not isinstance(message, messages.Loading):
+                first.set_result(message)
+                return
+            done, total = message.done / 1e9, message.total / 1e9
+            logger.info("Loading the weights: %.2f of %.2f GB (%d%%)", done, total, 100 * done / total)
+
+        pipe = Pipe(receive)
         try:
             await loop.create_connection(lambda: pipe, sock=process.socket)
             await asyncio.wait((first, pipe.ended), return_when=asyncio.FIRST_COMPLETED)

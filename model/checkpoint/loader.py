@@ -12,7 +12,7 @@ import math
 import mmap
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
@@ -45,7 +45,7 @@ INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"(?!\.)[\w.+-]{1,200}\.safetensors", re.ASCII)
 PIECE_ELEMENTS = 1 << 20  # mapped and copied at once: 4 MiB of FP32
-PROGRESS_DELAY = 1.5  # loading takes at least this many seconds before a bar is shown
+PROGRESS_DELAY = 1.0  # loading takes at least this many seconds before a bar is shown
 DUMMY_STD = 0.02
 
 Network = TypeVar("Network", bound=DeepNetwork)
@@ -82,6 +82,7 @@ def load_checkpoint(
     load_format: Literal["auto", "dummy"] = "auto",
     seed: int = 0,  # of the dummy weights
     progress: bool = True,  # show a bar on stderr if loading takes long and stderr is a terminal
+    on_progress: Callable[[int, int], object] = lambda done, total: None,  # called with bytes after each tensor
 ) -> tuple[Network, LoadReport]:
     """Build a checkpoint's network and fill it, using at most one layer's memory beyond the model's own.
 
@@ -105,7 +106,7 @@ def load_checkpoint(
         outline = _outline(config, arch, dtype, folder)
         _check(stored, plan(era, outline), outline, era, folder)
         model = network(config, arch, dtype=dtype, device=device)
-        read = _fill(model, plan(era, model), stored, progress)
+        read = _fill(model, plan(era, model), stored, progress, on_progress)
         if era is FIRST_ROUTE:
             _derive_routes(model)
         name = era.name
@@ -232,8 +233,9 @@ def _check(
 
 
 def _fill(
-    model: DeepNetwork, expected: Mapping[str, Entry], stored: Mapping[str, StoredTensor], progress: bool
-) -> list[StoredTensor]:
+    model: DeepNetwork, expected: Mapping[str, Entry], stored: Mapping[str, StoredTensor], progress: bool,
+    on_progress: Callable[[int, int], object],
+) -> list[StoredTensor]:  # fmt: skip
     """Copy all tensors to their parameters and fill those that the file lacks; return the tensors read."""
     for key in expected.keys() - stored.keys() - {"lm_head.weight"}:
         for target, *_ in expected[key].parts:
@@ -245,7 +247,7 @@ def _fill(
     if model.architecture.tied and "lm_head.weight" in stored:
         del wanted["embed_tokens.weight"]  # they share a parameter; if they differ in the file, the head's win
     order = sorted(wanted.items(), key=lambda item: (item[1].path, item[1].offset))
-    total = sum(tensor.nbytes for tensor in wanted.values())
+    total, done = sum(tensor.nbytes for tensor in wanted.values()), 0
     hidden = None if progress else True  # None: hidden unless stderr is a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", delay=PROGRESS_DELAY, disable=hidden) as bar:
         for path, tensors in itertools.groupby(order, lambda item: item[1].path):
@@ -253,6 +255,8 @@ def _fill(
                 for key, tensor in tensors:
                     _copy(file, tensor, expected[key], model.config.experts)
                     bar.update(tensor.nbytes)
+                    done += tensor.nbytes
+                    on_progress(done, total)
     return list(wanted.values())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from ..http.errors import JsonResponse
@@ -48,8 +48,8 @@ def methods_of(route: Route) -> list[str]:
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
-def add_base_route(app: FastAPI, routes: Sequence[Route]) -> None:
-    """Add a route at the base URL: it lists `routes` to a client, and leads a browser to the chat page."""
+def add_base_route(app: FastAPI, routes: Sequence[Route], root: str) -> None:
+    """Add a route at the base URL that says what is where, under the path `root`; to people in a browser too."""
     listed = [
         f"{method} {route.path}"
         for route in routes
@@ -58,14 +58,11 @@ def add_base_route(app: FastAPI, routes: Sequence[Route]) -> None:
     ]
 
     async def show(request: Request) -> Response:
-        vary = {"vary": "accept"}
-        if "text/html" in request.headers.get("accept", ""):
-            path = request.scope["raw_path"].partition(b"?")[0]
-            return RedirectResponse(
-                ".." if path.endswith(b"/") else ".", headers=vary
-            )  # relative: a proxy may add to it
-        message = "This is the base URL of an API like OpenAI's. GET / is a chat page, GET /docs the reference."
-        return JsonResponse({"message": message, "endpoints": sorted(listed)}, headers=vary)
+        places = {"chat_page": "/", "reference": "/docs", "models": "/v1/models", "health": "/health"}
+        shown = {"message": "This is the base URL of an API like OpenAI's."}
+        return JsonResponse(
+            shown | {name: root.rstrip("/") + path for name, path in places.items()} | {"endpoints": sorted(listed)}
+        )
 
     app.router.routes += [Route(path, show, methods=["GET"]) for path in ("/v1", "/v1/")]
 

@@ -20,7 +20,7 @@ from pyllm.engine.messages import (
     encode_frame,
     read_frames,
 )
-from pyllm.engine.process import serve
+from pyllm.engine.process import LoadReports, serve
 
 
 def test_an_engine_that_waits_for_work_checks_its_books():
@@ -77,6 +77,17 @@ def test_a_request_that_cannot_be_taken_in_ends_alone(monkeypatch):
     assert "the inside" in failed.error, "for the log"
     assert (refused.request_id, refused.refused) == ("good", True)
     core.check_idle()
+
+
+def test_loading_is_reported_now_and_then(monkeypatch):
+    clock, sent = [100.0], []
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    report = LoadReports(sent.append)
+    for second in range(26):
+        clock[0] = 100.0 + second
+        report(second, 25)
+    assert [message.done for message in sent] == [1, 11, 21], "soon, then every ten seconds, and not at the end"
+    assert {message.total for message in sent} == {25}
 
 
 @pytest.mark.parametrize(("seconds", "pulses"), [(0.0, 0), (0.1, 3)])

@@ -88,12 +88,16 @@ class TestTheBaseUrl:
         assert response.status_code == 200
         assert {"POST /v1/chat/completions", "GET /v1/models"} <= set(response.json()["endpoints"])
 
-    def test_leads_a_browser_to_the_page(self, harness, path):
-        response = harness.get(path, **BROWSER)
-        assert response.status_code == 307
-        target = response.url.join(response.headers["location"])
-        assert target.path == "/"
-        assert "accept" in response.headers["vary"].lower()
+    def test_tells_a_browser_what_is_where(self, make_harness, path):
+        for root in ("", "/llm"):
+            harness = make_harness(root_path=root)
+            response = harness.get(path, **BROWSER)
+            assert response.status_code == 200
+            assert response.headers["content-type"] == "application/json"
+            places = response.json()
+            for name, kind in (("chat_page", "text/html"), ("reference", "text/html"), ("models", "application/json")):
+                assert places[name].startswith(root + "/")
+                assert harness.get(places[name]).headers["content-type"].startswith(kind)
 
     def test_refuses_what_belongs_to_an_endpoint(self, harness, path):
         error = error_of(harness.post(path, CHAT))

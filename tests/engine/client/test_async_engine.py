@@ -6,8 +6,10 @@ import asyncio
 import dataclasses
 import os
 import random
+import socket
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -17,7 +19,8 @@ from support.checkpoints import TINY
 from pyllm import LLM, SamplingParams
 from pyllm.engine.client.async_engine import AsyncEngine
 from pyllm.engine.client.output_processor import RequestOutput, Wakeup
-from pyllm.engine.errors import EngineBusyError, RequestError
+from pyllm.engine.errors import EngineBusyError, EngineStartError, RequestError
+from pyllm.engine.messages import Loading, StartFailed, encode_frame
 from pyllm.model.cpu.backend import available
 from pyllm.model.tokenizer import Tokenizer
 
@@ -43,6 +46,17 @@ async def engine(tiny_checkpoint, anyio_backend) -> AsyncIterator[AsyncEngine]:
 
 def ids(outputs: list[RequestOutput]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
+
+
+async def test_what_is_loaded_is_logged(tiny_checkpoint, caplog):
+    ours, theirs = socket.socketpair()
+    with theirs, caplog.at_level("INFO", "pyllm.engine"):
+        for message in (Loading(done=3 * 10**9, total=14 * 10**9), StartFailed(message="It is a test.")):
+            theirs.sendall(encode_frame(message))
+        process = SimpleNamespace(socket=ours, end=lambda seconds: 0, kill=ours.close)
+        with pytest.raises(EngineStartError, match=r"It is a test\."):
+            await AsyncEngine.start(config(tiny_checkpoint), Tokenizer.from_folder(tiny_checkpoint), process)
+    assert caplog.messages == ["Loading the weights: 3.00 of 14.00 GB (21%)"]
 
 
 async def test_a_stream_gives_what_the_library_gives(engine, tiny_checkpoint):

@@ -64,6 +64,14 @@ def test_a_file_whose_data_starts_at_an_odd_byte_loads(tmp_path: Path) -> None:
     assert_same(load(tmp_path)[0], stacked(canonical()))
 
 
+def test_progress_counts_every_byte_to_the_last(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    _, report = load(write(tmp_path, canonical()), on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1] == (report.bytes, report.bytes)
+    assert len({total for _, total in seen}) == 1
+
+
 @pytest.mark.parametrize("keep", [0, 5, 2000, -100])
 def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
     path = write(tmp_path, canonical()) / "model.safetensors"
