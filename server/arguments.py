@@ -46,25 +46,27 @@ GROUPS = {
 }
 """The flags of `pyllm serve` as its help shows them; other commands show their own flags first."""
 
-# Flags of other servers and programs that people try, and what to do instead.
-ONE_DEVICE = "PyLLM computes on one device, so leave it out."
+# What to do instead of flags of other servers and programs that people try.
 FOREIGN = {
-    **dict.fromkeys(
-        ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size", "tp", "tp-size"), ONE_DEVICE
-    ),
-    **dict.fromkeys(("ctx-size", "context-length", "n-ctx", "max-length", "max-total-tokens"), "use --max-model-len."),
-    **dict.fromkeys(("bind", "listen", "hostname"), "use --host."),
-    **dict.fromkeys(("mem-fraction-static", "cuda-memory-fraction"), "use --gpu-memory-utilization."),
-    **dict.fromkeys(("n-predict", "max-new-tokens"), "use --max-tokens, or in a request max_tokens."),
-    "n-gpu-layers": "the whole model is on one device: use --device.",
-    "threads": "set the variable OMP_NUM_THREADS.",
-    "tokenizer": "the tokenizer.json of the checkpoint is used, so leave it out.",
-    "trust-remote-code": "no code of a checkpoint is ever run, so leave it out.",
-    "enable-auto-tool-choice": "tools work without a flag, so leave it out.",
-    "enable-chunked-prefill": "long prompts are always computed in chunks, so leave it out.",
-    "workers": "one process serves all requests, so leave it out.",
-    "disable-log-requests": "requests' texts are never logged, so leave it out.",
-}
+    "PyLLM computes on one device, so leave it out.":
+        "tensor-parallel-size pipeline-parallel-size data-parallel-size tp tp-size",
+    "use --max-model-len.": "ctx-size context-length n-ctx max-length max-total-tokens",
+    "use --host.": "bind listen hostname",
+    "use --gpu-memory-utilization.": "mem-fraction-static cuda-memory-fraction",
+    "use --num-kv-blocks.": "num-gpu-blocks-override",
+    "use --log-level.": "uvicorn-log-level verbose",
+    "use --max-tokens, or in a request max_tokens.": "n-predict max-new-tokens",
+    "the whole model is on one device: use --device.": "n-gpu-layers",
+    "set the variable OMP_NUM_THREADS.": "threads",
+    "set the variable HF_HOME.": "download-dir",
+    "set the variable HF_TOKEN.": "hf-token",
+    "the tokenizer.json of the checkpoint is used, so leave it out.": "tokenizer",
+    "no code of a checkpoint is ever run, so leave it out.": "trust-remote-code",
+    "it is always on, so leave it out.":
+        "enable-auto-tool-choice enable-chunked-prefill enable-prompt-tokens-details enable-tokenizer-info-endpoint",
+    "one process serves all requests, so leave it out.": "workers",
+    "requests' texts are never logged, so leave it out.": "disable-log-requests enable-log-requests enable-log-outputs",
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -200,8 +202,9 @@ def load_config(
     given, unknown = parser.parse_known_args(_with_dashes(arguments, known))
     for word in unknown:
         name = word.split("=")[0].replace("_", "-")
-        if name.startswith("-") and (instead := FOREIGN.get(name.strip("-"))):
-            raise ConfigError(f"Unknown flag {name}: {instead}")
+        for instead, names in FOREIGN.items():
+            if name.startswith("--") and name[2:] in names.split():
+                raise ConfigError(f"Unknown flag {name}: {instead}")
         if name.startswith("-"):
             raise ConfigError(f"Unknown flag {name[:200]}{nearest(name, [option(flag) for flag in known])}")
         if any(argument.partition("=")[0] == "--api-key" for argument in arguments):

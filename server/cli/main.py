@@ -66,13 +66,29 @@ def main(arguments: Sequence[str] | None = None, lifetime: Lifetime | None = Non
     """Run the command line and exit: 0 on success, 2 with one sentence on stderr if it cannot start."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     lifetime = lifetime or Lifetime.begin(words)
+    try:
+        try:
+            code = _dispatch(words, lifetime)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # The reader of the output has closed it, as in `| head`, or the disk is full: nothing can be written any more,
+        # not even at exit.
+        if not isinstance(error, BrokenPipeError):
+            _fail(ConfigError(f"The output cannot be written: {error.strerror}."))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def _dispatch(words: list[str], lifetime: Lifetime) -> int:
     if words[:1] == ["--version"]:
         print(_version())
-        sys.exit(0)
+        return 0
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help() if words else FIRST)
-        sys.exit(0 if words else USAGE_ERROR)
-    sys.exit(_run(words[0], words[1:], lifetime))
+        return 0 if words else USAGE_ERROR
+    return _run(words[0], words[1:], lifetime)
 
 
 def _version() -> str:
@@ -114,6 +130,8 @@ def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
         for sentence in unknown_variables(os.environ, cls, [other for other, *_ in COMMANDS.values()]):
             logger.warning(sentence)
         code = _start(entry, config, lifetime)
+    except BrokenPipeError:
+        raise
     except START_FAILURES as error:
         logger.debug("It failed here:", exc_info=True)
         code = _fail(ConfigError(f"PyLLM cannot run ({reason_of(error)}); --log-level debug shows where."))
@@ -191,10 +209,6 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None, lifetim
         return _fail(error, 1)
     except (ConfigError, CheckpointError, ChatTemplateError, EngineStartError, RequestError) as error:
         return _fail(error)
-    except BrokenPipeError:
-        # The reader of the output has closed it, as in `| head`; nothing can be written any more, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt:
         return 130
 

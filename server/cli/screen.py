@@ -97,8 +97,8 @@ class Answer:
             tokens = _parser.parse("\n".join(lines))
             starts = [token.map[0] for token in tokens if token.map and token.level == 0 and token.nesting >= 0]
             if len(starts) > 1:
+                self._tail = "\n".join(self._tail.split("\n")[starts[-1] :])  # first, or it would be drawn twice
                 self._print("\n".join(lines[: starts[-1]]))
-                self._tail = "\n".join(self._tail.split("\n")[starts[-1] :])
 
     def finish(self) -> None:
         """Print the rest."""

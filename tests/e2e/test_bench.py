@@ -70,6 +70,14 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(server: ServerProcess) 
             assert part in line
 
 
+def test_the_prompts_have_the_ids_that_the_model_has(server: ServerProcess) -> None:
+    """It has 272, fewer than nearly every other model."""
+    words = ("--concurrency", "1", "--num-requests", "3", "--input-len", "60", "--output-len", "2", "--json")
+    done = bench("--base-url", server.url, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["results"][0]["prompt_tokens"] == 180
+
+
 def test_failing_request_among_others_is_counted(server: ServerProcess) -> None:
     target = Target(f"{server.url}/v1", "tiny")
     answers, seconds = uvloop.run(closed_loop(target, [target.body([1, 2], 3), b"{", target.body([3], 4)], 1))

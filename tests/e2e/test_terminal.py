@@ -328,6 +328,13 @@ def test_generate_follows_a_schema(server: ServerProcess, tmp_path: Path) -> Non
         assert says in done.stderr
 
 
+@pytest.mark.parametrize("words", ["", "--help", "serve --help", "completion bash", "--version"])
+def test_a_reader_that_leaves_ends_the_command_quietly(words: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pyllm {words}"
+    done = subprocess.run(["bash", "-c", f"(sleep 0.2; {command}) | true"], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
 def test_shells_load_the_completion() -> None:
     for shell in ("bash", "zsh", "fish"):
         done = chat("", "completion", shell)
