@@ -24,6 +24,18 @@ SHAPES = {
         num_attention_heads=16,
         num_key_value_heads=8,
     ),
+    "200m-hash": DeepConfig(
+        mlp_type="tr_hash_engine",
+        vocab_size=32000,
+        hidden_size=896,
+        intermediate_size=256,
+        shared_intermediate_size=3072,
+        num_experts_per_tok=2,
+        num_hidden_layers=16,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        routed_output_scale=2.0,
+    ),
     "tiny": DeepConfig(  # for checks of what is written, not of how fast
         vocab_size=272,
         hidden_size=64,

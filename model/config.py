@@ -329,5 +329,7 @@ class Architecture:
                 mu_guidance=False, tied=tied, mu=False,
                 shared_expert_size=config.shared_intermediate_size or config.intermediate_size if routed else 0,
                 routes=(config.num_experts_per_tok or config.top_k or 1) if routed else 0,
+                output_gates=config.use_shared_routed_gates and routed,
+                channel_modulation=config.learn_hash_channel_modulation and routed,
             )  # fmt: skip
         return cls(era="0.12-0.14", contextual_mu=True, mu_attention=True, mu_highway=True, mu_router=routed, tied=tied)

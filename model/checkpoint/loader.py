@@ -323,7 +323,7 @@ def _fill_at_random(model: DeepNetwork, seed: int) -> None:
     generator = torch.Generator(model.device).manual_seed(seed)
     residual = DUMMY_STD / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith("norm"):
+        if name.endswith(("norm", "output_gates")):
             parameter.fill_(1.0)
         elif name.endswith("controller_out_bias"):
             # alpha 0.9, beta 0.1, gate 0.5 for a controller output of 0, as training starts.

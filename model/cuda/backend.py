@@ -53,6 +53,22 @@ def num_splits(sequences: int, kv_heads: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
+WITHOUT_ROUTES = {"SHARED": 0, "EXPERT": 1, "EXPERTS": 0, "K": 0, "VOCAB": 0, "MODULATED": False}
+
+
+def _columns_by_id(layer: DeepLayer) -> dict[str, Any] | None:
+    """The arguments of `hash_factors` for a layer of the TR-Hash line."""
+    if layer.routes is None:
+        return None
+    (routes, vocab), scales, channels = layer.routes.shape, layer.output_scales().detach(), layer.channel_scale
+    start = (0xA511E9B3 + layer.index * 0x63D83595) & 0xFFFFFFFF
+    return {
+        "routes": layer.routes, "scales": scales, "channels": scales if channels is None else channels,
+        "layer": start - (start >> 31 << 32), "SHARED": layer.shared_width, "EXPERT": layer.config.expert_size,
+        "EXPERTS": layer.config.experts, "K": routes, "VOCAB": vocab, "MODULATED": channels is not None,
+    }  # fmt: skip
+
+
 class _Above(NamedTuple):
     """What `dynamics` computed in addition to its own results, for later operations."""
 
@@ -92,6 +108,7 @@ class TritonBackend(Backend):
         self._blocks = (FixedBlocks if deterministic else Blocks)(self._exact, generation)
         overlaps = generation is not None and generation >= 9
         self._launch: dict[str, Any] = {"PDL": overlaps, "launch_pdl": overlaps}
+        self._columns = [_columns_by_id(layer) for layer in model.layers]
         self._seen: tuple[AttentionMetadata, AttentionMetadata] | None = None
         self._above: _Above | None = None
 
@@ -296,8 +313,6 @@ class TritonBackend(Backend):
         self, layer: DeepLayer, x: Tensor, input_ids: Tensor, mu: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """As `Backend.routed_mlp`; changes `x` in place. The expert of a padding row is -1."""
-        if layer.routes is not None:
-            return super().routed_mlp(layer, x, input_ids, mu)
         tokens, size = x.shape
         table, router = layer.token_to_expert, None if mu is None else layer.router
         b = x.new_empty(x.shape, dtype=layer.gate_up.dtype)
@@ -310,28 +325,30 @@ class TritonBackend(Backend):
             ROUTER=router is not None, BLOCK=power_of_two(16, size), num_warps=4 if size <= 4096 else 8, **self._launch,
         )  # fmt: skip
         known = (input_ids, input_ids) if table is None else (table, input_ids)
-        self._experts(x, b, layer.gate_up, layer.down, known, experts, layer.activation)
+        self._experts(x, b, layer.gate_up, layer.down, known, experts, layer.activation, self._columns[layer.index])
         if layer.shared_gate_up is not None and layer.shared_down is not None:
             self._experts(x, b, layer.shared_gate_up[None], layer.shared_down[None], known, None, "silu")
         return x, experts
 
     def _experts(
         self, x: Tensor, b: Tensor, gate_up: Tensor, down: Tensor, known: tuple[Tensor, Tensor],
-        experts: Tensor | None, activation: str,
+        experts: Tensor | None, activation: str, columns: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Adds to x [T, H] what each token's expert makes of b [T, H]: gate_up [E, 2W, H], down [E, H, W].
 
-        `known` is the table of the ids' own experts and the ids, by which weights may be read early.
+        `known` is the table of the ids' own experts and the ids, by which weights may be read early. `columns` are the
+        arguments by which ids choose columns of one MLP, see `_columns_by_id`.
         """
         tokens, size = x.shape
         count, width = len(down), down.shape[2]
         act = b.new_empty((tokens, width))
         own = b if experts is None else experts
+        columns = columns or {"routes": b, "scales": b, "channels": b, "layer": 0, **WITHOUT_ROUTES}
         if tokens <= GEMV_TOKENS and not self._fixed:
             first, second, routed = self._blocks.gemv(size, 2), self._blocks.gemv(width), experts is not None
             triton_gemv.gate_up_kernel[(-(-width // first["BLOCK_N"]), tokens)](
-                b, gate_up, *known, own, act, H=size, W=width, ROUTED=routed, ACTIVATION=activation, **first,
-                **self._launch,
+                b, gate_up, *known, own, out=act, H=size, W=width, ROUTED=routed, ACTIVATION=activation, **columns,
+                **first, **self._launch,
             )  # fmt: skip
             triton_gemv.down_kernel[(-(-size // second["BLOCK_N"]), tokens)](
                 act, down, own, x, H=size, W=width, ROUTED=routed, **second, **self._launch
@@ -351,8 +368,8 @@ class TritonBackend(Backend):
                 **self._launch,
             )  # fmt: skip
         triton_mlp.gate_up_kernel[(-(-width // narrow), rows)](
-            b, gate_up, own, order, offsets, act, tokens, H=size, W=width, E=count, MODE=mode, ACTIVATION=activation,
-            BLOCK_N=narrow, **blocks, **self._launch,
+            b, gate_up, own, order, offsets, known[1], out=act, tokens=tokens, H=size, W=width, E=count, MODE=mode,
+            ACTIVATION=activation, BLOCK_N=narrow, **columns, **blocks, **self._launch,
         )  # fmt: skip
         triton_mlp.down_kernel[(-(-size // wide), rows)](
             act, down, own, order, offsets, x, tokens, H=size, W=width, E=count, MODE=mode, BLOCK_N=wide, **blocks,

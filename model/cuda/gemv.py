@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .kernels import FRESH, follow, side
-from .mlp import activated
+from .mlp import activated, hash_factors
 
 
 @triton.jit
@@ -53,10 +53,12 @@ def linear_kernel(
         tl.store(out + token * (N + N2) + first + rows, _times(weights, vector), mask=rows < count)
 
 
-@triton.jit(do_not_specialize_on_alignment=["ids"])
+@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["ids"])
 def gate_up_kernel(
-    b, weight, table, ids, experts, out,
+    b, weight, table, ids, experts, routes, scales, channels, layer, out,
     H: tl.constexpr, W: tl.constexpr, ROUTED: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, EXPERT: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, VOCAB: tl.constexpr,
+    MODULATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What `triton_mlp.gate_up_kernel` computes. Grid: (blocks of W, tokens)."""
@@ -67,8 +69,16 @@ def gate_up_kernel(
     if ROUTED:  # the id's own expert is known already, and mu seldom overrides it
         identity = tl.load(ids + token, cache_modifier=FRESH)
         own = tl.load(table + identity, mask=identity >= 0, other=0)
-    gate = _rows_of(weight, own * 2 * W + rows, row_ok, H, BLOCK_K)
-    up = _rows_of(weight, own * 2 * W + W + rows, row_ok, H, BLOCK_K)
+    read = row_ok
+    if K > 0:  # columns that the id does not use are zero, and their weights are not read
+        identity = tl.load(ids + token + tl.arange(0, 1), cache_modifier=FRESH)
+        factor = hash_factors(
+            identity, identity >= 0, rows, routes, scales, channels, layer, SHARED, EXPERT, EXPERTS, K, VOCAB, MODULATED
+        )
+        factor = tl.sum(factor, axis=0)
+        read = row_ok & (factor != 0.0)
+    gate = _rows_of(weight, own * 2 * W + rows, read, H, BLOCK_K)
+    up = _rows_of(weight, own * 2 * W + W + rows, read, H, BLOCK_K)
     follow(PDL)
     expert = own
     if ROUTED:
@@ -79,6 +89,8 @@ def gate_up_kernel(
     if expert >= 0:
         vector = _vector(b + token * H, H, BLOCK_K, weight.dtype.element_ty)
         both = activated(_times(gate, vector), ACTIVATION) * _times(up, vector)
+        if K > 0:
+            both *= factor
         tl.store(out + token * W + rows, both.to(out.dtype.element_ty), mask=row_ok)
 
 

@@ -95,6 +95,35 @@ def activated(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def hash_factors(
+    ids, token_ok, columns, routes, scales, channels, layer, SHARED: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
+    K: tl.constexpr, VOCAB: tl.constexpr, MODULATED: tl.constexpr,
+):  # fmt: skip
+    """What the inner channels of the TR-Hash line are multiplied with: FP32 [M, N] for tokens' ids [M], columns [N].
+
+    The first SHARED columns are the shared expert's; then come W of each of E experts. A negative id uses none.
+    """
+    ok = token_ok & (ids >= 0)
+    expert = (columns - SHARED) // W  # negative for some shared columns, which no route has
+    factor = tl.zeros((ids.shape[0], columns.shape[0]), tl.float32)
+    for k in tl.static_range(K):
+        chosen = tl.load(routes + k * VOCAB + ids, mask=ok, other=-1)
+        used = (chosen[:, None] == expert[None, :]) & (columns >= SHARED)[None, :] & ok[:, None]
+        factor += tl.where(used, tl.load(scales + 1 + k), 0.0)
+    if MODULATED:
+        channel = columns - SHARED - expert * W
+        here = (columns >= SHARED) & (expert < E)
+        amount = tl.load(channels + expert * W + channel, mask=here, other=0.0)
+        start = expert.to(tl.uint32) * 0x85EBCA77 + channel.to(tl.uint32) * 0xC2B2AE3D + layer.to(tl.uint32)
+        h = ids.to(tl.uint32)[:, None] * 0x9E3779B1 + start[None, :]
+        h ^= h >> 16
+        h *= 0x7FEB352D
+        h ^= h >> 15
+        factor *= 1.0 + tl.where((h & 1) == 1, amount[None, :], -amount[None, :])
+    return tl.where((columns < SHARED)[None, :], tl.load(scales), factor)
+
+
+@triton.jit
 def _rows(experts, order, offsets, tokens, MODE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr):
     """What this program computes: its expert, its tokens [M], which of them count [M], and whether any does."""
     tile = tl.program_id(1)
@@ -129,13 +158,17 @@ def _rows(experts, order, offsets, tokens, MODE: tl.constexpr, E: tl.constexpr, 
     return expert, rows, ok, some
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "layer"], do_not_specialize_on_alignment=["ids"])
 def gate_up_kernel(
-    b, weight, experts, order, offsets, out, tokens,
+    b, weight, experts, order, offsets, ids, routes, scales, channels, layer, out, tokens,
     H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, EXPERT: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, VOCAB: tl.constexpr,
+    MODULATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """act(b gate) * (b up) of each token's expert: b [T, H], weight [E, 2W, H] -> out [T, W], in the tokens' order.
+
+    With K, the columns are those of `hash_factors`, with experts of width EXPERT.
 
     Grid: (blocks of W, blocks of tokens).
     """
@@ -159,6 +192,11 @@ def gate_up_kernel(
             gate = dot(a, tl.load(gate_at + start, mask=w_ok, other=0.0), gate)
             up = dot(a, tl.load(gate_at + W * H + start, mask=w_ok, other=0.0), up)
         gate = activated(gate, ACTIVATION)
+        if K > 0:
+            token_ids = tl.load(ids + rows, mask=ok, other=-1)
+            up *= hash_factors(
+                token_ids, ok, columns, routes, scales, channels, layer, SHARED, EXPERT, EXPERTS, K, VOCAB, MODULATED
+            )
         place = out + rows[:, None].to(tl.int64) * W + columns[None, :]
         tl.store(place, (gate * up).to(out.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pyllm.engine.build import build_engine
-from pyllm.engine.config import EngineConfig
+from pyllm.engine.config import EngineConfig, SpeculativeConfig
 from pyllm.engine.messages import EngineRequest, SamplingParams
 from pyllm.engine.step.core import EngineCore
 
@@ -23,6 +23,19 @@ def run(core: EngineCore, prompts: list[list[int]]) -> list[list[int]]:
         for output in core.step().outputs:
             outputs[int(output.request_id)] += output.token_ids
     return outputs
+
+
+def test_golden_greedy_ids_speculated_and_from_the_prefix_cache(golden):
+    expected = load_file(golden / "golden.safetensors")
+    prompt, answer = expected["input_ids"].tolist(), expected["greedy_ids"].tolist()
+    guesses = SpeculativeConfig(prompt_lookup_min=1, prompt_lookup_max=2, num_speculative_tokens=3)
+    core = build_engine(
+        EngineConfig(model=str(golden), dtype="float32", quiet=True, block_size=8, speculative_config=guesses)
+    )
+    assert [run(core, [prompt]) for _ in range(2)] == [[answer]] * 2
+    assert core.stats().num_drafts > 0
+    assert core.stats().prefix_cache_hits >= len(prompt) - 8
+    core.check_idle()
 
 
 @pytest.mark.parametrize("manner", ["alone", "eight copies", "chunks of 5", "preempted", "plain torch, preempted"])

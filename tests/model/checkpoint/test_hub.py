@@ -37,6 +37,14 @@ REPOSITORY = {
     "training/config.json": b"{}",
     "README.md": b"card",
 }
+PACKS = {
+    "config.json": b"{}",
+    "token_pack_009_9B/model.safetensors": b"old",
+    "token_pack_010_10B/model.safetensors": b"weights",
+    "token_pack_010_10B/config.json": b"{}",
+    "token_pack_010_10B/optimizer/state.safetensors": b"moments",
+}
+REPOSITORIES = {"deep": REPOSITORY, "packs": PACKS}
 FETCHED = set(list(REPOSITORY)[:7])
 
 
@@ -51,22 +59,24 @@ class FakeHub(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
-        kind, _, rest = path.removeprefix("/api/models/org/deep").removeprefix("/org/deep").strip("/").partition("/")
+        name = "packs" if "/org/packs" in path else "deep"
+        repository, api = REPOSITORIES[name], f"/api/models/org/{name}"
+        kind, _, rest = path.removeprefix(api).removeprefix(f"/org/{name}").strip("/").partition("/")
         commit = REVISIONS.get(unquote(rest) or "main", rest.partition("/")[0])
         headers = {"X-Repo-Commit": commit}
         status = 200
-        if path.startswith("/api/models/org/deep") and kind in ("", "revision") and commit in REVISIONS:
-            content = json.dumps({"id": "org/deep", "sha": commit, "siblings": []}).encode()
-        elif path.startswith("/api/models/org/deep/revision/"):
+        if path.startswith(api) and kind in ("", "revision") and commit in REVISIONS:
+            content = json.dumps({"id": f"org/{name}", "sha": commit, "siblings": []}).encode()
+        elif path.startswith(f"{api}/revision/"):
             status, content = 404, b"{}"
             headers["X-Error-Code"] = "RevisionNotFound"
         elif kind == "tree":
-            files = [{"type": "file", "path": p, "size": len(c), "oid": p} for p, c in REPOSITORY.items()]
+            files = [{"type": "file", "path": p, "size": len(c), "oid": p} for p, c in repository.items()]
             content = json.dumps(files).encode()
         elif kind == "resolve":
-            name = rest.partition("/")[2]
-            content = b'{"old": 1}' if (name, commit) == ("config.json", OLD) else REPOSITORY[name]
-            headers["ETag"] = f'"{name} {len(content)}"'
+            file = rest.partition("/")[2]
+            content = b'{"old": 1}' if (file, commit) == ("config.json", OLD) else repository[file]
+            headers["ETag"] = f'"{file} {len(content)}"'
         elif "org/gated" in path:
             status, content = 403, b"{}"
             headers["X-Error-Code"] = "GatedRepo"
@@ -194,6 +204,14 @@ def test_only_weights_configuration_and_tokenizer_are_fetched(tmp_path: Path) ->
     assert again == answer
     offline, _ = resolve_in_process("org/deep", tmp_path, HF_HUB_OFFLINE="1")
     assert offline == answer
+
+
+def test_only_the_newest_of_many_checkpoints_is_fetched(tmp_path: Path) -> None:
+    with serving() as url:
+        folder = Path(resolve_in_process("org/packs", tmp_path, HF_ENDPOINT=url)[0])
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == {
+        "config.json", "token_pack_010_10B/model.safetensors", "token_pack_010_10B/config.json"
+    }  # fmt: skip
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(tmp_path: Path) -> None:
