@@ -24,12 +24,12 @@ from .api.batches.store import BatchStore
 from .api.batches.worker import BatchWorker
 from .app import create_app
 from .chat.served_model import ServedModel, load
-from .flags import ConfigError, ServerConfig
+from .flags import ServerConfig
 from .generation.tracing import Tracing
 from .http.connection_limits import ConnectionLimits, ConnectionMonitor
 from .http.protocol import HttpProtocol
 from .lifetime import Lifetime
-from .listen import check_certificate, listen_on_addresses, listen_on_file
+from .listen import listen_on_addresses, listen_on_file
 from .restarts import Restarts
 from .service import Service
 
@@ -47,10 +47,6 @@ def serve(config: ServerConfig, process: EngineProcess, lifetime: Lifetime) -> N
 
     Raises `ConfigError` or an error of `load` if it cannot start; the message is one sentence to show the user.
     """
-    if config.ssl_keyfile is not None or config.ssl_certfile is not None:
-        check_certificate(config.ssl_keyfile, config.ssl_certfile)
-    if config.isolate_cache_by_key and not (config.api_key or config.api_key_file):
-        raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key or --api-key-file.")
     batches = None
     if config.batch_dir:
         shared = len(config.api_key) > 1 or config.api_key_file is not None

@@ -116,6 +116,8 @@ def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
             config = dataclasses.replace(config, prompt=_read_prompt(is_asked_for=config.prompt == "-"))
         if 0 <= (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < MIN_FILES:
             raise ConfigError(f"The system allows only {files} open files: raise the limit (ulimit -n) to {MIN_FILES}.")
+        if isinstance(config, ServerConfig):
+            _check(config)
     except ConfigError as error:
         return _fail(error)
     formatter = configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
@@ -178,6 +180,16 @@ def _read_prompt(*, is_asked_for: bool) -> str:
     if not (text := text.removesuffix("\n").removesuffix("\r")):
         raise ConfigError(needed)
     return text
+
+
+def _check(config: ServerConfig) -> None:
+    """Raise `ConfigError` for a mistake that shows before the engine's process starts."""
+    if config.ssl_keyfile is not None or config.ssl_certfile is not None:
+        from ..listen import check_certificate
+
+        check_certificate(config.ssl_keyfile, config.ssl_certfile)
+    if config.isolate_cache_by_key and not (config.api_key or config.api_key_file):
+        raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key or --api-key-file.")
 
 
 def _start(entry: str, config: ModelFlags, lifetime: Lifetime) -> int:
