@@ -213,7 +213,7 @@ class Corpus:
             "help": (4.0, self.help), "facts": (0.6, self.facts), "capitals": (2.4, self.capitals),
             "sums": (3.2, self.sums), "dates": (2.0, self.dates), "counting": (1.2, self.counting),
             "spelling": (1.8, self.spelling), "letters": (0.3, self.letters), "translation": (0.8, self.translation),
-            "json": (2.4, self.json), "tool call": (2.4, self.tool_call), "tool answer": (0.7, self.tool_answer),
+            "json": (2.4, self.json), "tool call": (2.2, self.tool_call), "tool answer": (0.4, self.tool_answer),
             "repeat": (0.5, self.repeat), "memory": (0.7, self.memory), "context": (1.2, self.context),
             "unknown": (3.0, self.unknown), "first": (0.5, self.first),
         }  # fmt: skip
@@ -490,7 +490,7 @@ class Corpus:
         arguments = {p: self.values.draw(rng, kind, ask) for p, kind in spec.params.items()}
         question = fill(vary(rng, ask, expand(rng, rng.choice(spec.ask[ask]))), arguments)
         offered = {spec.name: spec}
-        for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+        for _ in range(rng.choice((0, 0, 1, 1, 1, 2))):
             other = self.made_up_tool(rng) if rng.random() < 0.4 else rng.choice(t.TOOLS)
             offered.setdefault(other.name, other)
         tools = [self.tool(s) for s in offered.values()]

@@ -72,8 +72,10 @@ class Data:
         return Row(sample.kind, ids, learn)
 
     def copying(self, rng: Random) -> Row:
-        """Random tokens, then the same again once or twice: what to write is all in the context."""
-        tokens = [rng.randrange(len(SPECIAL + CALL_TOKENS), VOCAB) for _ in range(rng.randint(4, 24))]
+        """Random tokens, few of them different or many, then the same again once or twice: all is in the context."""
+        first, size = len(SPECIAL + CALL_TOKENS), rng.choice((12, 40, 400, VOCAB))
+        start = rng.randrange(first, VOCAB - min(size, VOCAB - first) + 1)
+        tokens = [rng.randrange(start, min(start + size, VOCAB)) for _ in range(rng.randint(4, 24))]
         again = rng.choice((1, 2))
         learn = [False] * len(tokens) + [True] * (len(tokens) * again + 1)
         return Row("copying", tokens * (1 + again) + [EOS], learn)
@@ -83,20 +85,20 @@ class Data:
         ids = self.tokenizer.encode(self.corpus.drill(rng)).ids
         return Row("drill", [BOS, *ids, EOS], [False, *[True] * (len(ids) + 1)])
 
-    def row(self, rng: Random, progress: float) -> Row:
-        """One row: at first more exercises in copying and drills, later nearly only chats."""
-        draw = rng.random()
-        if draw < 0.35 - 2 * progress or draw < 0.02:
+    def row(self, rng: Random, copies: float) -> Row:
+        """One row: with the chance `copies` an exercise in copying, else now and then a drill, mostly a chat."""
+        if rng.random() < copies:
             return self.copying(rng)
-        if draw < 0.42 - 2 * progress or draw < 0.07:
+        draw = rng.random()
+        if draw < 0.06:
             return self.drill(rng)
         long = draw > 0.998
         return self.chat(self.corpus.conversation(rng, rng.randint(8, 40) if long else None))
 
-    def block(self, number: int, progress: float) -> Iterator[list[Pass]]:
+    def block(self, number: int, copies: float) -> Iterator[list[Pass]]:
         """The steps of one block, each with passes of different lengths."""
         rng = Random(f"{SEED} {number}")
-        rows = sorted((self.row(rng, progress) for _ in range(self.rows_per_block)), key=lambda row: len(row.ids))
+        rows = sorted((self.row(rng, copies) for _ in range(self.rows_per_block)), key=lambda row: len(row.ids))
         passes: list[Pass] = []
         batch: list[Row] = []
         for row in rows:

@@ -19,11 +19,11 @@ SOFTNESS = 4.0
 """Divides the routers' scores where they get a gradient: undivided, the id's expert would get all of it."""
 
 
-def config(hidden: int = 256, layers: int = 6, width: int = 1024) -> DeepConfig:
+def config(hidden: int = 192, layers: int = 6, width: int = 768) -> DeepConfig:
     """The shape of the demo model."""
     return DeepConfig(
         vocab_size=VOCAB, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 128), max_position_embeddings=CONTEXT,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
     )  # fmt: skip
 
 

@@ -137,6 +137,13 @@ def test_the_training_backend_computes_the_same_network() -> None:
     assert all(layer.router.grad.abs().sum() > 0 for layer in model.layers if layer.router is not None)
 
 
+def test_copying_is_taught_for_a_time_until_it_is_learned(data: Data) -> None:
+    trainer = Trainer(data, new_model(config(hidden=64, layers=1, width=64)))
+    assert [trainer.copies(progress) > 0.5 for progress in (0.0, 0.1, 0.2, 0.3)] == [False, True, True, False]
+    trainer.losses["copying"] = 0.5
+    assert trainer.copies(0.1) < 0.1
+
+
 def test_an_interrupted_training_ends_with_the_same_weights(data: Data, tmp_path: Path) -> None:
     def trainer() -> Trainer:
         shape = config(hidden=64, layers=2, width=64)
