@@ -217,7 +217,8 @@ class DeepConfig:
         generation, origin = read_generation_config(path.parent, generation_config)
         try:
             config = cls.from_dict(values)
-            if (found := _tokenizer_ends(path, values, config.eos_token_ids)) != config.eos_token_ids:
+            found = _tokenizer_ends(path, config, values.get("eos_token_id") is not None)
+            if found != config.eos_token_ids:
                 config = dataclasses.replace(config, eos_token_id=found)
             path = origin  # of an error from here on
             ends = dataclasses.replace(config, eos_token_id=_ids(generation.get("eos_token_id"))).eos_token_ids
@@ -272,25 +273,25 @@ def _ids(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else None if value == -1 else value
 
 
-def _tokenizer_ends(path: Path, values: Mapping[str, Any], own: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the ids that end a text by the `config.json` at `path` and by the tokenizer's files."""
+def _tokenizer_ends(path: Path, config: DeepConfig, given: bool) -> tuple[int, ...]:
+    """Return the ids that end a text by the `config.json` at `path`, if `given` there, and by the tokenizer's files."""
+    own = config.eos_token_ids
     folder = folder_of(path.parent, "tokenizer.json")
     try:
         library = json.loads(read_text(folder / "tokenizer.json", most=MAX_TOKENIZER_BYTES) or "{}")
         ids = {token["content"]: token["id"] for token in library.get("added_tokens") or ()}
-        vocabulary = (library.get("model") or {}).get("vocab") or {}
+        vocabulary = dict((library.get("model") or {}).get("vocab") or {})
         names = [(read_json(folder / name) or {}).get("eos_token") for name in TOKEN_NAMES]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # reading the tokenizer gives the reason
         return own
     name = next((name for name in names if name), None)
     text = name.get("content") if isinstance(name, Mapping) else name
-    ends = list(own)
-    if values.get("eos_token_id") is None and isinstance(text, str):
-        found = ids.get(text, vocabulary.get(text) if isinstance(vocabulary, Mapping) else None)
-        ends = ends if found is None else [found]
-    if all(mark in ids for mark in AGENTIC_ENDS):
-        ends = [*ends, *(ids[mark] for mark in AGENTIC_ENDS)]
-    return tuple(dict.fromkeys(ends))
+    named = [] if given or not isinstance(text, str) else [ids.get(text, vocabulary.get(text))]
+    agentic = [ids.get(mark) for mark in AGENTIC_ENDS]
+    ends, more = (
+        [id_ for id_ in found if type(id_) is int and 0 <= id_ < config.vocab_size] for found in (named, agentic)
+    )
+    return tuple(dict.fromkeys([*(ends or own), *(more if len(more) == len(agentic) else ())]))
 
 
 def _shared_value(name: str, values: Mapping[str, Any], other: Any, other_name: str) -> dict[str, Any]:

@@ -301,7 +301,18 @@ def test_agentic_models_stop_at_both_ends(config: Any, ends: tuple[int, ...], tm
     assert ends_of(tmp_path, TOKENS, {"tokenizer_config.json": {"eos_token": "<|end|>"}}, config) == ends
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"added_tokens": 5}', '{"added_tokens": [3]}', '{"model": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"added_tokens": 5}',
+        '{"added_tokens": [3]}',
+        '{"model": []}',
+        '{"model": {"vocab": [5]}}',
+        '{"added_tokens": [{"content": "<|end|>", "id": [7]}, {"content": "<|end_of_turn|>", "id": 10000}]}',
+    ],
+)
 def test_a_broken_tokenizer_is_left_to_its_own_refusal(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "tokenizer.json").write_text(content)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.checkpoints import TINY, write_checkpoint
+from support.checkpoints import TINY, TR_HASH, write_checkpoint
 from support.reruns import Reruns
 
 from pyllm import LLM, SamplingParams
@@ -60,10 +60,10 @@ def on_triton(llm: LLM, *, token_counts: Sequence[int] = (), deterministic: bool
     return maker
 
 
-def expect_counts(llm: LLM, tokens: list[list[int]]) -> None:
-    """Every token was computed once by each layer, and padding was not counted."""
+def expect_counts(llm: LLM, tokens: list[list[int]], experts: int = 1) -> None:
+    """Every token was computed once by each layer's experts, and padding was not counted."""
     computed = sum(len(llm.tokenizer.encode(p)) + len(own) - 1 for p, own in zip(PROMPTS, tokens, strict=True))
-    assert [sum(layer) for layer in llm.core.stats().expert_tokens or []] == [computed] * LAYERS
+    assert [sum(layer) for layer in llm.core.stats().expert_tokens or []] == [computed * experts] * LAYERS
 
 
 @pytest.mark.parametrize("token_counts", [(), (8, 16)], ids=["decodes", "all steps"])
@@ -82,6 +82,22 @@ def test_engine_tokens_are_equal_on_triton_and_graphs(
     assert answers(llm, PARAMS) == wanted
     assert maker.count >= (4 if token_counts else 2)
     expect_counts(llm, wanted)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_tr_hash_line_replays_recorded_steps(deterministic, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYLLM_NATIVE", "0")
+    config = replace(
+        TINY, num_hidden_layers=LAYERS, mlp_type="tr_hash_engine", intermediate_size=128, shared_intermediate_size=72,
+        num_experts_per_tok=2, use_shared_routed_gates=True, learn_hash_channel_modulation=True, **TR_HASH,
+    )  # fmt: skip
+    write_checkpoint(tmp_path, seed=7, config=config)
+    wanted = answers(open_llm(tmp_path), PARAMS)
+    llm = open_llm(tmp_path, overlap_scheduling=True)
+    maker = on_triton(llm, token_counts=(8, 16), deterministic=deterministic)
+    assert answers(llm, PARAMS) == wanted
+    assert maker.count >= 4
+    expect_counts(llm, wanted, experts=2)
 
 
 FIELDS = [
