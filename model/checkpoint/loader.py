@@ -212,7 +212,10 @@ def _check(
         needed += [key for key in expected if key.endswith("token_to_expert")]
     absent = [key for key in needed if key not in stored]
     if missing := shortened([key for key in absent if key != "lm_head.weight"]):
-        raise CheckpointError(f"{path} lacks {missing}: fetch it again together with its config.json.")
+        raise CheckpointError(
+            f"{path} lacks {missing}: fetch it again together with its config.json, or pass a Complexity-Deep model if "
+            "it is another kind."
+        )
     if absent and not model.architecture.tied:
         raise CheckpointError(
             f"{path} lacks lm_head.weight: fetch it again, or set tie_word_embeddings to true in config.json."

@@ -47,6 +47,7 @@ class Scripted(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []  # of chats
         self.replies: dict[str, str] = {}
         self.most_messages = 1000  # more are answered with a 400
+        self.tokens = 0  # that each answer and its prompt take together, as it says
         self.silent = threading.Event()  # after its first piece an answer to "wait" comes only when this is set
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -85,7 +86,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 if asked == "wait":
                     self.server.silent.wait(PATIENCE)
-            self.wfile.write(b"data: [DONE]\n\n")
+            usage = {"choices": [], "usage": {"total_tokens": self.server.tokens}}
+            self.wfile.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
 
 
 @pytest.fixture
@@ -284,6 +286,16 @@ def test_a_long_chat_drops_its_oldest_turns(scripted: Scripted) -> None:
     assert done.stdout == "You say a\nYou say b\nYou say c\nYou say d\n"
     assert done.stderr.count("dropping its oldest messages") == 1
     assert [m["content"] for m in scripted.bodies[-1]["messages"]] == ["S", "c", "You say c", "d"]
+
+
+def test_a_quarter_of_the_context_is_kept_for_an_answer(scripted: Scripted) -> None:
+    scripted.tokens = 74_000  # of 100,000
+    done = chat("a\nb\n", "chat", "--base-url", scripted.url)
+    assert done.stderr.count("dropping its oldest messages") == 1
+    assert asked(scripted) == ["a", "b"]
+    assert len(scripted.bodies[-1]["messages"]) == 1
+    done = chat("a\nb\n", "chat", "--base-url", scripted.url, "--max-tokens", "10")
+    assert "dropping" not in done.stderr
 
 
 def test_a_server_that_does_not_answer_is_named(scripted: Scripted) -> None:
