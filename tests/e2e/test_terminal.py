@@ -322,6 +322,9 @@ def test_generate_reads_its_prompt_from_a_pipe(server: ServerProcess, tmp_path: 
         done = chat(text, *words)
         assert (done.returncode, done.stdout) == (2, "")
         assert says in done.stderr
+    closed = shlex.join([sys.executable, "-m", "pyllm", *words]) + " <&-"
+    done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("pyllm: A prompt is needed")
     broken = subprocess.run(
         [sys.executable, "-m", "pyllm", *words], input=b"\xff\xfe", capture_output=True, check=False
     )
