@@ -6,12 +6,21 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from support.client_environments import UnavailableError, node_environment
 from support.serving import PATIENCE, ServerProcess
 
+SCREENS = {
+    "light": {"viewport": {"width": 1200, "height": 800}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1200, "height": 800}, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True},
+}
+VIOLATIONS = """async () => (await axe.run()).violations.filter(({ impact }) => /serious|critical/.test(impact))
+  .map(({ id, nodes }) => [id, ...nodes.map(({ html, failureSummary }) => `${html} ${failureSummary}`)])"""
 BROWSERS = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
 
 
@@ -57,11 +66,19 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def axe() -> Path:
+    try:
+        return node_environment("axe", timeout=120) / "node_modules" / "axe-core" / "axe.min.js"
+    except UnavailableError as error:
+        pytest.skip(str(error)[-300:])
+
+
 @pytest.fixture
 def page(browser: Any, serving: ServerProcess, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The reference; afterwards, nothing may have been asked of other hosts, nor complained about."""
     asked, complaints = [], []
-    with browser.new_context(color_scheme=getattr(request, "param", "light")) as context:
+    with browser.new_context(**SCREENS[getattr(request, "param", "light")]) as context:
         page = context.new_page()
         page.set_default_timeout(PATIENCE * 1000)
         page.on("request", lambda request: asked.append(request.url))
@@ -106,13 +123,19 @@ def test_a_route_of_each_group_works_as_it_is_offered(page: Any) -> None:
         assert execute(page, group, operation) == "200", operation
 
 
-@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
-def test_the_page_is_as_light_or_dark_as_the_system(page: Any, request: pytest.FixtureRequest) -> None:
-    def brightness(property_: str) -> float:
-        colour = page.evaluate(f"getComputedStyle(document.querySelector('.opblock-tag')).{property_}")
-        return sum(map(float, re.findall(r"[\d.]+", colour)[:3]))
+@pytest.mark.parametrize("page", SCREENS, indirect=True)
+def test_the_page_is_for_every_screen_and_for_keyboards(page: Any, axe: Path, request: pytest.FixtureRequest) -> None:
+    def is_light(selector: str, property_: str) -> bool:
+        colour = page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{property_}")
+        return colour != "rgba(0, 0, 0, 0)" and sum(map(float, re.findall(r"[\d.]+", colour)[:3])) > 384
 
-    background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     is_dark = request.node.callspec.params["page"] == "dark"
-    assert (brightness("color") > 384) == is_dark
-    assert is_dark == (0 < sum(map(float, re.findall(r"[\d.]+", background)[:3])) < 384)
+    assert is_light(".opblock-tag", "color") == is_dark
+    for group, operation in (("Chat", "create_chat_completion"), ("Files_and_batches", "create_file")):
+        block = page.locator(f"#operations-{group}-{operation}")
+        for button in ("POST /v1/", "Try it out", "Execute"):
+            block.get_by_role("button", name=button).first.press("Enter")
+        assert block.locator(".live-responses-table tbody .response-col_status").first.inner_text() == "200"
+    page.evaluate(axe.read_text(encoding="utf-8"))
+    assert page.evaluate(VIOLATIONS) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
