@@ -178,6 +178,7 @@ DESCRIPTIONS = {
     "tokenizer_class": "The class of transformers that reads such a tokenizer.",
     "chat_template": "The Jinja template that turns messages into a prompt.",
     "model_max_length": "The most tokens of prompt and answer together.",
+    "vocab_size": "How many token ids the model knows.",
     "bos_token": "The token that begins a text.",
     "bos_token_id": "Its id.",
     "eos_token": "The token that ends a text.",
