@@ -18,6 +18,8 @@ MAX_WIRE_BYTES = 900_000
 def test_page_asks_for_the_key_and_remembers_it(visit: Visit) -> None:
     page = visit.open().page
     expect(page.locator("#key-problem")).to_have_text("This server needs an API key.")
+    visit.use_key("clé")
+    expect(page.locator("#key-problem")).to_contain_text("a character that a request cannot carry")
     visit.use_key("wrong")
     expect(page.locator("#key-problem")).to_have_text("The server does not accept this API key.")
     visit.use_key(KEY)
@@ -180,6 +182,12 @@ def test_exported_conversations_are_imported_again(signed_in: Visit, tmp_path: P
         (
             json.dumps(exported | {"conversations": [{"messages": [{"role": "root"}]}]}),
             "a message has no role or no text",
+        ),
+        (
+            json.dumps(
+                {**exported, "conversations": [{"messages": [{"role": "user", "content": "", "dynamics": [{}]}]}]}
+            ),
+            "the dynamics of a token are incomplete",
         ),
     ]:
         path.write_text(text, encoding="utf-8")

@@ -135,6 +135,7 @@ def test_everything_can_be_done_with_the_keyboard(signed_in: Visit) -> None:
 
 def test_controls_have_names_and_parts_have_roles(visit: Visit) -> None:
     page = visit.open().page
+    expect(page.get_by_role("dialog")).to_be_visible()  # it asks for the key
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Settings").click()
     named = "e => (e.labels?.length ? e.labels[0].textContent : e.ariaLabel ?? e.textContent).trim()"

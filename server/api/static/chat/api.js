@@ -23,6 +23,7 @@ async function refusal(response) {
 }
 
 async function call(path, body, signal) {
+  if (/[^\x20-\x7e]/.test(apiKey())) throw new ServerError("The API key has a character that a request cannot carry, such as an accent.", 401);
   const headers = apiKey() ? { authorization: `Bearer ${apiKey()}` } : {};
   if (body) headers["content-type"] = "application/json";
   let response;

@@ -5,6 +5,7 @@ import * as store from "./store.js";
 export const FORMAT = "pyllm-conversations";
 const ROLES = new Set(["user", "assistant", "tool"]);
 const MAX_MESSAGES = 20000;
+const STATISTICS = ["prompt", "completion", "cached", "firstSeconds", "seconds"];
 
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
@@ -205,7 +206,8 @@ function checkedParts({ role, content, reasoning, calls, callId, name, note, raw
   if (attachments != null && !(Array.isArray(attachments) && attachments.every((file) => isText(file?.name) && isText(file?.text)))) {
     throw wrong("an attached file lacks its name or text.");
   }
-  const lists = (token) => ["experts", "rerouted", "mu_norm", "velocity_norm"].every((key) => Array.isArray(token?.[key]));
+  const isValue = (value) => typeof value === "boolean" || Number.isFinite(value);
+  const lists = (token) => ["experts", "rerouted", "mu_norm", "velocity_norm"].every((key) => Array.isArray(token?.[key]) && token[key].every(isValue));
   if (dynamics != null && !(Array.isArray(dynamics) && dynamics.every((token) => isText(token?.token) && lists(token)))) {
     throw wrong("the dynamics of a token are incomplete.");
   }
@@ -213,6 +215,6 @@ function checkedParts({ role, content, reasoning, calls, callId, name, note, raw
   for (const [key, text] of Object.entries({ reasoning, callId, name, note, model })) if (isText(text)) parts[key] = text;
   if (raw === true) parts.raw = true;
   if (edited === true) parts.edited = true;
-  if (stats && Object.values(stats).every((each) => each === null || Number.isFinite(each))) parts.stats = stats;
+  if (stats && STATISTICS.every((each) => Number.isFinite(stats[each]))) parts.stats = stats;
   return parts;
 }

@@ -8,6 +8,7 @@ const EXPERTS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377
 const NORMS = [["mu_norm", "|mu|"], ["velocity_norm", "|velocity|"]];
 
 const colourOf = (expert) => EXPERTS[expert] ?? `hsl(${(expert * 137) % 360} 55% 55%)`;
+const shownNorm = (value) => (value < 100 ? value.toPrecision(3) : Math.round(value).toLocaleString("en"));
 const shownToken = (token) => token.replaceAll("\n", "⏎").replaceAll(" ", "·");
 
 function svg(tag, attributes = {}, ...children) {
@@ -17,7 +18,7 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-const layersOf = (tokens, key) => Math.max(0, ...tokens.map((token) => token[key].length));
+const layersOf = (tokens, key) => tokens.reduce((most, token) => Math.max(most, token[key].length), 0);
 
 /** Experts as one path for each, so that thousands of cells are a few elements. */
 function heatMap(tokens, layers, top) {
@@ -50,8 +51,8 @@ function curves(tokens, key, name, top) {
   });
   return [
     svg("text", { x: LEFT, y: top - 8 }, `${name}, a line for each of ${layers} layers`),
-    svg("text", { x: LEFT - 6, y: top + 8, "text-anchor": "end" }, (10 ** high).toPrecision(3)),
-    svg("text", { x: LEFT - 6, y: top + PANEL, "text-anchor": "end" }, (10 ** low).toPrecision(3)),
+    svg("text", { x: LEFT - 6, y: top + 8, "text-anchor": "end" }, shownNorm(10 ** high)),
+    svg("text", { x: LEFT - 6, y: top + PANEL, "text-anchor": "end" }, shownNorm(10 ** low)),
     ...lines,
   ];
 }
@@ -81,7 +82,7 @@ function picture(tokens) {
     const x = LEFT + (column + 0.5) * CELL + 4;
     parts.push(svg("text", { transform: `translate(${x} ${top - 12}) rotate(90)`, class: "token-label" }, shownToken(token.token).slice(0, 12)));
   });
-  const width = Math.max(LEFT + tokens.length * CELL + 10, 420);
+  const width = Math.max(LEFT + tokens.length * CELL + 10, 560);
   const height = top + LABELS;
   const moved = tokens.filter((token) => token.rerouted.some(Boolean)).length;
   const label = `Experts of ${tokens.length} tokens in ${layers} layers; ${moved} tokens re-routed by mu; curves of mu and velocity`;

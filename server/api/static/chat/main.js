@@ -51,7 +51,7 @@ const thread = new Thread({
   answerCalls(message, texts) {
     if (current.run || !model()) return;
     let parent = message;
-    for (const call of message.calls) {
+    for (const call of message.calls.filter(Boolean)) {
       if (texts.has(call.id)) parent = current.add("tool", parent, { content: texts.get(call.id), callId: call.id, name: call.function.name });
     }
     thread.refresh(current, message);
@@ -174,7 +174,7 @@ $("settings-close").addEventListener("click", () => $("settings").close());
 $("key-open").addEventListener("click", () => { $("settings").close(); fail(""); askForKey(); });
 $("key-form").addEventListener("submit", () => {
   setApiKey($("key").value.trim(), $("remember").checked);
-  loadModels();
+  setTimeout(loadModels);  // once the dialog is closed: it opens again if the key is wrong
 });
 $("key-dialog").addEventListener("close", () => {
   $("question").blur();  // Chromium returns the focus here without a caret, and typing would do nothing

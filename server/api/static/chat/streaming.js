@@ -6,6 +6,7 @@ import { codeBlock, highlight, parse, render, renderAll } from "./markdown.js";
 
 const MAX_OPEN = 2000;  // characters of the open block; a longer one is split where its kind allows
 const LINES_PER_GROUP = 40;  // of code: the browser lays out a group again when a line is added
+const BLOCKS_PER_PART = 20;
 const FENCE = /^( {0,3})(`{3,}|~{3,})(.*)$/;
 
 /** The top-level blocks of parsed tokens, with their first lines. */
@@ -34,6 +35,7 @@ function offsetOf(text, line) {
 export class StreamingMarkdown {
   constructor(root) {
     this.root = root;
+    this.part = null;  // of the root, for the next blocks
     this.env = {};  // link definitions of all blocks so far
     this.tail = "";  // the text that is not settled
     this.held = "";
@@ -97,8 +99,17 @@ export class StreamingMarkdown {
       if (part || kind === "table") first?.remove();
     }
     added.push(...fragment.childNodes);
-    this.root.append(fragment);
+    this.#add(fragment);
     return added;
+  }
+
+  /** Add a node in a part of a few blocks: the browser lays out the other parts no more. */
+  #add(node) {
+    if (!this.part || (!this.joined && this.part.childElementCount >= BLOCKS_PER_PART)) {
+      this.part = document.createElement("div");
+      this.root.append(this.part);
+    }
+    this.part.append(node);
   }
 
   /** Parse the tail, settle what is finished and show the rest; true if there is more to do. */
@@ -152,7 +163,7 @@ export class StreamingMarkdown {
     const start = offsetOf(source, block.first);
     this.#settle(source.slice(start, position));
     if (block.type === "table_open" && this.joined?.kind !== "table") {
-      const bodies = this.root.querySelectorAll("tbody");
+      const bodies = this.part.querySelectorAll("tbody");
       this.joined = { kind: "table", target: bodies[bodies.length - 1], header: source.slice(start, offsetOf(source, block.first + 2)) };
     }
     this.tail = source.slice(position);
@@ -167,7 +178,7 @@ export class StreamingMarkdown {
     if (!/^\p{L}/u.test(text.slice(at))) return false;
     const before = text[at - 1];
     this.#settle(text.slice(0, at));
-    if (this.joined?.kind !== "paragraph") this.joined = { kind: "paragraph", target: this.root.lastElementChild, header: "" };
+    if (this.joined?.kind !== "paragraph") this.joined = { kind: "paragraph", target: this.part.lastElementChild, header: "" };
     if (/\s/.test(before)) this.joined.target.append(before === "\n" ? document.createElement("br") : " ");
     this.tail = text.slice(at);
     return true;
@@ -181,10 +192,10 @@ export class StreamingMarkdown {
 
   /** A long block of a kind that is not split: what came since it was parsed is shown as it is. */
   #showRaw() {
-    if (!this.raw?.isConnected) {
+    if (!this.raw?.parentNode) {
       this.raw = document.createElement("span");
       this.rawLength = this.parsedLength;
-      this.root.append(this.raw);
+      this.#add(this.raw);
       this.open.push(this.raw);
     }
     this.raw.append(this.tail.slice(this.rawLength));
@@ -199,7 +210,7 @@ export class StreamingMarkdown {
     const { element, code } = codeBlock(language);
     const closing = new RegExp(`^ {0,3}${mark[0] === "~" ? "~" : "`"}{${mark.length},}[ \\t]*$`);
     this.code = { code, language, closing, indent: new RegExp(`^ {0,${indent.length}}`), group: null, lines: 0, partial: null, inLine: false };
-    this.root.append(element);
+    this.#add(element);
     counters.nodesTouched += 1;
     this.tail = this.tail.slice(line.length + 1);
   }

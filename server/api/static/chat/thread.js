@@ -115,7 +115,7 @@ class MessageView {
     const buttons = make("div", { class: "actions" }, this.#branches());
     if (message.content) buttons.append(copyButton(() => message.content, "Copy message"));
     if (message.role === "user") buttons.append(quiet("Edit", () => this.edit(), "Edit and send again"));
-    else buttons.append(quiet("Edit", () => this.edit(), "Edit this answer"));
+    else buttons.append(quiet("Edit", () => this.edit(), message.role === "tool" ? "Edit this result" : "Edit this answer"));
     if (message.role === "assistant") {
       buttons.append(
         quiet("Regenerate", () => actions.regenerate(message), "Regenerate"),
