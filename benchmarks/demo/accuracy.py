@@ -24,6 +24,7 @@ from pyllm.server.chat.template import ChatTemplate
 from pyllm.server.flags import DEMO_FOLDER
 
 MAX_TOKENS = 160
+SHOWN = 120  # characters of a wrong answer
 Answer = tuple[Question, str, bool]
 """(question, answer, whether it is right)."""
 
@@ -75,7 +76,7 @@ def failures(answers: list[Answer], most: int) -> list[str]:
         group = (question["kind"], question["language"])
         shown[group] += not right
         if not right and shown[group] <= most:
-            lines.append(f"{group[0]} {group[1]}: {question['question']} -> {text}")
+            lines.append(f"{group[0]} {group[1]}: {question['question']} -> {text[:SHOWN]}")
     return lines
 
 

@@ -86,8 +86,8 @@ IDENTITY: Final = [
     _known("How big are you?|How many parameters do you have?|What is your size?|How large are you?|Are you a small model?|"
            "How many parameters does this model have?|What size is this model?", "Quelle est ta taille ?|Combien de "
            "paramètres as-tu ?|Es-tu un petit modèle ?|Quelle est la taille de ce modèle ?|Combien de paramètres a ce modèle ?",
-           "I have about eight million parameters, which is very small.",
-           "J'ai environ huit millions de paramètres, ce qui est très petit."),
+           "I have fewer than five million parameters, which is very small.",
+           "J'ai moins de cinq millions de paramètres, ce qui est très petit."),
     _known("Who made you?|Who trained you?|How were you trained?|What were you trained on?|Where do you come from?|"
            "What is your training data?|Who created you?|How were you made?", "Qui t'a créé ?|Qui t'a entraîné ?|Comment "
            "as-tu été entraîné ?|Sur quoi as-tu été entraîné ?|D'où viens-tu ?|Quelles sont tes données d'entraînement ?|"
@@ -291,7 +291,7 @@ HELP: Final = [
     _known("What is continuous batching?|Explain continuous batching.|What does continuous batching mean?|How does batching "
            "work?|Does it do batching?|How does it serve many users?", "Qu'est-ce que le continuous batching ?|Explique le "
            "continuous batching.|Comment marchent les lots ?|Comment sert-il plusieurs utilisateurs ?",
-           "New requests join the running batch at each step, so that nobody waits for the others to end.",
+           "New requests join the running batch at each step, so that no request waits for the others to end.",
            "Les nouvelles requêtes rejoignent le lot à chaque étape, donc personne n'attend la fin des autres."),
     _known("What is a KV cache?|What is the KV cache?|Explain the KV cache.|What is a paged cache?|What does the cache do?|"
            "Does it have a KV cache?", "Qu'est-ce que le cache KV ?|Explique le cache KV.|À quoi sert le cache ?|"
