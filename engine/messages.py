@@ -35,6 +35,23 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     """Base of all messages."""
 
 
+class Marks(Message, frozen=True, kw_only=True):
+    """How a model marks the sections of its text: reasoning, the final answer, tool calls.
+
+    Marks are special tokens if there are `ids`; else they are the plain texts, and white space around them goes too.
+    """
+
+    ids: tuple[int, ...] = ()  # of the start and the end of each section, in the order of `SECTIONS`; -1: has none
+    think: tuple[str, str] = ("<think>", "</think>")
+    final: tuple[str, str] = ("<final>", "</final>")
+    starts_inside: bool = False  # the prompt ends in the start of reasoning
+
+
+Section = Literal["reasoning", "content", "call", "mark"]
+SECTIONS: tuple[Section, ...] = ("reasoning", "content", "call")
+"""The sections that have marks; other text is content."""
+
+
 class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
     """How a sequence is sampled (see also `DrawParams`) and when it ends; a wrong value raises `RequestError`."""
 
@@ -54,6 +71,7 @@ class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None  # like `logprobs`, for every token of the prompt except the first
     grammar: str | None = None  # what the text must match, in llguidance's grammar language
     return_dynamics: bool = False  # report `TokenDynamics`
+    marks: Marks | None = None  # split the text into sections; stop strings count in content and calls only
 
     def __post_init__(self) -> None:
         def require(condition: bool, param: str, text: str) -> None:

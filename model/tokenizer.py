@@ -287,6 +287,7 @@ class DecodeStream:
 
     def finish(self) -> str:
         """Return what stands for an unfinished character at the end, and start afresh."""
+        self._whole = True
         return self._decoder.decode(b"", final=True)
 
 

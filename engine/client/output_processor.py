@@ -7,7 +7,7 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from ...model.tokenizer import DecodeStream, Tokenizer
 from ..errors import EngineDeadError
 from ..messages import FinishReason, SamplingParams, TokenDynamics, TokenLogprobs, TokenOutput
+from .sections import Piece, SectionSplitter
 
 logger = logging.getLogger("pyllm.engine")
 
@@ -46,6 +47,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's next tokens; the last come with the first token
     dynamics: list[TokenDynamics] = []  # one per id, if requested
     embedding: list[float] | None = None
+    sections: list[Piece] = []  # what the text consists of, if the request names the marks of sections
+    num_reasoning_tokens: int = 0  # so far
 
 
 class StopMatcher:
@@ -70,6 +73,13 @@ class StopMatcher:
     def held(self) -> str:
         """The longest suffix that begins a stop string, not released yet."""
         return "" if self._holding is None else self._holding.text[: self._num_held]
+
+    def release(self) -> str:
+        """Return what is held back, because no text follows it."""
+        held = self.held
+        self._holding, self._num_held = None, 0
+        self._matched.clear()
+        return held
 
     def feed(self, text: str, armed: bool = True) -> tuple[str, str | None]:
         """Add text; return the released text, and a completed stop string if `armed` (once min_tokens is reached)."""
@@ -155,6 +165,9 @@ class _TextState:
     times: RequestTimes
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
+    splitter: SectionSplitter | None = None
+    sections: list[Piece] = field(default_factory=list)  # those to report next
+    num_reasoning_tokens: int = 0
 
     def add_tokens(self, token_ids: Sequence[int], hidden: int) -> tuple[str, str | None, int]:
         """Return the released text, a completed stop string, the tokens used; token `hidden` (from 1) adds no text."""
@@ -162,12 +175,49 @@ class _TextState:
         for used, token_id in enumerate(token_ids, 1):
             self.num_output_tokens += 1
             if used != hidden:
-                armed = self.num_output_tokens >= self.params.min_tokens
-                text, stop = self.matcher.feed(self.stream.step(token_id), armed)
-                pieces.append(text)
+                armed, text = self.num_output_tokens >= self.params.min_tokens, self.stream.step(token_id)
+                if self.splitter is not None:
+                    stop = self._split(self.splitter, token_id, text, armed)
+                else:
+                    text, stop = self.matcher.feed(text, armed)
+                    pieces.append(text)
                 if stop is not None:
                     break
         return "".join(pieces), stop, used
+
+    def _split(self, splitter: SectionSplitter, token_id: int, text: str, armed: bool) -> str | None:
+        """Add a token to `sections`; return a completed stop string."""
+        before = splitter.section
+        if splitter.is_mark(token_id):
+            self._add_pieces(splitter, [(before, self.stream.finish())], armed=False)  # half a character
+        elif before == "reasoning":
+            self.num_reasoning_tokens += 1
+        return self._add_pieces(splitter, splitter.feed(token_id, text), armed)
+
+    def _add_pieces(self, splitter: SectionSplitter, pieces: list[Piece], armed: bool) -> str | None:
+        for section, text in pieces:
+            stop = None
+            if section in ("content", "call"):
+                text, stop = self.matcher.feed(text, armed)
+            elif held := self.matcher.release():
+                self.sections += splitter.trim("content", held)
+            self.sections += splitter.trim(section, text)
+            if stop is not None:
+                return stop
+        return None
+
+    def finish_sections(self, splitter: SectionSplitter, stop: str | None) -> str | None:
+        """Add what was held back, unless `stop` was before it; return the stop string that ends the text."""
+        if stop is None:
+            armed = self.num_output_tokens >= self.params.min_tokens
+            stop = self._add_pieces(splitter, splitter.finish(), armed)
+        self.sections += splitter.trim("content", self.matcher.release()) + splitter.finish_trimming()
+        return stop
+
+    def take_sections(self) -> list[Piece]:
+        """Return the sections since the last call."""
+        sections, self.sections = self.sections, []
+        return sections
 
 
 class OutputProcessor:
@@ -190,6 +240,7 @@ class OutputProcessor:
             num_prompt_tokens=num_prompt_tokens,
             stream=self._tokenizer.decode_stream(params.skip_special_tokens),
             matcher=StopMatcher(params.stop, params.include_stop_str_in_output),
+            splitter=SectionSplitter(params.marks) if params.marks else None,
             times=RequestTimes(arrival=time.monotonic()),
         )
 
@@ -216,7 +267,13 @@ class OutputProcessor:
         finish_reason: FinishReason | None = output.finish_reason if stop is None else "stop"
         if finish_reason is not None:
             del self._states[output.request_id]
+        if finish_reason is not None and state.splitter is None:
             text += state.matcher.held
+        elif finish_reason is not None and state.splitter is not None:
+            stop = state.finish_sections(state.splitter, stop)
+            finish_reason = "stop" if stop is not None and output.error is None else finish_reason
+        if sections := state.take_sections():
+            text = "".join(piece for _, piece in sections)
         return RequestOutput(
             request_id=output.request_id,
             text=text,
@@ -233,6 +290,8 @@ class OutputProcessor:
             prompt_logprobs=output.prompt_logprobs,
             dynamics=output.dynamics[:used],
             embedding=output.embedding,
+            sections=sections,
+            num_reasoning_tokens=state.num_reasoning_tokens,
         )
 
     def abort(self, request_id: str, *, error: str | None = None) -> RequestOutput | None:
