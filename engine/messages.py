@@ -44,7 +44,8 @@ class Marks(Message, frozen=True, kw_only=True):
     ids: tuple[int, ...] = ()  # of the start and the end of each section, in the order of `SECTIONS`; -1: has none
     think: tuple[str, str] = ("<think>", "</think>")
     final: tuple[str, str] = ("<final>", "</final>")
-    starts_inside: bool = False  # the prompt ends in the start of reasoning
+    starts_in: Literal["reasoning", "content"] | None = None  # the section whose start mark is in the prompt
+    continues: bool = False  # with some of its text, so that white space at the start belongs to the section
 
 
 Section = Literal["reasoning", "content", "call", "mark"]

@@ -32,7 +32,7 @@ EPILOG = (
 )
 GROUPS = {
     "model": "model revision config served_model_name device dtype quantization load_format max_model_len "
-    "allow_long_max_model_len chat_template tool_call_parser",
+    "allow_long_max_model_len chat_template tool_call_parser reasoning_parser",
     "requests": "generation_config override_generation_config seed max_logprobs ignore_unknown_fields",
     "batching": "max_num_seqs max_num_batched_tokens max_num_prefill_tokens max_num_queued_reqs scheduling_policy "
     "fair_scheduling speculative_config deterministic enforce_eager engine_hang_timeout restart_engine",

@@ -99,6 +99,9 @@ class ServerConfig(ModelFlags):
         False, "accept request fields that nothing here knows, and name them in x-pyllm-ignored, instead of refusing"
     )
     tool_call_parser: str = setting("auto", "format of tool calls in the model's text; auto goes by the checkpoint")
+    reasoning_parser: str = setting(
+        "auto", "marks of the model's reasoning: tokens, tags or none; auto goes by the checkpoint"
+    )
     metrics_vllm_names: bool = setting(False, "export metrics under vLLM's names too, for its dashboards")
     log_format: Literal["text", "json"] = setting("text", "json writes one object per line")
     sse_keep_alive_interval: float = setting(

@@ -115,7 +115,8 @@ class Service:
         model, context = self.ready_model(), RequestContext.of(request.scope)
         try:
             context.admit()
-            tolerance = Tolerance(RULES[endpoint.path], self.config.ignore_unknown_fields, model.template.variables)
+            variables = model.switches if "chat_template_kwargs" in endpoint.body.model_fields else frozenset[str]()
+            tolerance = Tolerance(RULES[endpoint.path], self.config.ignore_unknown_fields, variables)
             body: Any = await read_body(request, endpoint.body, tolerance)
             context.ignored = tolerance.ignored
             context.model = body.model

@@ -19,9 +19,9 @@ class SectionSplitter:
         self._trims = not marks.ids
         self._openings: dict[str, Section | None] = {marks.think[0]: "reasoning", marks.final[0]: "content"}
         self._closings = {"reasoning": marks.think[1], "content": marks.final[1]}
-        self._inside: Section | None = "reasoning" if marks.starts_inside else None  # whose end mark is next
+        self._inside: Section | None = marks.starts_in  # whose end mark is next
         self._held = ""  # may begin a mark
-        self._after_mark = marks.starts_inside
+        self._after_mark = marks.starts_in is not None and not marks.continues
         self._space: Piece | None = None  # white space that goes if a mark follows
 
     @property

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # the API server reads this module's constants, and has no us
 
 UNIQUE_KEYS = "// the keys of each object differ"
 """The line of a grammar that asks for this."""
+REASONING = "// reasoning: "
+"""Begins a line with JSON: the marks of reasoning, those of the answer, and whether the text starts inside reasoning.
+JSON in reasoning does not count; it begins after it, or after the start of the answer."""
 CALL_OPENING = "// a call begins with "
 """Begins a line with a JSON string: JSON begins there, or at the start of the text."""
 
@@ -37,13 +40,21 @@ class KeyTracker:
     """Follows one sequence's text."""
 
     __slots__ = (
-        "_escaped", "_in_string", "_is_key", "_key", "_lent", "_objects", "_opening", "_recent", "_repeated", "_tokens",
-        "_tried",
+        "_escaped", "_in_string", "_is_key", "_is_reasoning", "_key", "_lent", "_marks", "_objects",
+        "_opening", "_openings", "_recent", "_repeated", "_room", "_tokens", "_tried",
     )  # fmt: skip
 
-    def __init__(self, tokens: KeyTokens, opening: bytes = b"") -> None:
+    def __init__(
+        self, tokens: KeyTokens, opening: bytes = b"", marks: tuple[bytes, bytes, bytes] | None = None,
+        is_reasoning: bool = False,
+    ) -> None:  # fmt: skip
+        """Take the marks of the start and the end of reasoning, and of the start of the answer."""
         self._tokens = tokens
         self._opening = opening
+        self._marks = marks
+        self._is_reasoning = is_reasoning
+        self._openings = tuple(filter(None, (opening, marks and marks[2])))
+        self._room = max(map(len, (opening, b" ", *(marks or ()))))
         self._recent = b""  # the end of the text between calls
         self._objects: list[set[bytes] | None] = []  # the keys of each open object; None: an array
         self._in_string = self._escaped = False
@@ -61,7 +72,7 @@ class KeyTracker:
 
     def _trial(self) -> KeyTracker:
         """Return a tracker for one more token, which leaves the keys of this one as they are."""
-        twin = KeyTracker(self._tokens, self._opening)
+        twin = KeyTracker(self._tokens, self._opening, self._marks, self._is_reasoning)
         for name in ("_recent", "_in_string", "_escaped", "_is_key"):
             setattr(twin, name, getattr(self, name))
         twin._objects, twin._key, twin._lent = list(self._objects), bytearray(self._key), len(self._objects)
@@ -97,15 +108,18 @@ class KeyTracker:
         return twin._repeated
 
     def _read(self, byte: int) -> None:
-        if self._in_string:
+        if self._is_reasoning:
+            self._read_reasoning(byte)
+        elif self._in_string:
             self._read_string(byte)
         elif byte in b"{[":
-            if self._objects or not self._opening or not self._recent or self._recent.endswith(self._opening):
+            if self._objects or not self._opening or not self._recent or self._recent.endswith(self._openings):
                 self._objects.append(set() if byte == ord("{") else None)
                 self._is_key = byte == ord("{")
                 self._recent = b" "
         elif not self._objects:
-            self._recent = (self._recent + bytes((byte,)))[-max(len(self._opening), 1) :]
+            self._recent = (self._recent + bytes((byte,)))[-self._room :]
+            self._is_reasoning = self._marks is not None and self._recent.endswith(self._marks[0])
         elif byte in b"}]":
             self._objects.pop()
             if len(self._objects) < self._lent:
@@ -114,6 +128,11 @@ class KeyTracker:
             self._in_string, self._key = True, bytearray()
         elif byte in b",:":
             self._is_key = byte == ord(",") and self._objects[-1] is not None
+
+    def _read_reasoning(self, byte: int) -> None:
+        self._recent = (self._recent + bytes((byte,)))[-self._room :]
+        if self._marks is not None and self._recent.endswith(self._marks[1]):
+            self._is_reasoning, self._recent = False, b""
 
     def _read_string(self, byte: int) -> None:
         if self._escaped or byte == ord("\\"):
@@ -134,5 +153,9 @@ def tracker_for(grammar: str, tokens: KeyTokens) -> KeyTracker | None:
     if UNIQUE_KEYS not in grammar:
         return None
     parts = [part.get("lark_grammar", "") for part in json.loads(grammar)["grammars"]]
-    match = re.match(re.escape(CALL_OPENING) + "(.*)", parts[0])
-    return KeyTracker(tokens, json.loads(match[1]).encode() if match else b"")
+    lines = dict(re.findall(f"^({re.escape(REASONING)}|{re.escape(CALL_OPENING)})(.*)$", parts[0], re.MULTILINE))
+    opening = json.loads(lines.get(CALL_OPENING, '""')).encode()
+    if REASONING not in lines:
+        return KeyTracker(tokens, opening)
+    start, end, answer, is_reasoning = json.loads(lines[REASONING])
+    return KeyTracker(tokens, opening, (start.encode(), end.encode(), answer.encode()), is_reasoning)

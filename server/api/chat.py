@@ -13,9 +13,9 @@ from ...engine.client.output_processor import RequestOutput
 from ...engine.errors import RequestError
 from ...engine.messages import MAX_LOGPROBS
 from ..chat.conversation import Conversation, ToolChoice
+from ..chat.parts import Part, Thought
 from ..chat.served_model import ServedModel
-from ..chat.tool_calls import Part
-from ..chat.turn import Turn, prepare_turn, read_turn
+from ..chat.turn import Turn, prepare_turn
 from ..generation.generation import Choice, Generation
 from ..generation.streaming import Chunks, EventStream, join_fields, show_details
 from ..generation.token_details import ShownLogprobs, show_prompt_logprobs
@@ -81,8 +81,10 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 class AnswerMessage(StrictModel):
     role: Literal["assistant"]
-    content: str | None
+    content: str | None = Field(description="Null if there are only calls or reasoning.")
     refusal: None
+    reasoning_content: str | None = Field(None, description="The reasoning before the answer, if the model reasons.")
+    reasoning: str | None = Field(None, description="The same under OpenRouter's name.")
     tool_calls: list[reading.ToolCall] | None = None
 
 
@@ -122,6 +124,8 @@ class ToolCallDelta(StrictModel):
 class Delta(StrictModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
 
 
@@ -202,8 +206,10 @@ def _choice_json(
     index: int, choice: Choice, body: ChatCompletionRequest, turn: Turn, model: ServedModel
 ) -> dict[str, Any]:
     """Return one choice of a response that is not streamed."""
-    read = read_turn(turn.reader(), choice.text, turn.cut_off(choice.finish_reason, choice.stop_reason))
+    read = turn.read_whole(choice)
     message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
+    if read.reasoning:
+        message |= {"reasoning_content": read.reasoning, "reasoning": read.reasoning}
     if read.calls:
         message["tool_calls"] = [call.to_openai() for call in read.calls]
     reason = read.finish_reason if choice.finish_reason == "stop" else choice.finish_reason
@@ -238,7 +244,7 @@ class ChatChunks(Chunks):
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """Return chunks for new text."""
-        deltas = _deltas(self._readers[index].feed(output.text)) or ([self.empty] if self.shows_tokens else [])
+        deltas = _deltas(self._turn.read(self._readers[index], output)) or ([self.empty] if self.shows_tokens else [])
         if not deltas:
             return b""
         shown = _logprobs(self._logprobs[index].add(output.logprobs, output.text) if self.with_logprobs else [])
@@ -276,6 +282,10 @@ def _deltas(parts: list[Part]) -> list[bytes]:
     for part in parts:
         if isinstance(part, str):
             deltas.append(b'{"content":%s}' % encode_json(part))
+            continue
+        if isinstance(part, Thought):
+            text = encode_json(part.text)
+            deltas.append(b'{"reasoning_content":%s,"reasoning":%s}' % (text, text))
             continue
         call: dict[str, Any] = {"index": part.index, "function": {"arguments": part.arguments}}
         if part.id is not None:

@@ -26,9 +26,22 @@ def hint(*nothing: Any) -> Rule:
     return Rule("hint", nothing)
 
 
-def switch(name: str) -> Rule:
-    """Return the rule of a template variable that makes a model reason, where the template has it."""
-    return Rule("hint", variables=lambda value: {name: value})
+def switch(*names: str) -> Rule:
+    """Return the rule of a field that sets variables which make a model reason, where it can."""
+    return Rule("hint", variables=lambda value: dict.fromkeys(names, value))
+
+
+def openrouter(value: Any) -> dict[str, Any]:
+    """Return what OpenRouter's object `reasoning` sets."""
+    found: dict[str, Any] = {}
+    if isinstance(value, dict):
+        if isinstance(effort := value.get("effort"), str):
+            found |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        if isinstance(value.get("enabled"), bool):
+            found["enable_thinking"] = value["enabled"]
+        if isinstance(value.get("exclude"), bool):
+            found["include_reasoning"] = not value["exclude"]
+    return found
 
 
 def refused(*nothing: Any, use: str = "") -> Rule:
@@ -52,13 +65,15 @@ HOSTED = ("web_search*", "web_fetch*", "file_search", "code_interpreter", "code_
           "programmatic_tool_calling", "bash_*", "text_editor_*", "memory_*", "advisor_*")  # fmt: skip
 HOSTED_TOOLS = Rule("hint", items=HOSTED, needs_others=True)
 
-# Reasoning, where the chat template has a variable for it.
+# Reasoning, where the model can, or its chat template has a variable for it.
 SWITCHES: Table = {
     f"chat_template_kwargs.{name}": switch(name)
-    for name in ("enable_thinking", "thinking", "preserve_thinking", "thinking_budget", "reasoning_effort")
+    for name in ("enable_thinking", "preserve_thinking", "thinking_budget", "reasoning_effort")
 }
+SWITCHES["chat_template_kwargs.thinking"] = switch("thinking", "enable_thinking")
 EFFORT = Rule("hint", ("none",), variables=lambda word: {"reasoning_effort": word, "enable_thinking": word != "none"})
 NO_THINKING = {"type": "disabled"}
+SHOWN = Rule("refused", nothing=(False, True), variables=lambda value: {"include_reasoning": value})
 THINKING = Rule("hint", (NO_THINKING,), variables=lambda value: {"enable_thinking": value != NO_THINKING})
 
 REQUEST_IDS = all_of("request_id rid session_id custom_labels", BOOKKEEPING)
@@ -79,7 +94,8 @@ OTHER_SERVERS: Table = {
     **all_of("return_cached_tokens_details return_spec_tokens_details return_tokens_as_token_ids", OFF),
     **all_of("return_sampling_mask return_flat_raw_output_top_logprobs", OFF),
     **all_of("spaces_between_special_tokens return_flat_raw_top_logprobs_b64", ANY_FLAG),
-    **all_of("separate_reasoning stream_reasoning include_reasoning", ANY_FLAG),
+    **all_of("separate_reasoning stream_reasoning", ANY_FLAG),
+    "include_reasoning": SHOWN,
     **all_of("routed_experts_start_len routed_experts_prompt_start", refused(0)),
     **all_of("custom_params vllm_xargs repetition_detection session_params", refused({})),
     **all_of("custom_logit_processor stop_regex lora_path", refused("", [])),
@@ -136,7 +152,7 @@ CHAT: Table = {
     "functions": refused([], use="tools"),
     "function_call": refused("none", "auto", use="tool_choice"),
     "thinking": THINKING,
-    "reasoning": HINT,
+    "reasoning": Rule("hint", variables=openrouter),
 }
 COMPLETIONS: Table = {
     **BOTH,

@@ -7,7 +7,7 @@ import difflib
 import logging
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from glob import escape
@@ -16,6 +16,7 @@ from typing import Any
 
 from ...engine.client.async_engine import AsyncEngine
 from ...engine.client.launch import EngineProcess
+from ...engine.messages import Marks
 from ...model.checkpoint.hub import resolve_model
 from ...model.files import folder_of, read_text
 from ...model.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from ..generation.defaults import read_defaults
 from ..generation.metrics import Metrics
 from ..http.body import is_large, off_loop
 from ..http.errors import ApiError, shorten
+from .reasoning import SWITCHES, find_marks, has_reasoning, special_id
 from .template import ChatTemplate, TokenIds, collect_ids, too_long
 from .tool_calls import FORMATS, ToolCallFormat, detect_format
 
@@ -51,6 +53,17 @@ class ServedModel:
     longest_token: int  # in bytes: refuses a text that is far too long without tokenising it
     flags: ServerConfig
     tool_format: ToolCallFormat = FORMATS["hermes"]  # of calls in the model's text
+    marks: Marks | None = None  # of sections in the model's text
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the model's text has marks that tell reasoning from answers."""
+        return has_reasoning(self.marks)
+
+    @property
+    def switches(self) -> frozenset[str]:
+        """The variables that a request may set: the template's, and those that act on the reasoning."""
+        return self.template.variables | (SWITCHES if self.reasons else frozenset())
 
     def resolve_name(self, name: str) -> str:
         """Return the name that answers a request for `name` show; raise `ApiError` 404 if this is another model."""
@@ -93,9 +106,10 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
     tokenizer = await asyncio.to_thread(Tokenizer.from_folder, path)
     template = ChatTemplate.from_tokenizer(tokenizer, _read_template(flags.chat_template), flags.chat_template or "")
     server = flags if isinstance(flags, ServerConfig) else ServerConfig()
-    tool_format = find_format(server.tool_call_parser, template)
+    tool_format = find_format(server.tool_call_parser, template, tokenizer)
     longest_token = max(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size))
     engine = await AsyncEngine.start(config, tokenizer, process)
+    marks = find_marks(server.reasoning_parser, tokenizer, template.source, engine.info.era)
     logger.info("Sampling defaults: %s", description)
     patterns = tuple(name for name in names if WILDCARDS.intersection(name))
     names = tuple(name for name in names if name not in patterns)
@@ -116,18 +130,24 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
         longest_token=longest_token,
         flags=server,
         tool_format=tool_format,
+        marks=marks,
     )
 
 
-def find_format(name: str, template: ChatTemplate) -> ToolCallFormat:
-    """Return the format of `--tool-call-parser`, or the template's for "auto"; raises `ConfigError`."""
+def find_format(name: str, template: ChatTemplate, tokenizer: Tokenizer) -> ToolCallFormat:
+    """Return the format of `--tool-call-parser`, or the checkpoint's for "auto"; raises `ConfigError`."""
+    marked = FORMATS["agentic"]
+    ids = (special_id(tokenizer, marked.opening), special_id(tokenizer, marked.closing))
     if name == "auto":
-        name = detect_format(template.with_tools.source)
+        name = "agentic" if min(ids) >= 0 else detect_format(template.with_tools.source)
     if name not in FORMATS:
         near = difflib.get_close_matches(name, ["auto", *FORMATS], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known parsers: auto, {', '.join(FORMATS)}."
         raise ConfigError(f"--tool-call-parser {shorten(name)} is unknown; {hint}")
-    return FORMATS[name]
+    if name == "agentic" and min(ids) < 0:
+        needed = f"{marked.opening} and {marked.closing}"
+        raise ConfigError(f"--tool-call-parser agentic needs a tokenizer with the special tokens {needed}.")
+    return replace(marked, ids=ids) if name == "agentic" else FORMATS[name]
 
 
 def model_names(model: str | None) -> tuple[str, ...]:

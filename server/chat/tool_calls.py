@@ -9,35 +9,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
-
-
-class CallPiece(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A piece of a tool call."""
-
-    index: int  # of the call in its turn, from 0
-    id: str | None = None  # of the call; in its first piece only
-    name: str | None = None  # of the function; in the call's first piece only
-    arguments: str = ""  # more characters of the arguments' JSON text
-
-
-Part = str | CallPiece  # new content of a turn, or a piece of one of its calls
-
-
-class TurnReader(Protocol):
-    """Reads one choice's text as it arrives; the parts add up to the same turn wherever the text is cut."""
-
-    finish_reason: str  # what to report when the engine says "stop"; final after `finish`
-    unfinished: bool  # the text has ended inside a call, or before a call that had to come
-
-    def feed(self, text: str) -> list[Part]: ...  # reads more text
-
-    def finish(self, cut: str | None = None) -> list[Part]: ...
-
-    # Returns what was held back. None: the text has ended by itself; else the stop string that was cut off it, or "".
-
+from .parts import CallPiece, Part
 
 SLICE = 4096  # characters that are read at a time
 MAX_MARKUP = 2048  # characters of a call before its arguments, or after them; it is read again as it grows
@@ -57,6 +31,7 @@ class ToolCallFormat:
     opening: str = ""  # if empty, calls are bare JSON, and a turn either begins with a call or has none
     closing: str = ""
     separator: str = ""  # which the grammar puts between calls
+    ids: tuple[int, int] | None = None  # of opening and closing, if these are special tokens; then JSON is a list
 
     def start(self, name: str) -> str:
         """Return a call up to its arguments."""
@@ -108,6 +83,7 @@ FORMATS = {
     "hermes": ToolCallFormat(opening="<tool_call>", closing="</tool_call>"),
     "json": ToolCallFormat(separator="\n"),
     "llama3_json": ToolCallFormat(key="parameters", separator="; "),
+    "agentic": ToolCallFormat(opening="<|tool_call_start|>", closing="<|tool_call_end|>", ids=(-1, -1)),
 }
 """The values of `--tool-call-parser`."""
 

@@ -12,6 +12,9 @@ from ...engine.errors import RequestError
 from ...engine.grammar.keys import CALL_OPENING
 from ..http.errors import shorten
 from .conversation import Conversation, Tool, ToolChoice
+from .marked_calls import MarkedCallReader
+from .parts import TurnReader
+from .reasoning import GrammarMarks
 from .schema.compiler import MAX_SIZE
 from .structured import choice_grammar, json_schema_grammar
 from .template import MAX_DEPTH, is_deeper
@@ -33,10 +36,12 @@ class ToolOptions:
     parallel: bool  # several calls are allowed
     format: ToolCallFormat
 
-    def reader(self) -> CallReader:
+    def reader(self) -> TurnReader:
         """Return a reader for one choice."""
         names = frozenset(tool.name for tool in self.tools)
         reason = "stop" if self.mode == "named" else "tool_calls"
+        if self.format.ids is not None:
+            return MarkedCallReader(names, reason, forced=self.mode != "auto")
         return CallReader(self.format, names, reason, forced=self.mode != "auto")
 
     def describe(self) -> str:
@@ -45,7 +50,7 @@ class ToolOptions:
         lines = [json.dumps(tool.describe()) for tool in self.tools]
         return "\n".join([f"You can call these functions. To call one, write {call}", *lines])
 
-    def grammar(self, answer: str | None) -> tuple[str, dict[str, str]] | None:
+    def grammar(self, answer: str | None, marks: GrammarMarks | None = None) -> tuple[str, dict[str, str]] | None:
         """Return the grammar of the turn's text, None if the text is free, and those in it for the tools' arguments.
 
         `answer` is the grammar of a turn without calls; without one, such a turn is free text. The grammars for
@@ -61,7 +66,7 @@ class ToolOptions:
             if size > MAX_SIZE:
                 message = f"{tool.parameters_field} and those before it are too complex together: use fewer tools."
                 raise RequestError(message, param=tool.parameters_field)
-        grammars = [{"name": "turn", "lark_grammar": self._rules(answer is not None)}]
+        grammars = [{"name": "turn", "lark_grammar": self._rules(answer is not None, marks)}]
         grammars += [_named(f"arguments_{n}", text) for n, text in enumerate(arguments.values())]
         if answer is not None:
             grammars.append(_named("answer", answer))
@@ -75,8 +80,10 @@ class ToolOptions:
             return choice_grammar(["{}"])
         return json_schema_grammar(schema, tool.parameters_field)
 
-    def _rules(self, with_answer: bool) -> str:
+    def _rules(self, with_answer: bool, marks: GrammarMarks | None) -> str:
         """Return the rules of the turn in llguidance's Lark: calls, and the other text that is allowed."""
+        if self.format.ids is not None:
+            return self._marked_rules(self.format.ids, with_answer, marks)
         opening, separator, quote = self.format.opening, self.format.separator, json.dumps
         free = self.mode == "auto" and not with_answer
         led = bool(free and opening)
@@ -87,7 +94,8 @@ class ToolOptions:
         if led:
             start = "(LEAD call)* TEXT?" if self.parallel else "LEAD call | TEXT?"
         else:
-            start = f"{calls} | TEXT?" if free else f"{calls} | @answer" if with_answer else calls
+            answer = "opened @answer closed" if marks else "@answer"
+            start = f"{calls} | TEXT?" if free else f"{calls} | {answer}" if with_answer else calls
         rules = [f"{CALL_OPENING}{quote(opening)}", f"start: {start}"]
         rules.append(f"call: {'' if led or not opening else quote(opening)} ({' | '.join(bodies)})")
         if free:
@@ -97,7 +105,28 @@ class ToolOptions:
         if led:
             # The lexer takes the longest match and does not backtrack, so the opening belongs to the text before it.
             rules.append(f"LEAD: TEXT {quote(opening)}")
+        if marks is not None:
+            rules[:2] = [marks.header, rules[0], rules[1].replace("start: ", "after: ", 1)]
+            rules += [f"start: before {'after' if with_answer else 'opened after closed'}", *marks.rules()]
         return "\n".join(rules)
+
+    def _marked_rules(self, ids: tuple[int, int], with_answer: bool, marks: GrammarMarks | None) -> str:
+        """Return the rules for calls between special tokens: a list of them, or lists between other text."""
+        quote, free = json.dumps, self.mode == "auto" and not with_answer
+        starts = [f'{{"name": "{tool.name}", "{self.format.key}": ' for tool in self.tools]
+        bodies = [f"{quote(start)} @arguments_{n} {quote('}')}" for n, start in enumerate(starts)]
+        more = f' (", " call){{0,{MAX_CALLS - 1}}}' if self.parallel else ""
+        opened, closed = ("opened ", " closed") if marks else ("", "")
+        if free:
+            after = "(words | calls)*" if self.parallel else "calls | words?"
+        else:
+            after = f"calls | {opened}@answer{closed}" if with_answer else "calls"
+        rules = [marks.header] if marks else []
+        rules += [f"{CALL_OPENING}{quote(self.format.opening)}", f"start: {'before ' if marks else ''}after"]
+        rules += [f"after: {after}", f"call: {' | '.join(bodies)}"]
+        rules.append(f'calls: <[{ids[0]}]> "[" call{more} "]" <[{ids[1]}]>')
+        rules += [f"words: {opened}TEXT{closed}", r"TEXT: /(.|\n)+/"] if free else []
+        return "\n".join([*rules, *(marks.rules() if marks else ())])
 
 
 def read_tools(conversation: Conversation, format_: ToolCallFormat) -> ToolOptions | None:

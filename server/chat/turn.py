@@ -8,13 +8,17 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+from ...engine.client.output_processor import RequestOutput
 from ...engine.errors import RequestError
-from ...engine.messages import SamplingParams
+from ...engine.messages import Marks, SamplingParams, Section
 from ...model.long_text import IndivisibleTextError
 from ...model.tokenizer import Tokenizer
+from ..generation.generation import Choice
 from ..http.body import is_large, off_loop, off_loop_if_large
 from ..http.errors import encode_json, shorten
 from .conversation import Conversation, Message, Sampling, ToolCall, ToolChoice
+from .parts import CallPiece, Part, Thought, TurnReader
+from .reasoning import GrammarMarks, locate, read_section, switch_ids
 from .served_model import LARGE_TEXT, TOKENIZING_FACTOR, ServedModel
 from .template import (
     MAX_DEPTH,
@@ -26,11 +30,12 @@ from .template import (
     require_list,
     too_long,
 )
-from .tool_calls import Part, ToolCallFormat, TurnReader
+from .tool_calls import ToolCallFormat
 from .tool_choice import ToolOptions, read_tools
 from .truncation import prompt_room, render_newest, truncate_prompt
 
 MAX_VARIABLE_BYTES = 2**14
+FLAGS = ("enable_thinking", "include_reasoning")  # among the switches of a model that reasons
 LARGE_CHAT = 50  # chats of at least this many messages are rendered off the event loop
 
 
@@ -43,6 +48,24 @@ class Turn:
     reader: Callable[[], TurnReader]  # makes a reader for one choice
     must_call: bool = False  # the turn consists of nothing but tool calls
     turn_ends: tuple[str, ...] = ()  # plain texts with which the model ends a turn
+    shows_reasoning: bool = True
+
+    def read(self, reader: TurnReader, output: RequestOutput | Choice) -> list[Part]:
+        """Let a reader read the text of an output; return its parts."""
+        if not output.sections:
+            return reader.feed(output.text)
+        return [part for piece in output.sections for part in self.read_section(reader, *piece)]
+
+    def read_section(self, reader: TurnReader, section: Section, text: str) -> list[Part]:
+        """Let a reader read a piece of a section; return its parts."""
+        parts = read_section(reader, section, text)
+        return [part for part in parts if self.shows_reasoning or not isinstance(part, Thought)]
+
+    def read_whole(self, choice: Choice) -> ParsedTurn:
+        """Read a choice that is finished."""
+        reader = self.reader()
+        found = [*self.read(reader, choice), *reader.finish(self.cut_off(choice.finish_reason, choice.stop_reason))]
+        return ParsedTurn(_join(found), reader.finish_reason, reader.unfinished)
 
     def cut_off(self, reason: str | None, stop: str | int | None) -> str | None:
         """Return the hidden stop string with which the client cut the text off, "" for another limit, None for none."""
@@ -70,15 +93,20 @@ class PlainReader:
 class ParsedTurn:
     """What the text of a finished turn means."""
 
-    parts: list[str | ToolCall]
+    parts: list[str | ToolCall | Thought]
     finish_reason: str  # to report when the engine says "stop"
     unfinished: bool
 
     @property
     def content(self) -> str | None:
-        """The text apart from the calls; None if there are only calls, or was to be one."""
+        """The answer's text; None if there are only calls or reasoning, or a call was to come."""
         text = "".join(part for part in self.parts if isinstance(part, str))
-        return text or (None if self.calls or self.unfinished else "")
+        return text or (None if self.calls or self.reasoning or self.unfinished else "")
+
+    @property
+    def reasoning(self) -> str:
+        """The text of the reasoning."""
+        return "".join(part.text for part in self.parts if isinstance(part, Thought))
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -86,19 +114,20 @@ class ParsedTurn:
         return [part for part in self.parts if isinstance(part, ToolCall)]
 
 
-def read_turn(reader: TurnReader, text: str, cut: str | None) -> ParsedTurn:
-    """Read a whole text with a fresh reader; `cut` is what was cut off it (see `Turn.cut_off`)."""
-    parts: list[str | ToolCall] = []
-    found = [*reader.feed(text), *reader.finish(cut)]
-    for index, group in groupby(found, key=lambda part: None if isinstance(part, str) else part.index):
+def _join(found: Sequence[Part]) -> list[str | ToolCall | Thought]:
+    """Return parts with the adjacent ones of the same text, call or reasoning joined."""
+    parts: list[str | ToolCall | Thought] = []
+    for _, group in groupby(found, key=lambda part: (type(part), part.index if isinstance(part, CallPiece) else 0)):
         pieces = list(group)
-        if index is None:
+        first = pieces[0]
+        if isinstance(first, str):
             parts.append("".join(map(str, pieces)))
-            continue
-        calls = [piece for piece in pieces if not isinstance(piece, str)]
-        arguments = "".join(piece.arguments for piece in calls)
-        parts.append(ToolCall(calls[0].id or "", calls[0].name or "", arguments))
-    return ParsedTurn(parts, reader.finish_reason, reader.unfinished)
+        elif isinstance(first, Thought):
+            parts.append(Thought("".join(piece.text for piece in pieces if isinstance(piece, Thought))))
+        else:
+            arguments = "".join(piece.arguments for piece in pieces if isinstance(piece, CallPiece))
+            parts.append(ToolCall(first.id or "", first.name or "", arguments))
+    return parts
 
 
 def tokenizing_bytes(conversation: Conversation) -> int:
@@ -112,9 +141,11 @@ async def prepare_prompt(
     """Render, tokenise and check a conversation; return also its tools and its grammar. Raises `RequestError`."""
     tools = await off_loop_if_large(_tools, conversation, model)
     prompt = await _render(conversation, model, tools)
+    if model.reasons:
+        _switch_reasoning(prompt, conversation, model)
     if conversation.keep_tokens is not None:
         prompt = truncate_prompt(prompt, conversation.keep_tokens, model, conversation.max_tokens)
-    return prompt, tools, await _grammar(conversation, tools, model)
+    return prompt, tools, await _grammar(conversation, tools, model, prompt)
 
 
 async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
@@ -129,10 +160,23 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
     is_free = grammar is None or (tools is not None and tools.mode == "auto")
     turn_ends = _template(model, tools).stop_strings if is_free else ()
     params = await off_loop_if_large(
-        sampling_params, conversation.sampling, model, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends
-    )
+        sampling_params, conversation.sampling, model, max_tokens=max_tokens, grammar=grammar, turn_ends=turn_ends,
+        marks=model.marks and locate(model.marks, prompt, conversation, model.tokenizer),
+    )  # fmt: skip
     reader, must_call = (PlainReader, False) if tools is None else (tools.reader, tools.mode != "auto")
-    return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call, turn_ends=turn_ends)
+    shown = conversation.template_variables.get("include_reasoning") is not False or not model.reasons
+    return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call, turn_ends=turn_ends,
+                shows_reasoning=shown)  # fmt: skip
+
+
+def _switch_reasoning(prompt: TokenIds, conversation: Conversation, model: ServedModel) -> None:
+    """Add to a prompt what makes the model reason or not, if the request says so and the template cannot."""
+    wanted = conversation.template_variables.get("enable_thinking")
+    generates = conversation.add_generation_prompt is not False and not conversation.continue_final_message
+    if model.marks is None or not isinstance(wanted, bool) or not generates:
+        return
+    if "enable_thinking" not in model.template.variables:
+        prompt.extend(switch_ids(locate(model.marks, prompt, conversation, model.tokenizer), wanted, model.tokenizer))
 
 
 def _tools(conversation: Conversation, model: ServedModel) -> ToolOptions | None:
@@ -144,10 +188,12 @@ def _tools(conversation: Conversation, model: ServedModel) -> ToolOptions | None
 
 
 def sampling_params(
-    sampling: Sampling, model: ServedModel, max_tokens: int | None, grammar: str | None, turn_ends: tuple[str, ...] = ()
-) -> SamplingParams:
+    sampling: Sampling, model: ServedModel, max_tokens: int | None, grammar: str | None,
+    turn_ends: tuple[str, ...] = (), marks: Marks | None = None,
+) -> SamplingParams:  # fmt: skip
     """Merge a request's fields, the model's defaults and, unless `ignore_eos`, `turn_ends`; raises `RequestError`."""
     values: dict[str, Any] = {**model.defaults, **sampling, "max_tokens": max_tokens, "grammar": grammar}
+    values["marks"] = marks
     if "bad_words" in values:
         values["bad_words"] = tuple(_spellings(values["bad_words"], model.tokenizer))
     if not values.get("ignore_eos"):
@@ -165,19 +211,25 @@ def _spellings(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[int
         yield from sorted(spelling for spelling in ids if spelling)
 
 
-async def _grammar(conversation: Conversation, tools: ToolOptions | None, model: ServedModel) -> str | None:
+async def _grammar(
+    conversation: Conversation, tools: ToolOptions | None, model: ServedModel, prompt: TokenIds
+) -> str | None:
     """Return the grammar that the turn's format and tools demand, after checking it; None if the text is free."""
-    answer, check = conversation.answer_format, model.engine.check_grammar
+    answer, check, marks = conversation.answer_format, model.engine.check_grammar, None
+    if model.marks is not None and model.reasons and (answer or tools):
+        may_reason = conversation.template_variables.get("enable_thinking") is not False
+        located = locate(model.marks, prompt, conversation, model.tokenizer)
+        marks = GrammarMarks(located, model.tokenizer, may_reason)
     if answer is not None:
         await check(answer.grammar, answer.grammar_field)
         if tools is None:
-            return answer.grammar
+            return marks.around(answer.grammar) if marks else answer.grammar
         if tools.mode != "auto":
             answer = None  # calls are the whole turn
         elif not tools.format.opening:
             message = f"{answer.field} cannot be combined with tools: this model writes calls as JSON too."
             raise RequestError(message, param=answer.field)
-    found = await off_loop_if_large(tools.grammar, answer.grammar if answer else None) if tools else None
+    found = await off_loop_if_large(tools.grammar, answer.grammar if answer else None, marks) if tools else None
     if found is None:
         return None
     grammar, arguments = found
@@ -193,7 +245,7 @@ async def _grammar(conversation: Conversation, tools: ToolOptions | None, model:
 async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> TokenIds:
     """Return the prompt, without the messages that do not fit and may be dropped."""
     template = _template(model, tools)
-    await off_loop_if_large(_check_template_options, conversation, template)
+    await off_loop_if_large(_check_template_options, conversation, template, model.switches)
     context = model.engine.info.config.max_model_len
     field, any_length = conversation.messages_field, conversation.keep_tokens is not None
     options: dict[str, Any] = {
@@ -227,17 +279,20 @@ def _template(model: ServedModel, tools: ToolOptions | None) -> ChatTemplate:
     return model.template.with_tools if tools else model.template
 
 
-def _check_template_options(conversation: Conversation, template: ChatTemplate) -> None:
+def _check_template_options(conversation: Conversation, template: ChatTemplate, switches: frozenset[str]) -> None:
+    variables = template.variables | switches
     last, field = conversation.messages[-1], "continue_final_message"
     if conversation.continue_final_message and (last.role not in ("user", "assistant") or last.calls):
         needed = "the last message to be from the user or the assistant and to have no tool calls"
         raise RequestError(f"{field} needs {needed}.", param=field)
     for name, value in conversation.template_variables.items():
         field = f"chat_template_kwargs.{shorten(name)}"
-        if name not in template.variables and value is not None:
-            known = ", ".join(sorted(template.variables)) or "none"
+        if name not in variables and value is not None:
+            known = ", ".join(sorted(variables)) or "none"
             message = f"{field} is not a variable of this model's chat template; its variables: {known}."
             raise RequestError(message, param=field)
+        if name not in template.variables and name in FLAGS and not isinstance(value, bool):
+            raise RequestError(f"{field} must be true or false, but got {shorten(str(value))}.", param=field)
         if is_deeper(value, MAX_DEPTH) or len(encode_json(value)) > MAX_VARIABLE_BYTES:
             limits = f"at most {MAX_VARIABLE_BYTES} bytes and {MAX_DEPTH} levels"
             raise RequestError(f"{field} is too large or too deeply nested: {limits}.", param=field)

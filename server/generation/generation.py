@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from ...engine.client.async_engine import AsyncEngine
 from ...engine.client.output_processor import RequestOutput, RequestStream, RequestTimes, Wakeup
+from ...engine.client.sections import Piece
 from ...engine.errors import EngineDeadError, RequestError
 from ...engine.messages import EngineStats, Pooling, SamplingParams, StepOutputs, TokenDynamics, TokenLogprobs
 from ..http.budget import Hold
@@ -46,6 +47,8 @@ class Choice:
     stop_reason: str | int | None = None
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
+    num_reasoning_tokens: int = 0
+    sections: list[Piece] = field(default_factory=list)
     times: RequestTimes = field(default=RequestTimes(0.0))
 
     @property
@@ -218,6 +221,7 @@ class Generation:
         counts.num_generation_tokens += new_tokens
         choice.num_output_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
+        choice.num_reasoning_tokens = output.num_reasoning_tokens
         choice.times = times
         choice.prompt_logprobs += output.prompt_logprobs
         if output.finish_reason is not None:
@@ -262,6 +266,7 @@ class Generation:
             for index, output in self.drain():
                 choice = self.choices[index]
                 choice.pieces.append(output.text)
+                choice.sections += output.sections
                 choice.token_ids += output.token_ids
                 choice.logprobs += output.logprobs
                 choice.dynamics += output.dynamics
@@ -290,12 +295,13 @@ class Generation:
         firsts = self.choices[:: self.n]
         prompt = sum(len(choice.prompt_token_ids) for choice in firsts)
         completion = sum(choice.num_output_tokens for choice in self.choices)
+        reasoning = sum(choice.num_reasoning_tokens for choice in self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in firsts)},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
 

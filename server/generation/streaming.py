@@ -152,7 +152,11 @@ async def send_events(generation: Generation, writer: EventWriter) -> bytes:
                 if waiting and (before := waiting.pop(index, None)) is not None:
                     output = _joined(before, output)
                 # Tokens without text (a part of a character, the beginning of a stop string) wait for the next text.
-                if output.text or (output.finish_reason and output.token_ids and writer.shows_tokens):
+                if (
+                    output.text
+                    or output.sections
+                    or (output.finish_reason and output.token_ids and writer.shows_tokens)
+                ):
                     data += writer.piece(index, output)
                 elif writer.shows_tokens and output.token_ids:
                     waiting[index] = output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from itertools import chain, groupby
 from typing import Any, Literal
 
@@ -12,10 +13,10 @@ from starlette.responses import Response
 from ....engine.client.output_processor import RequestOutput
 from ....engine.errors import RequestError
 from ...chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Message, Tool, ToolCall, ToolChoice
+from ...chat.parts import Part, Thought
 from ...chat.served_model import ServedModel
 from ...chat.structured import json_schema_grammar
-from ...chat.tool_calls import Part
-from ...chat.turn import Turn, prepare_prompt, prepare_turn, read_turn, tokenizing_bytes
+from ...chat.turn import Turn, prepare_prompt, prepare_turn, tokenizing_bytes
 from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventStream, EventWriter
 from ...http.body import off_loop_if_large
@@ -41,7 +42,7 @@ async def create_message(context: RequestContext, body: wire.MessagesRequest, mo
         return EventStream(generation, events, model.flags.sse_keep_alive_interval)
     await generation.collect()
     (choice,) = generation.choices
-    parsed = read_turn(turn.reader(), choice.text, turn.cut_off(choice.finish_reason, choice.stop_reason))
+    parsed = turn.read_whole(choice)
     content, usage = [_block(part) for part in parsed.parts], token_counts(choice)
     end = ending(body, choice, parsed.finish_reason, bool(parsed.calls))
     return JsonResponse(head | {"content": content} | end | {"usage": usage})
@@ -149,10 +150,17 @@ def ending(body: wire.MessagesRequest, choice: Choice, reason: str, has_calls: b
     return {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
 
 
-def _block(part: str | ToolCall) -> dict[str, Any]:
+def _signature(thinking: str) -> str:
+    """Return what clients must find on a block of thinking: a digest of it, which nothing here reads again."""
+    return blake2b(thinking.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _block(part: str | ToolCall | Thought) -> dict[str, Any]:
     """Return a block of the answer; the input of an unfinished call is what has arrived, as in Anthropic's client."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    if isinstance(part, Thought):
+        return {"type": "thinking", "thinking": part.text, "signature": _signature(part.text)}
     try:
         value = from_json(part.arguments or "{}", allow_partial=True)
     except ValueError:
@@ -180,10 +188,11 @@ class MessageEvents(EventWriter):
         self._started = self._calls = False
         self._kind = ""
         self._index = -1
+        self._thinking: list[str] = []  # of the open block
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """Return events for new text, which may begin and end blocks."""
-        return self._start() + self._show(self._reader.feed(output.text))
+        return self._start() + self._show(self._turn.read(self._reader, output))
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
         """Return events for the rest of the last block and for the reason why the answer ended."""
@@ -214,6 +223,12 @@ class MessageEvents(EventWriter):
                     data += self._open({"type": "text", "text": ""})
                 data += self._delta({"type": "text_delta", "text": part})
                 continue
+            if isinstance(part, Thought):
+                if self._kind != "thinking":
+                    data += self._open({"type": "thinking", "thinking": "", "signature": ""})
+                self._thinking.append(part.text)
+                data += self._delta({"type": "thinking_delta", "thinking": part.text})
+                continue
             if part.name is not None:
                 self._calls = True
                 data += self._open({"type": "tool_use", "id": part.id, "name": part.name, "input": {}})
@@ -233,5 +248,8 @@ class MessageEvents(EventWriter):
     def _close(self) -> bytes:
         if not self._kind:
             return b""
-        self._kind = ""
-        return named_event({"type": "content_block_stop", "index": self._index})
+        data, self._kind = b"", ""
+        if self._thinking:
+            signature = _signature("".join(self._thinking))
+            data, self._thinking = self._delta({"type": "signature_delta", "signature": signature}), []
+        return data + named_event({"type": "content_block_stop", "index": self._index})

@@ -55,7 +55,7 @@ class ToolResultBlock(StrictModel):
 
 
 class ThinkingBlock(StrictModel):
-    """Thinking by another model: left out of the prompt, as Anthropic does when thinking is off."""
+    """Thinking of an earlier answer: left out of the prompt."""
 
     type: Literal["thinking"]
     thinking: Text
@@ -177,7 +177,15 @@ class AnswerToolUse(StrictModel):
     input: dict[str, Any]
 
 
-AnswerBlock = Annotated[AnswerText | AnswerToolUse, Field(discriminator="type")]
+class AnswerThinking(StrictModel):
+    """The reasoning before the answer, if the model reasons."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str = Field(description="A digest, for clients that need one; the server never reads it.")
+
+
+AnswerBlock = Annotated[AnswerText | AnswerToolUse | AnswerThinking, Field(discriminator="type")]
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
@@ -230,10 +238,22 @@ class PartialInput(StrictModel):
     partial_json: str
 
 
+class PartialThinking(StrictModel):
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+class BlockSignature(StrictModel):
+    """The signature of a block of thinking, at its end."""
+
+    type: Literal["signature_delta"]
+    signature: str
+
+
 class BlockDelta(StrictModel):
     type: Literal["content_block_delta"]
     index: int
-    delta: Annotated[PartialText | PartialInput, Field(discriminator="type")]
+    delta: Annotated[PartialText | PartialInput | PartialThinking | BlockSignature, Field(discriminator="type")]
 
 
 class BlockStop(StrictModel):

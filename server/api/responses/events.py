@@ -9,7 +9,8 @@ from typing import Any
 
 from ....engine.client.output_processor import RequestOutput
 from ....model.tokenizer import Tokenizer
-from ...chat.tool_calls import CallPiece, Part, decode_json
+from ...chat.parts import CallPiece, Part, Thought
+from ...chat.tool_calls import decode_json
 from ...chat.turn import Turn
 from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventWriter
@@ -54,7 +55,12 @@ class ResponseWriter(EventWriter):
     def piece(self, index: int, output: RequestOutput | Choice) -> bytes:
         """Write new text."""
         self._tokens.add(output.logprobs, "")
-        return self._write(self._reader.feed(output.text))
+        data = b""
+        for section, text in output.sections or [("content", output.text)]:
+            if section != "content":
+                self._tokens.add([], text)  # log-probabilities are of the answer
+            data += self._write(self._turn.read_section(self._reader, section, text))
+        return data
 
     def closing(self) -> bytes:
         """Write the text that the reader held back, and end the response."""
@@ -100,6 +106,12 @@ class ResponseWriter(EventWriter):
                     data += self._close("completed") + self._open_message()
                 data += self._write_text(part)
                 continue
+            if isinstance(part, Thought):
+                if self._item is None or self._item["type"] != "reasoning":
+                    data += self._close("completed") + self._open_reasoning()
+                self._pieces.append(part.text)
+                data += self._event("reasoning_text.delta", **self._place(), content_index=0, delta=part.text)
+                continue
             if part.id is not None:
                 data += self._close("completed") + self._open_call(part)
             if part.arguments:
@@ -138,6 +150,13 @@ class ResponseWriter(EventWriter):
         self.response["output"][-1]["content"] = [part]
         return data + self._event("content_part.added", **self._place(), content_index=0, part=part)
 
+    def _open_reasoning(self) -> bytes:
+        part = {"type": "reasoning_text", "text": ""}
+        item: Item = {"id": new_id("rs"), "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
+        data = self._open(item)
+        item["content"] = [part]
+        return data + self._event("content_part.added", **self._place(), content_index=0, part=part)
+
     def _open_call(self, call: CallPiece) -> bytes:
         self._has_calls = True
         item = {"id": new_id("fc"), "type": "function_call", "status": "in_progress", "call_id": call.id}
@@ -153,6 +172,11 @@ class ResponseWriter(EventWriter):
             (part,) = item["content"]
             part["text"], part["logprobs"] = text, self._logprobs
             data = self._event("output_text.done", **place, content_index=0, text=text, logprobs=self._logprobs)
+            data += self._event("content_part.done", **place, content_index=0, part=part)
+        elif item["type"] == "reasoning":
+            (part,) = item["content"]
+            part["text"] = text
+            data = self._event("reasoning_text.done", **place, content_index=0, text=text)
             data += self._event("content_part.done", **place, content_index=0, part=part)
         else:
             item["arguments"] = text

@@ -29,7 +29,7 @@ from .store import ResponseStore, StoredResponse, decode_items
 UNDECIDED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))  # until the response ends
 # The fields that a response repeats from its request, and those that always have the same value.
 REPEATED = ("model", "instructions", "previous_response_id", "max_output_tokens", "user", "safety_identifier")
-FIXED = {"background": False, "max_tool_calls": None, "reasoning": {"effort": "none", "summary": None}}
+FIXED = {"background": False, "max_tool_calls": None}
 
 
 async def create_response(
@@ -43,6 +43,8 @@ async def create_response(
     conversation, items = await off_loop_if_large(_read, body, sources, model)
     turn = await prepare_turn(conversation, model)
     response = await off_loop_if_large(_describe, body, turn)
+    effort = (body.chat_template_kwargs or {}).get("reasoning_effort") if model.reasons else "none"
+    response["reasoning"] = {"effort": effort if isinstance(effort, str) else None, "summary": None}
     generation = start_generation(context, body, model, [turn.prompt], turn.params, "input")
     client = context.client or context.owner
     put = None if body.store is False else partial(store.put, input_items=items, owner=context.owner, client=client)
@@ -110,7 +112,7 @@ def read_items(body: wire.ResponseRequest, sources: Sources) -> list[wire.Item]:
     items: list[wire.Item] = []
     if sources.previous is not None:
         _, input_, output = sources.previous.read()
-        items += decode_items(input_) + decode_items(output)
+        items += decode_items(input_) + _without_reasoning(decode_items(output))
     if isinstance(body.input, str):
         return [*items, _complete(wire.InputMessage(role="user", content=body.input))]
     decoded: dict[str, wire.Item] = {}
@@ -118,10 +120,15 @@ def read_items(body: wire.ResponseRequest, sources: Sources) -> list[wire.Item]:
         if isinstance(item, wire.ItemReference):
             if item.id not in decoded:
                 decoded |= {found["id"]: found for found in decode_items(sources.holders[item.id].read().output)}
-            items.append(decoded[item.id])
+            items += _without_reasoning([decoded[item.id]])
         else:
             items.append(_complete(item))
     return items
+
+
+def _without_reasoning(items: list[wire.Item]) -> list[wire.Item]:
+    """Return output items without those that the model does not read again."""
+    return [item for item in items if item["type"] != "reasoning"]
 
 
 def _complete(item: wire.InputMessage | wire.InputCall | wire.InputCallOutput) -> wire.Item:

@@ -76,8 +76,9 @@ class StoredResponse:
 
 
 def _without_logprobs(item: Item) -> Item:
-    parts = [part | {"logprobs": []} for part in item.get("content", ())]
-    return item | {"content": parts} if parts else item
+    if item["type"] != "message":
+        return item
+    return item | {"content": [part | {"logprobs": []} for part in item["content"]]}
 
 
 @dataclass(slots=True)

@@ -133,9 +133,9 @@ class TextOptions(StrictModel):
 
 
 class ReasoningOptions(StrictModel):
-    """How the answer was reasoned: the models do not reason."""
+    """How the answer is reasoned."""
 
-    effort: Literal["none"]
+    effort: str | None = Field(description="As requested; none if the model does not reason.")
     summary: None
 
 
@@ -189,7 +189,22 @@ class OutputCall(StrictModel):
     arguments: str
 
 
-OutputItem = Annotated[OutputMessage | OutputCall, Field(discriminator="type")]
+class ReasoningText(StrictModel):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(StrictModel):
+    """The reasoning before an answer or a call, if the model reasons."""
+
+    id: str
+    type: Literal["reasoning"]
+    status: Status
+    summary: Annotated[list[Any], Field(max_length=0)]
+    content: list[ReasoningText]
+
+
+OutputItem = Annotated[OutputMessage | OutputCall | OutputReasoning, Field(discriminator="type")]
 
 
 class ResponseFailure(StrictModel):
@@ -211,7 +226,7 @@ class InputTokensDetails(StrictModel):
 class OutputTokensDetails(StrictModel):
     """How many of the output tokens were reasoning."""
 
-    reasoning_tokens: Literal[0]
+    reasoning_tokens: int
 
 
 class ResponseUsage(StrictModel):
@@ -267,7 +282,7 @@ class ResponseEvent(StrictModel):
     item_id: str | None = None
     item: OutputItem | None = None
     content_index: int | None = None
-    part: OutputText | None = None
+    part: Annotated[OutputText | ReasoningText, Field(discriminator="type")] | None = None
     delta: str | None = None
     text: str | None = None
     logprobs: list[TokenLogprob] | None = None

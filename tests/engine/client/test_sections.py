@@ -1,4 +1,4 @@
-"""Reasoning, answer and calls are told apart wherever the text is cut."""
+"""Text splits into the same reasoning, answer and calls wherever it is cut."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ PLAIN = [
 @pytest.mark.parametrize(("text", "inside", "expected"), PLAIN)
 def test_marks_of_text_are_found_at_every_cut(text: str, inside: bool, expected: list[Piece]) -> None:
     tokenizer, _ = tokenizer_with(marks=False)
-    ids, params = tokenizer.encode(text), SamplingParams(max_tokens=None, marks=Marks(starts_inside=inside))
+    ids, params = (
+        tokenizer.encode(text),
+        SamplingParams(max_tokens=None, marks=Marks(starts_in="reasoning" if inside else None)),
+    )
     draw = random.Random(0)
     ways = [[], list(range(1, len(ids)))] + [[cut] for cut in range(1, len(ids))]
     ways += [sorted(draw.sample(range(1, len(ids)), min(4, len(ids) - 1))) for _ in range(20)]
@@ -93,7 +96,7 @@ def test_marks_count_by_their_ids() -> None:
         for cuts in ([], list(range(1, len(ids)))):
             assert joined(generate(tokenizer, ids, params, cuts)) == expected
     unclosed = [*tokenizer.encode("a"), *final, *tokenizer.encode("b")]
-    inside = SamplingParams(max_tokens=None, marks=Marks(ids=marks.ids, starts_inside=True))
+    inside = SamplingParams(max_tokens=None, marks=Marks(ids=marks.ids, starts_in="reasoning"))
     assert joined(generate(tokenizer, unclosed, inside, [])) == [("reasoning", "a"), ("content", "b")]
     half = ["é".encode()[:1], "é".encode()[1:]]
     tokens = {tokenizer.token_bytes(id_): id_ for id_ in range(tokenizer.vocab_size)}
@@ -115,7 +118,7 @@ def test_stop_strings_count_in_the_answer_only(cuts: list[int]) -> None:
 def test_tokens_of_reasoning_are_counted() -> None:
     tokenizer, marks = tokenizer_with(marks=True)
     ids = [*tokenizer.encode("abc"), marks.ids[1], *tokenizer.encode("de")]
-    params = SamplingParams(max_tokens=None, marks=Marks(ids=marks.ids, starts_inside=True))
+    params = SamplingParams(max_tokens=None, marks=Marks(ids=marks.ids, starts_in="reasoning"))
     counts = [output.num_reasoning_tokens for output in generate(tokenizer, ids, params, [1, 2, 4])]
     assert counts == [1, 2, 3, 3]
     assert generate(tokenizer, ids, SamplingParams(max_tokens=None), [])[-1].sections == []

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from pyllm.server.api.messages import route as module
 from pyllm.server.api.messages.wire import CountTokensRequest, MessageAnswer, MessageEvent, TokenCount
+from pyllm.server.chat.parts import CallPiece, Part
 from pyllm.server.chat.template import ChatTemplate
-from pyllm.server.chat.tool_calls import CallPiece, Part
 from pyllm.server.chat.turn import PlainReader, Turn
 
 Harness = Any  # of conftest.py

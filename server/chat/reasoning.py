@@ -1,0 +1,152 @@
+"""A model that reasons: how it marks its reasoning, and how a request switches that on and off."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import Literal
+
+import msgspec
+
+from ...engine.grammar.keys import REASONING
+from ...engine.messages import Marks, Section
+from ...model.tokenizer import Tokenizer
+from ..flags import ConfigError
+from ..http.errors import shorten
+from .conversation import Conversation
+from .marked_calls import MarkedCallReader
+from .parts import Part, Thought, TurnReader
+from .template import TokenIds
+
+PARSERS = ("auto", "none", "tokens", "tags")
+"""The values of `--reasoning-parser`: special tokens, or tags in the text."""
+SWITCHES = frozenset({"enable_thinking", "include_reasoning", "reasoning_effort"})
+"""Variables that a request may set for a model that reasons: whether it does, whether that shows, and the hint that
+the first is taken from."""
+TOKENS = tuple(f"<|{name}_{end}|>" for name in ("think", "final", "tool_call") for end in ("start", "end"))
+TAGS = ("<think>", "</think>", "<final>", "</final>")
+TAIL = 24  # tokens at the end of a prompt among which a tag is
+
+
+def find_marks(parser: str, tokenizer: Tokenizer, template: str, era: str) -> Marks | None:
+    """Return the marks by `--reasoning-parser`, None if the model has none; raises `ConfigError`.
+
+    "auto" takes special tokens if the tokenizer has them, else tags if the chat template has them or the model is of
+    the TR-Hash line, which was trained on them. Tool calls between special tokens are found in any case.
+    """
+    if parser not in PARSERS:
+        near = difflib.get_close_matches(parser, PARSERS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known parsers: {', '.join(PARSERS)}."
+        raise ConfigError(f"--reasoning-parser {shorten(parser)} is unknown; {hint}")
+    ids = [special_id(tokenizer, text) for text in TOKENS]
+    tags = [special_id(tokenizer, text) for text in TAGS]
+    if ids[0] < 0 and tags[0] >= 0:
+        ids[:4] = tags
+    has_tokens = ids[0] >= 0 and ids[1] >= 0
+    if parser == "tokens" and not has_tokens:
+        needed = " and ".join(TOKENS[:2])
+        raise ConfigError(f"--reasoning-parser tokens needs a tokenizer with the special tokens {needed}.")
+    if has_tokens and parser in ("auto", "tokens"):
+        return Marks(ids=tuple(ids))
+    if parser == "tags" or (parser == "auto" and (TAGS[0] in template or era.startswith("TR-Hash"))):
+        return Marks()
+    return Marks(ids=(-1, -1, -1, -1, *ids[4:])) if ids[4] >= 0 else None
+
+
+def has_reasoning(marks: Marks | None) -> bool:
+    """Whether these marks tell reasoning from an answer."""
+    return marks is not None and (not marks.ids or marks.ids[0] >= 0)
+
+
+def special_id(tokenizer: Tokenizer, text: str) -> int:
+    """Return the id of a special token, -1 if there is none of this text."""
+    ids = tokenizer.encode_prompt(text) if tokenizer.spells_special(text) else []
+    return ids[0] if len(ids) == 1 else -1
+
+
+def locate(marks: Marks, prompt: TokenIds, conversation: Conversation, tokenizer: Tokenizer) -> Marks:
+    """Return the marks of the text after a prompt, which may have the start of a section at its end."""
+    sections: tuple[Literal["reasoning", "content"], ...] = ("reasoning", "content")
+    if marks.ids:
+        last = prompt[-1] if len(prompt) else -1
+        starts = {id_: section for id_, section in zip(marks.ids[0:4:2], sections, strict=True) if id_ >= 0}
+        return msgspec.structs.replace(marks, starts_in=starts.get(last))
+    continues = conversation.continue_final_message
+    text = (conversation.messages[-1].text or "") if continues else tokenizer.decode(prompt[-TAIL:])
+    for (start, end), section in zip((marks.think, marks.final), sections, strict=True):
+        found = text.rfind(start)
+        if found >= 0 and (text.rfind(end) < found if continues else not text[found + len(start) :].strip()):
+            goes_on = bool(text[found + len(start) :].strip())
+            return msgspec.structs.replace(marks, starts_in=section, continues=goes_on)
+    return marks
+
+
+def switch_ids(marks: Marks, is_on: bool, tokenizer: Tokenizer) -> list[int]:
+    """Return what to add to a prompt: the start of reasoning, or reasoning that is empty."""
+    inside = marks.starts_in == "reasoning"
+    if is_on:
+        return [] if inside else [marks.ids[0]] if marks.ids else tokenizer.encode(f"{marks.think[0]}\n")
+    if marks.ids:
+        return [*marks.ids[inside:2]]
+    start, end = marks.think
+    return tokenizer.encode(f"\n{end}\n" if inside else f"{start}\n\n{end}\n")
+
+
+def read_section(reader: TurnReader, section: Section, text: str) -> list[Part]:
+    """Return the parts of a turn that a piece of its text means to a reader."""
+    if isinstance(reader, MarkedCallReader):
+        return reader.read(section, text)
+    if section == "reasoning":
+        return [Thought(text)]
+    return [] if section == "mark" else reader.feed(text)
+
+
+class GrammarMarks:
+    """The rules of llguidance's Lark for what a grammar of the answer has around it."""
+
+    def __init__(self, marks: Marks, tokenizer: Tokenizer, may_reason: bool) -> None:
+        """Take the marks as `locate` returns them."""
+        self._texts = [tokenizer.token_text(id_) if id_ >= 0 else "" for id_ in marks.ids[:4]]
+        self._texts = self._texts or [*marks.think, *marks.final]
+        self._inside = marks.starts_in == "reasoning"
+        self._opened = marks.starts_in == "content"
+        self._may_reason = may_reason and not self._opened
+        self.ids = marks.ids
+
+    @property
+    def header(self) -> str:
+        """A line for the tracker of keys."""
+        return REASONING + json.dumps([*self._texts[:3], self._inside])
+
+    def rules(self) -> list[str]:
+        """Return the rules `before`, `opened` and `closed`: reasoning, and the marks around an answer."""
+        if not self._may_reason and not self._inside:
+            before = 'before: ""'
+        elif self.ids:
+            start, end = (f"<[{id_}]>" for id_ in self.ids[:2])
+            before = f"before: THOUGHT? {end}" if self._inside else f"before: ({start} THOUGHT? {end})?"
+        else:
+            before = "before: THOUGHT" if self._inside else f"before: ({json.dumps(self._texts[0])} THOUGHT)?"
+        if self.ids:
+            marks = [f"<[{id_}]>?" if id_ >= 0 else '""' for id_ in self.ids[2:4]]
+            rules = [before, r"THOUGHT: /(.|\n)+/", f"opened: {marks[0]}", f"closed: {marks[1]}"]
+            return [*rules[:2], 'opened: ""' if self._opened else rules[2], rules[3]]
+        end, opening, closing = (re.escape(text).replace("/", r"\/") for text in self._texts[1:])
+        return [
+            before,
+            rf"THINKING: /(.|\n)*/ & ~/(.|\n)*{end}(.|\n)*/",
+            f"THOUGHT: THINKING {json.dumps(self._texts[1])}",
+            "opened: OPENED?",
+            rf"OPENED: /\n{{1,2}}({opening}\n?)?|{opening}\n?/",
+            "closed: CLOSED?",
+            rf"CLOSED: /\n?{closing}\n?/",
+        ]
+
+    def around(self, grammar: str) -> str:
+        """Return the grammar of a turn whose answer has this one."""
+        lines = [self.header, "start: before opened @answer closed", *self.rules()]
+        (part,) = json.loads(grammar)["grammars"]
+        return json.dumps(
+            {"grammars": [{"name": "turn", "lark_grammar": "\n".join(lines)}, {**part, "name": "answer"}]}
+        )
