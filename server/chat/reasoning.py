@@ -77,8 +77,8 @@ def locate(marks: Marks, prompt: TokenIds, conversation: Conversation, tokenizer
     for (start, end), section in zip((marks.think, marks.final), sections, strict=True):
         found = text.rfind(start)
         if found >= 0 and (text.rfind(end) < found if continues else not text[found + len(start) :].strip()):
-            goes_on = bool(text[found + len(start) :].strip())
-            return msgspec.structs.replace(marks, starts_in=section, continues=goes_on)
+            more = bool(text[found + len(start) :].strip())
+            return msgspec.structs.replace(marks, starts_in=section, continues=more)
     return marks
 
 

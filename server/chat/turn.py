@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from types import NoneType
 from typing import Any
 
 from ...engine.client.output_processor import RequestOutput
@@ -291,7 +292,7 @@ def _check_template_options(conversation: Conversation, template: ChatTemplate, 
             known = ", ".join(sorted(variables)) or "none"
             message = f"{field} is not a variable of this model's chat template; its variables: {known}."
             raise RequestError(message, param=field)
-        if name not in template.variables and name in FLAGS and not isinstance(value, bool):
+        if name not in template.variables and name in FLAGS and not isinstance(value, (bool, NoneType)):
             raise RequestError(f"{field} must be true or false, but got {shorten(str(value))}.", param=field)
         if is_deeper(value, MAX_DEPTH) or len(encode_json(value)) > MAX_VARIABLE_BYTES:
             limits = f"at most {MAX_VARIABLE_BYTES} bytes and {MAX_DEPTH} levels"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 import msgspec
+import numpy as np
 import pytest
 from support.checkpoints import byte_tokenizer
 from tokenizers import AddedToken
@@ -105,8 +106,6 @@ def test_keys_repeat_in_reasoning_only() -> None:
     assert tracker is not None
     for id_ in TOKENIZER.encode_prompt('<|think_start|>{"a":{"a<|think_end|><|final_start|>{"a":1,"a'):
         tracker.consume(id_)
-    import numpy as np
-
     quote = TOKENIZER.encode('"')[0]
     bits = np.full(-(-len(PIECES) // 8), 255, np.uint8)
     tracker.forbid(bits)
