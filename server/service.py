@@ -115,7 +115,9 @@ class Service:
         model, context = self.ready_model(), RequestContext.of(request.scope)
         try:
             context.admit()
-            variables = model.switches if "chat_template_kwargs" in endpoint.body.model_fields else frozenset[str]()
+            variables = model.template.variables if model.marks is None else model.switches
+            if "chat_template_kwargs" not in endpoint.body.model_fields:
+                variables = frozenset()
             tolerance = Tolerance(RULES[endpoint.path], self.config.ignore_unknown_fields, variables)
             body: Any = await read_body(request, endpoint.body, tolerance)
             context.ignored = tolerance.ignored

@@ -83,8 +83,8 @@ class AnswerMessage(StrictModel):
     role: Literal["assistant"]
     content: str | None = Field(description="Null if there are only calls or reasoning.")
     refusal: None
-    reasoning_content: str | None = Field(None, description="The reasoning before the answer, if the model reasons.")
-    reasoning: str | None = Field(None, description="The same under OpenRouter's name.")
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[reading.ToolCall] | None = None
 
 

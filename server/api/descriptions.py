@@ -107,6 +107,8 @@ DESCRIPTIONS = {
     "cache_write_tokens": "Always 0: writing to the cache is free.",
     "cache_creation_input_tokens": "Always 0: writing to the cache is free.",
     "reasoning_tokens": "Tokens of reasoning.",
+    "reasoning_content": "The reasoning before the answer, if the model reasons.",
+    "reasoning": "The same as `reasoning_content`, under OpenRouter's name.",
     "logprobs": "Log-probabilities of the tokens, if requested.",
     "ChatLogprobs.content": "One entry for each generated token.",
     "token": "The text of the token.",
@@ -146,7 +148,7 @@ DESCRIPTIONS = {
     "request_id": "The id of the request, as in the header `request-id`.",
     # Responses and their events.
     "ResponseObject.output": "What the model wrote: a message, calls, or both.",
-    "ResponseObject.reasoning": "The models do not reason.",
+    "ResponseObject.reasoning": "How much the model was to reason.",
     "ResponseObject.text": "The format of the text that was requested.",
     "ResponseObject.metadata": "As in the request.",
     "status": "How far it is.",

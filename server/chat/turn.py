@@ -142,7 +142,7 @@ async def prepare_prompt(
     """Render, tokenise and check a conversation; return also its tools and its grammar. Raises `RequestError`."""
     tools = await off_loop_if_large(_tools, conversation, model)
     prompt = await _render(conversation, model, tools)
-    if model.reasons:
+    if model.marks is not None:
         _switch_reasoning(prompt, conversation, model)
     if conversation.keep_tokens is not None:
         prompt = truncate_prompt(prompt, conversation.keep_tokens, model, conversation.max_tokens)
@@ -165,7 +165,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
         marks=model.marks and locate(model.marks, prompt, conversation, model.tokenizer),
     )  # fmt: skip
     reader, must_call = (PlainReader, False) if tools is None else (tools.reader, tools.mode != "auto")
-    shown = conversation.template_variables.get("include_reasoning") is not False or not model.reasons
+    shown = conversation.template_variables.get("include_reasoning") is not False
     return Turn(prompt=prompt, params=params, reader=reader, must_call=must_call, turn_ends=turn_ends,
                 shows_reasoning=shown)  # fmt: skip
 
@@ -174,7 +174,7 @@ def _switch_reasoning(prompt: TokenIds, conversation: Conversation, model: Serve
     """Add to a prompt what makes the model reason or not, if the request says so and the template cannot."""
     wanted = conversation.template_variables.get("enable_thinking")
     generates = conversation.add_generation_prompt is not False and not conversation.continue_final_message
-    if model.marks is None or not isinstance(wanted, bool) or not generates:
+    if model.marks is None or not model.reasons or not isinstance(wanted, bool) or not generates:
         return
     if "enable_thinking" not in model.template.variables:
         prompt.extend(switch_ids(locate(model.marks, prompt, conversation, model.tokenizer), wanted, model.tokenizer))
@@ -246,7 +246,7 @@ async def _grammar(
 async def _render(conversation: Conversation, model: ServedModel, tools: ToolOptions | None) -> TokenIds:
     """Return the prompt, without the messages that do not fit and may be dropped."""
     template = _template(model, tools)
-    await off_loop_if_large(_check_template_options, conversation, template, model.switches)
+    await off_loop_if_large(_check_template_options, conversation, template, model)
     context = model.engine.info.config.max_model_len
     field, any_length = conversation.messages_field, conversation.keep_tokens is not None
     options: dict[str, Any] = {
@@ -280,8 +280,8 @@ def _template(model: ServedModel, tools: ToolOptions | None) -> ChatTemplate:
     return model.template.with_tools if tools else model.template
 
 
-def _check_template_options(conversation: Conversation, template: ChatTemplate, switches: frozenset[str]) -> None:
-    variables = template.variables | switches
+def _check_template_options(conversation: Conversation, template: ChatTemplate, model: ServedModel) -> None:
+    variables = template.variables if model.marks is None else template.variables | model.switches
     last, field = conversation.messages[-1], "continue_final_message"
     if conversation.continue_final_message and (last.role not in ("user", "assistant") or last.calls):
         needed = "the last message to be from the user or the assistant and to have no tool calls"
