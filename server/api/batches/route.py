@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -61,7 +62,7 @@ def _add_upload_route(app: FastAPI, store: Callable[[], BatchStore]) -> None:
         files, owner = store(), _owner(request)
         length = request.headers.get("content-length", "")
         size = min(int(length[:20]), MAX_FILE_BYTES) if length.isdecimal() else MAX_FILE_BYTES
-        with files.receiving(size, owner) as path:
+        with _storing(), files.receiving(size, owner) as path:
             received = await receive_upload(request, path)
             keep = _check_upload(received)
             record = await files.add_file(path, owner, received.filename, keep)
@@ -86,7 +87,8 @@ def _add_file_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
     async def delete_file(file_id: str, request: Request) -> Response:
         """Delete a file."""
         files = store()
-        await files.delete_file(files.find_file(file_id, _owner(request)))
+        with _storing():
+            await files.delete_file(files.find_file(file_id, _owner(request)))
         return JsonResponse({"id": file_id, "object": "file", "deleted": True})
 
     @app.get("/v1/files/{file_id}/content", response_class=FileResponse)
@@ -119,7 +121,8 @@ def _add_batch_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
             created_at=now, expires_at=now + WINDOW, metadata=body.metadata,
             keep_seconds=KEEP if expires is None else expires.seconds,
         )  # fmt: skip
-        await files.add_batch(batch)
+        with _storing():
+            await files.add_batch(batch)
         return JsonResponse(batch.show())
 
     @app.get("/v1/batches", response_model=BatchList, openapi_extra=_page_schema(MAX_LISTED_BATCHES))
@@ -144,8 +147,19 @@ def _add_batch_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
             raise ApiError(409, message, param="batch_id", code="batch_has_ended")
         if batch.status in ("validating", "in_progress"):
             batch.enter("cancelling")
-            await files.save(batch)
+            with _storing():
+                await files.save(batch)
         return JsonResponse(batch.show())
+
+
+@contextlib.contextmanager
+def _storing() -> Iterator[None]:
+    """Raise `ApiError` 507 where the disk takes no more."""
+    try:
+        yield
+    except OSError as error:
+        message = f"The server could not write this to its disk ({error.strerror}): delete files, or try again later."
+        raise ApiError(507, message, code="storage_full") from error
 
 
 def _owner(request: Request) -> str:

@@ -347,8 +347,7 @@ class BatchStore:
 def _move(path: Path, target: Path) -> int:
     """Sync a file and give it another name, unless that is done already; return its bytes."""
     if path.exists():
-        sync(path)
-        path.replace(target)
+        sync(path).replace(target)
     return target.stat().st_size
 
 
@@ -363,12 +362,12 @@ def _replace(path: Path, data: bytes) -> int:
     """Replace a file's content as a whole, also through a crash of the machine; return by how much it has grown."""
     temporary = path.with_suffix(".tmp")
     before = path.stat().st_size if path.exists() else 0
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return len(data) - before
+    try:
+        temporary.write_bytes(data)
+        sync(temporary).replace(path)
+        return len(data) - before
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, kind: type[Any]) -> Any:
@@ -379,11 +378,12 @@ def _read(path: Path, kind: type[Any]) -> Any:
         return None
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, if there is one, is on the disk."""
+def sync(path: Path) -> Path:
+    """Wait until a file's content, if there is one, is on the disk; return its path."""
     if path.exists():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    return path
 
 
 def repair_rows(path: Path) -> Iterator[bytes]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import resource
 import threading
 import tracemalloc
+from collections.abc import Iterator
 
 import pytest
 from support.answers import error_of
@@ -206,15 +209,30 @@ def test_a_slow_disk_delays_only_what_must_be_on_it(batches, monkeypatch):
     assert (batch["status"], rows.keys()) == ("completed", {"a"})
 
 
-def test_a_batch_that_cannot_be_written_is_not_accepted(batches, monkeypatch):
-    def fail(number):
-        raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to make a file longer, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
+
+def test_what_a_full_disk_does_not_take_is_refused_whole(batches, tmp_path):
     file = batches.upload(line()).json()
-    monkeypatch.setattr(os, "fsync", fail)
     body = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
-    assert batches.harness.post("/v1/batches", body).status_code >= 500
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with files_of_at_most(10):
+        refused = [batches.upload(line("b")), batches.harness.post("/v1/batches", body)]
+    for response in refused:
+        assert response.status_code == 507
+        assert response.json()["error"]["code"] == "storage_full"
+        assert "disk" in response.json()["error"]["message"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
     assert not batches.store.batches
+    assert len(batches.store.files) == 1
 
 
 def test_one_folder_has_one_server(batches, tmp_path):
