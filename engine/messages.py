@@ -213,10 +213,12 @@ class TokenDynamics(Message, frozen=True, kw_only=True, array_like=True):
     """What the network did in the pass that a token was drawn from; lists have one entry per layer, or none."""
 
     input_token_id: int  # the token that the pass read, whose id routes it
-    experts: list[int]  # the expert used
+    experts: list[int]  # the expert used, the first one if an id uses several
     rerouted: list[bool]  # whether mu chose another expert than the id's
     mu_norm: list[float]  # Euclidean norm of the layer's mu
     velocity_norm: list[float]  # Euclidean norm of the velocity after the layer
+    routed_experts: list[list[int]] = []  # all experts used, the first one first
+    expert_weights: list[list[float]] = []  # the weight of each in their sum
 
 
 class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):

@@ -123,8 +123,13 @@ def _scales(config: DeepConfig, arch: Architecture, index: int) -> list[float]:
     routed = of_layer(
         config.routed_output_scale, config.routed_output_scale_first_layer, config.routed_output_scale_last_layer
     )
-    primary, others = config.top_k_primary_weight, arch.routes - 1
+    return [shared, *(routed * weight for weight in route_weights(config, arch.routes))]
+
+
+def route_weights(config: DeepConfig, routes: int) -> list[float]:
+    """Return what the outputs of an id's `routes` experts are weighted with, the first one first; they add up to 1."""
+    primary, others = config.top_k_primary_weight, routes - 1
     if not others:
-        return [shared, routed]
-    primary = 1 / arch.routes if primary is None else min(max(primary, 0.0), 1.0)
-    return [shared, routed * primary, *[routed * (1 - primary) / others] * others]
+        return [1.0]
+    primary = 1 / routes if primary is None else min(max(primary, 0.0), 1.0)
+    return [primary, *[(1 - primary) / others] * others]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...model.backend import AttentionMetadata
 from ...model.fp8 import FP8
 from ...model.network import DeepNetwork, LayerState
+from ...model.parameters import route_weights
 from ...model.sampling import SamplingBatch, download, upload
 from ..config import ResolvedConfig
 from ..grammar.state import MaskMaker
@@ -172,6 +173,7 @@ class LayerObserver:
         self._own = torch.stack(tables).to(torch.uint8) if tables and routed else None
         # [layers, K, vocab], if ids alone choose several experts: then the network does not report them.
         self._routes = torch.stack(routes).to(torch.int16) if routes else None
+        self._weights = [route_weights(model.config, max(1, model.architecture.routes))] * self._shape[0]
         self._offsets = torch.arange(len(layers), device=model.device)[:, None] * self._shape[1]
         self._counts = torch.zeros(self._shape[0] * self._shape[1], dtype=torch.int64, device=model.device)
         self._reroutes = torch.zeros(len(layers), dtype=torch.int64, device=model.device)
@@ -208,18 +210,27 @@ class LayerObserver:
         if self._rows is None:
             return []
         ids = input_ids[self._rows]
-        chosen = [experts[self._rows] for experts in self._experts]
         if self._routes is not None:
-            chosen = list(self._routes[:, 0, ids].long())
-        experts = torch.stack(chosen) if chosen else ids.new_zeros((0, len(ids)))  # [layers, R]
+            used = self._routes[:, :, ids].long()  # [layers, K, R]
+        elif self._experts:
+            used = torch.stack([experts[self._rows] for experts in self._experts])[:, None]
+        else:
+            used = ids.new_zeros((0, 1, len(ids)))
+        experts = used[:, 0]
         own = experts if self._own is None else self._own[:, ids]
         rerouted = (experts != own).T.tolist()
         mu, velocity = (_columns([pair[side] for pair in self._norms], len(ids)) for side in (0, 1))
         return [
             TokenDynamics(
-                input_token_id=token_id, experts=used, rerouted=rerouted[n], mu_norm=mu[n], velocity_norm=velocity[n]
+                input_token_id=token_id,
+                experts=[first for first, *_ in routed],
+                rerouted=rerouted[n],
+                mu_norm=mu[n],
+                velocity_norm=velocity[n],
+                routed_experts=routed,
+                expert_weights=self._weights,
             )
-            for n, (token_id, used) in enumerate(zip(ids.tolist(), experts.T.tolist(), strict=True))
+            for n, (token_id, routed) in enumerate(zip(ids.tolist(), used.permute(2, 0, 1).tolist(), strict=True))
         ]
 
     def add(self, ids: Tensor, experts: Tensor | list[Tensor]) -> None:

@@ -27,9 +27,8 @@ MAX_LISTED_IDS = 2**22  # total ids in one list option, over all sequences of a 
 MAX_GRAMMAR_BYTES = 2**26  # of a request's grammar, over all its sequences
 MAX_SHOWN = 2**21
 """Candidates for tokens in one response."""
-CANDIDATE_BYTES = 150  # of memory that each takes until the response is written
+CANDIDATE_BYTES = 150  # of memory that each takes until the response is written; so does a layer of a token's dynamics
 LARGE_RESPONSE = 2**16  # candidates
-LAYERS_PER_CANDIDATE = 4  # this many layers of a token's dynamics take about as much memory as one candidate
 
 
 @dataclass(slots=True)
@@ -272,7 +271,7 @@ class Generation:
                 choice.dynamics += output.dynamics
                 if output.logprobs or output.prompt_logprobs or output.dynamics:
                     shown = sum(1 + len(each.top) for each in (*output.logprobs, *output.prompt_logprobs))
-                    shown += len(output.dynamics) * (1 + self._engine.info.num_layers // LAYERS_PER_CANDIDATE)
+                    shown += len(output.dynamics) * (1 + self._engine.info.num_layers)
                     self.num_shown += shown
                     kept = kept or self.context.hold("answers", 0)
                     kept.resize(CANDIDATE_BYTES * self.num_shown)
@@ -344,7 +343,7 @@ def _check_size(
             room = max(info.config.max_model_len - len(prompt), 0)
             tokens = room if params.max_tokens is None else min(params.max_tokens, room)
             shown += tokens * (0 if params.logprobs is None else params.logprobs + 1)
-            shown += tokens * (info.num_layers // LAYERS_PER_CANDIDATE + 1 if params.return_dynamics else 0)
+            shown += tokens * (info.num_layers + 1 if params.return_dynamics else 0)
     if shown * n > MAX_SHOWN:
         message = f"Too many log-probabilities or dynamics: {shown * n} candidates; the limit is {MAX_SHOWN}."
         raise RequestError(message, param=field)

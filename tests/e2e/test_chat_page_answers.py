@@ -242,3 +242,31 @@ def test_rerouted_tokens_are_marked(signed_in: Visit) -> None:
     expect(signed_in.page.locator(".token.rerouted")).to_have_text('a,"b')
     expect(signed_in.page.locator(".token").last).to_have_text("</s>")
     expect(signed_in.bodies()).to_have_text("ab")
+
+
+def test_several_experts_of_a_layer_are_shown_with_their_weights(signed_in: Visit, tmp_path: Path) -> None:
+    """As of the TR-Hash line, which has no mu and no velocity."""
+    entry = {
+        "token_id": 1, "token": "a", "input_token_id": 2, "experts": [2, 0], "rerouted": [False, False],
+        "mu_norm": [], "velocity_norm": [], "routed_experts": [[2, 5], [0, 2]],
+        "expert_weights": [[0.75, 0.25], [0.5, 0.5]],
+    }  # fmt: skip
+    chunk, page = piece(content="a"), signed_in.page
+    chunk["choices"][0]["dynamics"] = [entry]
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Show what the model did").check()
+    page.keyboard.press("Escape")
+    signed_in.script([chunk, piece(finish="stop")])
+    signed_in.ask("Hi")
+    signed_in.wait_for_the_end()
+    expect(page.get_by_role("img", name="Experts of 1 tokens in 2 layers", exact=True)).to_be_visible()
+    expect(page.locator("path[data-expert]")).to_have_count(3)
+    expect(page.locator("polyline")).to_have_count(0)
+    page.locator(".token").click()
+    assert page.locator(".token-table thead th").all_inner_texts() == ["Layer", "Experts and their weights"]
+    assert page.locator(".token-table tbody td").all_inner_texts() == ["2: 0.75, 5: 0.25", "0: 0.50, 2: 0.50"]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as CSV").click()
+    download.value.save_as(tmp_path / "csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "csv").read_text(encoding="utf-8"))))
+    assert [(row["experts"], row["weights"]) for row in rows] == [("2 5", "0.75 0.25"), ("0 2", "0.5 0.5")]

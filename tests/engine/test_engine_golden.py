@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from pyllm import LLM
 from pyllm.engine.build import build_engine
 from pyllm.engine.config import EngineConfig, SpeculativeConfig
 from pyllm.engine.messages import EngineRequest, SamplingParams
@@ -58,3 +62,26 @@ def test_golden_greedy_ids_through_the_paged_engine(golden, manner, monkeypatch)
     assert run(core, [prompt] * copies) == [answer] * copies
     assert (core.scheduler.num_preemptions > 0) == manner.endswith("preempted")
     core.check_idle()
+
+
+def test_dynamics_list_all_experts_and_their_weights(golden):
+    """The experts of each token as the reference chose them, and the weights of the equations, in every era."""
+    expected = load_file(golden / "golden.safetensors")
+    config = json.loads((golden / "config.json").read_text(encoding="utf-8"))
+    ids, layers = expected["input_ids"].tolist(), config["num_hidden_layers"]
+    routes = expected.get("expert_ids", torch.zeros(layers, len(ids), 0, dtype=torch.int64)).reshape(
+        layers, len(ids), -1
+    )
+    llm = LLM(str(golden), dtype="float32", device="cpu", quiet=True)
+    params = SamplingParams(max_tokens=1, temperature=0.0, return_dynamics=True)
+    places, num_routes = [1, 7, len(ids)], routes.shape[-1]
+    primary, others = config.get("top_k_primary_weight"), num_routes - 1
+    if primary is None and others >= 0:
+        primary = 0.95 if golden.name == "t_export_cyclic" else 1 / num_routes
+    weights = [1.0] if not others else [primary, *[(1 - primary) / others] * others] if num_routes else []
+    for place, answer in zip(places, llm.generate([ids[:place] for place in places], params), strict=True):
+        (entry,) = answer.dynamics
+        assert entry.routed_experts == (routes[:, place - 1].tolist() if num_routes else [])
+        assert entry.experts == [first for first, *_ in entry.routed_experts]
+        assert entry.expert_weights == [pytest.approx(weights)] * (layers if num_routes else 0)
+        assert len(entry.mu_norm) == (0 if golden.name.startswith("t_") else layers)

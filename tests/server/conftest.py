@@ -58,7 +58,7 @@ def dynamics_of(place: int) -> TokenDynamics:
     """What the scripted network did for its token number `place`, from 1."""
     return TokenDynamics(
         input_token_id=place, experts=[place % 4, 0], rerouted=[True, False], mu_norm=[0.5, 1.0],
-        velocity_norm=[0.0, 2.0],
+        velocity_norm=[0.0, 2.0], routed_experts=[[place % 4], [0]], expert_weights=[[1.0], [1.0]],
     )  # fmt: skip
 
 

@@ -208,7 +208,9 @@ function checkedParts({ role, content, reasoning, calls, callId, name, note, raw
   }
   const isValue = (value) => typeof value === "boolean" || Number.isFinite(value);
   const lists = (token) => ["experts", "rerouted", "mu_norm", "velocity_norm"].every((key) => Array.isArray(token?.[key]) && token[key].every(isValue));
-  if (dynamics != null && !(Array.isArray(dynamics) && dynamics.every((token) => isText(token?.token) && lists(token)))) {
+  const routes = (token) => ["routed_experts", "expert_weights"].every((key) => token[key] == null || (Array.isArray(token[key])
+    && token[key].length === token.experts.length && token[key].every((each) => Array.isArray(each) && each.length && each.every(Number.isFinite))));
+  if (dynamics != null && !(Array.isArray(dynamics) && dynamics.every((token) => isText(token?.token) && lists(token) && routes(token)))) {
     throw wrong("the dynamics of a token are incomplete.");
   }
   const parts = { role, content, calls, attachments, dynamics };

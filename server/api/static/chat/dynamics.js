@@ -18,15 +18,20 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** The experts of each layer; tokens of older saved chats have one each. */
+const routesOf = (token) => token.routed_experts ?? token.experts.map((expert) => [expert]);
 const layersOf = (tokens, key) => tokens.reduce((most, token) => Math.max(most, token[key].length), 0);
 
-/** Experts as one path for each, so that thousands of cells are a few elements. */
+/** Experts as one path for each, so that thousands of cells are a few elements; several of one layer share its cell. */
 function heatMap(tokens, layers, top) {
   const cells = new Map();
   let frames = "";
-  tokens.forEach((token, column) => token.experts.forEach((expert, layer) => {
-    const at = `M${LEFT + column * CELL} ${top + layer * CELL}`;
-    cells.set(expert, `${cells.get(expert) ?? ""}${at}h${CELL - 1}v${CELL - 1}h${1 - CELL}z`);
+  tokens.forEach((token, column) => routesOf(token).forEach((routes, layer) => {
+    const width = (CELL - 1) / routes.length;
+    routes.forEach((expert, index) => {
+      const at = `M${LEFT + column * CELL + index * width} ${top + layer * CELL}`;
+      cells.set(expert, `${cells.get(expert) ?? ""}${at}h${width}v${CELL - 1}h${-width}z`);
+    });
     if (token.rerouted[layer]) frames += `M${LEFT + column * CELL + 1.5} ${top + layer * CELL + 1.5}h${CELL - 4}v${CELL - 4}h${4 - CELL}z`;
   }));
   const paths = [...cells].sort(([a], [b]) => a - b).map(([expert, d]) => svg("path", { d, fill: colourOf(expert), "data-expert": expert }));
@@ -63,8 +68,11 @@ function picture(tokens) {
   let top = GAP;
   const parts = [];
   if (layers) {
-    const experts = [...new Set(tokens.flatMap((token) => token.experts))].sort((a, b) => a - b);
-    parts.push(svg("text", { x: LEFT, y: 14 }, "Expert of each layer; a frame: mu chose it instead of the token's id"));
+    const experts = [...new Set(tokens.flatMap((token) => routesOf(token).flat()))].sort((a, b) => a - b);
+    const title = tokens.some((token) => routesOf(token).some((routes) => routes.length > 1))
+      ? "Experts of each layer, by the token's id; the first one on the left"
+      : "Expert of each layer; a frame: mu chose it instead of the token's id";
+    parts.push(svg("text", { x: LEFT, y: 14 }, title));
     parts.push(...heatMap(tokens, layers, top));
     top += layers * CELL + 8;
     experts.slice(0, 24).forEach((expert, index) => {
@@ -85,7 +93,8 @@ function picture(tokens) {
   const width = Math.max(LEFT + tokens.length * CELL + 10, 560);
   const height = top + LABELS;
   const moved = tokens.filter((token) => token.rerouted.some(Boolean)).length;
-  const label = `Experts of ${tokens.length} tokens in ${layers} layers; ${moved} tokens re-routed by mu; curves of mu and velocity`;
+  const dynamics = NORMS.some(([key]) => layersOf(tokens, key)) ? `; ${moved} tokens re-routed by mu; curves of mu and velocity` : "";
+  const label = `Experts of ${tokens.length} tokens in ${layers} layers${dynamics}`;
   return svg("svg", {
     xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label,
     "font-family": "ui-monospace, monospace", "font-size": 11, fill: "currentColor",
@@ -101,12 +110,13 @@ function exportSvg(drawn) {
 
 /** One row for each token and layer. */
 export function toCsv(tokens) {
-  const rows = [["index", "token_id", "token", "input_token_id", "layer", "expert", "rerouted", "mu_norm", "velocity_norm"]];
+  const rows = [["index", "token_id", "token", "input_token_id", "layer", "expert", "rerouted", "mu_norm", "velocity_norm", "experts", "weights"]];
   tokens.forEach((token, index) => {
     const layers = Math.max(token.experts.length, token.mu_norm.length, token.velocity_norm.length);
     for (let layer = 0; layer < layers; layer++) {
       rows.push([index, token.token_id, token.token, token.input_token_id, layer, token.experts[layer] ?? "",
-        token.rerouted[layer] == null ? "" : Number(token.rerouted[layer]), token.mu_norm[layer] ?? "", token.velocity_norm[layer] ?? ""]);
+        token.rerouted[layer] == null ? "" : Number(token.rerouted[layer]), token.mu_norm[layer] ?? "", token.velocity_norm[layer] ?? "",
+        (routesOf(token)[layer] ?? []).join(" "), (token.expert_weights?.[layer] ?? []).join(" ")]);
     }
   });
   return rows.map((row) => row.map((cell) => (/[",\r\n]/.test(cell) ? `"${String(cell).replaceAll('"', '""')}"` : cell)).join(",")).join("\r\n") + "\r\n";
@@ -115,12 +125,15 @@ export function toCsv(tokens) {
 function tokenTable(token) {
   const columns = [["Mu norm", token.mu_norm], ["Velocity norm", token.velocity_norm]].filter(([, values]) => values.length);
   const layers = Math.max(token.experts.length, ...columns.map(([, values]) => values.length));
-  const names = ["Layer", ...(token.experts.length ? ["Expert"] : []), ...columns.map(([name]) => name)];
+  const most = Math.max(0, ...routesOf(token).map((routes) => routes.length));
+  const names = ["Layer", ...(most ? [most > 1 ? "Experts and their weights" : "Expert"] : []), ...columns.map(([name]) => name)];
   const rows = Array.from({ length: layers }, (_, layer) => {
     const row = make("tr", {}, make("th", { scope: "row" }, String(layer)));
     if (token.experts.length) {
       const isMoved = Boolean(token.rerouted[layer]);
-      row.append(make("td", { class: isMoved ? "moved" : null }, `${token.experts[layer]}${isMoved ? " (re-routed by mu)" : ""}`));
+      const weights = token.expert_weights?.[layer] ?? [];
+      const shown = routesOf(token)[layer].map((expert, index) => (most > 1 ? `${expert}: ${weights[index]?.toFixed(2)}` : String(expert)));
+      row.append(make("td", { class: isMoved ? "moved" : null }, `${shown.join(", ")}${isMoved ? " (re-routed by mu)" : ""}`));
     }
     for (const [, values] of columns) row.append(make("td", {}, values[layer].toFixed(3)));
     return row;
@@ -163,7 +176,7 @@ export function drawDynamics(root, tokens) {
     if (tokens[column]) choose(column);
   });
   root.replaceChildren(
-    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Picture of the experts, mu and velocity" }, drawn),
+    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Picture of what the model did" }, drawn),
     make("div", { class: "actions" },
       button("Export as SVG", () => exportSvg(drawn)), button("Export as CSV", () => download("dynamics.csv", "text/csv", toCsv(tokens)))),
     strip, table);
