@@ -320,7 +320,7 @@ def test_each_flag_of_the_server_is_in_one_group_of_its_help():
         ("--keyfile", "; did you mean --ssl-keyfile?"),
         ("--MAX_MODEL_LENGTH", "."),
         ("--lora-modules", "."),
-        ("--reasoning-parser", "."),
+        ("--reasoning-config", "."),
         ("--x", "."),
     ],
 )

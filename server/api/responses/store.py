@@ -76,9 +76,8 @@ class StoredResponse:
 
 
 def _without_logprobs(item: Item) -> Item:
-    if item["type"] != "message":
-        return item
-    return item | {"content": [part | {"logprobs": []} for part in item["content"]]}
+    parts = [part | {"logprobs": []} for part in item.get("content", ())]
+    return item | {"content": parts} if parts and item.get("type") != "reasoning" else item
 
 
 @dataclass(slots=True)

@@ -288,7 +288,7 @@ def outputs(harness):
         for piece in pieces:
             ids = harness.tokenizer.encode(piece)
             logprobs = [TokenLogprobs(token_id=id_, logprob=-1.0, top=[]) for id_ in ids]
-            writer.piece(0, SimpleNamespace(text=piece, logprobs=logprobs))
+            writer.piece(0, SimpleNamespace(text=piece, logprobs=logprobs, sections=[]))
         writer.closing()
         assert stored == [writer.response]
         return without_ids(writer.response["output"])
