@@ -252,13 +252,16 @@ def test_the_format_is_found_in_the_template() -> None:
 
 
 def test_a_parser_is_named_or_follows_the_template() -> None:
-    template = ChatTemplate(Tokenizer.from_folder(DEMO_FOLDER), '{{ messages }}{# {\'name\': "name", "parameters"} #}')
-    assert find_format("auto", template) is LLAMA
-    assert find_format("json", template) is JSON
+    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
+    template = ChatTemplate(tokenizer, '{{ messages }}{# {\'name\': "name", "parameters"} #}')
+    assert find_format("auto", template, tokenizer) is LLAMA
+    assert find_format("json", template, tokenizer) is JSON
     with pytest.raises(ConfigError, match=r"--tool-call-parser hermse is unknown; did you mean hermes\?"):
-        find_format("hermse", template)
-    with pytest.raises(ConfigError, match=r"known parsers: auto, hermes, json, llama3_json\."):
-        find_format("x", template)
+        find_format("hermse", template, tokenizer)
+    with pytest.raises(ConfigError, match=r"known parsers: auto, hermes, json, llama3_json, agentic\."):
+        find_format("x", template, tokenizer)
+    with pytest.raises(ConfigError, match="agentic needs a tokenizer with the special tokens"):
+        find_format("agentic", template, tokenizer)
 
 
 def test_content_and_calls_keep_their_order() -> None:

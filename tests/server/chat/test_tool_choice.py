@@ -64,7 +64,7 @@ def accepts(fields: dict[str, Any], text: str, name: str, answer: str | None = N
     return bool(matcher.validate_tokens(ids) == len(ids))
 
 
-@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(name for name, format_ in FORMATS.items() if format_.ids is None))
 def test_calls_are_held_to_the_choice(name: str) -> None:
     format_ = FORMATS[name]
     right, wrong = format_.write("strict", '{"x": 3}'), format_.write("strict", '{"y": 3}')
