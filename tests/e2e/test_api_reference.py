@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ SCREENS = {
 }
 VIOLATIONS = """async () => (await axe.run()).violations.filter(({ impact }) => /serious|critical/.test(impact))
   .map(({ id, nodes }) => [id, ...nodes.map(({ html, failureSummary }) => `${html} ${failureSummary}`)])"""
-BROWSERS = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +49,6 @@ def test_every_example_request_is_answered(serving: ServerProcess) -> None:
             else:
                 answer = http.post(path, json=value | ({"input_file_id": uploaded} if "input_file_id" in value else {}))
             assert answer.status_code == 200, f"{path} {value}: {answer.text}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not BROWSERS:
-        pytest.skip("there is no Chromium on this machine")
-    root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has no sandbox for root
-    with sync_api.sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=BROWSERS[0], args=root)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
