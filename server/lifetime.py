@@ -5,6 +5,7 @@ Imports little, since a signal may come while the rest is being imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -20,6 +21,28 @@ MAX_SIGNALS = 3  # the first one drains the requests, the second one drops them,
 QUEUE_BYTES = 1 << 20  # of lines that wait to be written
 CHUNK_BYTES = 1 << 16  # read at once; also the most of a line whose end has not come that is held back
 FLUSH_SECONDS = 1.0  # for the last lines, when the process ends
+
+
+def use_one_allocator() -> None:
+    """Start this program again in this process, with the GNU C library's allocator for Python's small objects too.
+
+    Python's own returns memory in pieces of 1 MiB, and each only when nothing in it is used: after four minutes of
+    attacks it kept 79 MB between small objects, the C library's 14 MB. A chunk of a stream takes the same processor
+    time with both. The user's own `PYTHONMALLOC` wins.
+    """
+    wanted = {"PYTHONMALLOC": "malloc"}
+    if wanted.items() <= os.environ.items():
+        del os.environ["PYTHONMALLOC"]  # the engine's process keeps Python's own
+    elif "PYTHONMALLOC" not in os.environ and not sys.flags.ignore_environment and _has_gnu_library():
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the program has begun again
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
+
+
+def _has_gnu_library() -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    return False
 
 
 class Lifetime:
@@ -45,6 +68,7 @@ class Lifetime:
             # With nohup a hang-up is ignored, and stays so.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lifetime._receive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         _open_streams()
         return lifetime
 

@@ -170,6 +170,24 @@ def test_engine_threads_spin_briefly_and_share_one_heap(
     assert b"MALLOC_ARENA_MAX=1" in environment, "threads' own heaps grow for long under mixed load"
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="read from Linux's /proc")
+@pytest.mark.parametrize("chosen", [None, "pymalloc"])
+def test_only_the_api_process_has_the_system_allocator(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """Python's own keeps most of the memory that a burst of large requests has taken; the user's choice wins."""
+    monkeypatch.delenv("PYTHONMALLOC", raising=False)
+    if chosen:
+        monkeypatch.setenv("PYTHONMALLOC", chosen)
+    with ServerProcess(tmp_path / "log", str(checkpoint), cold=True) as process:
+        found = []
+        for pid in (process.process.pid, process.engine_pid):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found.append([one.decode() for one in variables if one.startswith(b"PYTHONMALLOC=")])
+    mine = [f"PYTHONMALLOC={chosen}"]
+    assert found == ([mine, mine] if chosen else [["PYTHONMALLOC=malloc"], []])
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]

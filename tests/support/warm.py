@@ -110,6 +110,7 @@ def _run(words: Sequence[str], variables: dict[str, str], files: Sequence[int] =
         first = file + 1
     os.environ.clear()
     os.environ.update(variables)
+    os.environ.setdefault("PYTHONMALLOC", "pymalloc")  # or a server would start again, without its libraries
     code: Any = 1
     try:
         if words[0] == "-m":
