@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..model.backend import Backend
-from ..model.checkpoint.loader import load_checkpoint
+from ..model.checkpoint.loader import Outline, load_checkpoint, outline_checkpoint
 from ..model.config import DeepConfig
 from ..model.cpu.backend import NativeBackend
 from ..model.cpu.backend import available as native_available
@@ -107,6 +107,17 @@ def _build(config: EngineConfig, on_progress: Callable[[int, int], object]) -> E
     tokenizer = partial(Tokenizer.from_folder, config.model)
     compiler = GrammarCompiler[Request | CheckGrammar](tokenizer, info.vocab_size, info.eos_token_ids)
     return EngineCore(info, runner, runner.observer, compiler)
+
+
+def outline_model(config: EngineConfig) -> tuple[Outline, torch.device]:
+    """Recognise the model and choose its device without reading its weights; raises as `build_engine` does."""
+    device = _device(config)
+    shape = DeepConfig.from_folder(config.model, config.generation_config)
+    _check_context(config, shape)
+    try:
+        return outline_checkpoint(Path(config.model), shape, _dtype(config, device)), device
+    except CheckpointError as error:
+        raise EngineStartError(str(error)) from None
 
 
 def resolve(config: EngineConfig, model: DeepNetwork) -> ResolvedConfig:
@@ -246,7 +257,7 @@ def _check_context(config: EngineConfig, shape: DeepConfig) -> None:
         )
 
 
-def block_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:
+def block_bytes(model: DeepNetwork, config: EngineConfig) -> int:
     """Return the bytes of one KV block over all layers."""
     shape, itemsize = model.config, 1 if config.kv_cache_dtype == "fp8" else model.dtype.itemsize
     return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * config.block_size * itemsize

@@ -40,6 +40,7 @@ DEFAULT_EXPERTS = 4
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest published one has 40 MB
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 """The files that name a tokenizer's special tokens; the first one counts."""
+DEFAULT = "the default"  # in place of the file's name, for an end token that no file names
 AGENTIC_ENDS = ("<|end|>", "<|end_of_turn|>")
 """The ends of a conversation and of a turn in the agentic format; `config.json` can name only one."""
 
@@ -204,29 +205,7 @@ class DeepConfig:
         of the agentic format always. `generation_config` is where the first file is, as for `read_generation_config`.
         Raises `CheckpointError` if a file is missing or invalid.
         """
-        path = folder_of(Path(folder)) / "config.json"
-        values = read_json(path)
-        if values is None:
-            raise CheckpointError(
-                f"{folder} has no config.json: pass the folder that holds config.json and model.safetensors."
-            )
-        if "hidden_size" not in values or "vocab_size" not in values:
-            raise CheckpointError(
-                f"{path} is not the configuration of a Complexity-Deep model: it has no hidden_size and vocab_size."
-            )
-        generation, origin = read_generation_config(path.parent, generation_config)
-        try:
-            config = cls.from_dict(values)
-            found = _tokenizer_ends(path, config, values.get("eos_token_id") is not None)
-            if found != config.eos_token_ids:
-                config = dataclasses.replace(config, eos_token_id=found)
-            path = origin  # of an error from here on
-            ends = dataclasses.replace(config, eos_token_id=_ids(generation.get("eos_token_id"))).eos_token_ids
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        if ends:
-            config = dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys(config.eos_token_ids + ends)))
-        return config
+        return read_config(folder, generation_config)[0]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -273,25 +252,57 @@ def _ids(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else None if value == -1 else value
 
 
-def _tokenizer_ends(path: Path, config: DeepConfig, given: bool) -> tuple[int, ...]:
-    """Return the ids that end a text by the `config.json` at `path`, if `given` there, and by the tokenizer's files."""
-    own = config.eos_token_ids
+def read_config(folder: str | Path, generation_config: str = "auto") -> tuple[DeepConfig, dict[int, str]]:
+    """Read a checkpoint's configuration as `DeepConfig.from_folder` does, and the file of each of its end tokens."""
+    path = folder_of(Path(folder)) / "config.json"
+    values = read_json(path)
+    if values is None:
+        raise CheckpointError(
+            f"{folder} has no config.json: pass the folder that holds config.json and model.safetensors."
+        )
+    if "hidden_size" not in values or "vocab_size" not in values:
+        raise CheckpointError(
+            f"{path} is not the configuration of a Complexity-Deep model: it has no hidden_size and vocab_size."
+        )
+    generation, origin = read_generation_config(path.parent, generation_config)
+    try:
+        config = DeepConfig.from_dict(values)
+        found = _tokenizer_ends(path, config, values.get("eos_token_id") is not None)
+        path = origin  # of an error from here on
+        ends = dataclasses.replace(config, eos_token_id=_ids(generation.get("eos_token_id"))).eos_token_ids
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    found |= {id_: origin.name for id_ in ends if id_ not in found}
+    if tuple(found) != config.eos_token_ids:
+        config = dataclasses.replace(config, eos_token_id=tuple(found))
+    return config, found
+
+
+def _tokenizer_ends(path: Path, config: DeepConfig, given: bool) -> dict[int, str]:
+    """Return the ids that end a text by the `config.json` at `path`, if `given` there, and by the tokenizer's files.
+
+    Each has the name of the file that it comes from.
+    """
+    own = dict.fromkeys(config.eos_token_ids, path.name if given else DEFAULT)
     folder = folder_of(path.parent, "tokenizer.json")
     try:
         library = json.loads(read_text(folder / "tokenizer.json", most=MAX_TOKENIZER_BYTES) or "{}")
         ids = {token["content"]: token["id"] for token in library.get("added_tokens") or ()}
         vocabulary = dict((library.get("model") or {}).get("vocab") or {})
-        names = [(read_json(folder / name) or {}).get("eos_token") for name in TOKEN_NAMES]
+        names = {name: (read_json(folder / name) or {}).get("eos_token") for name in TOKEN_NAMES}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # reading the tokenizer gives the reason
         return own
-    name = next((name for name in names if name), None)
+    file = next((file for file, name in names.items() if name), "")
+    name = names.get(file)
     text = name.get("content") if isinstance(name, Mapping) else name
     named = [] if given or not isinstance(text, str) else [ids.get(text, vocabulary.get(text))]
     agentic = [ids.get(mark) for mark in AGENTIC_ENDS]
     ends, more = (
         [id_ for id_ in found if type(id_) is int and 0 <= id_ < config.vocab_size] for found in (named, agentic)
     )
-    return tuple(dict.fromkeys([*(ends or own), *(more if len(more) == len(agentic) else ())]))
+    origins = dict.fromkeys(ends, file) or own
+    marks = more if len(more) == len(agentic) else []
+    return origins | {id_: "tokenizer.json" for id_ in marks if id_ not in origins}
 
 
 def _shared_value(name: str, values: Mapping[str, Any], other: Any, other_name: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Tokenizer:
         self._library = library
         self.chat_templates = chat_templates or {}
         self.template_origin = template_origin
-
+        self.origins: dict[str, str] = {}  # the name of the file that each role's token comes from
         added = library.get_added_tokens_decoder()
         role_ids = [library.token_to_id(names[role]) if role in names else None for role in ROLES]
         self.bos_token_id, self.eos_token_id, self.pad_token_id = role_ids[:3]
@@ -79,8 +79,11 @@ class Tokenizer:
         folder = folder_of(Path(folder), "tokenizer.json")
         path = folder / "tokenizer.json"
         names: dict[str, str] = {}
+        files: dict[str, str] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            names |= special_names(folder / name, read_json(folder / name) or {})
+            found = special_names(folder / name, read_json(folder / name) or {})
+            names |= found
+            files |= dict.fromkeys(found, name)
         values = {role: model.get(f"{role}_id") for role in ROLES}
         firsts = {role: v[0] if isinstance(v, list) and v else v for role, v in values.items()}
         templates, origin = find_chat_templates(folder)
@@ -88,6 +91,9 @@ class Tokenizer:
         with refuse_panics(path):
             library = read_library(path)
             tokenizer = cls(library, names=names, ids=ids, chat_templates=templates, template_origin=str(origin))
+            for role in ROLES:
+                known = role in names and library.token_to_id(names[role]) is not None
+                tokenizer.origins[role] = files[role] if known else "config.json"
             tokenizer.encode(SAMPLE)  # some tokenizers fail only at their first text
             return tokenizer
 

@@ -174,6 +174,15 @@ class RunBatchConfig(ModelFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig(ModelFlags):
+    """The flags of `pyllm check`."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "minimum severity to log")
+    skip_self_test: bool = setting(False, "only describe the checkpoint, without reading its weights")
+    json: bool = setting(False, "print one JSON object")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig(ModelFlags):
     """The flags of `pyllm bench`."""
 

@@ -14,7 +14,7 @@ from pyllm import LLM, DeepForCausalLM, SamplingParams
 from pyllm.engine.config import EngineConfig
 from pyllm.server.arguments import load_config
 from pyllm.server.cli.main import COMMANDS, SHORT
-from pyllm.server.flags import BenchConfig, GenerateConfig, ServerConfig
+from pyllm.server.flags import BenchConfig, CheckConfig, GenerateConfig, ServerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -22,7 +22,8 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "docker/monitoring/*.md")
     for path in ROOT.glob(pattern)
 )
-FLAGS = {field.name for config in (ServerConfig, GenerateConfig, BenchConfig) for field in dataclasses.fields(config)}
+COMMAND_FLAGS = (ServerConfig, GenerateConfig, CheckConfig, BenchConfig)
+FLAGS = {field.name for config in COMMAND_FLAGS for field in dataclasses.fields(config)}
 OTHER_FLAGS = {"help", "shape", "version"}
 """Flags of the command line itself, and of the benchmarks."""
 MIGRATION = "docs/migration.md"

@@ -61,6 +61,20 @@ class LoadReport(NamedTuple):
     seconds: float
 
 
+class Outline(NamedTuple):
+    """A checkpoint whose names, shapes and dtypes fit together, before its weights are read."""
+
+    era: Era
+    network: DeepNetwork  # without memory
+    tensors: dict[str, StoredTensor]  # by name without a leading `model.`
+
+    @property
+    def file_dtypes(self) -> tuple[str, ...]:
+        """The number formats of its weights, as in `LoadReport`."""
+        weights = (tensor for key, tensor in self.tensors.items() if not is_derived(key, self.era))
+        return tuple(sorted({tensor.dtype for tensor in weights if tensor.dtype in FLOATS}))
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file; `offset` in bytes from the file's start."""
 
@@ -101,11 +115,8 @@ def load_checkpoint(
         _fill_at_random(model, seed)
         name = f"dummy {arch.era}"
     else:
-        stored = _read_headers(folder)
-        era, arch, config = detect({key: tensor.shape for key, tensor in stored.items()}, config, folder)
-        outline = _outline(config, arch, dtype, folder)
-        _check(stored, plan(era, outline), outline, era, folder)
-        model = network(config, arch, dtype=dtype, device=device)
+        era, outline, stored = outline_checkpoint(folder, config, dtype)
+        model = network(outline.config, outline.architecture, dtype=dtype, device=device)
         read = _fill(model, plan(era, model), stored, progress, on_progress)
         if era is FIRST_ROUTE:
             _derive_routes(model)
@@ -113,6 +124,15 @@ def load_checkpoint(
     dtypes = tuple(sorted({tensor.dtype for tensor in read if tensor.dtype in FLOATS}))
     parameters, size = sum(p.numel() for p in model.parameters()), sum(tensor.nbytes for tensor in read)
     return model, LoadReport(name, dtypes, parameters, size, time.monotonic() - started)
+
+
+def outline_checkpoint(folder: Path, config: DeepConfig, dtype: torch.dtype) -> Outline:
+    """Recognise a checkpoint by what its files list; raise `CheckpointError` for what does not fit."""
+    stored = _read_headers(folder)
+    era, arch, config = detect({key: tensor.shape for key, tensor in stored.items()}, config, folder)
+    outline = _outline(config, arch, dtype, folder)
+    _check(stored, plan(era, outline), outline, era, folder)
+    return Outline(era, outline, stored)
 
 
 def _outline(config: DeepConfig, arch: Architecture, dtype: torch.dtype, folder: Path) -> DeepNetwork:

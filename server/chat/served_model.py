@@ -96,15 +96,13 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
 
     Raises `CheckpointError`, `ChatTemplateError`, `ConfigError` or `EngineStartError`, with one sentence for the user.
     """
-    if flags.model is None and not (DEMO_FOLDER / "config.json").exists():
-        raise ConfigError("This copy of pyllm has no demo model: pass a folder or a hub id.")
-    path = await asyncio.to_thread(resolve_model, flags.model or str(DEMO_FOLDER), flags.revision)
+    path = await asyncio.to_thread(find_checkpoint, flags)
     folder = folder_of(path)
     defaults, description = read_defaults(folder, flags.generation_config, flags.override_generation_config)
     config = flags.engine_config(path)
     process.configure(config)
     tokenizer = await asyncio.to_thread(Tokenizer.from_folder, path)
-    template = ChatTemplate.from_tokenizer(tokenizer, _read_template(flags.chat_template), flags.chat_template or "")
+    template, _ = find_template(flags, tokenizer)
     server = flags if isinstance(flags, ServerConfig) else ServerConfig()
     tool_format = find_format(server.tool_call_parser, template, tokenizer)
     longest_token = max(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size))
@@ -132,6 +130,23 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
         tool_format=tool_format,
         marks=marks,
     )
+
+
+def find_checkpoint(flags: ModelFlags) -> Path:
+    """Return the path of the named checkpoint, fetched from the hub if it is not on this machine, or of the demo's.
+
+    Raises `CheckpointError` or `ConfigError`.
+    """
+    if flags.model is None and not (DEMO_FOLDER / "config.json").exists():
+        raise ConfigError("This copy of pyllm has no demo model: pass a folder or a hub id.")
+    return resolve_model(flags.model or str(DEMO_FOLDER), flags.revision)
+
+
+def find_template(flags: ModelFlags, tokenizer: Tokenizer) -> tuple[ChatTemplate, str]:
+    """Compile the chat template, and return where it comes from; raises `ChatTemplateError` or `ConfigError`."""
+    override = flags.chat_template
+    template = ChatTemplate.from_tokenizer(tokenizer, _read_template(override), override or "")
+    return template, override or (tokenizer.template_origin if tokenizer.chat_templates else "")
 
 
 def find_format(name: str, template: ChatTemplate, tokenizer: Tokenizer) -> ToolCallFormat:

@@ -21,6 +21,7 @@ from ...model.cpu.library import find_obstacle
 from ..arguments import load_config, unknown_variables
 from ..flags import (
     BenchConfig,
+    CheckConfig,
     ConfigError,
     GenerateConfig,
     ModelFlags,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[type[ModelFlags], str, str]] = {
     "generate": (GenerateConfig, ".terminal:generate", "Continue a prompt."),
     "chat": (TerminalConfig, ".terminal:chat", "Chat with a model in the terminal."),
     "run-batch": (RunBatchConfig, ".run_batch:run_batch", "Answer the requests in a file, in OpenAI's batch format."),
+    "check": (CheckConfig, ".check:check", "Show how a checkpoint is read, and test it on this machine."),
     "bench": (BenchConfig, ".bench:bench", "Measure the speed of a server, PyLLM or another."),
 }
 COMPLETION = "Print a script that completes commands and flags in bash, zsh or fish."
@@ -196,7 +198,7 @@ def _start(entry: str, config: ModelFlags, lifetime: Lifetime) -> int:
     # The engine's libraries take a second to load, so its process starts now, while this one loads its own.
     process = None
     try:
-        if not isinstance(config, BenchConfig) and getattr(config, "base_url", None) is None:
+        if not isinstance(config, (BenchConfig, CheckConfig)) and getattr(config, "base_url", None) is None:
             process = EngineProcess()
             lifetime.defer(process.kill)
         return _call(entry, config, process, lifetime)
@@ -216,7 +218,7 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None, lifetim
         run = getattr(import_module(module, __package__), function)
         if isinstance(config, ServerConfig):
             return int(run(config, process, lifetime))
-        return int(run(config) if isinstance(config, BenchConfig) else run(config, process))
+        return int(run(config) if isinstance(config, (BenchConfig, CheckConfig)) else run(config, process))
     except EngineDeadError as error:
         return _fail(error, 1)
     except (ConfigError, CheckpointError, ChatTemplateError, EngineStartError, RequestError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import pty
@@ -40,14 +41,22 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert part in line
 
 
-@pytest.mark.parametrize("words", [(), ("serve",), ("generate",), ("chat",), ("bench",)])
+@pytest.mark.parametrize("words", [(), ("serve",), ("generate",), ("chat",), ("check",), ("bench",)])
 def test_help_is_given_for_every_command(words: tuple[str, ...]) -> None:
     done = run(*words, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     expected = {"serve": "--max-model-len", "generate": "--repetition-penalty", "chat": "--temperature",
-                "bench": "--concurrency"}  # fmt: skip
+                "check": "--skip-self-test", "bench": "--concurrency"}  # fmt: skip
     for part in [expected[word] for word in words] or expected:
         assert part in done.stdout
+
+
+def test_check_reports_the_demo_model_as_one_object() -> None:
+    done = run("check", "--json", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (found["model"], found["verdict"]) == ("pyllm-demo", "passed")
+    assert found["tokens"]["stop"] == [{"id": 0, "text": "</s>", "file": "config.json"}]
 
 
 def test_version_is_printed_with_what_computes() -> None:
@@ -64,6 +73,7 @@ def test_version_is_printed_with_what_computes() -> None:
         (("serve", "not-a-model"), ("not-a-model",)),
         (("generate", "Hi", "--model", "/nonexistent"), ("/nonexistent",)),
         (("chat", "/nonexistent"), ("/nonexistent",)),
+        (("check", "/nonexistent"), ("/nonexistent",)),
         (("serve", "--max-modl-len", "9"), ("--max-modl-len", "did you mean --max-model-len?")),
         (("serve", "--prt=9"), ("--prt", "did you mean --port?")),
         (("generate", "Hi", "--temprature", "1"), ("did you mean --temperature?",)),
