@@ -109,10 +109,12 @@ def _build(config: EngineConfig, on_progress: Callable[[int, int], object]) -> E
     return EngineCore(info, runner, runner.observer, compiler)
 
 
-def outline_model(config: EngineConfig) -> tuple[Outline, torch.device]:
-    """Recognise the model and choose its device without reading its weights; raises as `build_engine` does."""
+def outline_model(config: EngineConfig, shape: DeepConfig) -> tuple[Outline, torch.device]:
+    """Recognise a model with this `config.json`, and choose its device, without reading its weights.
+
+    Raises as `build_engine` does.
+    """
     device = _device(config)
-    shape = DeepConfig.from_folder(config.model, config.generation_config)
     _check_context(config, shape)
     try:
         return outline_checkpoint(Path(config.model), shape, _dtype(config, device)), device

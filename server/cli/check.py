@@ -81,7 +81,8 @@ def _sections(config: CheckConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _network(folder: Path, facts: Description) -> dict[str, Any]:
     model_type = (read_json(folder / "config.json") or {}).get("model_type")
-    wrapper = f"model_type {model_type or 'none'}, tensor names {'with' if facts.has_prefix else 'without'} model."
+    prefix = "names of tensors begin with model." if facts.has_prefix else "names of tensors have no prefix"
+    wrapper = f"model_type {model_type or 'none'}; {prefix}"
     if facts.era == NATIVE:
         kind = "of transformers" if facts.has_prefix else "the Hugging Face bundle" if model_type else "the framework's"
         wrapper = f"{kind} ({wrapper})"

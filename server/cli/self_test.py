@@ -74,7 +74,7 @@ class Answer(NamedTuple):
 def describe(config: EngineConfig) -> Description:
     """Describe a checkpoint; raises `CheckpointError` or `EngineStartError` for one that is refused."""
     shape, ends = read_config(config.model, config.generation_config)
-    outline, device = outline_model(config)
+    outline, device = outline_model(config, shape)
     network = outline.network
     held = [*network.parameters(), *network.buffers()]
     return Description(
