@@ -128,7 +128,7 @@ DESCRIPTIONS = {
     "prompt_token_ids": "The ids of the prompt's tokens, if requested.",
     "token_ids": "The ids of the generated tokens, if requested.",
     "dynamics": "What the network did for each generated token, if requested.",
-    "experts": "The expert of each layer; empty for a network without routed experts.",
+    "experts": "The expert of each layer, the first of several; empty for a network without routed experts.",
     "mu_norm": "The Euclidean norm of mu in each layer.",
     "velocity_norm": "The Euclidean norm of the velocity in each layer.",
     "embedding": "The vector: numbers, or base64 of little-endian 32-bit floats.",

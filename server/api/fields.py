@@ -184,7 +184,7 @@ class TokenDynamics(StrictModel):
     token_id: int
     token: str
     input_token_id: int = Field(description="The token that was read; its id selects the expert.")
-    experts: list[int] = Field(description="The first expert of each layer.")
+    experts: list[int]
     routed_experts: list[list[int]] = Field(description="All experts that the layer used, the first one first.")
     expert_weights: list[list[float]] = Field(description="The weight of each of them in their sum.")
     rerouted: list[bool] = Field(description="Whether mu selected another expert instead.")
