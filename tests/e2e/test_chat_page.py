@@ -174,6 +174,7 @@ def test_exported_conversations_are_imported_again(signed_in: Visit, tmp_path: P
         "What is the capital of Italy?", "**Rome**",
     ]  # fmt: skip
     rows = page.locator("#conversations li")
+    layer = {"token": "a", "experts": [1], "rerouted": [False], "mu_norm": [], "velocity_norm": []}
     for text, reason in [
         (path.read_text(encoding="utf-8"), ""),
         ("[", "The file is not JSON."),
@@ -183,11 +184,17 @@ def test_exported_conversations_are_imported_again(signed_in: Visit, tmp_path: P
             json.dumps(exported | {"conversations": [{"messages": [{"role": "root"}]}]}),
             "a message has no role or no text",
         ),
-        (
-            json.dumps(
-                {**exported, "conversations": [{"messages": [{"role": "user", "content": "", "dynamics": [{}]}]}]}
-            ),
-            "the dynamics of a token are incomplete",
+        *(
+            (
+                json.dumps(
+                    {
+                        **exported,
+                        "conversations": [{"messages": [{"role": "user", "content": "", "dynamics": [token]}]}],
+                    }
+                ),
+                "the dynamics of a token are incomplete",
+            )
+            for token in ({}, layer | {"routed_experts": [[]]}, layer | {"routed_experts": [[1], [2]]})
         ),
     ]:
         path.write_text(text, encoding="utf-8")
