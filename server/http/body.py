@@ -28,6 +28,7 @@ MAX_CONTAINERS = 2**18  # objects and arrays in a body
 PARSED_BYTES = {b"{": 320, b"[": 72, b":": 64, b",": 40}
 """At most so much memory is taken by an object, an array, a name and a value."""
 REQUEST_BYTES = 8 * 2**10  # of memory that a request takes in addition to what its body holds
+SMALL_BYTES = 16 * 2**10  # of memory that a request may take as part of its connection's
 MAX_EXACT = 2**53  # up to here, every integer is exactly representable as a float
 MAX_WHOLE = 2**64  # a larger whole number with a point stays a float
 MAX_MESSAGE = 600
@@ -73,7 +74,8 @@ async def read_body(request: Request, model: type[Body], tolerance: Tolerance) -
     length = request.headers.get("content-length", "")
     data = await _read_bytes(request, int(length[:20]) if length.isdecimal() else MAX_BODY_BYTES)
     is_large.set(len(data) >= LARGE_BODY_BYTES)
-    RequestContext.of(request.scope).hold("requests", await off_loop_if_large(parsed_bytes, data))
+    if (size := await off_loop_if_large(parsed_bytes, data)) > SMALL_BYTES:
+        RequestContext.of(request.scope).hold("requests", size)
     return await off_loop_if_large(parse_body, data, model, tolerance)
 
 

@@ -28,7 +28,7 @@ MIN_PROGRESS = 4096  # a slow client that sends or takes at least this many byte
 MIN_IDLE_SECONDS = 0.5
 """A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
-CONNECTION_BYTES = 8 * 2**10  # of memory that an open connection takes without a request
+CONNECTION_BYTES = 24 * 2**10  # of memory that an open connection takes with a small request
 TRIM_BYTES = 16 * 2**20  # of released memory, much of it kept by the allocators, after which it is returned
 SPARE_FILES = 128  # open files of this process that are not connections
 
