@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def read_generation_config(folder: Path, source: str = "auto") -> tuple[dict[str
     return values or {}, path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DeepConfig:
     """`config.json` of a checkpoint, with the published names and defaults.
 
@@ -219,12 +220,12 @@ class DeepConfig:
         """Number of MLPs per layer: `num_experts`, or 1 for a dense model."""
         return (self.num_experts or DEFAULT_EXPERTS) if self.use_token_routed_mlp else 1
 
-    @property
+    @cached_property
     def attention_scale(self) -> float:
         """What scores are multiplied with before softmax."""
         return 1.0 / self.head_dim if self.use_mup_attn_scale else 1.0 / math.sqrt(self.head_dim)
 
-    @property
+    @cached_property
     def logit_divisor(self) -> float:
         """What the scores of next tokens are divided by."""
         return max(1.0, self.hidden_size / self.mup_base_width) if self.use_mup_output_mult else 1.0
