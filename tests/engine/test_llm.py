@@ -154,7 +154,7 @@ def test_interrupted_call_leaves_a_usable_engine(llm, monkeypatch):
         ),
         ({"block_size": 0}, "block_size must be a whole number between 1 and 1024, but got 0."),
         ({"max_num_seqs": 0}, "max_num_seqs must be a whole number between 1 and 4096, but got 0."),
-        ({"max_sequences": 5}, "Unknown setting 'max_sequences'; did you mean "),
+        ({"max_num_seq": 5}, "Unknown setting 'max_num_seq'; did you mean max_num_seqs?"),
         ({"speculative_config": {"method": "x"}}, "method in speculative_config must be one of ngram, but got 'x'."),
         ({"speculative_config": {"tokens": 3}}, "Unknown setting 'tokens' in speculative_config"),
         ({"speculative_config": {"prompt_lookup_min": 9}}, "prompt_lookup_min must be no larger than"),

@@ -33,9 +33,9 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
-def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = PATIENCE) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, *, seconds: float | None = None) -> Any:
     """The first true value of `condition`; `AssertionError` naming `what` if it does not come in time."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + (PATIENCE if seconds is None else seconds)
     pause = 0.01
     while not (value := condition()):
         assert time.monotonic() < deadline, f"timed out waiting for {what}"
