@@ -11,6 +11,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from support.checkpoints import TINY, write_checkpoint
+from support.client_environments import UnavailableError, node_environment
 from support.serving import PATIENCE, ServerProcess
 
 if TYPE_CHECKING:
@@ -86,6 +87,14 @@ def browser() -> Iterator[Browser]:
         pytest.skip("there is no Chromium on this machine")
     with open_browser() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def axe() -> Path:
+    try:
+        return node_environment("axe", timeout=120) / "node_modules" / "axe-core" / "axe.min.js"
+    except UnavailableError as error:
+        pytest.skip(str(error)[-300:])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.client_environments import UnavailableError, node_environment
+from support.axe import VIOLATIONS
 from support.serving import PATIENCE, ServerProcess
 
 SCREENS = {
@@ -17,8 +17,6 @@ SCREENS = {
     "dark": {"viewport": {"width": 1200, "height": 800}, "color_scheme": "dark"},
     "phone": {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True},
 }
-VIOLATIONS = """async () => (await axe.run()).violations.filter(({ impact }) => /serious|critical/.test(impact))
-  .map(({ id, nodes }) => [id, ...nodes.map(({ html, failureSummary }) => `${html} ${failureSummary}`)])"""
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +47,6 @@ def test_every_example_request_is_answered(serving: ServerProcess) -> None:
             else:
                 answer = http.post(path, json=value | ({"input_file_id": uploaded} if "input_file_id" in value else {}))
             assert answer.status_code == 200, f"{path} {value}: {answer.text}"
-
-
-@pytest.fixture(scope="module")
-def axe() -> Path:
-    try:
-        return node_environment("axe", timeout=120) / "node_modules" / "axe-core" / "axe.min.js"
-    except UnavailableError as error:
-        pytest.skip(str(error)[-300:])
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.axe import VIOLATIONS
 from support.chat_page import SCRIPTED, Visit, expect, piece, pieces, sync_api
-from support.client_environments import UnavailableError, node_environment
 from support.serving import ServerProcess
 
 KEY = "open sesame"
@@ -26,16 +26,6 @@ DYNAMICS = {
     "token_id": 1, "token": "a", "input_token_id": 2, "experts": [0, 3], "rerouted": [False, True],
     "mu_norm": [1.0, 2.0], "velocity_norm": [1.0, 5.0],
 }  # fmt: skip
-VIOLATIONS = """async () => (await axe.run()).violations.filter(({ impact }) => /serious|critical/.test(impact))
-  .map(({ id, nodes }) => [id, ...nodes.map(({ html, failureSummary }) => `${html} ${failureSummary}`)])"""
-
-
-@pytest.fixture(scope="module")
-def axe() -> Path:
-    try:
-        return node_environment("axe", timeout=120) / "node_modules" / "axe-core" / "axe.min.js"
-    except UnavailableError as error:
-        pytest.skip(str(error)[-300:])
 
 
 @pytest.fixture(params=SCREENS)
