@@ -29,7 +29,11 @@ MIN_IDLE_SECONDS = 0.5
 """A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
 CONNECTION_BYTES = 24 * 2**10  # of memory that an open connection takes with a small request
-TRIM_BYTES = 16 * 2**20  # of released memory, much of it kept by the allocators, after which it is returned
+TRIM_BYTES = 16 * 2**20
+"""Released memory, much of it kept by the allocators, after which it is returned."""
+TRIM_BYTES_AT_REST = 2**20
+"""The same where next to nothing has been released since the last sweep, so that returning it disturbs no requests."""
+RESTING_BYTES = 64 * 2**10
 SPARE_FILES = 128  # open files of this process that are not connections
 
 
@@ -121,15 +125,24 @@ class ConnectionMonitor:
         self.behind: dict[Connection, None] = {}
         """Connections whose client has not read all that was sent."""
         self.closed: Counter[str] = Counter()
+        self._released = 0  # at the last sweep
 
     def watch(self, connections: Collection[Connection]) -> None:
         """Sweep from now on, as long as the event loop runs."""
         loop = asyncio.get_running_loop()
         loop.call_later(self.limits.sweep_interval, self.watch, connections)
         self.sweep(connections, loop.time())
-        if self.budget.released >= TRIM_BYTES:
-            self.budget.released = 0
+        if self.has_memory_to_return():
             loop.run_in_executor(None, _return_memory)
+
+    def has_memory_to_return(self) -> bool:
+        """Whether so much was released that it is worth returning now; to be asked once a sweep."""
+        released, before = self.budget.released, self._released
+        enough = TRIM_BYTES_AT_REST if released - before < RESTING_BYTES else TRIM_BYTES
+        if released >= enough:
+            self.budget.released = 0
+        self._released = self.budget.released
+        return released >= enough
 
     def sweep(self, connections: Collection[Connection], now: float) -> None:
         """Close the connections whose clients are too slow, and log how many were closed since the last sweep."""

@@ -14,6 +14,8 @@ from pyllm.server.http.connection_limits import (
     MIN_IDLE_SECONDS,
     MIN_PROGRESS,
     SPARE_FILES,
+    TRIM_BYTES,
+    TRIM_BYTES_AT_REST,
     ConnectionLimits,
     ConnectionMonitor,
     ProgressTimer,
@@ -198,3 +200,22 @@ def test_a_sweep_frees_memory_that_is_used_beyond_the_limit():
     slow.hold.record(101)
     monitor.sweep([], 0.0)
     assert slow.closed
+
+
+@pytest.mark.parametrize(
+    ("released", "returned"),
+    [
+        ([TRIM_BYTES, 0], [True, False]),
+        ([TRIM_BYTES_AT_REST, 0, 0], [False, True, False]),
+        ([TRIM_BYTES_AT_REST - 1, 0, 0], [False, False, False]),
+        ([TRIM_BYTES // 4] * 5, [False, False, False, True, False]),
+    ],
+)
+def test_released_memory_is_returned_when_much_or_at_rest(released: list[int], returned: list[bool]):
+    monitor = ConnectionMonitor(LIMITS, MemoryBudget(2**30))
+    seen = []
+    for size in released:
+        monitor.budget.count("bodies", "", size)
+        monitor.budget.count("bodies", "", -size)
+        seen.append(monitor.has_memory_to_return())
+    assert seen == returned
