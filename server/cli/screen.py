@@ -30,6 +30,7 @@ from .talk import printable
 
 MAX_HISTORY_BYTES, MAX_ENTRY_BYTES = 1 << 20, 1 << 16
 REDRAWS_PER_SECOND = 10
+BRACKETED_PASTE_ON, BRACKETED_PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 _parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
@@ -72,7 +73,7 @@ class EditorScreen:
     @contextlib.contextmanager
     def answer(self) -> Iterator[Answer]:
         """Show an answer, for as long as the block runs."""
-        with _no_echo(), Live(console=self._console, refresh_per_second=REDRAWS_PER_SECOND, transient=True) as live:
+        with _typed_ahead(), Live(console=self._console, refresh_per_second=REDRAWS_PER_SECOND, transient=True) as live:
             answer = Answer(live)
             live.update(answer)
             try:
@@ -135,16 +136,26 @@ class _Markdown(Markdown):
 
 
 @contextlib.contextmanager
-def _no_echo() -> Iterator[None]:
-    """Keep what is typed meanwhile off the screen; it is read afterwards."""
+def _typed_ahead() -> Iterator[None]:
+    """Keep what is typed or pasted meanwhile off the screen; the next question reads it, with a paste as one piece.
+
+    Like the editor, this reads keys and not lines, since a terminal cuts lines at 4,096 bytes; Ctrl-C still interrupts.
+    """
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+    keys = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, keys)
+    _write(BRACKETED_PASTE_ON)
     try:
         yield
     finally:
+        _write(BRACKETED_PASTE_OFF)
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _write(sequence: str) -> None:
+    sys.stdout.write(sequence)
+    sys.stdout.flush()
 
 
 def history_path() -> Path:

@@ -180,6 +180,21 @@ def test_pasted_and_typed_lines_are_one_question(scripted: Scripted, start: Call
     assert asked(scripted) == ["one\ntwo\nthree", "four\nfive\nsi"]
 
 
+def test_lines_pasted_during_an_answer_are_one_question(scripted: Scripted, start: Callable[..., Terminal]) -> None:
+    scripted.replies["wait"] = "Partial answer"
+    long = " ".join(["word"] * 1500)
+    terminal = start()
+    terminal.press("wait", "Enter")
+    terminal.wait("Partial")
+    terminal.paste(f"one\n{long}\ntwo\n")
+    terminal.press("three")
+    scripted.silent.set()
+    terminal.wait("  three")
+    terminal.press("Enter")
+    wait_for(lambda: len(scripted.bodies) == 2, "the second question")
+    assert asked(scripted) == ["wait", f"one\n{long}\ntwo\nthree"]
+
+
 def test_earlier_questions_survive_a_restart(
     scripted: Scripted, start: Callable[..., Terminal], tmp_path: Path
 ) -> None:
