@@ -31,9 +31,9 @@ MAX_EVICTION_TRIES = 16
 CONNECTION_BYTES = 24 * 2**10  # of memory that an open connection takes with a small request
 TRIM_BYTES = 16 * 2**20
 """Released memory, much of it kept by the allocators, after which it is returned."""
-TRIM_BYTES_AT_REST = 2**20
+IDLE_TRIM_BYTES = 2**20
 """The same where next to nothing has been released since the last sweep, so that returning it disturbs no requests."""
-RESTING_BYTES = 64 * 2**10
+IDLE_BYTES = 64 * 2**10
 SPARE_FILES = 128  # open files of this process that are not connections
 
 
@@ -138,7 +138,7 @@ class ConnectionMonitor:
     def has_memory_to_return(self) -> bool:
         """Whether so much was released that it is worth returning now; to be asked once a sweep."""
         released, before = self.budget.released, self._released
-        enough = TRIM_BYTES_AT_REST if released - before < RESTING_BYTES else TRIM_BYTES
+        enough = IDLE_TRIM_BYTES if released - before < IDLE_BYTES else TRIM_BYTES
         if released >= enough:
             self.budget.released = 0
         self._released = self.budget.released

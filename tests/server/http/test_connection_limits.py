@@ -10,12 +10,12 @@ import pytest
 from pyllm.server.flags import ServerConfig
 from pyllm.server.http.budget import Hold, MemoryBudget
 from pyllm.server.http.connection_limits import (
+    IDLE_TRIM_BYTES,
     MAX_EVICTION_TRIES,
     MIN_IDLE_SECONDS,
     MIN_PROGRESS,
     SPARE_FILES,
     TRIM_BYTES,
-    TRIM_BYTES_AT_REST,
     ConnectionLimits,
     ConnectionMonitor,
     ProgressTimer,
@@ -206,12 +206,12 @@ def test_a_sweep_frees_memory_that_is_used_beyond_the_limit():
     ("released", "returned"),
     [
         ([TRIM_BYTES, 0], [True, False]),
-        ([TRIM_BYTES_AT_REST, 0, 0], [False, True, False]),
-        ([TRIM_BYTES_AT_REST - 1, 0, 0], [False, False, False]),
+        ([IDLE_TRIM_BYTES, 0, 0], [False, True, False]),
+        ([IDLE_TRIM_BYTES - 1, 0, 0], [False, False, False]),
         ([TRIM_BYTES // 4] * 5, [False, False, False, True, False]),
     ],
 )
-def test_released_memory_is_returned_when_much_or_at_rest(released: list[int], returned: list[bool]):
+def test_released_memory_is_returned_when_much_or_idle(released: list[int], returned: list[bool]):
     monitor = ConnectionMonitor(LIMITS, MemoryBudget(2**30))
     seen = []
     for size in released:
