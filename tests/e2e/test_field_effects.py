@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import typing
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import NoneType
 from typing import Any
 
@@ -12,12 +15,15 @@ import httpx
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from support.answers import close
 from support.field_probes import BASES, COMPLETIONS, COUNT, ELSEWHERE, LIMIT, NESTED, PROBES, RESPONSES
-from support.serving import ServerProcess
+from support.serving import PATIENCE, ServerProcess
 
 from pyllm.server.api.rules import REFUSED, RULES
 from pyllm.server.app import ENDPOINTS
 from pyllm.server.http.shapes import Shape
+
+AT_ONCE = 16
 
 
 def places(shape: Shape, place: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
@@ -103,41 +109,77 @@ def said(answer: httpx.Response) -> Any:
     return [without_ids(json.loads(line)) for line in lines]
 
 
-def differ(http: httpx.Client, path: str, one: dict[str, Any], other: dict[str, Any], *more: dict[str, Any]) -> None:
-    """The two answers differ; so do those of each further pair."""
-    if more:
-        differ(http, path, *more)
-    answers = [http.post(path, json=BASES[path] | fields) for fields in (one, other)]
-    assert any(answer.status_code == 200 for answer in answers), [answer.text for answer in answers]
-    again = http.post(path, json=BASES[path] | one)
-    assert said(answers[0]) == said(again), "the probe itself must be repeatable"
-    assert said(answers[0]) != said(answers[1])
+Pair = tuple[str, dict[str, Any], dict[str, Any]]
+"""A path, and two bodies whose answers must differ."""
 
 
-@pytest.mark.parametrize(("path", "field"), field_cases())
-def test_a_field_changes_the_answer_or_is_in_the_table(http: httpx.Client, path: str, field: str) -> None:
-    if f"{path} {field}" in ELSEWHERE or field in ELSEWHERE:
-        return
-    probe = PROBES.get(f"{path} {field}") or PROBES.get(field)
+def pairs_of(path: str = "", field: str = "", member: str = "") -> list[Pair]:
+    """What proves the effect of a field or member; nothing where it is proved elsewhere, or the table has the field."""
+    if member in ELSEWHERE or field in ELSEWHERE or f"{path} {field}" in ELSEWHERE:
+        return []
+    if member:
+        assert member in NESTED, f"{member} has no proof of an effect and is not in the table of those without"
+        path, *bodies = NESTED[member]
+        pairs = zip(bodies[::2], bodies[1::2], strict=True)
+        return [(path, BASES[path] | one, BASES[path] | other) for one, other in pairs]
     if without_effect(path, field) and not (path == RESPONSES and field == "metadata"):
-        return
+        return []
     if path == COUNT and field == "output_config":
-        return  # it does not change the prompt
+        return []  # it does not change the prompt
+    probe = PROBES.get(f"{path} {field}") or PROBES.get(field)
     assert probe is not None, f"{field} of {path} has no proof of an effect and is not in the table of those without"
     common, change = probe
     known = next(e.body for e in ENDPOINTS if e.path == path).model_fields
     common = {name: value for name, value in common.items() if name in known or name == "logprobs"}
     if "max_tokens" in common and path in LIMIT:
         common = common | {LIMIT[path]: common["max_tokens"]}
-    differ(http, path, common, common | change)
+    return [(path, BASES[path] | common, BASES[path] | common | change)]
+
+
+Answers = dict[tuple[str, str], list[httpx.Response]]
+"""What came for each path and body: as many answers as requests."""
+
+
+@pytest.fixture(scope="module")
+def answers(server: ServerProcess, request: pytest.FixtureRequest) -> Answers:
+    """The answers to all that the selected tests ask, which the engine computes together in few steps."""
+    asked: Counter[tuple[str, str]] = Counter()
+    for item in request.session.items:
+        if item.path == request.path and isinstance(item, pytest.Function) and "answers" in item.fixturenames:
+            with contextlib.suppress(AssertionError):  # the test itself fails of it
+                for path, one, other in pairs_of(**item.callspec.params):
+                    asked |= Counter((path, json.dumps(body)) for body in (one, other, one))
+    found: Answers = {each: [] for each in asked}
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as http, ThreadPoolExecutor(AT_ONCE) as pool:
+
+        def send(each: tuple[str, str]) -> None:
+            found[each].append(http.post(each[0], content=each[1], headers={"content-type": "application/json"}))
+
+        list(pool.map(send, (each for each in asked.elements() if '"stream": true' not in each[1])))
+        for each in asked.elements():  # one by one, since a slow reader gets several tokens at a time
+            if '"stream": true' in each[1]:
+                send(each)
+    return found
+
+
+def check(answers: Answers, pairs: list[Pair]) -> None:
+    """The answers to the two bodies of each pair differ, and those to the same body do not."""
+    for path, one, other in pairs:
+        first, again = answers[path, json.dumps(one)][:2]
+        second = answers[path, json.dumps(other)][0]
+        assert 200 in (first.status_code, second.status_code), [first.text, second.text]
+        assert close(said(first), said(again)), "the probe itself must be repeatable"
+        assert not close(said(first), said(second))
+
+
+@pytest.mark.parametrize(("path", "field"), field_cases())
+def test_a_field_changes_the_answer_or_is_in_the_table(answers: Answers, path: str, field: str) -> None:
+    check(answers, pairs_of(path, field))
 
 
 @pytest.mark.parametrize("member", nested_cases())
-def test_a_member_changes_the_answer_or_is_in_the_table(http: httpx.Client, member: str) -> None:
-    if member in ELSEWHERE:
-        return
-    assert member in NESTED, f"{member} has no proof of an effect and is not in the table of those without"
-    differ(http, *NESTED[member])
+def test_a_member_changes_the_answer_or_is_in_the_table(answers: Answers, member: str) -> None:
+    check(answers, pairs_of(member=member))
 
 
 @pytest.mark.parametrize(("path", "field"), idle_cases())

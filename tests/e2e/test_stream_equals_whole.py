@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.answers import close
 from support.serving import PATIENCE, ServerProcess
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -141,17 +142,6 @@ def plain(choice: dict[str, Any]) -> dict[str, Any]:
     calls = [{k: v for k, v in call.items() if k not in ("id", "index")} for call in message.get("tool_calls") or []]
     kept |= {"role": message.get("role"), "content": message.get("content") or "", "tool_calls": calls}
     return {name: value for name, value in kept.items() if value not in (None, [], "")}
-
-
-def close(a: Any, b: Any) -> bool:
-    """Equality, but of numbers up to what another batch may change in FP32."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= 1e-3 + 1e-3 * abs(a)
-    return bool(a == b)
 
 
 async def differences(url: str, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
