@@ -11,6 +11,7 @@ from support.serving import wait_for
 
 from pyllm.server.generation.generation import Generation
 
+pytestmark = pytest.mark.usefixtures("settled")
 LONG = [*range(1000, 20_000)]
 
 

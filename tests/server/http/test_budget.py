@@ -21,6 +21,8 @@ from pyllm.server.http.budget import MemoryBudget, default_limit
 from pyllm.server.http.errors import ApiError
 from pyllm.server.http.tolerance import Rules, Tolerance
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 
 @pytest.fixture(autouse=True)
 def _one_byte_a_byte(monkeypatch):
