@@ -28,6 +28,7 @@ from .runner.model_runner import ModelRunner
 from .runner.step_graphs import CudaGraphs, GraphMaker, token_counts
 from .step.core import EngineCore
 from .step.request import Request, ScheduledSequence
+from .threads import check_threads
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def _build(config: EngineConfig, on_progress: Callable[[int, int], object]) -> E
     native = device.type == "cpu" and native_available(shape)
     check_settings(config, device, native)
     _check_context(config, shape)
+    _start_compute_threads(2 if native else 1)
     model, report = load_checkpoint(
         Path(config.model), network=DeepNetwork, config=shape, dtype=_dtype(config, device), device=device,
         load_format=config.load_format, seed=config.seed or 0, progress=not config.quiet,
@@ -107,6 +109,13 @@ def _build(config: EngineConfig, on_progress: Callable[[int, int], object]) -> E
     tokenizer = partial(Tokenizer.from_folder, config.model)
     compiler = GrammarCompiler[Request | CheckGrammar](tokenizer, info.vocab_size, info.eos_token_ids)
     return EngineCore(info, runner, runner.observer, compiler)
+
+
+def _start_compute_threads(pools: int) -> None:
+    """Let OpenMP start its threads now; raise `RuntimeError` if the system allows fewer, since OpenMP would exit."""
+    count = torch.get_num_threads()
+    check_threads(pools * (count - 1))  # the compiled kernels have a pool of their own
+    torch.empty(count << 16).fill_(0.0)  # enough for all of them to have a part
 
 
 def outline_model(config: EngineConfig, shape: DeepConfig) -> tuple[Outline, torch.device]:

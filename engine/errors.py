@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import traceback
 
 
@@ -44,9 +45,14 @@ def reason_of(error: BaseException) -> str:
         return f"memory is used up{f': {text}' if text else ''}"
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many open files: raise the limit (ulimit -n)"
-    if isinstance(error, BlockingIOError) or "start new thread" in text:
+    if isinstance(error, BlockingIOError) or lacks_threads(error):
         return "the system allows no more processes or threads: raise the limit (ulimit -u), or that of the container"
     return text or type(error).__name__
+
+
+def lacks_threads(error: BaseException) -> bool:
+    """Return whether a thread could not be started; Python has no error type for that, and C++ has words of its own."""
+    return isinstance(error, RuntimeError) and bool(re.search("start new thread|temporarily unavailable", str(error)))
 
 
 def describe(error: BaseException) -> str:

@@ -82,23 +82,32 @@ class Outbox:
             self.send(Alive())
 
 
-def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> None:
-    """Step while there is work, reading messages between steps, until `Shutdown` or the other side closes."""
-    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()  # None: the other side has closed
+Inbox = queue.SimpleQueue[ToEngine | None]
+"""Messages from the API process; None: it has closed its end."""
+
+
+def receive(frames: Iterator[bytes]) -> Inbox:
+    """Decode messages in a thread, as they arrive."""
+    inbox: Inbox = queue.SimpleQueue()
     decoder = msgspec.msgpack.Decoder(ToEngine)
 
-    def receive() -> None:
+    def read() -> None:
         try:
             for frame in frames:
                 inbox.put(decoder.decode(frame))
         finally:
             inbox.put(None)
 
+    threading.Thread(target=read, name="receive", daemon=True).start()
+    return inbox
+
+
+def serve(core: EngineCore, sock: socket.socket, inbox: Inbox) -> None:
+    """Step while there is work, reading messages between steps, until `Shutdown` or the other side closes."""
     outbox = Outbox(sock)
     if core.observer is not None:
         core.observer.on_layer = outbox.on_layer
     core.grammars.on_ready = lambda: inbox.put(_GRAMMAR_READY)
-    threading.Thread(target=receive, name="receive", daemon=True).start()
     while True:
         # Wait for a message only when there is nothing to compute.
         while not inbox.empty() or not core.has_work:
@@ -117,7 +126,7 @@ def serve(core: EngineCore, sock: socket.socket, frames: Iterator[bytes]) -> Non
         outbox.send(core.step())
 
 
-def _next_message(inbox: queue.SimpleQueue[ToEngine | None], core: EngineCore) -> ToEngine | None:
+def _next_message(inbox: Inbox, core: EngineCore) -> ToEngine | None:
     """Wait for the next message; an idle engine first checks that it holds nothing, and returns freed memory."""
     if not core.has_work:
         with contextlib.suppress(queue.Empty):
@@ -159,10 +168,10 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[-1])) as sock:
-        threading.Thread(target=_end_with_api_process, args=(sock,), name="hangup", daemon=True).start()
         frames = read_frames(sock.makefile("rb"))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process has exited
             try:
+                threading.Thread(target=_end_with_api_process, args=(sock,), name="hangup", daemon=True).start()
                 # Slow, so the API process prepares the configuration meanwhile. What is loaded stays, so the garbage
                 # collector need not scan it again and again.
                 gc.disable()
@@ -176,6 +185,7 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
                 reports = LoadReports(lambda message: sock.sendall(encode_frame(message)))
                 config = msgspec.msgpack.decode(first, type=EngineConfig)
                 core = build_engine(config) if sys.stderr.isatty() else build_engine(config, reports)
+                inbox = receive(frames)
             except EngineStartError as error:
                 sock.sendall(encode_frame(StartFailed(message=str(error))))
                 return
@@ -185,7 +195,7 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
             prepare(core)
             sock.sendall(encode_frame(core.info))
             try:
-                serve(core, sock, frames)
+                serve(core, sock, inbox)
             except (BrokenPipeError, ConnectionResetError):
                 raise
             except BaseException:

@@ -20,12 +20,14 @@ import uvloop
 
 from .. import __version__
 from ..engine.client.launch import EngineProcess
+from ..engine.threads import start_pool, start_threads
 from .api.batches.store import BatchStore
 from .api.batches.worker import BatchWorker
 from .app import create_app
 from .chat.served_model import ServedModel, load
 from .flags import ServerConfig
 from .generation.tracing import Tracing
+from .http.body import POOL, POOL_THREADS
 from .http.connection_limits import ConnectionLimits, ConnectionMonitor
 from .http.protocol import HttpProtocol
 from .lifetime import Lifetime
@@ -35,6 +37,7 @@ from .service import Service
 
 logger = logging.getLogger("pyllm.server")
 
+THREADS = 8  # for what takes long and is not a large request: files, and waiting for the engine to exit
 KEEP_ALIVE_SECONDS = 60
 LAST_ERRORS_SECONDS = 2.0  # to send the errors of the requests that still run when the server stops
 TLS_CLOSE_SECONDS = 1.0  # for the peer's TLS close_notify: many never send it, and stay connected until then
@@ -51,8 +54,11 @@ def serve(config: ServerConfig, process: EngineProcess, lifetime: Lifetime) -> N
     if config.batch_dir:
         shared = len(config.api_key) > 1 or config.api_key_file is not None
         batches = BatchStore(Path(config.batch_dir).expanduser(), config.batch_dir_size, shared=shared)
+    threads = start_pool(THREADS, "work")
+    start_threads(POOL, POOL_THREADS)
     tracing = Tracing(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.get_loop().set_default_executor(threads)
         code = runner.run(_ServerProcess(config, process, lifetime, tracing, batches).run())
         if tracing is not None:
             tracing.close()

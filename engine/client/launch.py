@@ -23,6 +23,8 @@ THREAD_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
 # One heap for all threads instead of one each, so that every thread can reuse what another has freed: with several, the
 # engine's memory still grew after eight minutes of mixed load; with one, it is constant after two.
 MEMORY_SETTINGS = {"MALLOC_ARENA_MAX": "1"}
+# NumPy computes no matrices here, so its library need not start a thread for each processor.
+NUMPY_SETTINGS = {"OPENBLAS_NUM_THREADS": "1"}
 KILL_SECONDS = 3.0  # how long to wait for a killed process
 # A supervisor or a terminal may send these to every process; the API process ends the engine, after draining.
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,7 +54,8 @@ class EngineProcess:
                 self._process = self.popen(
                     [*python(), *self.command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
-                    env=MEMORY_SETTINGS | ({} if "OMP_WAIT_POLICY" in os.environ else THREAD_SETTINGS) | os.environ,
+                    env=MEMORY_SETTINGS | NUMPY_SETTINGS
+                    | ({} if "OMP_WAIT_POLICY" in os.environ else THREAD_SETTINGS) | os.environ,
                 )  # fmt: skip
             except BaseException:
                 self.socket.close()

@@ -25,6 +25,7 @@ import llguidance
 import msgspec
 
 from ..client.launch import python
+from ..errors import reason_of
 from ..messages import encode_frame, read_frames
 
 CPU_SECONDS = 2.0  # processor time to check one grammar
@@ -120,7 +121,7 @@ class GrammarChecker:
         self._finalizer: weakref.finalize[[subprocess.Popen[bytes], socket.socket], GrammarChecker] | None = None
 
     def check(self, grammar: str) -> str:
-        """Return what is wrong with a grammar, "" for nothing; raise `TimeoutError` if the machine is too busy."""
+        """Return what is wrong with a grammar, "" for nothing; raise `TimeoutError` if it cannot be checked now."""
         for _ in range(2):
             process = self._process
             if process is None or process.poll() is not None:
@@ -143,14 +144,19 @@ class GrammarChecker:
         self.close()
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [*python(), "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True,
-                # A stack overflow writes to stderr, and is reported as the grammar's error.
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+            try:
+                self._process = subprocess.Popen(
+                    [*python(), "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                    # A stack overflow writes to stderr, and is reported as the grammar's error.
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                self._socket.close()
+                raise TimeoutError(f"No process can be started to check a grammar ({reason_of(error)}).") from None
         self._finalizer = weakref.finalize(self, _end, self._process, self._socket)
         if self._ask(self._vocabulary, START_SECONDS) is None:
-            raise RuntimeError("the process that checks grammars did not start")
+            raise TimeoutError("The process that checks grammars did not start.")
         return self._process
 
     def _ask(self, question: str | Vocabulary, seconds: float) -> str | None:

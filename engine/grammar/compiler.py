@@ -11,7 +11,6 @@ import queue
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import llguidance
@@ -19,6 +18,7 @@ import numpy as np
 
 from ...model.tokenizer import Tokenizer
 from ..errors import RequestError
+from ..threads import start_pool
 from .checker import GrammarChecker, Vocabulary, compile_grammar, error_of
 from .keys import KeyTokens, KeyTracker, tracker_for
 from .state import GrammarState
@@ -57,7 +57,7 @@ class GrammarCompiler(Generic[Ticket]):
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._key_tokens = KeyTokens([])
         self._checkers: queue.SimpleQueue[GrammarChecker] = queue.SimpleQueue()
-        self._pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")  # starts threads when it needs them
+        self._pool = start_pool(COMPILERS, "grammar")
         self._lock = threading.Lock()
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[str, Compiled] = OrderedDict()
@@ -88,10 +88,7 @@ class GrammarCompiler(Generic[Ticket]):
             self._waiting[grammar].append((ticket, ignore_eos))
         else:
             self._waiting[grammar] = [(ticket, ignore_eos)]
-            try:
-                self._pool.submit(self._compile, grammar, self._load)
-            except Exception as error:  # no thread can be started
-                self._done.append((grammar, error))
+            self._pool.submit(self._compile, grammar, self._load)
 
     def discard(self, ticket: Ticket) -> None:
         """Forget a ticket that was submitted and not drained."""

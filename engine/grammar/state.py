@@ -125,8 +125,13 @@ class MaskMaker:
 
     def _queue(self, batch: MaskBatch) -> MaskBatch:
         if self._batches is None:
-            self._batches = queue.SimpleQueue()
-            threading.Thread(target=_make_batches, args=(self._batches,), name="masks", daemon=True).start()
+            batches: queue.SimpleQueue[MaskBatch] = queue.SimpleQueue()
+            try:
+                threading.Thread(target=_make_batches, args=(batches,), name="masks", daemon=True).start()
+            except RuntimeError:  # the system allows no more threads: make them here, which takes longer
+                batch.make()
+                return batch
+            self._batches = batches
         self._batches.put(batch)
         return batch
 

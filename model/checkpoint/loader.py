@@ -255,6 +255,10 @@ def _check(
             )
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    monitor_interval = 0  # no thread for it
+
+
 def _fill(
     model: DeepNetwork, expected: Mapping[str, Entry], stored: Mapping[str, StoredTensor], progress: bool,
     on_progress: Callable[[int, int], object],
@@ -272,7 +276,7 @@ def _fill(
     order = sorted(wanted.items(), key=lambda item: (item[1].path, item[1].offset))
     total, done = sum(tensor.nbytes for tensor in wanted.values()), 0
     hidden = None if progress else True  # None: hidden unless stderr is a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", delay=PROGRESS_DELAY, disable=hidden) as bar:
+    with _Bar(total=total, unit="B", unit_scale=True, desc="Loading", delay=PROGRESS_DELAY, disable=hidden) as bar:
         for path, tensors in itertools.groupby(order, lambda item: item[1].path):
             with path.open("rb") as file:
                 for key, tensor in tensors:

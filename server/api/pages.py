@@ -68,7 +68,8 @@ def add_base_route(app: FastAPI, routes: Sequence[Route], root: str) -> None:
 
 
 async def _asset(path: Path, request: Request) -> Response:
-    # One for each request: some versions of Starlette write a range's headers into the response itself.
+    # Always the whole file: what Starlette answers to a bad range is no JSON.
+    request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
     return FileResponse(path, headers=NO_SNIFFING)
 
 

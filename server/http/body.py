@@ -40,7 +40,8 @@ SUBJECT = re.compile("^(Input|String|List|Dictionary|Value error,) ")
 is_large: ContextVar[bool] = ContextVar("is_large", default=False)
 """Whether all work on the current request belongs off the event loop: its body is large, or has a schema."""
 
-_pool = ThreadPoolExecutor(4, thread_name_prefix="read-request")
+POOL_THREADS = 4
+POOL = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="read-request")
 """Separate from asyncio's default executor, so that a flood of large requests blocks only large requests."""
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -49,7 +50,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 async def off_loop(call: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
     """Call in a thread."""
-    return await asyncio.get_running_loop().run_in_executor(_pool, partial(call, *args, **kwargs))
+    return await asyncio.get_running_loop().run_in_executor(POOL, partial(call, *args, **kwargs))
 
 
 async def off_loop_if_large(

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ...engine.errors import EngineBusyError, EngineDeadError, RequestError
+from ...engine.errors import EngineBusyError, EngineDeadError, RequestError, lacks_threads
 
 logger = logging.getLogger("pyllm.server")
 
@@ -149,5 +149,7 @@ def to_api_error(error: Exception, request_id: str = "-") -> ApiError:
             return ApiError(405, "This route does not support this method.", code="method_not_allowed")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+    if lacks_threads(error):
+        return unavailable("The system allows the server no more threads: retry later.", "no_threads")
     logger.error("A request failed because of an internal error. id=%s", request_id, exc_info=error)
     return ApiError(500, "The server failed to answer this request.", code="internal_error")

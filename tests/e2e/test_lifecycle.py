@@ -196,10 +196,8 @@ def free_port() -> int:
 def test_sigkill_leaves_no_process_no_port_no_waiting_client(checkpoint: Path, tmp_path: Path) -> None:
     port = free_port()
     for n in range(3):
-        started = time.monotonic()
         log = tmp_path / f"log{n}"
         with ServerProcess(log, str(checkpoint), port=port, exit_code=-9, cold=n > 0) as server:
-            assert time.monotonic() - started < 10
             with contextlib.ExitStack() as stack:
                 # The process that tries grammars is a child of the engine.
                 regex = {"structured_outputs": {"regex": "[a-z]{8000}"}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import socket
 import struct
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from support.serving import PATIENCE, children, environment, is_running, wait_for
 from support.warm import Process
@@ -202,6 +204,59 @@ def test_a_machine_with_too_little_memory_is_named(checkpoint: Path, size: int) 
     assert code == 2
     assert lines[-1].startswith("pyllm: ")
     assert "Traceback" not in "".join(lines)
+
+
+def as_a_user_with(num_threads: int) -> list[str]:
+    """What runs a command as a user without other processes, who may have so many threads."""
+    user = str(40_000 + os.getpid() % 20_000)
+    capability = "+dac_read_search"  # the libraries may belong to root only
+    return [
+        *("setpriv", "--reuid", user, "--regid", user, "--clear-groups"),
+        *("--inh-caps", capability, "--ambient-caps", capability, "prlimit", f"--nproc={num_threads}"),
+    ]
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not (shutil.which("setpriv") and shutil.which("prlimit")),
+    reason="only root can become a user without other processes, with setpriv and prlimit",
+)
+@pytest.mark.parametrize("limit", [4, 6, 17, 20, 22])
+def test_with_too_few_threads_it_says_so_or_works(checkpoint: Path, limit: int) -> None:
+    command = [*as_a_user_with(limit), sys.executable, "-m", "pyllm", "serve", str(checkpoint), "--port", "0"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    ) as process:
+        try:
+            assert process.stdout
+            lines = []
+            while (line := process.stdout.readline()) and "Ready after" not in line:
+                lines.append(line)
+            family = children(process.pid)
+            if line:
+                url = line.split()[-1]
+                bodies: list[dict[str, Any]] = [{}, {"structured_outputs": {"regex": "[0-9]+"}}]
+                statuses = [
+                    httpx.post(f"{url}/completions", json={"prompt": "Hi"} | body, timeout=PATIENCE).status_code
+                    for body in bodies
+                ]
+                assert statuses[0] == 200
+                assert statuses[1] in (200, 429), "a grammar needs more processes"
+                assert httpx.get(url.replace("/v1", "/docs/swagger-ui.css")).status_code in (200, 503)
+                process.terminate()
+                assert "Traceback" not in process.stdout.read()
+            code = process.wait(PATIENCE)
+        finally:
+            process.kill()
+    if line:
+        assert code == 0
+    else:
+        assert_one_sentence((code, lines), "the system allows no more processes or threads: raise the limit")
+    wait_for(lambda: not any(map(is_running, family)), "its engine to end")
 
 
 @pytest.mark.parametrize("limit", [8, 12, 40])

@@ -20,7 +20,7 @@ from pyllm.engine.messages import (
     encode_frame,
     read_frames,
 )
-from pyllm.engine.process import LoadReports, serve
+from pyllm.engine.process import LoadReports, receive, serve
 
 
 def test_an_engine_that_waits_for_work_checks_its_books():
@@ -28,7 +28,7 @@ def test_an_engine_that_waits_for_work_checks_its_books():
     core.scheduler.kv_cache.pool.allocate(1)
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(RuntimeError, match="1 KV blocks"):
-        serve(core, theirs, read_frames(theirs.makefile("rb")))
+        serve(core, theirs, receive(read_frames(theirs.makefile("rb"))))
 
 
 def test_consistent_idle_engine_keeps_waiting():
@@ -41,7 +41,7 @@ def test_consistent_idle_engine_keeps_waiting():
             time.sleep(0.3)
             yield encode_frame(Shutdown())[LENGTH_BYTES:]
 
-        serve(core, theirs, frames())
+        serve(core, theirs, receive(frames()))
         theirs.close()
         steps = [msgspec.msgpack.decode(frame, type=StepOutputs) for frame in read_frames(ours.makefile("rb"))]
     assert [output.finish_reason for step in steps for output in step.outputs] == [None, None, "length"]
@@ -52,7 +52,7 @@ def conversation(core, *messages):
     """What the engine says to these messages, which come at once."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        serve(core, theirs, iter([encode_frame(each)[LENGTH_BYTES:] for each in (*messages, Shutdown())]))
+        serve(core, theirs, receive(iter([encode_frame(each)[LENGTH_BYTES:] for each in (*messages, Shutdown())])))
         theirs.close()
         return [msgspec.msgpack.decode(frame, type=FromEngine) for frame in read_frames(ours.makefile("rb"))]
 
@@ -118,7 +118,7 @@ def test_only_a_long_step_reports_layer_progress(monkeypatch, seconds, pulses):
             time.sleep(0.6)
             yield encode_frame(Shutdown())[LENGTH_BYTES:]
 
-        serve(core, theirs, frames())
+        serve(core, theirs, receive(frames()))
         theirs.close()
         said = [msgspec.msgpack.decode(frame, type=FromEngine) for frame in read_frames(ours.makefile("rb"))]
     assert said.count(Alive()) == pulses

@@ -33,6 +33,7 @@ from .wire import (
 MAX_LISTED_FILES, MAX_LISTED_BATCHES = 10_000, 100
 Record = TypeVar("Record", FileRecord, BatchRecord)
 PAGE = ("after", "limit")
+RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 def add_batch_routes(app: FastAPI, find_store: Callable[[], BatchStore | None]) -> None:
@@ -96,9 +97,15 @@ def _add_file_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
         """A file's content."""
         files = store()
         record = files.find_file(file_id, _owner(request))
+        try:
+            found = files.content(record.id).stat()
+        except OSError as error:
+            message = f"The content of {record.id} cannot be read from the server's disk ({error.strerror})."
+            raise ApiError(404, message, param="file_id", code="file_not_found") from error
+        _check_range(request.headers.get("range"), found.st_size)
         return FileResponse(
             files.content(record.id), media_type="application/octet-stream", filename=record.filename,
-            headers={"x-content-type-options": "nosniff"},
+            headers={"x-content-type-options": "nosniff"}, stat_result=found,
         )  # fmt: skip
 
 
@@ -150,6 +157,18 @@ def _add_batch_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
             with _storing():
                 await files.save(batch)
         return JsonResponse(batch.show())
+
+
+def _check_range(text: str | None, size: int) -> None:
+    """Raise `ApiError` 416 if a `Range` header is anything but one part of a file of this size."""
+    if text is None:
+        return
+    found = RANGE.fullmatch(text)
+    first, last = found.groups() if found else ("", "")
+    begin = int(first) if first else size - int(last or 0)
+    if begin >= size or (first and last and int(last) < begin):
+        message = f"Range should be one range of bytes of the file, which has {size}, but got {shorten(text)!r}."
+        raise ApiError(416, message, code="invalid_range", headers={"content-range": f"bytes */{size}"})
 
 
 @contextlib.contextmanager

@@ -21,12 +21,12 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from ....engine.threads import start_pool
 from ...flags import ConfigError
 from ...http.errors import ApiError, encode_json, shorten
 
@@ -135,7 +135,7 @@ class BatchStore:
         self.owned: Counter[str] = Counter()  # bytes of each owner's files and rows, and of the uploads that arrive
         self.uploads: list[str] = []  # the owners of those that arrive
         self.accepting: set[str] = set()  # batches that are not on the disk yet, so not accepted
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="write-batches")
+        self._disk = start_pool(1, "write-batches")
         try:
             for part in (folder, folder / "files", folder / "batches"):
                 part.mkdir(mode=0o700, parents=part == folder, exist_ok=True)

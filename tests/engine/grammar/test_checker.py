@@ -45,9 +45,10 @@ def test_a_busy_machine_is_not_the_grammar_s_error(monkeypatch):
 
 
 def test_a_checker_that_does_not_start_says_so(monkeypatch):
-    monkeypatch.setattr("pyllm.engine.grammar.checker.python", lambda: ["false"])
-    with pytest.raises(RuntimeError, match="did not start"):
-        byte_checker().check(DIGITS)
+    for program, words in (("false", "did not start"), ("/nowhere", "No process can be started")):
+        monkeypatch.setattr("pyllm.engine.grammar.checker.python", lambda program=program: [program])
+        with pytest.raises(TimeoutError, match=words):
+            byte_checker().check(DIGITS)
 
 
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="limits are read from Linux's /proc")

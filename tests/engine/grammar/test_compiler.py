@@ -6,7 +6,7 @@ import pytest
 
 from pyllm.engine.errors import RequestError
 from pyllm.engine.grammar.compiler import GrammarCompiler, grammar_bytes
-from pyllm.engine.grammar.state import GrammarState
+from pyllm.engine.grammar.state import GrammarState, MaskMaker
 from pyllm.model.tokenizer import Tokenizer
 
 DIGITS = "start: /[0-9]{3,8}/"
@@ -54,16 +54,20 @@ def test_a_refusal_is_cached_and_a_busy_machine_is_not(compiler, monkeypatch):
     assert checked == [DIGITS, DIGITS, "x"]
 
 
-def test_no_thread_for_a_grammar_fails_its_ticket_only(compiler, monkeypatch):
+def test_no_thread_must_start_for_a_grammar(compiler, monkeypatch):
     def fail(*args):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor.submit", fail)
+    monkeypatch.setattr("threading.Thread.start", fail)
     compiler.submit("a", DIGITS)
-    assert type(drain(compiler)["a"]) is RuntimeError
+    state = drain(compiler)["a"]
+    assert isinstance(state, GrammarState)
+    masks = MaskMaker()
+    (mask,) = masks.finish(masks.start([state]))
+    assert mask[ord("7")] == 0 > mask[ord("x")]
     monkeypatch.undo()
-    compiler.submit("b", DIGITS)
-    assert isinstance(drain(compiler)["b"], GrammarState)
+    (again,) = masks.finish(masks.start([state]))
+    assert again.equal(mask)
 
 
 def test_a_discarded_ticket_is_not_drained(compiler):

@@ -28,6 +28,30 @@ class TestUploads:
         assert content.headers["content-disposition"].startswith("attachment")
 
     @pytest.mark.parametrize(
+        ("given", "part"),
+        [
+            ("bytes=0-0", slice(0, 1)), ("bytes=3-", slice(3, None)), ("bytes=-2", slice(-2, None)),
+            ("bytes=2-" + "9" * 18, slice(2, None)), ("bytes=-" + "9" * 18, slice(None)),
+            *((bad, None) for bad in ("", "bytes", "bytes=", "bytes=-", "bytes=-0", "bytes=5-2", "bytes=900-")),
+            *((bad, None) for bad in ("lines=0-1", "bytes=0-0,2-2", "bytes=0-" + "9" * 5000, "bytes=" + "0-," * 5000)),
+        ],
+    )  # fmt: skip
+    def test_one_part_of_a_file_can_be_read(self, batches, given, part):
+        id_ = batches.upload(line()).json()["id"]
+        response = batches.harness.get(f"/v1/files/{id_}/content", range=given)
+        if part is not None:
+            assert (response.status_code, response.text) == (206, line()[part])
+        else:
+            assert (response.status_code, error_of(response).code) == (416, "invalid_range")
+            assert response.headers["content-range"].startswith("bytes */")
+
+    def test_content_that_is_gone_from_the_disk_is_a_404(self, batches, tmp_path):
+        id_ = batches.upload(line()).json()["id"]
+        next(tmp_path.rglob(id_)).unlink()
+        response = batches.harness.get(f"/v1/files/{id_}/content")
+        assert (response.status_code, error_of(response).code) == (404, "file_not_found")
+
+    @pytest.mark.parametrize(
         ("fields", "status", "param"),
         [
             ({"purpose": "fine-tune"}, 400, "purpose"),

@@ -18,6 +18,8 @@ USER = {"role": "user", "content": "Hi"}
 def test_each_kind_of_failure_has_its_status():
     assert to_api_error(ChatTemplateError("no")).status == 400
     assert to_api_error(EngineDeadError("gone")).status == 503
+    no_threads = to_api_error(RuntimeError("can't start new thread"))
+    assert (no_threads.status, no_threads.code) == (503, "no_threads")
     own = ApiError(418, "tea")
     assert to_api_error(own) is own
 
