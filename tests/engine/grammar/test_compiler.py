@@ -64,7 +64,7 @@ def test_no_thread_must_start_for_a_grammar(compiler, monkeypatch):
     assert isinstance(state, GrammarState)
     masks = MaskMaker()
     (mask,) = masks.finish(masks.start([state]))
-    assert mask[ord("7")] == 0 > mask[ord("x")]
+    assert {*mask.tolist()} == {0, float("-inf")}
     monkeypatch.undo()
     (again,) = masks.finish(masks.start([state]))
     assert again.equal(mask)
