@@ -22,13 +22,13 @@ from ..model.tokenizer import Tokenizer
 from .config import EngineConfig, ResolvedConfig, settings_of
 from .errors import EngineStartError
 from .grammar.compiler import GrammarCompiler
+from .host import check_threads
 from .memory import is_out_of_memory, num_kv_blocks
 from .messages import CheckGrammar, EngineInfo, EngineRequest, GraphInfo, Kernels, SamplingParams
 from .runner.model_runner import ModelRunner
 from .runner.step_graphs import CudaGraphs, GraphMaker, token_counts
 from .step.core import EngineCore
 from .step.request import Request, ScheduledSequence
-from .threads import check_threads
 
 logger = logging.getLogger(__name__)
 

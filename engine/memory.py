@@ -6,7 +6,7 @@ import torch
 
 from .config import EngineConfig
 from .errors import EngineStartError
-from .host_memory import free_host_bytes
+from .host import free_host_bytes
 
 DEFAULT_HOST_BYTES = 4 << 30  # maximum size of the KV cache in the CPU's memory by default
 HOST_SHARE = 0.5  # of the free memory; the rest is for steps, the API process and other programs

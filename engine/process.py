@@ -24,7 +24,7 @@ import msgspec
 from .client.launch import IGNORED_SIGNALS
 from .config import EngineConfig
 from .errors import START_FAILURES, EngineStartError, RequestError, reason_of
-from .host_memory import return_free_memory
+from .host import return_free_memory
 from .messages import (
     Abort,
     Alive,

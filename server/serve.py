@@ -20,7 +20,7 @@ import uvloop
 
 from .. import __version__
 from ..engine.client.launch import EngineProcess
-from ..engine.threads import start_pool, start_threads
+from ..engine.host import start_pool, start_threads
 from .api.batches.store import BatchStore
 from .api.batches.worker import BatchWorker
 from .app import create_app

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...model.tokenizer import Tokenizer
 from ..errors import RequestError
-from ..threads import start_pool
+from ..host import start_pool
 from .checker import GrammarChecker, Vocabulary, compile_grammar, error_of
 from .keys import KeyTokens, KeyTracker, tracker_for
 from .state import GrammarState

@@ -125,7 +125,7 @@ def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
     formatter = configure_logging(config.log_level, config.log_format if isinstance(config, ServerConfig) else "text")
     try:
         if isinstance(config, ServerConfig):
-            from ...engine.host_memory import use_one_heap
+            from ...engine.host import use_one_heap
 
             use_one_heap()
             lifetime.take_output(functools.partial(dropped_notice, formatter))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ...engine.build import block_bytes, outline_model
 from ...engine.config import EngineConfig, EngineSettings, settings_of
 from ...engine.errors import RequestError
-from ...engine.host_memory import free_host_bytes
+from ...engine.host import free_host_bytes
 from ...engine.llm import LLM
 from ...engine.messages import EngineRequest, SamplingParams
 from ...engine.runner.model_runner import ModelRunner

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Literal, get_args
 
 from ...engine.errors import EngineBusyError
-from ...engine.host_memory import total_host_bytes
+from ...engine.host import total_host_bytes
 from .errors import ApiError, unavailable
 
 MAX_BODY_BYTES = 8 * 2**20

@@ -17,7 +17,7 @@ from itertools import islice
 from operator import itemgetter
 from typing import Literal, NamedTuple, Protocol
 
-from ...engine.host_memory import return_free_memory
+from ...engine.host import return_free_memory
 from ..flags import ServerConfig
 from .budget import Hold, MemoryBudget
 from .errors import ApiError

@@ -11,7 +11,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
 OFF_THE_WAY = {
     "server/http/connection_limits.py",  # on a timer
     "engine/client/watchdog.py",  # on a timer
-    "engine/host_memory.py",  # when nothing is to be done
+    "engine/host.py",  # when nothing is to be done
     "server/lifetime.py",  # in threads that write the log
 }
 BACKENDS = {"model/backend.py", "model/cpu/backend.py"}

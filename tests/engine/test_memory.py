@@ -11,7 +11,7 @@ import torch
 from pyllm.engine import memory
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
-from pyllm.engine.host_memory import free_host_bytes, return_free_memory, total_host_bytes
+from pyllm.engine.host import free_host_bytes, return_free_memory, total_host_bytes
 from pyllm.engine.memory import num_kv_blocks
 
 CPU = torch.device("cpu")

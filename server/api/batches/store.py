@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ....engine.threads import start_pool
+from ....engine.host import start_pool
 from ...flags import ConfigError
 from ...http.errors import ApiError, encode_json, shorten
 

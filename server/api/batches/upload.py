@@ -37,10 +37,11 @@ class _Form:
     """Reads the parts of a form; raises `ApiError` 400 and 413."""
 
     def __init__(self, boundary: bytes, sink: BinaryIO) -> None:
-        names = ("part_begin", "part_data", "part_end", "header_field", "header_value", "header_end")
+        names = ("part_begin", "part_data", "part_end", "header_field", "header_value", "header_end", "end")
         callbacks = {f"on_{name}": getattr(self, f"_on_{name}") for name in (*names, "headers_finished")}
         self.parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
         self.upload = Upload()
+        self.has_ended = False
         self._sink = sink
         self._name: str | None = None  # of the part
         self._header = self._value = b""
@@ -83,6 +84,9 @@ class _Form:
         else:
             self._data += data[start:end]
 
+    def _on_end(self) -> None:
+        self.has_ended = True
+
     def _on_part_end(self) -> None:
         if self._name != "file" and self._name is not None:
             self.upload.fields[self._name] = self._data.decode("utf-8", "replace")
@@ -114,6 +118,8 @@ async def receive_upload(request: Request, path: Path) -> Upload:
             await asyncio.to_thread(os.fsync, sink.fileno())
         except FormParserError as error:
             raise ApiError(400, f"The form cannot be read: {shorten(str(error))}.", code="invalid_form") from None
+    if not form.has_ended:
+        raise ApiError(400, "The form has no end: its last boundary is missing.", code="invalid_form")
     if not form.upload.has_file:
         raise ApiError(400, "Missing required parameter: file.", param="file", code="missing_required_parameter")
     return form.upload

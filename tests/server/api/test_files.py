@@ -10,6 +10,11 @@ from support.batches import COMPLETIONS, Batches, ended, line, make_batch
 
 from pyllm.server.api.batches.wire import BatchList, FileList, FileObject
 
+UNFINISHED = (
+    b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n{}\r\n'
+)
+
 
 @pytest.fixture
 def batches(harness, tmp_path):
@@ -82,6 +87,7 @@ class TestUploads:
             ("multipart/form-data; boundary=x", b"--x\r\n" + b"a: b\r\n" * 9999, 400),
             ("multipart/form-data; boundary=x", b"--x\r\n" + b"a" * 10**6, 400),
             ("multipart/form-data; boundary=" + "x" * 5000, b"", 400),
+            ("multipart/form-data; boundary=x", UNFINISHED, 400),
             ("multipart/form-data; boundary=x",
              b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\ncut off', 400),
         ],

@@ -1,11 +1,16 @@
-"""How much memory this machine has, how much of it this process may use, and what it can return of it."""
+"""What this machine has and allows this process: memory, which it can return, and threads.
+
+Threads start before they are needed, so that a server without enough of them never reports that it is ready.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MAX_GAPS = 16 * 2**20  # bytes of freed memory in the C library's heap that are not worth returning
@@ -93,3 +98,26 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
                 # The kernel drops cached files, such as the checkpoint, when memory is needed.
                 used -= counts.get(f"{cached}active_file", 0) + counts.get(f"{cached}inactive_file", 0)
                 yield int(most), used
+
+
+def start_pool(count: int, name: str) -> ThreadPoolExecutor:
+    """Make a pool whose threads run already; raise `RuntimeError` if the system does not allow that many."""
+    pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+    start_threads(pool, count)
+    return pool
+
+
+def start_threads(pool: ThreadPoolExecutor, count: int) -> None:
+    """Start all `count` threads of a pool that has none; raise `RuntimeError` if the system does not allow that."""
+    started = threading.Event()
+    try:
+        for _ in range(count):
+            pool.submit(started.wait)  # holds its thread, so that the next one needs another
+    finally:
+        started.set()
+
+
+def check_threads(count: int) -> None:
+    """Raise `RuntimeError` if the system does not allow `count` more threads, for libraries that would just exit."""
+    if count:
+        start_pool(count, "check").shutdown()
