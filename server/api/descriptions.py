@@ -171,6 +171,7 @@ DESCRIPTIONS = {
     "item_id": "The id of the item that this is about.",
     "item": "The item.",
     "content_index": "Which part of the item this is about.",
+    "summary_index": "Which part of the item's summary this is about.",
     "part": "The part.",
     "content_block": "The block, still empty.",
     "partial_json": "A piece of the JSON text of the arguments.",

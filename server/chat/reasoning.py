@@ -17,15 +17,15 @@ from ..http.errors import shorten
 from .conversation import Conversation
 from .marked_calls import MarkedCallReader
 from .parts import Part, Thought, TurnReader
-from .template import TokenIds
+from .template import SECTION_MARKS, TokenIds
 
 PARSERS = ("auto", "none", "tokens", "tags")
 """The values of `--reasoning-parser`: special tokens, or tags in the text."""
-SWITCHES = frozenset({"enable_thinking", "include_reasoning", "reasoning_effort"})
-"""Variables that a request may set for a model that reasons: whether it does, whether that shows, and the hint that
-the first is taken from."""
-TOKENS = tuple(f"<|{name}_{end}|>" for name in ("think", "final", "tool_call") for end in ("start", "end"))
-TAGS = ("<think>", "</think>", "<final>", "</final>")
+SWITCHES = frozenset({"enable_thinking", "include_reasoning", "reasoning_effort", "reasoning_summary"})
+"""Variables that a request may set for a model that reasons: whether it does, whether that shows, the hint that the
+first is taken from, and whether a response shows it as a summary."""
+TOKENS = (*SECTION_MARKS[0], "<|tool_call_start|>", "<|tool_call_end|>")
+TAGS = SECTION_MARKS[1]
 TAIL = 24  # tokens at the end of a prompt among which a tag is
 
 

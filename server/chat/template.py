@@ -49,6 +49,12 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_excep
 """Template variables that a request may not set; names ending in `_token` are refused too."""
 FUNCTIONS = frozenset({"range", "namespace", "dict", "debug", "cycler", "joiner", "lipsum"})
 
+SECTION_MARKS = (
+    ("<|think_start|>", "<|think_end|>", "<|final_start|>", "<|final_end|>"),
+    ("<think>", "</think>", "<final>", "</final>"),
+)
+"""The marks of reasoning and of an answer, under the names that they may have as special tokens."""
+
 
 SLACK = 2**16  # tokens by which a prompt may exceed the context before it is refused without counting the rest
 TokenIds: TypeAlias = "list[int] | array[int]"  # an array, which takes half of the memory, if there are very many
@@ -68,6 +74,10 @@ class ChatTemplate:
         """Compile `source`, which is from the file `origin`; raises `ChatTemplateError` if it is not Jinja."""
         self._tokenizer = tokenizer
         self.source = source
+        # A model with tokens for both sections learned to find them in every answer, though its template may write the
+        # words only: an earlier answer then has empty reasoning.
+        marks = next((m for m in SECTION_MARKS if all(map(tokenizer.spells_special, m)) and m[2] not in source), ())
+        self._answer_marks = ("".join(marks[:3]), marks[3]) if marks else ("", "")
         # trim_blocks and lstrip_blocks are off: the models were fine-tuned on the output of plain Jinja.
         self._environment = minijinja.Environment(
             fuel=FUEL,
@@ -178,9 +188,16 @@ class ChatTemplate:
         # The template ignores add_generation_prompt: cut the text before an assistant's words, without the last space,
         # which in training was part of the first word's token.
         before, found, _ = self._run([*chat, {"role": "assistant", "content": mark}], given).rpartition(mark)
-        return before.removesuffix(" ") if found else plain
+        return before.removesuffix(self._answer_marks[0]).removesuffix(" ") if found else plain
 
     def _run(self, chat: list[dict[str, Any]], given: dict[str, Any], add_generation_prompt: bool = False) -> str:
+        if start := self._answer_marks[0]:
+            chat = [
+                {**m, "content": f"{start}{m['content'].strip()}{self._answer_marks[1]}"}
+                if m["role"] == "assistant" and m["content"] is not None
+                else m
+                for m in chat
+            ]
         try:
             text = self._environment.render_template(
                 "chat", messages=chat, add_generation_prompt=add_generation_prompt, **given, **self._tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ....engine.client.output_processor import RequestOutput
 from ....model.tokenizer import Tokenizer
@@ -19,6 +19,19 @@ from ...http.errors import ApiError, encode_json
 from .wire import Item
 
 Put = Callable[[dict[str, Any]], None]
+
+
+class Thoughts(NamedTuple):
+    """How a response shows reasoning: the item's field and its part, and the names of the events."""
+
+    field: str
+    type: str
+    text: str
+    part: str
+
+
+CONTENT = Thoughts("content", "reasoning_text", "reasoning_text", "content_part")
+SUMMARY = Thoughts("summary", "summary_text", "reasoning_summary_text", "reasoning_summary_part")
 
 
 def new_id(kind: str) -> str:
@@ -41,6 +54,7 @@ class ResponseWriter(EventWriter):
         self._put = put
         self._reader = turn.reader()
         self._turn = turn
+        self._thoughts = CONTENT
         self._sequence = 0
         self._item: Item | None = None  # the one that is being written
         self._pieces: list[str] = []
@@ -110,7 +124,7 @@ class ResponseWriter(EventWriter):
                 if self._item is None or self._item["type"] != "reasoning":
                     data += self._close("completed") + self._open_reasoning()
                 self._pieces.append(part.text)
-                data += self._event("reasoning_text.delta", **self._place(), content_index=0, delta=part.text)
+                data += self._event(f"{self._thoughts.text}.delta", **self._reasoning_place(), delta=part.text)
                 continue
             if part.id is not None:
                 data += self._close("completed") + self._open_call(part)
@@ -151,11 +165,11 @@ class ResponseWriter(EventWriter):
         return data + self._event("content_part.added", **self._place(), content_index=0, part=part)
 
     def _open_reasoning(self) -> bytes:
-        part = {"type": "reasoning_text", "text": ""}
         item: Item = {"id": new_id("rs"), "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
-        data = self._open(item)
-        item["content"] = [part]
-        return data + self._event("content_part.added", **self._place(), content_index=0, part=part)
+        self._thoughts = CONTENT if self.response["reasoning"]["summary"] is None else SUMMARY
+        data, part = self._open(item), {"type": self._thoughts.type, "text": ""}
+        item[self._thoughts.field] = [part]
+        return data + self._event(f"{self._thoughts.part}.added", **self._reasoning_place(), part=part)
 
     def _open_call(self, call: CallPiece) -> bytes:
         self._has_calls = True
@@ -174,10 +188,10 @@ class ResponseWriter(EventWriter):
             data = self._event("output_text.done", **place, content_index=0, text=text, logprobs=self._logprobs)
             data += self._event("content_part.done", **place, content_index=0, part=part)
         elif item["type"] == "reasoning":
-            (part,) = item["content"]
-            part["text"] = text
-            data = self._event("reasoning_text.done", **place, content_index=0, text=text)
-            data += self._event("content_part.done", **place, content_index=0, part=part)
+            (part,) = item[self._thoughts.field]
+            part["text"], place = text, self._reasoning_place()
+            data = self._event(f"{self._thoughts.text}.done", **place, text=text)
+            data += self._event(f"{self._thoughts.part}.done", **place, part=part)
         else:
             item["arguments"] = text
             # Clients run a call that is completed, whatever became of the response.
@@ -190,6 +204,9 @@ class ResponseWriter(EventWriter):
         """Return the fields that say where the open item is."""
         output = self.response["output"]
         return {"item_id": output[-1]["id"], "output_index": len(output) - 1}
+
+    def _reasoning_place(self) -> dict[str, Any]:
+        return self._place() | {f"{self._thoughts.field}_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         """Encode an event immediately: the objects that it shows are mutated later."""

@@ -43,8 +43,7 @@ async def create_response(
     conversation, items = await off_loop_if_large(_read, body, sources, model)
     turn = await prepare_turn(conversation, model)
     response = await off_loop_if_large(_describe, body, turn)
-    effort = (body.chat_template_kwargs or {}).get("reasoning_effort") if model.reasons else "none"
-    response["reasoning"] = {"effort": effort if isinstance(effort, str) else None, "summary": None}
+    response["reasoning"] = read_reasoning(body, model)
     generation = start_generation(context, body, model, [turn.prompt], turn.params, "input")
     client = context.client or context.owner
     put = None if body.store is False else partial(store.put, input_items=items, owner=context.owner, client=client)
@@ -55,6 +54,16 @@ async def create_response(
     writer.piece(0, generation.choices[0])
     writer.closing()
     return JsonResponse(writer.response)
+
+
+def read_reasoning(body: wire.ResponseRequest, model: ServedModel) -> dict[str, str | None]:
+    """Return how a request asks for reasoning, as the response repeats it; raises `RequestError`."""
+    options = (body.chat_template_kwargs or {}) if model.reasons else {"reasoning_effort": "none"}
+    effort, summary = options.get("reasoning_effort"), options.get("reasoning_summary")
+    if summary not in wire.SUMMARIES:
+        field, known = "reasoning.summary", ", ".join(filter(None, wire.SUMMARIES))
+        raise RequestError(f"{field} must be one of {known}, but got {shorten(str(summary))}.", param=field)
+    return {"effort": effort if isinstance(effort, str) else None, "summary": summary}
 
 
 @dataclass(frozen=True, slots=True)

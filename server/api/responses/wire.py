@@ -11,6 +11,8 @@ from ..fields import JsonObjectFormat, JsonSchemaFormat, OpenAIRequest, TextForm
 from ..types import MAX_TOKENS, MAX_TOOLS, Description, JsonSchema, Name, StrictModel, TemplateVariables, Text, ToolName
 
 MAX_ITEMS = 4096
+Summary = Literal["auto", "concise", "detailed"]
+SUMMARIES = (None, "auto", "concise", "detailed")
 Item = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -136,7 +138,7 @@ class ReasoningOptions(StrictModel):
     """How the answer is reasoned."""
 
     effort: str | None = Field(description="As requested; none if the model does not reason.")
-    summary: None
+    summary: Summary | None = Field(description="As requested; the summary has all of the reasoning.")
 
 
 class ResponseStreamOptions(StrictModel):
@@ -194,13 +196,18 @@ class ReasoningText(StrictModel):
     text: str
 
 
+class SummaryText(StrictModel):
+    type: Literal["summary_text"]
+    text: str
+
+
 class OutputReasoning(StrictModel):
-    """The reasoning before an answer or a call, if the model reasons."""
+    """The reasoning before an answer or a call, if the model reasons: as content, or as a summary if requested."""
 
     id: str
     type: Literal["reasoning"]
     status: Status
-    summary: Annotated[list[Any], Field(max_length=0)]
+    summary: list[SummaryText]
     content: list[ReasoningText]
 
 
@@ -282,7 +289,8 @@ class ResponseEvent(StrictModel):
     item_id: str | None = None
     item: OutputItem | None = None
     content_index: int | None = None
-    part: Annotated[OutputText | ReasoningText, Field(discriminator="type")] | None = None
+    summary_index: int | None = None
+    part: Annotated[OutputText | ReasoningText | SummaryText, Field(discriminator="type")] | None = None
     delta: str | None = None
     text: str | None = None
     logprobs: list[TokenLogprob] | None = None

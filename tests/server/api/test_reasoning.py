@@ -10,6 +10,8 @@ import msgspec
 import pytest
 from anthropic.types import Message as AnthropicMessage
 from openai.types.responses import Response as OpenAIResponse
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.api.chat import ChatCompletion, ChatCompletionChunk
@@ -262,3 +264,30 @@ def test_no_parser_shows_all_text(harness) -> None:
 def test_a_parser_that_cannot_work_is_refused(harness, parser: str) -> None:
     with pytest.raises(ConfigError, match="--reasoning-parser"):
         find_marks(parser, harness.tokenizer, "", "")
+
+
+@each_form
+@pytest.mark.parametrize("field", ["summary", "generate_summary"])
+def test_responses_show_reasoning_as_a_summary(harness, form, field: str) -> None:
+    """Some clients show nothing else; a model's summary is all of its reasoning."""
+    form(harness)
+    body = {"input": "Hi", "reasoning": {field: "auto"}}
+    answer = harness.post("/v1/responses", body)
+    assert "x-pyllm-ignored" not in answer.headers
+    OpenAIResponse.model_validate(answer.json(), strict=True)
+    assert answer.json()["reasoning"]["summary"] == "auto"
+    reasoning, message = answer.json()["output"]
+    assert reasoning["summary"] == [{"type": "summary_text", "text": "well é"}]
+    assert (reasoning["content"], message["content"][0]["text"]) == ([], "Yes.")
+    events = events_of(harness.post("/v1/responses", body | {"stream": True}))
+    summed = [event for event in events if "summary" in event["type"]]
+    kinds = [event["type"].removeprefix("response.reasoning_summary_") for event in summed]
+    assert kinds == ["part.added", *["text.delta"] * (len(kinds) - 3), "text.done", "part.done"]
+    assert "".join(event.get("delta", "") for event in summed) == "well é" == summed[-2]["text"]
+    item = events[-1]["response"]["output"][0]
+    assert {(event["item_id"], event["summary_index"]) for event in summed} == {(item["id"], 0)}
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
+    refused = harness.post("/v1/responses", {"input": "Hi", "reasoning": {field: "long"}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "reasoning.summary"

@@ -8,35 +8,18 @@ from typing import Any
 
 import pytest
 from support.checkpoints import byte_tokenizer
+from support.dialogues import AGENTIC, FORMS, SECTION_TOKENS, V2, WEATHER, Form, write_tokenizer
 
 from pyllm.model import CheckpointError
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.chat.conversation import Message, Tool, ToolCall
 from pyllm.server.chat.template import ChatTemplate, ChatTemplateError
 
-V2 = (
-    "{%- for m in messages -%}{%- set text = m.content | trim -%}"
-    "{%- if m.role == 'system' -%}{{ 'System:\n' + text + '\n\n' }}"
-    "{%- elif m.role == 'user' -%}{{ 'User:\n' + text + '\n\n' }}"
-    "{%- elif m.role == 'assistant' -%}{{ 'Assistant:\n' + text + eos_token }}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'Assistant:\n' }}{%- endif -%}\n"
-)
 PIECES: dict[str, Any] = {
     "id": "complexity-chat-v2", "version": 2, "system_prompt": "", "system_format": "System:\n{content}\n\n",
     "user_format": "User:\n{content}\n\n", "assistant_prefix": "Assistant:\n", "turn_separator": "\n\n",
     "eos_token": "<|endoftext|>", "assistant_only_loss": True,
 }  # fmt: skip
-AGENTIC = (
-    "{%- if tools -%}{{ '<|system|>Available tools:\n' }}{{ tools | tojson }}{{ '<|end_of_turn|>' }}{%- endif -%}"
-    "{%- for m in messages -%}{%- set text = m.content or '' -%}"
-    "{%- if m.role == 'tool' -%}{{ '<|tool_result_start|>' + text + '<|tool_result_end|><|end_of_turn|>' }}"
-    "{%- elif m.role == 'assistant' -%}{{ '<|assistant|>' }}"
-    "{%- if m.tool_calls -%}{{ '<|tool_call_start|>' }}{{ m.tool_calls | tojson }}{{ '<|tool_call_end|>' }}"
-    "{%- endif -%}"
-    "{%- if text -%}{{ '<|final_start|>' + text + '<|final_end|>' }}{%- endif -%}{{ '<|end_of_turn|>' }}"
-    "{%- else -%}{{ '<|' + m.role + '|>' + text + '<|end_of_turn|>' }}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|assistant|><|think_start|>' }}{%- endif -%}"
-)
 NAMES = (
     "system user assistant end_of_turn tool_call_start tool_call_end tool_result_start tool_result_end think_start "
     "think_end final_start final_end"
@@ -61,7 +44,10 @@ def template(folder: Path, name: str, content: str, marks: str = "") -> tuple[To
     return tokenizer, ChatTemplate.from_tokenizer(tokenizer)
 
 
-@pytest.mark.parametrize(("name", "content"), [("chat_template.jinja", V2), ("chat_template.json", json.dumps(PIECES))])
+FILES = [("chat_template.jinja", V2), ("chat_template.json", json.dumps(PIECES))]
+
+
+@pytest.mark.parametrize(("name", "content"), FILES)
 def test_v2_from_jinja_and_from_pieces(name: str, content: str, tmp_path: Path) -> None:
     tokenizer, chat = template(tmp_path, name, content)
     ids = chat.render(CHAT)
@@ -70,6 +56,42 @@ def test_v2_from_jinja_and_from_pieces(name: str, content: str, tmp_path: Path) 
     assert ids[0] != tokenizer.bos_token_id
     assert ids[-1] == tokenizer.encode("\n")[0]
     assert chat.stop_strings == ()
+
+
+@pytest.mark.parametrize(("name", "content"), FILES)
+def test_earlier_answers_have_the_marks_of_the_32004_variant(name: str, content: str, tmp_path: Path) -> None:
+    """Its template writes only the words, but every answer that it learned from had empty or full reasoning."""
+    tokenizer, chat = template(tmp_path, name, content, "think_start think_end final_start final_end")
+    text = tokenizer.decode(ids := chat.render(CHAT), skip_special_tokens=False)
+    before, after = "<|think_start|><|think_end|><|final_start|>", "<|final_end|>"
+    assert text == EXPECTED.format("</s>").replace("Yes", f"{before}Yes{after}")
+    marks = [tokenizer.encode_prompt(mark)[0] for mark in SECTION_TOKENS]
+    assert [id_ for id_ in ids if id_ in marks] == marks
+    opened = chat.render([*CHAT[:2], Message("assistant", "Yes, ")], continue_final_message=True)
+    assert tokenizer.decode(opened, skip_special_tokens=False).endswith(f"Assistant:\n{before}Yes, ")
+    called = Message("assistant", "<|final_end|>")
+    spelled = chat.render([CHAT[1], called, CHAT[3]])
+    assert spelled.count(marks[3]) == 1, "the one that a client spelled is text"
+    assert chat.stop_strings == ()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_each_form_is_written_as_its_models_learned_it(form: Form, tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(form, tmp_path)
+    chat = ChatTemplate.from_tokenizer(tokenizer)
+    call = ToolCall("call_1", "get_weather", '{"city": "Oslo"}')
+    tool = Tool("get_weather", WEATHER["description"], WEATHER["parameters"])
+    messages = [Message("user", "Hi"), Message("assistant", "Yes."), Message("user", "So?")]
+    expected = form.turn("user", "Hi") + form.history("Yes.") + form.turn("user", "So?")
+    if form.is_agentic:
+        messages += [Message("assistant", None, calls=(call,)), Message("tool", "7", call_id="call_1")]
+        expected += form.history("", ["Oslo"], ["call_1"]) + form.turn("tool", "7")
+    system = Message("system", "Be kind.")
+    text = form.described([WEATHER] * form.is_agentic, "Be kind.") + expected + form.opening
+    text += "<|think_start|>" * form.is_agentic
+    ids = chat.render([system, *messages], tools=[tool])
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert ids == tokenizer.encode_prompt(text)
 
 
 def test_v1_pieces_have_a_system_prompt_of_their_own(tmp_path: Path) -> None:
