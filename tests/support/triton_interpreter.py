@@ -147,6 +147,28 @@ def _broadcast_others(lhs: Any, rhs: Any) -> tuple[Any, Any]:
     return (lhs, rhs) if sides[0] == sides[1] else _broadcast(lhs, rhs)
 
 
+_common: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
+_types: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+
+def _typed(side: Any, sizes: tuple[int, ...]) -> Any:
+    """Give the type of a shape to a tensor whose data NumPy will broadcast to it."""
+    scalar = side.type.scalar
+    if (known := _types.get((scalar.name, sizes))) is None:
+        known = _types[scalar.name, sizes] = tl.block_type(scalar, list(sizes))
+    return tl.tensor(side.handle, known)
+
+
+def _broadcast_types(lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    """Broadcast the types of the operands of one operation, which broadcasts their data itself."""
+    left, right = (tuple(side.type.shape.values) if side.type.is_block() else () for side in (lhs, rhs))
+    if left == right:
+        return lhs, rhs
+    if (sizes := _common.get((left, right))) is None:
+        sizes = _common[left, right] = np.broadcast_shapes(left, right)
+    return lhs if left == sizes else _typed(lhs, sizes), rhs if right == sizes else _typed(rhs, sizes)
+
+
 _to_ir = tl.core.block_type.to_ir
 
 
@@ -160,26 +182,55 @@ _SAME = {"fp32": float, "int32": int}
 """Types of tensors, and the numbers that take their type next to them."""
 
 
+_ALIKE = {*_SAME, "fp64", "int64", "uint32", "int1"}
+"""Types that stay as they are next to their like."""
+_OFFSETS = {"int32", "int64"}
+
+
 @functools.lru_cache(maxsize=4096)
-def _filled(number: float, dtype: Any, sizes: tuple[int, ...]) -> Any:
-    data = np.full(sizes or (1,), number, dtype=_by_dtype(dtype))
+def _filled(number: float, dtype: Any) -> Any:
+    data = np.full(1, number, dtype=_by_dtype(dtype))
     data.flags.writeable = False
     return data
 
 
-def _check_others(lhs: Any, rhs: Any, *how: Any, **flags: Any) -> tuple[Any, Any]:
+def _check_others(lhs: Any, rhs: Any, allow_lhs_ptr: bool = False, *how: Any, **flags: Any) -> tuple[Any, Any]:
     """Find the common type of two operands, unless it is the first one's."""
-    dtype = lhs.dtype if type(lhs) is tl.tensor else None
-    number = dtype and _SAME.get(dtype.name)
-    if number:
-        if type(rhs) is tl.tensor and rhs.dtype.name == dtype.name:
-            return _broadcast_others(lhs, rhs)
-        if type(rhs) is number and (number is float or -(2**31) <= rhs < 2**31):
-            sizes = tuple(lhs.type.shape.values) if lhs.type.is_block() else ()
-            return lhs, tl.tensor(interpreter.TensorHandle(_filled(rhs, dtype, sizes), dtype), lhs.type)
-    return _check_types(lhs, rhs, *how, **flags)
+    if type(lhs) is tl.tensor:
+        dtype = lhs.dtype
+        points = allow_lhs_ptr and dtype.is_ptr()
+        if type(rhs) is tl.tensor:
+            other = rhs.dtype.name
+            if (other in _OFFSETS) if points else (other == dtype.name and other in _ALIKE):
+                return _broadcast_types(lhs, rhs)
+        elif type(rhs) is (number := int if points else _SAME.get(dtype.name)):
+            dtype = tl.int32 if points else dtype
+            if number is float or -(2**31) <= rhs < 2**31:
+                return _broadcast_types(lhs, tl.tensor(interpreter.TensorHandle(_filled(rhs, dtype), dtype), dtype))
+    return _check_types(lhs, rhs, allow_lhs_ptr, *how, **flags)
 
 
+_unwrap = tl.core._unwrap_if_constexpr
+
+
+def _unwrap_others(value: Any) -> Any:
+    kind = type(value)
+    return value if kind is tl.tensor or kind is int else value.value if kind is tl.constexpr else _unwrap(value)
+
+
+def _patch_attr(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """Call a function of the language without the checks of its wrapper."""
+    inner = member.__wrapped__ if hasattr(member, "__wrapped__") else member
+
+    def call(*args: Any, **how: Any) -> Any:
+        how["_semantic"] = interpreter.interpreter_semantic
+        return inner(*args, **how)
+
+    scope.set_attr(obj, name, call)
+
+
+interpreter._patch_attr = _patch_attr
+tl.core._unwrap_if_constexpr = _unwrap_others
 interpreter._get_np_dtype = _np_dtype
 interpreter.interpreter_semantic.broadcast_impl_value = _broadcast_others
 interpreter.interpreter_semantic.binary_op_type_checking_impl = _check_others
