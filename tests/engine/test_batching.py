@@ -70,15 +70,21 @@ def test_a_request_says_the_same_alone_and_among_sixteen_others(tiny_checkpoint,
     assert [shuffled[request.request_id] for request in requests] == alone, "in another order"
 
 
+@pytest.fixture(scope="module")
+def nine_alone(tiny_checkpoint) -> tuple[list[EngineRequest], list[list[int]]]:
+    """Nine requests, and what each says alone."""
+    rng = random.Random(5)
+    requests = [random_request(rng, str(i), longest=50) for i in range(9)]
+    plain = make_core(tiny_checkpoint)
+    return requests, [run(plain, [request])[0] for request in requests]
+
+
 @pytest.mark.parametrize("sizes", [
     {"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 7, "block_size": 5}, {"max_num_batched_tokens": 33},
     {"block_size": 1, "num_kv_blocks": 3000}, {"max_num_seqs": 3}, {"block_size": 64},
 ], ids=str)  # fmt: skip
-def test_the_answer_does_not_depend_on_chunks_pages_or_seats(tiny_checkpoint, sizes):
-    rng = random.Random(5)
-    requests = [random_request(rng, str(i), longest=50) for i in range(9)]
-    plain = make_core(tiny_checkpoint)
-    alone = [run(plain, [request])[0] for request in requests]
+def test_the_answer_does_not_depend_on_chunks_pages_or_seats(tiny_checkpoint, nine_alone, sizes):
+    requests, alone = nine_alone
     assert run(make_core(tiny_checkpoint, **sizes), requests) == alone
 
 
