@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..flags import ServerConfig
@@ -236,6 +237,9 @@ class RequestMiddleware:
         # A proxy may or may not strip the prefix.
         if self._root and (scope["path"] + "/").startswith(self._root + "/"):
             scope["root_path"] = self._root
+            if scope["path"] == self._root:  # the pages' relative links need the slash
+                await RedirectResponse(self._root + "/")(scope, receive, send)
+                return
         prefix, headers = scope.get("root_path", ""), Headers(scope=scope)
         asked = path = scope["path"].removeprefix(prefix)
         if "//" in path or path[1:].endswith("/"):  # as made by joining a base URL and a path

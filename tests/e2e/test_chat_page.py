@@ -248,13 +248,32 @@ def test_the_page_works_under_a_proxys_path(browser: sync_api.Browser, guarded: 
                 response=route.fetch(url=route.request.url.replace("http://proxy.example/llm", guarded.url))
             ),
         )
-        visit.open().use_key(KEY)
-        visit.ask("Hello!")
-        visit.wait_for_the_end()
-        assert visit.bodies().inner_text()
-        visit.open("/docs")
-        expect(visit.page.get_by_role("heading", name="PyLLM")).to_be_visible()
-        assert not [url for url in visit.urls if not url.startswith((visit.home, "data:"))]
+        try_pages(visit)
+
+
+def test_the_page_works_with_a_root_path(browser: sync_api.Browser, tmp_path: Path) -> None:
+    with (
+        ServerProcess(tmp_path / "log", "--api-key", KEY, "--root-path", "/llm") as server,
+        browser.new_context() as context,
+    ):
+        visit = Visit(context.new_page(), server.url)
+        try_pages(visit)
+        expect(visit.open("").page.get_by_role("textbox", name="Message")).to_be_visible()
+        assert visit.page.url == f"{server.url}/"
+        assert not [text for text in visit.complaints if "status of 401" not in text]
+
+
+def try_pages(visit: Visit) -> None:
+    """Chat, and open the API reference; all of it below the page's own address."""
+    visit.open().use_key(KEY)
+    visit.ask("Hello!")
+    visit.wait_for_the_end()
+    assert visit.bodies().inner_text()
+    visit.open("/docs")
+    expect(visit.page.get_by_role("heading", name="PyLLM")).to_be_visible()
+    operation = visit.page.locator("[id='operations-health-health_health_get'], [data-path='/health']").first
+    expect(operation).to_be_visible()
+    assert not [url for url in visit.urls if not url.startswith((visit.home, "data:"))]
 
 
 def test_api_reference_works_offline(visit: Visit) -> None:

@@ -116,7 +116,7 @@ class ServerProcess:
 
     def _announced_url(self) -> str | None:
         assert self.process.poll() is None, f"the server ended with {self.process.returncode}: {self.log}"
-        found = re.search(r"on (https?://127\.0\.0\.1:\d+)/v1", self.log)
+        found = re.search(r"on (https?://127\.0\.0\.1:\d+\S*)/v1", self.log)
         return found[1] if found else None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
