@@ -15,12 +15,12 @@ from pyllm.engine.step.request import Request
 Prefix = tuple[str | None, tuple[int, ...]]  # a salt, and all tokens up to the end of a block
 RUNS, MOVES = 2000, 50
 CHOICES = 9  # bytes that decide a move
+PARAMS = SamplingParams(max_tokens=1000)
 OPTIONAL = ["admit", "abort", "compute", "generate", "preempt", "leave"]
 
 
 def make_request(tokens: list[int], salt: str | None = None) -> Request:
-    params = SamplingParams(max_tokens=1000)
-    message = EngineRequest(request_id="r", prompt_token_ids=tokens, params=params, cache_salt=salt)
+    message = EngineRequest(request_id="r", prompt_token_ids=tokens, params=PARAMS, cache_salt=salt)
     return Request(message)
 
 
