@@ -282,6 +282,8 @@ def parse(text: str) -> Iterator[KeyLine]:
 def _parse_line(words: list[str]) -> KeyLine:
     """Read a key and its settings; raise `ValueError`."""
     word, settings = words[0], dict[str, str]()
+    if not word.isprintable():
+        raise ValueError("a key has characters that cannot be printed")
     known = ("name", *Limits.__dataclass_fields__)
     for text in words[1:]:
         name, equals, value = text.partition("=")

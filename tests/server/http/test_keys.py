@@ -102,6 +102,8 @@ def test_an_unnamed_key_has_one_owner_wherever_it_is_given(tmp_path):
         ("sk-1\n" * 1 + "".join(f"sk-{n}\n" for n in range(2, 1100)), "more than 1024 keys"),
         ("sk-1 #" + "x" * 2**20, "more than 1048576 bytes"),
         (b"sk-\xff1", "is not UTF-8 text"),
+        (b"\0" * 3000, "line 1: a key has characters that cannot be printed"),
+        ("sk-1\nsk-\u200b2", "line 2: a key has characters that cannot be printed"),
         ("pipe", "is not a file"),
         ("folder", "Is a directory"),
         ("missing", "No such file"),
