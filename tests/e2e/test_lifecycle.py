@@ -45,16 +45,16 @@ def stream_of(client: Any, max_tokens: int) -> Any:
 
 @pytest.mark.anyio
 async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint: Path, tmp_path: Path) -> None:
-    tokens = 800
-    body = {"prompt": "Hi", "max_tokens": tokens, "ignore_eos": True}
+    lengths = [800] + 15 * [200]
+    body = {"prompt": "Hi", "ignore_eos": True}
     streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
     with ServerProcess(tmp_path / "log", str(checkpoint), "--dtype", "float32", "--shutdown-timeout", "200") as server:
         engine = server.engine_pid
         async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as http:
             started = asyncio.Semaphore(0)
 
-            async def follow() -> list[str]:
-                async with http.stream("POST", "/v1/completions", json=streamed) as answer:
+            async def follow(tokens: int) -> list[str]:
+                async with http.stream("POST", "/v1/completions", json=streamed | {"max_tokens": tokens}) as answer:
                     lines = []
                     async for line in answer.aiter_lines():
                         if not lines:
@@ -62,7 +62,7 @@ async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint:
                         lines += [line] if line else []
                     return lines
 
-            tasks = [asyncio.create_task(follow()) for _ in range(16)]
+            tasks = [asyncio.create_task(follow(tokens)) for tokens in lengths]
             for _ in range(16):
                 await started.acquire()
             server.process.send_signal(signal.SIGTERM)
@@ -77,7 +77,7 @@ async def test_streams_finish_whole_when_the_server_is_asked_to_stop(checkpoint:
                 assert answer.status_code == 503
                 assert answer.json()["error"]["code"] == "shutting_down"
                 assert int(answer.headers["retry-after"]) > 0
-            for lines in await asyncio.gather(*tasks):
+            for tokens, lines in zip(lengths, await asyncio.gather(*tasks), strict=True):
                 assert lines[-1] == "data: [DONE]"
                 assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == tokens
                 assert '"finish_reason":"length"' in lines[-3]
@@ -150,42 +150,38 @@ def test_the_engine_ends_with_a_server_that_is_killed(checkpoint: Path, tmp_path
         wait_for(lambda: not is_running(engine), "the orphaned engine to end")
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/environ").exists(), reason="a process's environment is read from Linux's /proc"
-)
-@pytest.mark.parametrize("policy", [None, "active"])
-def test_engine_threads_spin_briefly_and_share_one_heap(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str | None
-) -> None:
+Environments = tuple[dict[str, str], list[dict[str, str]]]
+"""What a user sets of the environment, and then the environments of the API process and of the engine."""
+
+
+@pytest.fixture(scope="module", params=[{}, {"OMP_WAIT_POLICY": "active", "PYTHONMALLOC": "pymalloc"}], ids=["", "set"])
+def environments(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Environments:
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("a process's environment is read from Linux's /proc")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "MALLOC_ARENA_MAX", "PYTHONMALLOC"):
+            patch.delenv(name, raising=False)
+        for name, value in request.param.items():
+            patch.setenv(name, value)
+        with ServerProcess(tmp_path_factory.mktemp("variables") / "log", str(checkpoint), cold=True) as server:
+            texts = [Path(f"/proc/{pid}/environ").read_bytes() for pid in (server.process.pid, server.engine_pid)]
+    return request.param, [dict(one.split("=", 1) for one in text.decode().split("\0") if one) for text in texts]
+
+
+def test_engine_threads_spin_briefly_and_share_one_heap(environments: Environments) -> None:
     """Both are defaults: the user's own environment variables win."""
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
-    if policy:
-        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    with ServerProcess(tmp_path / "log", str(checkpoint), cold=True) as process:
-        environment = Path(f"/proc/{process.engine_pid}/environ").read_bytes().split(b"\0")
-    spins = any(setting.startswith(b"GOMP_SPINCOUNT=") for setting in environment)
-    assert spins == (policy is None)
-    assert b"MALLOC_ARENA_MAX=1" in environment, "threads' own heaps grow for long under mixed load"
+    chosen, (_, engine) = environments
+    assert ("GOMP_SPINCOUNT" in engine) == ("OMP_WAIT_POLICY" not in chosen)
+    assert engine["MALLOC_ARENA_MAX"] == "1", "threads' own heaps grow for long under mixed load"
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="read from Linux's /proc")
-@pytest.mark.parametrize("chosen", [None, "pymalloc"])
-def test_only_the_api_process_has_the_system_allocator(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
-) -> None:
+def test_only_the_api_process_has_the_system_allocator(environments: Environments) -> None:
     """Python's own keeps most of the memory that a burst of large requests has taken; the user's choice wins."""
-    monkeypatch.delenv("PYTHONMALLOC", raising=False)
-    if chosen:
-        monkeypatch.setenv("PYTHONMALLOC", chosen)
-    with ServerProcess(tmp_path / "log", str(checkpoint), cold=True) as process:
-        found = []
-        for pid in (process.process.pid, process.engine_pid):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            found.append([one.decode() for one in variables if one.startswith(b"PYTHONMALLOC=")])
-    mine = [f"PYTHONMALLOC={chosen}"]
-    assert found == ([mine, mine] if chosen else [["PYTHONMALLOC=malloc"], []])
+    chosen, found = environments
+    mine = chosen.get("PYTHONMALLOC")
+    assert [one.get("PYTHONMALLOC") for one in found] == ([mine, mine] if mine else ["malloc", None])
 
 
 def free_port() -> int:

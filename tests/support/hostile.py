@@ -64,13 +64,23 @@ def post(path: str, body: bytes, *headers: str, name: str = "", kind: str = "app
 
 def _whole_chunks(data: bytes) -> tuple[bytes, int] | None:
     """The content of chunks, and where they end; None while there are more to come."""
-    content, at = b"", 0
+    pieces, at = list[bytes](), 0
     while (end := data.find(b"\r\n", at)) >= 0:
         size = int(data[at:end].split(b";")[0], 16)
-        content, at = content + data[end + 2 : end + 2 + size], end + 4 + size
+        pieces.append(data[end + 2 : end + 2 + size])
+        at = end + 4 + size
         if not size:
-            return content, at
+            return b"".join(pieces), at
     return None
+
+
+def _is_partial(data: bytearray) -> bool:
+    """Whether the first answer is certainly partial, without reading again all that has come of it."""
+    head = bytes(data[:4096]).partition(b"\r\n\r\n")[0]
+    if b"transfer-encoding" in head:
+        return not data.endswith(b"0\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    return length is not None and len(data) < int(length[1])
 
 
 def parse_replies(data: bytes, ended: bool) -> list[Reply]:
@@ -169,7 +179,7 @@ def _faults_of_error(content: Any, path: str, text: str) -> Iterator[str]:
 
 async def _exchange(host: str, port: int, case: Case) -> tuple[list[Reply], float]:
     reader, writer = await asyncio.open_connection(host, port, limit=2**24)
-    began, data, replies = time.monotonic(), b"", list[Reply]()
+    began, data, replies = time.monotonic(), bytearray(), list[Reply]()
     try:
         with contextlib.suppress(ConnectionError):  # an answer may come before all is sent
             writer.write(case.data)
@@ -178,10 +188,11 @@ async def _exchange(host: str, port: int, case: Case) -> tuple[list[Reply], floa
             while len(replies) < case.replies:
                 piece = await asyncio.wait_for(reader.read(2**20), GIVE_UP)
                 data += piece
-                replies = parse_replies(data, ended=not piece)
+                if not piece or case.replies > 1 or not _is_partial(data):
+                    replies = parse_replies(bytes(data), ended=not piece)
                 if not piece:
                     break
-        return replies or parse_replies(data, ended=True), time.monotonic() - began
+        return replies or parse_replies(bytes(data), ended=True), time.monotonic() - began
     except TimeoutError:
         return replies, time.monotonic() - began
     finally:

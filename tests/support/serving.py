@@ -46,28 +46,29 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float | None =
 
 def _processes() -> dict[int, tuple[int, str]]:
     """The parent and the state of each process."""
-    found = {}
-    if Path("/proc/self/stat").exists():
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it ended while we looked
-                state, parent, *_ = path.read_text().rpartition(")")[2].split()
-                found[int(path.parent.name)] = int(parent), state
-    else:
-        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True)
-        for line in listing.stdout.splitlines():
-            pid, parent, state = line.split()
-            found[int(pid)] = int(parent), state
-    return found
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True)
+    return {int(pid): (int(parent), state) for pid, parent, state in map(str.split, listing.stdout.splitlines())}
 
 
 def children(pid: int) -> list[int]:
     """The process ids of a process's children."""
-    return [child for child, (parent, _) in _processes().items() if parent == pid]
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        return [child for child, (parent, _) in _processes().items() if parent == pid]
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread ended while we looked
+            found += map(int, path.read_text().split())
+    return found
 
 
 def is_running(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
-    return not _processes().get(pid, (0, "Z"))[1].startswith("Z")
+    if not Path("/proc/self/stat").exists():
+        return not _processes().get(pid, (0, "Z"))[1].startswith("Z")
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 class Metrics(dict[tuple[str, str], float]):
