@@ -9,31 +9,21 @@ from __future__ import annotations
 import json
 import re
 import string
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import Final
 
 from pyllm.model.demo import items as i
 from pyllm.model.demo import tables as t
 from pyllm.model.demo import wordings as w
+from pyllm.model.demo.copied import Copied
 from pyllm.model.demo.help_wordings import MORE, SYNONYMS
+from pyllm.model.demo.phrasing import Sample, Values, capital, chat, expand, fill, phrase, vary
 
-Message = dict[str, Any]
 QUESTIONS: Final = Path(__file__).parents[2] / "benchmarks" / "demo" / "questions.jsonl"
 RUN: Final = 5
 """How many words in a row no training text shares with a held-back question."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A chat with the answers that it should get, and the OpenAI tools offered in it."""
-
-    kind: str
-    messages: list[Message]
-    tools: tuple[Message, ...] = ()
 
 
 def words_of(text: str) -> list[str]:
@@ -71,130 +61,6 @@ class HeldBack:
         return not any(self.touches(m["content"]) for m in sample.messages if m["content"])
 
 
-_CHOICE = re.compile(r"\[([^\[\]]*)\]")
-
-
-def expand(rng: Random, wording: str) -> str:
-    """Choose among what is in brackets, the inner ones first."""
-    while (match := _CHOICE.search(wording)) is not None:
-        wording = wording[: match.start()] + rng.choice(match[1].split("|")) + wording[match.end() :]
-    return re.sub(r" +([.,])", r"\1", re.sub(r"  +", " ", wording)).strip(" ,")
-
-
-def fill(text: str, values: dict[str, Any]) -> str:
-    """Put the values into the `{fields}` of a text; other braces stay."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), text)
-
-
-def capital(text: str) -> str:
-    """The text with a capital letter first."""
-    return text[:1].upper() + text[1:]
-
-
-def phrase(rng: Random, lang: str, wordings: list[str]) -> str:
-    """One wording; a noun phrase (`np:`) in one of the frames for all of them."""
-    wording = rng.choice(wordings)
-    if wording.startswith("np:"):
-        noun = expand(rng, wording.removeprefix("np:"))
-        return fill(expand(rng, rng.choice(w.FRAMES[lang])), {"np": noun, "Np": capital(noun)})
-    return expand(rng, wording)
-
-
-def vary(rng: Random, lang: str, template: str) -> str:
-    """A template as people type it: more words around it, small letters, errors; `{fields}` stay whole."""
-    if rng.random() < 0.3:
-        opener = expand(rng, rng.choice(w.OPENERS[lang]))
-        small = template[:1].lower() + template[1:]
-        template = f"{opener} {template if template[:2].isupper() or rng.random() < 0.3 else small}"
-    if rng.random() < 0.2:
-        closer = expand(rng, rng.choice(w.CLOSERS[lang]))
-        stop = "" if template.endswith(("?", "!")) else rng.choice(("", "."))
-        template = re.sub(r" +([,.])", r"\1", f"{template.rstrip(' .')}{stop} {closer}")
-    if rng.random() < 0.5:
-        return template
-    parts = re.split(r"(\{\w+\})", template)
-    how = rng.random()
-    for at in range(0, len(parts), 2):
-        if how < 0.3:
-            parts[at] = parts[at].lower()
-        elif how < 0.33:
-            parts[at] = parts[at].upper()
-        elif how < 0.5 and len(parts[at]) > 6:  # a typing error
-            place = rng.randrange(1, len(parts[at]) - 1)
-            swapped = parts[at][place + 1] + parts[at][place]
-            parts[at] = parts[at][:place] + rng.choice(("", parts[at][place] * 2, swapped)) + parts[at][place + 1 :]
-        elif how < 0.6:
-            parts[at] = "".join(c for c in unicodedata.normalize("NFD", parts[at]) if not unicodedata.combining(c))
-    if how > 0.5:
-        parts[-1] = parts[-1].replace(" ?", "?").replace(" !", "!")
-    if rng.random() < 0.5:
-        parts[-1] = re.sub(r" ?[.?!]$", "", parts[-1]) + rng.choice(("", "", "?", ".", "!"))
-    text = "".join(parts)
-    return text.replace("'", "’") if rng.random() < 0.1 else text
-
-
-def chat(question: str, answer: str) -> list[Message]:
-    """A question and its answer as messages."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def called(question: str, name: str, arguments: dict[str, Any]) -> list[Message]:
-    """A question and the tool call that it leads to."""
-    call = {"id": "call_0", "type": "function", "function": {"name": name, "arguments": arguments}}
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-
-
-class Values:
-    """Draws what is copied from a question: names, codes, addresses, numbers; most were never seen before."""
-
-    def __init__(self, words: dict[str, list[str]]) -> None:
-        self.words = words
-
-    def draw(self, rng: Random, kind: str, lang: str = "en") -> Any:
-        """A value of a kind: a number for "int", "age", "price" …, else text."""
-        if kind == "any":
-            kind = rng.choice(("name", "city", "code", "ident", "mail", "word", "int", "year", "amount"))
-        if kind in t.NUMBERS:
-            return rng.randint(*t.NUMBERS[kind])
-        if kind in ("name", "city") and rng.random() < 0.6:
-            return self.name(rng)
-        made = {"code": self.code, "ident": self.ident, "mail": self.mail, "name": self.name}.get(kind)
-        if made and (kind != "name" or rng.random() < 0.5):
-            return made(rng)
-        if kind == "year":
-            return rng.randint(1900, 2040)
-        if kind == "word":
-            return rng.choice(self.words[lang])
-        return rng.choice(t.VALUES[kind])
-
-    def name(self, rng: Random) -> str:
-        """A made-up name of two to four syllables."""
-        if rng.random() < 0.5:
-            return "".join(rng.choice(t.SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
-        pairs = [rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiouy") for _ in range(rng.randint(2, 4))]
-        return "".join([*pairs, rng.choice(("", "", *"lnrstk"))]).capitalize()
-
-    def code(self, rng: Random) -> str:
-        """Random letters and digits, sometimes with a dash."""
-        upper, digits = string.ascii_uppercase, string.digits
-        signs = rng.choice(
-            (upper + digits, upper + digits, string.ascii_letters + digits, upper, upper.lower() + digits)
-        )
-        text = "".join(rng.choice(signs) for _ in range(rng.randint(4, 9)))
-        text = text if not text.isdigit() else "K" + text
-        return f"{text[:3]}-{text[3:]}" if rng.random() < 0.2 else text
-
-    def ident(self, rng: Random) -> str:
-        """Random small letters, or two words joined."""
-        if rng.random() < 0.3:
-            return "_".join(rng.choice(self.words["en"]) for _ in range(2))
-        return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(3, 8)))
-
-    def mail(self, rng: Random) -> str:
-        """An address with random parts."""
-        return f"{self.ident(rng)}@{self.ident(rng)}.{rng.choice(('org', 'com', 'fr', 'net', 'io'))}"
-
-
 class Corpus:
     """Draws chats; `pieces` are parts of words for made-up words to spell, best all of the tokenizer's."""
 
@@ -204,6 +70,7 @@ class Corpus:
         self.countries = [country for country in i.COUNTRIES if not country.held_out]
         self.pieces = list(pieces)
         self.values = Values(self.words)
+        self.copied = copied = Copied(self.words, self.values, self.draw)
         self.known_names = {words_of(n)[-1] for c in i.COUNTRIES for n in (*c.name.values(), *c.capital.values())}
         self.help_entries = [self._help_entry(entry) for entry in t.HELP]
         groups = {lang: [group.split("|") for group in SYNONYMS[lang]] for lang in i.LANGUAGES}
@@ -213,8 +80,8 @@ class Corpus:
             "help": (4.0, self.help), "facts": (0.6, self.facts), "capitals": (2.4, self.capitals),
             "sums": (3.2, self.sums), "dates": (2.0, self.dates), "counting": (1.2, self.counting),
             "spelling": (1.8, self.spelling), "letters": (0.3, self.letters), "translation": (0.8, self.translation),
-            "json": (2.4, self.json), "tool call": (2.2, self.tool_call), "tool answer": (0.4, self.tool_answer),
-            "repeat": (0.5, self.repeat), "memory": (0.7, self.memory), "context": (1.2, self.context),
+            "json": (2.4, copied.json), "tool call": (2.2, copied.tool_call), "tool answer": (0.4, copied.tool_answer),
+            "repeat": (0.5, copied.repeat), "memory": (0.7, copied.memory), "context": (1.2, copied.context),
             "unknown": (3.0, self.unknown), "first": (0.5, self.first),
         }  # fmt: skip
 
@@ -254,7 +121,7 @@ class Corpus:
         first = samples[0]
         tools = first.tools
         if not tools and rng.random() < 0.03:  # tools that the question does not need
-            tools = tuple(self.tool(rng.choice(t.TOOLS)) for _ in range(rng.randint(1, 2)))
+            tools = tuple(self.copied.tool(rng.choice(t.TOOLS)) for _ in range(rng.randint(1, 2)))
         messages = [message for sample in samples for message in sample.messages]
         if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
@@ -439,133 +306,6 @@ class Corpus:
         answer = t.TRANSLATION[f"{reply}, {to}"].format(x=word, y=other)
         return Sample("translation", chat(fill(vary(rng, ask, template), {"x": word}), answer))
 
-    def json(self, rng: Random, ask: str, reply: str) -> Sample:
-        """A JSON object filled from a sentence, or from a list of fields."""
-        if rng.random() < 0.55:
-            sentence, names = rng.choice(t.RECORDS[ask])
-            sentence = expand(rng, sentence)
-            values = {kind: self.values.draw(rng, kind.rstrip("2"), ask) for kind in names}
-            text = sentence.format(**values)
-            filled = {names[kind]: values[kind] for kind in names}
-        else:
-            text, filled = self.listed(rng, ask)
-        asked = rng.sample(list(filled), rng.randint(max(1, len(filled) - 2), len(filled)))
-        joined = rng.choice((", ", ", ", " ", "; ", "/"))
-        listed = joined.join(asked)
-        if len(asked) > 1 and rng.random() < 0.4:
-            listed = f"{', '.join(asked[:-1])} {'and' if ask == 'en' else 'et'} {asked[-1]}"
-        answer = json.dumps({name: filled[name] for name in asked}, ensure_ascii=False)
-        if rng.random() < 0.15:
-            system = rng.choice(t.JSON_SYSTEM[ask]).format(fields=listed)
-            return Sample("json", [{"role": "system", "content": system}, *chat(text, answer)])
-        question = vary(rng, ask, expand(rng, rng.choice(t.JSON_QUESTIONS[ask])))
-        return Sample("json", chat(fill(question, {"fields": listed, "text": text}), answer))
-
-    def listed(self, rng: Random, lang: str) -> tuple[str, dict[str, Any]]:
-        """A text that names fields with their values in one of many ways, and the values by field."""
-        count = rng.randint(2, 4)
-        names = rng.sample(t.FIELDS[lang], count)
-        if rng.random() < 0.15:
-            names = [self.values.ident(rng) for _ in names]
-        values = {name: self.values.draw(rng, "any", lang) for name in names}
-        form = rng.choice(t.FIELD_FORMS[lang])
-        parts = [form.format(name=name, value=value) for name, value in values.items()]
-        text = rng.choice((", ", ", ", "; ", ". ", " and " if lang == "en" else " et ")).join(parts)
-        return capital(text) if text.startswith((names[0], "the", "le ")) and names[0] in t.FIELDS[
-            lang
-        ] else text, values
-
-    def tool(self, spec: t.Tool) -> Message:
-        """A tool as an OpenAI request describes it."""
-        types = {"int": "integer", "count": "integer", "minutes": "integer", "amount": "integer"}
-        properties = {p: {"type": types.get(kind, "string")} for p, kind in spec.params.items()}
-        parameters = {"type": "object", "properties": properties, "required": list(properties)}
-        return {"type": "function", "function": {
-            "name": spec.name, "description": spec.description, "parameters": parameters,
-        }}  # fmt: skip
-
-    def tool_call(self, rng: Random, ask: str, reply: str) -> Sample:
-        """One of the offered tools is called with what the question names."""
-        spec = self.made_up_tool(rng) if rng.random() < 0.45 else rng.choice(t.TOOLS)
-        arguments = {p: self.values.draw(rng, kind, ask) for p, kind in spec.params.items()}
-        question = fill(vary(rng, ask, expand(rng, rng.choice(spec.ask[ask]))), arguments)
-        offered = {spec.name: spec}
-        for _ in range(rng.choice((0, 0, 1, 1, 1, 2))):
-            other = self.made_up_tool(rng) if rng.random() < 0.4 else rng.choice(t.TOOLS)
-            offered.setdefault(other.name, other)
-        tools = [self.tool(s) for s in offered.values()]
-        rng.shuffle(tools)
-        return Sample("tool call", called(question, spec.name, arguments), tuple(tools))
-
-    def made_up_tool(self, rng: Random) -> t.Tool:
-        """A tool with a name that was never seen, so that names are read and not remembered."""
-        verb, noun = rng.choice(t.TOOL_VERBS), rng.choice(t.TOOL_NOUNS + self.words["en"][:: rng.randint(3, 9)])
-        name = f"{verb}_{noun}"
-        params: dict[str, str] = {}
-        for _ in range(rng.choice((1, 1, 2))):
-            kind = rng.choice(("word", "name", "city", "count", "code", "ident", "mail"))
-            params[rng.choice(t.TOOL_PARAMS[kind])] = kind
-        named = {}
-        for lang, joints in (("en", (" and ", ", ", " with ")), ("fr", (" et ", ", ", " avec "))):
-            forms = [rng.choice(t.PARAM_FORMS[lang]).format(name=p, value="{" + p + "}") for p in params]
-            named[lang] = rng.choice(joints).join(forms)
-        ask = {lang: [frame.format(name=name, verb=verb, noun=noun, values=named[lang]) for frame in frames]
-               for lang, frames in t.TOOL_FRAMES.items()}  # fmt: skip
-        return t.Tool(name, params, f"{capital(verb)} a {noun}", ask)
-
-    def tool_answer(self, rng: Random, ask: str, reply: str) -> Sample:
-        """The tool's result is put into a sentence."""
-        spec = rng.choice([s for s in t.TOOLS if s.result])
-        arguments = {p: self.values.draw(rng, kind, ask) for p, kind in spec.params.items()}
-        results = {p: self.values.draw(rng, kind, ask) for p, kind in spec.results.items()}
-        if spec.name == "add":
-            results = {"sum": arguments["a"] + arguments["b"]}
-        question = fill(vary(rng, ask, expand(rng, rng.choice(spec.ask[ask]))), arguments)
-        answer = spec.answer[reply].format(**arguments, **{k: in_language(v, reply) for k, v in results.items()})
-        result = {"role": "tool", "tool_call_id": "call_0", "content": json.dumps(results, ensure_ascii=False)}
-        messages = [*called(question, spec.name, arguments), result, {"role": "assistant", "content": answer}]
-        return Sample("tool answer", messages, (self.tool(spec),))
-
-    def repeat(self, rng: Random, ask: str, reply: str) -> Sample:
-        """Says what it is asked to say."""
-        text = " ".join(rng.choice(self.words[ask]) for _ in range(rng.randint(1, 5)))
-        text = self.values.code(rng) if rng.random() < 0.3 else text
-        return Sample("repeat", chat(fill(vary(rng, ask, rng.choice(t.REPEAT[ask])), {"x": text}), text))
-
-    def memory(self, rng: Random, ask: str, reply: str) -> Sample:
-        """Remembers the user's name or city, or its own name from the system message."""
-        entry = rng.choice(t.MEMORY)
-        x = self.values.draw(rng, entry["kind"][0], ask)
-        tail = chat(vary(rng, ask, rng.choice(entry["recall " + ask])), entry["recalled " + reply][0].format(x=x))
-        if entry.get("system " + ask):
-            head = [{"role": "system", "content": rng.choice(entry["system " + ask]).format(x=x)}]
-            return Sample("memory", head + tail)
-        said = fill(vary(rng, ask, rng.choice(entry["tell " + ask])), {"x": x})
-        reply_to_it = chat(said, entry["told " + reply][0].format(x=x))
-        return Sample("memory", reply_to_it + self._between(rng, ask, reply) + tail)
-
-    def _between(self, rng: Random, ask: str, reply: str) -> list[Message]:
-        """Questions about something else, often none."""
-        between: list[Message] = []
-        while rng.random() < 0.35:
-            between += self.draw(rng, rng.choice(("sums", "help", "dates", "capitals")), f"{ask} {reply}").messages
-        return between
-
-    def context(self, rng: Random, ask: str, reply: str) -> Sample:
-        """What the user said before, in the same message or some turns earlier."""
-        tell, question, x = _split(rng.choice(w.CONTEXT[ask]))
-        kind = rng.choice(("name", "code", "word", "city"))
-        fields = {"r": rng.choice(w.RELATIVES[ask]), "o": rng.choice(w.OBJECTS[ask]), "b": rng.choice(w.PLACES[ask]),
-                  "f": rng.choice(("food", "colour", "book", "game", "song")), "d": rng.choice(i.DAYS[ask]),
-                  "x": self.values.draw(rng, kind, ask)}  # fmt: skip
-        said, asked = (fill(expand(rng, part), fields) for part in (tell, question))
-        answer = capital(fill(x, fields)) + "."
-        if rng.random() < 0.65:
-            joint = rng.choice((" ", " ", " So, ", " Then: ") if ask == "en" else (" ", " ", " Alors, ", " Donc : "))
-            return Sample("context", chat(said + joint + asked, answer))
-        noted = "I will remember that." if reply == "en" else "Je m'en souviendrai."
-        return Sample("context", chat(said, noted) + self._between(rng, ask, reply) + chat(asked, answer))
-
     def unknown(self, rng: Random, ask: str, reply: str) -> Sample:
         """Says plainly that it does not know."""
         while True:
@@ -583,21 +323,3 @@ class Corpus:
             text = fill(vary(rng, ask, phrase(rng, ask, w.UNKNOWN[ask])), values)
             if self.known_names.isdisjoint(words_of(place)):
                 return Sample("unknown", chat(text, w.DECLINE[reply]))
-
-
-def _split(wording: str) -> Iterator[str]:
-    """The three parts of a `CONTEXT` wording: bars within brackets do not part them."""
-    part, depth = "", 0
-    for sign in wording:
-        depth += (sign == "[") - (sign == "]")
-        if sign == "|" and depth == 0:
-            yield part
-            part = ""
-        else:
-            part += sign
-    yield part
-
-
-def in_language(item: Any, lang: str) -> Any:
-    """A tool's English word in the answer's language."""
-    return t.RESULT_WORDS.get(item, item) if lang == "fr" and isinstance(item, str) else item

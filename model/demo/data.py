@@ -13,7 +13,8 @@ from minijinja import Environment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from pyllm.model.demo.corpus import Corpus, Sample
+from pyllm.model.demo.corpus import Corpus
+from pyllm.model.demo.phrasing import Sample
 from pyllm.model.demo.template import ASSISTANT, BOS, CALL_TOKENS, EOS, PAD, SPECIAL, TEMPLATE
 
 SEED = 20261130

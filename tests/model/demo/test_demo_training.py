@@ -12,10 +12,11 @@ import torch
 from pyllm.benchmarks.demo.checkers import is_right, read_questions
 from pyllm.model import AttentionMetadata, DeepForCausalLM
 from pyllm.model.backend import Backend
-from pyllm.model.demo.corpus import Corpus, Sample
+from pyllm.model.demo.corpus import Corpus
 from pyllm.model.demo.data import Data
 from pyllm.model.demo.items import COUNTRIES, LANGUAGES, WORDS, is_held_out, pair_is_held_out
 from pyllm.model.demo.network import TrainingBackend, config, new_model
+from pyllm.model.demo.phrasing import Sample
 from pyllm.model.demo.train import Trainer
 
 DEMO = Path(__file__).resolve().parents[3] / "model" / "demo"
