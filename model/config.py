@@ -35,7 +35,7 @@ SCALES = ("shared_output_scale", "routed_output_scale")
 DEPTH_SCALES = tuple(f"{name}_{which}_layer" for name in SCALES for which in ("first", "last"))
 HASH_TYPES = ("tr_hash_engine", "tr_hash_moe")
 ROUTED_TYPES = ("token_routed", "sort_split", "sort_split_moe", "deterministic_moe", "complexity", *HASH_TYPES)
-DENSE_TYPES = ("swiglu", "silu", "llama", "dense")
+DENSE_TYPES = ("swiglu", "silu", "llama")
 """Names of `mlp_type`. The tensors decide which network a file has."""
 DEFAULT_EXPERTS = 4
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest published one has 40 MB
@@ -336,7 +336,7 @@ class Architecture:
     def latest(cls, config: DeepConfig) -> Architecture:
         """Return the network of versions 0.12 to 0.14, or that of the TR-Hash line if the configuration names it."""
         routed, tied = config.use_token_routed_mlp, config.tie_word_embeddings
-        if config.mlp_type in (*HASH_TYPES, *DENSE_TYPES[:3]):
+        if config.mlp_type in (*HASH_TYPES, *DENSE_TYPES):
             return cls(
                 era="TR-Hash", contextual_mu=False, mu_attention=False, mu_highway=False, mu_router=False,
                 mu_guidance=False, tied=tied, mu=False,

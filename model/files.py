@@ -34,7 +34,7 @@ def folder_of(path: Path, file: str = "config.json") -> Path:
     try:
         if path.is_file():
             return path.parent
-        pack = None if (path / file).exists() else newest_pack(entry.name for entry in path.iterdir())
+        pack = None if (path / file).exists() else newest_pack(entry.name for entry in path.iterdir() if entry.is_dir())
         return path / pack if pack and (path / pack / file).exists() else path
     except OSError:  # reading it gives the reason
         return path

@@ -227,18 +227,18 @@ def detect(
 
 def _decided(config: DeepConfig, era: Era, shapes: Mapping[str, tuple[int, ...]], names: set[str]) -> DeepConfig:
     """Return the configuration with what the tensors decide; raise `CheckpointError` for what they contradict."""
-    if era is SIBLING:
-        return dataclasses.replace(config, use_token_routed_mlp=False)
-    gates, modulated = "mlp.shared_output_gate" in names, "mlp.hash_channel_scale" in names
+    gates, modulated, dense = "mlp.shared_output_gate" in names, "mlp.hash_channel_scale" in names, era is SIBLING
     if era is not NATIVE:  # the newest code computes nothing with these
         for name, known in (
-            ("use_shared_routed_gates", gates), ("learn_hash_channel_modulation", modulated),
+            ("use_shared_routed_gates", gates or dense), ("learn_hash_channel_modulation", modulated or dense),
             ("learn_hash_pair_gates", False), ("lsh_routing", False),
         ):  # fmt: skip
             if getattr(config, name) and not known:
                 raise CheckpointError(
                     _conflict(config, name, "the file has no such tensors, or they are not supported")
                 )
+    if dense:
+        return dataclasses.replace(config, use_token_routed_mlp=False)
     if era in HASH_ERAS:
         config = dataclasses.replace(
             config, use_token_routed_mlp=True, use_shared_routed_gates=gates, learn_hash_channel_modulation=modulated,

@@ -122,7 +122,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
         folder = Path(snapshot_download(hub_id, **wanted))
         if not any(folder.glob("*.safetensors")):
             names = HfApi().list_repo_files(hub_id, revision=revision)
-            if pack := newest_pack(name.partition("/")[0] for name in names):
+            if pack := newest_pack(name.partition("/")[0] for name in names if "/" in name):
                 wanted |= {kind: [f"{pack}/{name}" for name in wanted[kind]] for kind in wanted if kind != "revision"}
                 snapshot_download(hub_id, **wanted)
         return folder

@@ -165,7 +165,7 @@ def _find_files(path: Path) -> list[Path]:
         return [steps[max(steps)]]
     if len(files) == 1:
         return files
-    if not files and (pack := newest_pack(file.name for file in path.iterdir())):
+    if not files and (pack := newest_pack(file.name for file in path.iterdir() if file.is_dir())):
         return _find_files(path / pack)
     if names := shortened([file.name for file in files]):
         raise CheckpointError(f"{path} holds {names}: pass the path of one of them.")
@@ -248,10 +248,11 @@ def _check(
                 f"{tensor.path}: tensor {tensor.name} has the shape {list(tensor.shape)}, but config.json implies "
                 f"{list(entry.shape)}: use the config.json that was saved with it."
             )
-        if tensor.dtype not in (FLOATS if entry.parts[0].target.is_floating_point() else INTEGERS):
+        is_table = not entry.parts[0].target.is_floating_point()
+        if tensor.dtype not in (INTEGERS if is_table else FLOATS):
             raise CheckpointError(
                 f"{tensor.path}: tensor {tensor.name} is stored as {tensor.dtype}, which is not supported: "
-                "save it as F32, F16 or BF16 (a table of experts as I64)."
+                + ("save it as I64, since it lists experts." if is_table else "save it as F32, F16 or BF16.")
             )
 
 

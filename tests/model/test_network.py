@@ -24,6 +24,7 @@ VARIANTS = {
     "no-qk-norm": replace(TINY, use_qk_norm=False),
     "one-kv-head": replace(TINY, num_key_value_heads=1),
     "untied": replace(TINY, tie_word_embeddings=False),
+    "mup": replace(TINY, use_mup_attn_scale=True, use_mup_output_mult=True, mup_base_width=24),
     "other-constants": replace(TINY, rms_norm_eps=0.01, rope_theta=500.0, dynamics_dt=0.3),
 }
 

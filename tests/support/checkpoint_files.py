@@ -54,6 +54,21 @@ def canonical(config: DeepConfig = CONFIG, seed: int = 0) -> Tensors:
     return file
 
 
+def rewritten(shared: int = 0) -> Tensors:
+    """Random tensors of a 2026-03 file, with a shared expert of this width."""
+    file = without(canonical(), "dynamics", "mu_router", "gate_up_proj", "down_proj")
+    file["mu_init"] = torch.randn(1, 1, H)
+    for n in range(CONFIG.num_hidden_layers):
+        m, g = f"layers.{n}.mlp.", f"layers.{n}.mu_guidance."
+        file |= {g + "mu": torch.randn(H), g + "mu_proj.weight": torch.randn(H, H)}
+        file |= {m + "gate_proj_w": torch.randn(E, H, W), m + "up_proj_w": torch.randn(E, H, W)}
+        file[m + "down_proj_w"] = torch.randn(E, W, H)
+        if shared:
+            file |= {m + "shared_gate.weight": torch.randn(shared, H), m + "shared_up.weight": torch.randn(shared, H)}
+            file[m + "shared_down.weight"] = torch.randn(H, shared)
+    return file
+
+
 def stacked(file: Tensors) -> Tensors:
     """The network's parameters for a canonical file, whose missing tensors are terms that are absent."""
     top = {"embed_tokens": file["embed_tokens.weight"], "norm": file["norm.weight"]}

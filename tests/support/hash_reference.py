@@ -113,6 +113,7 @@ def _attention(config: dict[str, Any], p: Tensors, a: Tensor) -> Tensor:
     if "self_attn.q_norm.weight" in p:
         q, k = (_rms(x, p[f"self_attn.{name}_norm.weight"], 1e-6) for x, name in ((q, "q"), (k, "k")))
     frequencies = config["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    frequencies = frequencies.to(config.get("rounded", torch.float32)).float()  # as another server has them
     turns = torch.polar(torch.ones(length, size // 2), torch.arange(length)[:, None] * frequencies)
 
     def rotate(x: Tensor) -> Tensor:
@@ -154,7 +155,8 @@ def _sign(id_: int, expert: int, channel: int, layer: int) -> int:
 def _mlp(config: dict[str, Any], p: Tensors, layer: int, b: Tensor, ids: Tensor) -> Tensor:
     if "mlp.gate_proj.weight" in p:
         gate, up = b @ p["mlp.gate_proj.weight"].T, b @ p["mlp.up_proj.weight"].T
-        return (_silu(gate) * up) @ p["mlp.down_proj.weight"].T
+        act = {"gelu": torch.nn.functional.gelu, "relu": torch.relu}.get(config.get("hidden_act", "silu"), _silu)
+        return (act(gate) * up) @ p["mlp.down_proj.weight"].T
     native = "mlp.engine.expert_gate" in p
     gates, ups, downs = (
         p[f"mlp.engine.expert_{name}" if native else f"mlp.{name}_proj_w"] for name in ("gate", "up", "down")

@@ -43,6 +43,7 @@ def full_forward(weights, config, ids):
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     size = hidden // heads
     eps = config["rms_norm_eps"]
+    divisor = size if config["use_mup_attn_scale"] else math.sqrt(size)
     x = [w["embed_tokens.weight"][i] for i in ids]
     velocity = [torch.zeros(hidden) for _ in ids]
     mu_below, mu_sum = None, None
@@ -69,7 +70,7 @@ def full_forward(weights, config, ids):
             per_head = []
             for head in range(heads):
                 shared = head // (heads // kv_heads)
-                scores = torch.stack([q[head] @ keys[s][shared] for s in range(first, t + 1)]) / math.sqrt(size)
+                scores = torch.stack([q[head] @ keys[s][shared] for s in range(first, t + 1)]) / divisor
                 share = torch.exp(scores - scores.max())
                 share = share / share.sum()
                 per_head.append(sum(share[s - first] * values[s][shared] for s in range(first, t + 1)))
@@ -103,4 +104,5 @@ def full_forward(weights, config, ids):
         mu_below = [mu + 0.1 * total for mu, total in zip(mus, mu_sum, strict=True)]
         all_experts.append(experts or None)
     head = w.get("lm_head.weight", w["embed_tokens.weight"])
-    return torch.stack([head @ _norm(row, w["norm.weight"], eps) for row in x]), all_experts
+    narrower = max(1.0, hidden / config["mup_base_width"]) if config["use_mup_output_mult"] else 1.0
+    return torch.stack([head @ _norm(row, w["norm.weight"], eps) / narrower for row in x]), all_experts

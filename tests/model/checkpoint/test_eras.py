@@ -11,17 +11,16 @@ import torch
 from support.checkpoint_files import (
     CONFIG,
     ERAS,
-    E,
     H,
     Tensors,
     V,
-    W,
     assert_same,
     canonical,
     contents,
     load,
     old_names,
     refusal,
+    rewritten,
     stacked,
     without,
     write,
@@ -63,16 +62,7 @@ def test_a_dense_mlp_loads_in_old_and_new_spelling(spell: Callable[[Tensors], Te
 
 @pytest.mark.parametrize("shared", [0, 5])
 def test_the_2026_rewrite_lands_in_the_stacked_layout(shared: int, tmp_path: Path) -> None:
-    file = without(canonical(), "dynamics", "mu_router", "gate_up_proj", "down_proj")
-    file["mu_init"] = torch.randn(1, 1, H)
-    for n in range(CONFIG.num_hidden_layers):
-        m, g = f"layers.{n}.mlp.", f"layers.{n}.mu_guidance."
-        file |= {g + "mu": torch.randn(H), g + "mu_proj.weight": torch.randn(H, H)}
-        file |= {m + "gate_proj_w": torch.randn(E, H, W), m + "up_proj_w": torch.randn(E, H, W)}
-        file[m + "down_proj_w"] = torch.randn(E, W, H)
-        if shared:
-            file |= {m + "shared_gate.weight": torch.randn(shared, H), m + "shared_up.weight": torch.randn(shared, H)}
-            file[m + "shared_down.weight"] = torch.randn(H, shared)
+    file = rewritten(shared)
     model, report = load(write(tmp_path / "file", file))
     assert report.era == "2026-03"
     assert model.architecture.mu_guidance

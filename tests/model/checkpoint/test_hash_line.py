@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoint_files import CONFIG as DEEP
-from support.checkpoint_files import canonical, load, refusal
-from support.checkpoint_files import write as write_deep
+from support.checkpoint_files import load, refusal
 from support.hash_reference import CONFIG, Tensors, hash_logits, made_file, write_file
 
 from pyllm.model import AttentionMetadata, DeepConfig, DeepForCausalLM
@@ -77,88 +75,12 @@ def test_a_rounded_inv_freq_is_not_used(dtype: torch.dtype, tmp_path: Path) -> N
     assert_equals_reference(tmp_path, CONFIG, file)
 
 
-# One key at a time, with a value that matters. A number or a text is part of the refusal; None: the equations follow
-# the key; "same": it has no effect.
-KEYS: dict[str, tuple[Any, str | None]] = {
-    "mlp_type": ("lsh_moe", "mlp_type 'lsh_moe' belongs to another line"),
-    "norm_eps": (0.01, None),
-    "rms_norm_eps": (0.01, "rms_norm_eps 0.01 and norm_eps 0.0003 mean the same, but differ"),
-    "top_k": (1, "top_k is 1, but the file's tables have 2 experts for each token"),
-    "num_experts_per_tok": (4, "num_experts_per_tok is 4, but the file's tables have 2"),
-    "top_k_primary_weight": (0.8, None),
-    "shared_output_scale": (1.4, None),
-    "shared_output_scale_first_layer": (1.4, None),
-    "shared_output_scale_last_layer": (1.4, None),
-    "routed_output_scale": (0.6, None),
-    "routed_output_scale_first_layer": (0.6, None),
-    "routed_output_scale_last_layer": (0.6, None),
-    "shared_intermediate_size": (41, "shared_intermediate_size is 41, but the file's shared expert has a width of 40"),
-    "intermediate_size": (36, "intermediate_size is 36, but the file's 4 experts have a width of 8 each"),
-    "num_experts": (8, "num_experts is 8, but the file has 4 experts"),
-    "attention_type": ("delta", "attention_type 'delta' is not supported"),
-    "use_qk_norm": (False, "tensors"),
-    "rope_theta": (300.0, None),
-    "rope_type": ("yarn", "same"),
-    "rope_fraction": (0.5, "same"),
-    "rope_scaling": ({"rope_type": "linear", "factor": 4.0}, "rope_scaling"),
-    "rope_parameters": ({"rope_type": "yarn", "rope_theta": 5000.0}, "rope_parameters"),
-    "use_mup_attn_scale": (True, None),
-    "use_mup_init": (True, "same"),
-    "sliding_window": (4, None),
-    "norm_type": ("layernorm", "norm_type 'layernorm' is not supported"),
-    "is_causal": (False, "is_causal False is not supported"),
-    "active_num_experts": (2, "active_num_experts 2 is not supported"),
-    "active_expert_width": (4, "active_expert_width 4 is not supported"),
-    "routing_strategy": ("modulo", "same"),
-    "route_seed": (7, "same"),
-    "hidden_act": ("gelu", "same"),
-    "use_shared_routed_gates": (True, "same"),  # in the native form; see below for exports
-    "learn_hash_channel_modulation": (True, "same"),
-    "learn_hash_pair_gates": (True, "same"),
-    "lsh_routing": (True, "same"),
-    "vocab_size": (601, "vocab"),
-    "expert_initialization": ("orthogonal", "same"),
-    "lexical_gqa_rank": (99, "same"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_no_key_is_passed_over(key: str, tmp_path: Path) -> None:
-    value, expected = KEYS[key]
-    file, config = made_file(CONFIG, "native"), CONFIG | {key: value}
-    write_file(tmp_path, config, file)
-    if expected not in (None, "same"):
-        sentence = refusal(tmp_path)
-        assert expected in sentence or "601" in sentence
-        return
-    plain = hash_logits(file, CONFIG, some_ids())
-    if expected is None:
-        assert (hash_logits(file, config, some_ids()) - plain).abs().max() > 1e-3 * plain.abs().max(), "it matters"
-    assert_equals_reference(tmp_path, config if expected is None else CONFIG, file)
-
-
-@pytest.mark.parametrize("base", [16, 256])
-def test_mup_divides_the_logits(base: int, tmp_path: Path) -> None:
-    file, config = made_file(CONFIG, "native"), CONFIG | {"use_mup_output_mult": True, "mup_base_width": base}
-    write_file(tmp_path, config, file)
-    assert_equals_reference(tmp_path, config, file)
-
-
 @pytest.mark.parametrize("kind", ["mha", "multi_head", "mqa", "multi_query"])
 def test_attention_type_overrules_the_number_of_kv_heads(kind: str, tmp_path: Path) -> None:
     true = CONFIG | {"num_key_value_heads": 4 if kind.startswith(("mha", "multi_head")) else 1}
     file = made_file(true, "native")
     write_file(tmp_path, CONFIG | {"attention_type": kind}, file)
     assert_equals_reference(tmp_path, true, file)
-
-
-def test_theta_inside_rope_parameters_counts(tmp_path: Path) -> None:
-    file, config = made_file(CONFIG, "native"), CONFIG | {"rope_theta": 300.0}
-    inner = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
-    write_file(tmp_path, inner | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}, file)
-    assert_equals_reference(tmp_path, config, file)
-    write_file(tmp_path, CONFIG | {"rope_parameters": {"rope_theta": 300.0}}, file)
-    assert "rope_theta 5000.0 and rope_parameters.rope_theta 300.0 mean the same" in refusal(tmp_path)
 
 
 def test_rope_keys_without_effect_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,40 +90,6 @@ def test_rope_keys_without_effect_are_named_once(tmp_path: Path, caplog: pytest.
     assert [record.getMessage() for record in caplog.records] == [
         "config.json has rope_type 'yarn' and rope_fraction 0.5, which has no effect, as in the family's own code"
     ]
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("use_shared_routed_gates", True), ("learn_hash_channel_modulation", True), ("learn_hash_pair_gates", True),
-     ("lsh_routing", True)],
-)  # fmt: skip
-def test_exports_without_the_tensors_of_a_switch_are_refused(key: str, value: Any, tmp_path: Path) -> None:
-    write_file(tmp_path, CONFIG | {key: value}, made_file(CONFIG, "export"))
-    assert f"{key} is True, but" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("norm_eps", 0.5), ("rope_scaling", {"type": "linear"}), ("rope_parameters", {"rope_type": "yarn"}),
-     ("norm_type", "layernorm"), ("attention_type", "lexical"), ("is_causal", False), ("shared_output_scale", 2.0),
-     ("routed_output_scale_last_layer", 0.5), ("top_k", 2), ("num_experts_per_tok", 2), ("active_num_experts", 2),
-     ("active_expert_width", 4), ("use_shared_routed_gates", True), ("lsh_routing", True)],
-)  # fmt: skip
-def test_the_older_eras_refuse_such_keys_too(key: str, value: Any, tmp_path: Path) -> None:
-    write_deep(tmp_path, canonical())
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-    assert key in refusal(tmp_path)
-
-
-def test_the_older_eras_know_norm_eps_and_mup(tmp_path: Path) -> None:
-    """A framework config of the 2026-03 form may have `norm_eps` only."""
-    write_deep(tmp_path, canonical())
-    config = json.loads((tmp_path / "config.json").read_text()) | {"use_mup_output_mult": True, "mup_base_width": 8}
-    del config["rms_norm_eps"]
-    (tmp_path / "config.json").write_text(json.dumps(config | {"norm_eps": 0.25, "top_k": 50}))
-    model, _ = load(tmp_path)
-    assert (model.config.rms_norm_eps, model.config.logit_divisor) == (0.25, DEEP.hidden_size / 8)
 
 
 @pytest.mark.parametrize(

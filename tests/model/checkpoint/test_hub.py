@@ -39,6 +39,7 @@ REPOSITORY = {
 }
 PACKS = {
     "config.json": b"{}",
+    "token_pack_011_11B.json": b"{}",
     "token_pack_009_9B/model.safetensors": b"old",
     "token_pack_010_10B/model.safetensors": b"weights",
     "token_pack_010_10B/config.json": b"{}",
