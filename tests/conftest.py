@@ -15,12 +15,13 @@ gc.disable()  # until all is imported: the garbage collector would scan it again
 
 # Before they are imported:
 SUPPORT = (
-    "async_engines", "batches", "chat_page", "crowds", "grammars", "hostile", "paged_runner", "responses_client",
-    "scheduler_bench", "serving", "soak", "warm",
+    "async_engines", "batches", "chat_page", "crowds", "grammars", "hash_engine", "hostile", "paged_runner",
+    "responses_client", "scheduler_bench", "serving", "soak", "warm",
 )  # fmt: skip
 pytest.register_assert_rewrite(*(f"support.{name}" for name in SUPPORT))
 
 import torch  # noqa: E402
+from support import components  # noqa: E402
 from support.checkpoints import write_checkpoint  # noqa: E402
 
 # What the processes that tests start have compiled is kept for the next ones, whatever the environment says.
@@ -38,6 +39,31 @@ LINES = ("golden", "golden-tr-hash")
 def golden_folders(line: str) -> list[Path]:
     folder = ROOT.parent / "shared" / line
     return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(components.OPTION, action="store_true", help="fail, instead of skip, tests that lack a program")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    components.require(config.getoption(components.OPTION))
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    components.mark(items)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    components.check(item)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what the tests of each component came to, if all are required."""
+    if config.getoption(components.OPTION):
+        for line in components.table(terminalreporter.stats):
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_finish() -> None:
