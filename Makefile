@@ -13,7 +13,7 @@ NVIDIA := /proc/driver/nvidia/version
 PYTEST := $(BIN)/python -m pytest
 TESTS = $(PYTEST) $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: serve test test-clients test-optimized lint bench clean lock vendor audit
+.PHONY: serve test test-real test-clients test-optimized lint bench clean lock vendor audit
 
 ## serve: serve the bundled demo model (or MODEL=folder-or-hub-id) on port 8000
 serve: .venv/installed
@@ -26,6 +26,10 @@ test: .venv/installed-dev
 ## test-clients: try real clients, each in an environment of its own (gigabytes, made once), and print a table of results
 test-clients: .venv/installed-dev
 	$(PYTEST) tests/clients -m slow $(ARGS)
+
+## test-real: run the tests with real programs, fail where one is missing, and print a table of them
+test-real: .venv/installed-dev
+	$(PYTEST) -m "needs and not slow" --require-components $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 ## test-optimized: run the tests under `python -O`: the product must not depend on asserts
 test-optimized: .venv/installed-dev

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -216,7 +215,7 @@ def test_compose_mounts_exist_and_images_are_pinned() -> None:
         assert set(chosen) <= sources
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, of the package prometheus, is not installed")
+@pytest.mark.needs("promtool")  # of the package prometheus
 def test_prometheus_accepts_the_rules_and_alerts_fire() -> None:
     for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
         done = subprocess.run(["promtool", *command], cwd=MONITORING, capture_output=True, text=True, check=False)

@@ -107,7 +107,8 @@ def test_a_wheel_is_for_every_version_of_python_from_the_first(wheels: dict[str,
     assert PROJECT["project"]["requires-python"] == ">=3.11"
 
 
-@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="there is no compiler")
+@pytest.mark.needs("g++")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")
 def test_the_wheel_has_the_compiled_kernels(wheels: dict[str, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(wheels["tree"]) as file:
         path = file.extract("pyllm/model/cpu/_kernels.abi3.so", tmp_path)
@@ -168,7 +169,8 @@ def test_the_source_archive_holds_all_that_the_wheel_is_made_of(archive: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="there is no compiler")
+@pytest.mark.needs("g++")
+@pytest.mark.skipif(sys.platform != "linux", reason="the wheels are for Linux")
 def test_make_dist_makes_a_wheel_that_package_indexes_take(tmp_path: Path) -> None:
     copy = _copy(tmp_path / "pyllm")
     (copy / ".venv").mkdir()

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from support.checkpoints import TINY, write_checkpoint
 from support.client_environments import UnavailableError, node_environment
+from support.components import missing
 from support.serving import PATIENCE, ServerProcess
 
 if TYPE_CHECKING:
@@ -81,10 +82,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 @pytest.fixture(scope="module")  # while it is open, no other test can run an event loop in this thread
 def browser() -> Iterator[Browser]:
-    from support.chat_page import BROWSERS, open_browser
+    from support.chat_page import open_browser
 
-    if not BROWSERS:
-        pytest.skip("there is no Chromium on this machine")
     with open_browser() as opened:
         yield opened
 
@@ -94,7 +93,7 @@ def axe() -> Path:
     try:
         return node_environment("axe", timeout=120) / "node_modules" / "axe-core" / "axe.min.js"
     except UnavailableError as error:
-        pytest.skip(str(error)[-300:])
+        missing(str(error)[-300:])
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import ssl
 import subprocess
@@ -17,10 +16,8 @@ from support.serving import PATIENCE, ServerProcess, run_command
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def https_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A key and a certificate for 127.0.0.1."""
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make a certificate with")
     folder = tmp_path_factory.mktemp("pair")
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     subprocess.run(
@@ -32,9 +29,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_https_json_logs_own_defaults_and_vllms_metric_names(
-    pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    https_pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key, certificate = pair
+    key, certificate = https_pair
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--log-format", "json"]
     flags += ["--override-generation-config", '{"temperature": 0}', "--metrics-vllm-names", "--dtype", "float32"]
@@ -62,9 +59,9 @@ def test_https_json_logs_own_defaults_and_vllms_metric_names(
 
 
 def test_stalled_tls_handshake_is_closed_and_delays_no_one(
-    pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    https_pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key, certificate = pair
+    key, certificate = https_pair
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--header-timeout", "1"]
     with ServerProcess(tmp_path / "log", str(checkpoint), *flags) as server:
@@ -83,10 +80,10 @@ def test_stalled_tls_handshake_is_closed_and_delays_no_one(
 
 
 def test_idle_https_connections_are_evicted_at_once(
-    pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    https_pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where their clients do not agree to the end of the connection, as those that wait for nothing do not."""
-    key, certificate = pair
+    key, certificate = https_pair
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--max-connections", "5"]
     context = ssl.create_default_context(cafile=str(certificate))
@@ -106,8 +103,8 @@ def refusal(*flags: str, **variables: str) -> str:
     return done.stderr.splitlines()[-1]
 
 
-def test_keys_that_cannot_serve_https_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    key, certificate = map(str, pair)
+def test_keys_that_cannot_serve_https_are_refused(https_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    key, certificate = map(str, https_pair)
     other, locked = str(tmp_path / "other.pem"), str(tmp_path / "locked.pem")
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", other], check=True, capture_output=True)
     lock = ["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked]

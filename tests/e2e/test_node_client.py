@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from support.checkpoints import TINY
 from support.client_environments import UnavailableError, node_environment
+from support.components import missing
 from support.serving import PATIENCE, ServerProcess, environment
 
 from pyllm.model.cpu.backend import available
 
+pytestmark = pytest.mark.needs("node", "npm")
 SCRIPTS = sorted(path for path in (Path(__file__).parent / "node").glob("*.mjs") if path.stem != "client")
 ANTHROPIC = Path(__file__).parents[1] / "clients" / "programs" / "anthropic_sdk.mjs"
 
@@ -22,11 +23,11 @@ def installed(package: str) -> Path:
     try:
         return node_environment(package, timeout=120)
     except UnavailableError as error:
-        pytest.skip(str(error)[-300:])
+        missing(str(error)[-300:])
 
 
 def run(script: Path, **variables: str) -> None:
-    command = [shutil.which("node") or "node", str(script)]
+    command = ["node", str(script)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, env=environment() | variables, check=False
     )

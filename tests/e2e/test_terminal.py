@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 import stat
 import subprocess
 import sys
@@ -94,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 def scripted() -> Iterator[Scripted]:
     with Scripted() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+        thread.terminal_of()
         try:
             yield server
         finally:
@@ -149,18 +148,16 @@ class Terminal:
 
 
 @pytest.fixture
-def start(tmp_path: Path, scripted: Scripted) -> Iterator[Callable[..., Terminal]]:
-    if shutil.which("tmux") is None:
-        pytest.skip("there is no tmux to drive a terminal with")
+def terminal_of(tmp_path: Path, scripted: Scripted) -> Iterator[Callable[..., Terminal]]:
     terminals: list[Terminal] = []
 
-    def start(*words: str) -> Terminal:
+    def terminal_of(*words: str) -> Terminal:
         if terminals:
             terminals.pop().tmux("kill-server")
         terminals.append(Terminal(tmp_path, *(words or ("--base-url", scripted.url))))
         return terminals[0]
 
-    yield start
+    yield terminal_of
     for terminal in terminals:
         terminal.tmux("kill-server")
 
@@ -169,8 +166,8 @@ def asked(scripted: Scripted) -> list[str]:
     return [body["messages"][-1]["content"] for body in scripted.bodies]
 
 
-def test_pasted_and_typed_lines_are_one_question(scripted: Scripted, start: Callable[..., Terminal]) -> None:
-    terminal = start()
+def test_pasted_and_typed_lines_are_one_question(scripted: Scripted, terminal_of: Callable[..., Terminal]) -> None:
+    terminal = terminal_of()
     terminal.paste("one\ntwo\nthree\n")
     terminal.wait("> one", "  two", "  three")
     terminal.press("Enter")
@@ -196,9 +193,9 @@ def test_lines_pasted_during_an_answer_are_one_question(scripted: Scripted, star
 
 
 def test_earlier_questions_survive_a_restart(
-    scripted: Scripted, start: Callable[..., Terminal], tmp_path: Path
+    scripted: Scripted, terminal_of: Callable[..., Terminal], tmp_path: Path
 ) -> None:
-    terminal = start()
+    terminal = terminal_of()
     terminal.press("The first", "Enter")
     terminal.wait("You say The first", "> ")
     terminal.paste("The\nsecond")
@@ -206,7 +203,7 @@ def test_earlier_questions_survive_a_restart(
     terminal.wait("You say The", "second", "> ")
     terminal.press("C-d")
     terminal.wait("CODE 0")
-    terminal = start()
+    terminal = terminal_of()
     terminal.press("Up")
     terminal.wait("> The", "  second")
     terminal.press("Up", "Up", "Enter")
@@ -216,9 +213,9 @@ def test_earlier_questions_survive_a_restart(
     assert [stat.S_IMODE(path.stat().st_mode) for path in (history, history.parent)] == [0o600, 0o700]
 
 
-def test_ctrl_c_stops_an_answer_and_clears_a_line(scripted: Scripted, start: Callable[..., Terminal]) -> None:
+def test_ctrl_c_stops_an_answer_and_clears_a_line(scripted: Scripted, terminal_of: Callable[..., Terminal]) -> None:
     scripted.replies["wait"] = "Partial answer"
-    terminal = start()
+    terminal = terminal_of()
     terminal.press("wait", "Enter")
     terminal.wait("Partial")
     terminal.press("C-c")
@@ -232,9 +229,9 @@ def test_ctrl_c_stops_an_answer_and_clears_a_line(scripted: Scripted, start: Cal
     terminal.wait("CODE 0")
 
 
-def test_an_answer_is_drawn_as_markdown(scripted: Scripted, start: Callable[..., Terminal]) -> None:
+def test_an_answer_is_drawn_as_markdown(scripted: Scripted, terminal_of: Callable[..., Terminal]) -> None:
     scripted.replies["?"] = MARKDOWN
-    terminal = start()
+    terminal = terminal_of()
     terminal.press("?", "Enter")
     terminal.wait("[31mlast.", "> ")
     shown = terminal.lines
@@ -251,8 +248,8 @@ def test_an_answer_is_drawn_as_markdown(scripted: Scripted, start: Callable[...,
     assert [whole.count(f"line {n}") for n in range(100)] == [1] * 100
 
 
-def test_commands_change_the_chat(scripted: Scripted, start: Callable[..., Terminal], tmp_path: Path) -> None:
-    terminal = start("--base-url", scripted.url, "--model", "second", "--system", "Be brief.")
+def test_commands_change_the_chat(scripted: Scripted, terminal_of: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = terminal_of("--base-url", scripted.url, "--model", "second", "--system", "Be brief.")
     for line, *says in [
         ("/help", "Ctrl-R searches."),
         ("/sytem x", "did you mean /system? /help lists the commands; to send this text, put a space first."),
@@ -365,13 +362,17 @@ def test_a_reader_that_leaves_ends_the_command_quietly(words: str) -> None:
     assert done.stderr == ""
 
 
-def test_shells_load_the_completion() -> None:
-    for shell in ("bash", "zsh", "fish"):
-        done = chat("", "completion", shell)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "--max-model-len" in done.stdout or "max-model-len" in done.stdout
-        if shutil.which(shell):
-            assert subprocess.run([shell, "-n"], input=done.stdout, text=True, check=False).returncode == 0
+@pytest.mark.parametrize(
+    "shell", ["bash", *(pytest.param(name, marks=pytest.mark.needs(name)) for name in ("fish", "zsh"))]
+)
+def test_shells_parse_the_completion(shell: str) -> None:
+    done = chat("", "completion", shell)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "max-model-len" in done.stdout
+    assert subprocess.run([shell, "-n"], input=done.stdout, text=True, check=False).returncode == 0
+
+
+def test_bash_completes_flags() -> None:
     bash = chat("", "completion", "bash").stdout
     ask = "COMP_WORDS=(pyllm serve --max-mod); COMP_CWORD=2; _shtab_pyllm; printf '%s\\n' \"${COMPREPLY[@]}\""
     done = subprocess.run(["bash", "-c", f"{bash}\n{ask}"], capture_output=True, text=True, check=True)

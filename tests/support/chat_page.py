@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
+from support.components import COMPONENTS, missing
 from support.serving import PATIENCE
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-BROWSERS = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+if importlib.util.find_spec("playwright") is None:
+    missing("playwright is not installed")
+sync_api = importlib.import_module("playwright.sync_api")
 expect = sync_api.expect
 expect.set_options(timeout=PATIENCE * 1000)
 
@@ -46,7 +48,7 @@ window.fetch = async (url, options) => {
 def open_browser() -> Iterator[sync_api.Browser]:
     root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has no sandbox for root
     with sync_api.sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=BROWSERS[0], args=root)
+        browser = library.chromium.launch(executable_path=COMPONENTS["Chromium"].find(), args=root)
         yield browser
         browser.close()
 
