@@ -49,11 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
     components.require(config.getoption(components.OPTION))
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    components.mark(items)
-
-
 @pytest.hookimpl(tryfirst=True)  # before fixtures
 def pytest_runtest_setup(item: pytest.Item) -> None:
     components.check(item)
@@ -72,8 +67,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files of the upper folders first: the slowest of them, if it came last, would occupy one worker alone."""
+    components.mark(items)
     items.sort(key=lambda item: len(item.path.parts))
 
 
