@@ -95,6 +95,7 @@ PARTS = (
     "decode",
     "flashinfer",
     "prefill",
+    "tr-hash",
     "deterministic",
     "engine",
     "profile",
@@ -184,7 +185,7 @@ def main() -> int:
                 rows += overlap_equality(machine) if machine.has_triton else []
                 report.table(part, rows)
                 report.wrong += [f"greedy text of {row['model']}" for row in rows if not row["ok"]]
-            elif part == "ceilings" or (part in ("decode", "prefill", "engine") and not best):
+            elif part == "ceilings" or (part in ("decode", "prefill", "tr-hash", "engine") and not best):
                 best = ceilings(machine)
                 report.table("ceilings", [{"what": key, "value": value} for key, value in best.items()])
             if part == "decode":
@@ -195,6 +196,13 @@ def main() -> int:
                 report.table(part, against_flashinfer(machine))
             elif part == "prefill":
                 report.table(part, prefill_goals(machine, best, args.quick))
+            elif part == "tr-hash":
+                from pyllm.benchmarks.gpu.gpu_hash import hash_equality, hash_goals
+
+                rows = hash_equality(machine)
+                report.table("tr-hash, exactness", rows)
+                report.wrong += [f"TR-Hash, {row['what']}: error {row['error']}" for row in rows if not row["ok"]]
+                report.table(part, hash_goals(machine, best, args.quick))
             elif part == "deterministic":
                 from pyllm.benchmarks.gpu.gpu_deterministic import check_deterministic, deterministic_goals
 

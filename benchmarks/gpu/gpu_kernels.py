@@ -69,6 +69,9 @@ def randomise(model: DeepForCausalLM, seed: int = 0) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("token_to_expert"):
             buffer.copy_(torch.arange(len(buffer), device=model.device) % model.config.experts)
+        elif name.endswith("routes"):
+            scores = torch.rand(buffer.shape[1], model.config.experts, generator=generator, device=model.device)
+            buffer.copy_(scores.argsort(dim=1)[:, : len(buffer)].T)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ PARTS = [
     "decode",
     "flashinfer",
     "prefill",
+    "tr-hash, exactness",
+    "tr-hash",
     "deterministic",
     "engine",
     "profile of a decode step of 1",
@@ -42,7 +44,7 @@ def test_gpu_check_dry_run_finds_nothing_wrong(tmp_path):
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert found["wrong"] == []
     assert all(found[part] for part in PARTS)
-    assert all(row["ok"] for row in found["kernels"])
+    assert all(row["ok"] for row in [*found["kernels"], *found["tr-hash, exactness"]])
     assert found["machine"]["dry_run"]
 
 
