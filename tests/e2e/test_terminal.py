@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 def scripted() -> Iterator[Scripted]:
     with Scripted() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.terminal_of()
+        thread.start()
         try:
             yield server
         finally:
