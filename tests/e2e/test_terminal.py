@@ -177,10 +177,12 @@ def test_pasted_and_typed_lines_are_one_question(scripted: Scripted, terminal_of
     assert asked(scripted) == ["one\ntwo\nthree", "four\nfive\nsi"]
 
 
-def test_lines_pasted_during_an_answer_are_one_question(scripted: Scripted, start: Callable[..., Terminal]) -> None:
+def test_lines_pasted_during_an_answer_are_one_question(
+    scripted: Scripted, terminal_of: Callable[..., Terminal]
+) -> None:
     scripted.replies["wait"] = "Partial answer"
     long = " ".join(["word"] * 1500)
-    terminal = start()
+    terminal = terminal_of()
     terminal.press("wait", "Enter")
     terminal.wait("Partial")
     terminal.paste(f"one\n{long}\ntwo\n")
