@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 TORCH_INDEX ?=
 NVIDIA := /proc/driver/nvidia/version
 PYTEST := $(BIN)/python -m pytest
-TESTS = $(PYTEST) $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
+TESTS = $(PYTEST) $(or $(ARGS),--numprocesses 3 --dist loadfile --no-loadscope-reorder)
 
 .PHONY: serve test test-real test-clients test-optimized lint bench clean lock vendor audit
 

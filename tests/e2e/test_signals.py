@@ -85,15 +85,6 @@ def test_a_signal_at_any_moment_of_the_start_ends_it_with_code_0(checkpoint: Pat
         assert "Ready after" in text or len(text.splitlines()) <= 1
 
 
-@pytest.fixture
-def heeds_quit() -> Iterator[None]:
-    """What is started here heeds SIGQUIT, although a shell ignores it for all that it runs in the background."""
-    before = signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGQUIT, before)
-
-
-@pytest.mark.usefixtures("heeds_quit")
 def test_no_engine_outlives_a_server_killed_while_it_starts(checkpoint: Path, tmp_path: Path) -> None:
     for n, moment in enumerate(MOMENTS[::3]):
         with (tmp_path / "log").open("wb") as log, start(checkpoint, log) as process:
