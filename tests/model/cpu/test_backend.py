@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.checkpoints import HASH, TINY, TR_HASH, random_model
 
 from pyllm.model import Architecture, AttentionMetadata, DeepConfig, DeepForCausalLM
@@ -187,6 +188,27 @@ def test_bf16_stays_as_near_to_fp32_as_plain_torch_does(variant):
         return float((true.exp() * (true - ours)).sum(-1).median())
 
     assert divergence(native(config, torch.bfloat16)) <= 1.5 * divergence(make(config, torch.bfloat16)) + 1e-6
+
+
+@pytest.mark.parametrize(("int8", "budget", "share"), [(False, 2e-2, 0.92), (True, 5e-2, 0.88)])
+def test_published_hash_line_stays_within_the_error_budget(int8, budget, share):
+    """Over all fixtures together, which a single flip in one would exceed."""
+    from conftest import golden_folders
+
+    if not golden_folders("golden-tr-hash"):
+        pytest.skip("the published fixtures are not next to this checkout")
+    divergence, agree = [], []
+    for folder in golden_folders("golden-tr-hash"):
+        expected = load_file(folder / "golden.safetensors")
+        model = DeepForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model.ops = NativeBackend(model, int8=int8)
+        ids = expected["input_ids"]
+        ours = run(model, [ids], [[(0, len(ids))]])[0].log_softmax(-1)
+        true = expected["logits"].log_softmax(-1)
+        divergence.append((true.exp() * (true - ours)).sum(-1))
+        agree.append(true.argmax(-1) == ours.argmax(-1))
+    assert torch.cat(divergence).mean() <= budget
+    assert torch.cat(agree).float().mean() >= share
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

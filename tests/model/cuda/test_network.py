@@ -125,6 +125,31 @@ def test_golden_logits_and_greedy_text(golden):
     assert torch.cat([logits[-1:], following]).argmax(-1).tolist() == expected["greedy_ids"][:2].tolist()
 
 
+@pytest.mark.usefixtures("few")
+def test_published_hash_line_in_bf16_keeps_the_error_budget():
+    """The ends of the prompts of all fixtures together, after what plain torch computed."""
+    from conftest import golden_folders
+
+    if not golden_folders("golden-tr-hash"):
+        pytest.skip("the published fixtures are not next to this checkout")
+    divergence, agree = [], []
+    for folder in golden_folders("golden-tr-hash"):
+        expected = load_file(folder / "golden.safetensors")
+        model = DeepForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        prompt = expected["input_ids"]
+        blocks = -(-len(prompt) // PAGE)
+        text = Sequence(prompt, torch.arange(blocks, dtype=torch.int32))
+        plain = model.new_kv_cache(blocks, PAGE)
+        step(model, plain, [(text, len(prompt) - 7)])
+        cache = on_triton(model).new_kv_cache(blocks, PAGE).copy_(plain)
+        ours = step(model, cache, [(text, 7)])[0].log_softmax(-1)
+        true = expected["logits"][-7:].log_softmax(-1)
+        divergence.append((true.exp() * (true - ours)).sum(-1))
+        agree.append(true.argmax(-1) == ours.argmax(-1))
+    assert torch.cat(divergence).mean() <= 2e-2
+    assert torch.cat(agree).float().mean() >= 0.92
+
+
 def test_greedy_text_equals_plain_torch():
     prompt = torch.arange(4, 10)
     texts = [
