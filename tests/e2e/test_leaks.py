@@ -40,6 +40,7 @@ from pyllm.engine.messages import (
     encode_frame,
     read_frames,
 )
+from pyllm.engine.process import receive
 from pyllm.engine.process import serve as serve_engine
 from pyllm.server import serve
 from pyllm.server.flags import ServerConfig
@@ -113,7 +114,7 @@ def test_the_engine_keeps_nothing_of_a_request(checkpoint: Path) -> None:
                           num_kv_blocks=60, max_num_seqs=6)  # fmt: skip
     core = build_engine(config)
     ours, theirs = socket.socketpair()
-    engine = threading.Thread(target=serve_engine, args=(core, theirs, read_frames(theirs.makefile("rb"))))
+    engine = threading.Thread(target=serve_engine, args=(core, theirs, receive(read_frames(theirs.makefile("rb")))))
     draw, meter = random.Random(1), Meter()
     with ours, theirs:
         engine.start()
