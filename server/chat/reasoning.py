@@ -137,8 +137,10 @@ class GrammarMarks:
             before,
             rf"THINKING: /(.|\n)*/ & ~/(.|\n)*{end}(.|\n)*/",
             f"THOUGHT: THINKING {json.dumps(self._texts[1])}",
-            "opened: OPENED?",
-            rf"OPENED: /\n{{1,2}}({opening}\n?)?|{opening}\n?/",
+            # Two tokens, since the lexer does not backtrack: an answer or a call may begin as the mark does.
+            "opened: LINES? OPENED?",
+            r"LINES: /\n{1,2}/",
+            rf"OPENED: /{opening}\n?/",
             "closed: CLOSED?",
             rf"CLOSED: /\n?{closing}\n?/",
         ]

@@ -94,8 +94,7 @@ class ToolOptions:
         if led:
             start = "(LEAD call)* TEXT?" if self.parallel else "LEAD call | TEXT?"
         else:
-            answer = "opened @answer closed" if marks else "@answer"
-            start = f"{calls} | TEXT?" if free else f"{calls} | {answer}" if with_answer else calls
+            start = f"{calls} | TEXT?" if free else f"{calls} | @answer" if with_answer else calls
         rules = [f"{CALL_OPENING}{quote(opening)}", f"start: {start}"]
         rules.append(f"call: {'' if led or not opening else quote(opening)} ({' | '.join(bodies)})")
         if free:
@@ -107,7 +106,7 @@ class ToolOptions:
             rules.append(f"LEAD: TEXT {quote(opening)}")
         if marks is not None:
             rules[:2] = [marks.header, rules[0], rules[1].replace("start: ", "after: ", 1)]
-            rules += [f"start: before {'after' if with_answer else 'opened after closed'}", *marks.rules()]
+            rules += ["start: before opened after closed", *marks.rules()]
         return "\n".join(rules)
 
     def _marked_rules(self, ids: tuple[int, int], with_answer: bool, marks: GrammarMarks | None) -> str:

@@ -80,12 +80,14 @@ def test_calls_follow_reasoning(
     marks: Marks, form: ToolCallFormat, texts: tuple[str, ...], mode: Literal["required", "auto"]
 ) -> None:
     thought, end, answer, call = texts
+    opening = "" if marks.ids else "\n"
     options = ToolOptions(tools=[TOOL], mode=mode, parallel=False, format=form)
     for inner in (None, ANSWER) if mode == "auto" else (None,):
         made = options.grammar(inner, GrammarMarks(marks, TOKENIZER, True))
         assert made is not None
         grammar = made[0]
         assert accepts(grammar, thought + end + call)
+        assert accepts(grammar, thought + end + opening + call)
         assert accepts(grammar, call)
         assert not accepts(grammar, call.replace('"x"', '"y"')) or mode == "auto"
         assert not accepts(grammar, call + call)
