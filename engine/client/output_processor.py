@@ -49,6 +49,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     embedding: list[float] | None = None
     sections: list[Piece] = []  # what the text consists of, if the request names the marks of sections
     num_reasoning_tokens: int = 0  # so far
+    is_reasoning: bool = False  # what follows is reasoning, if there is more
 
 
 class StopMatcher:
@@ -292,6 +293,7 @@ class OutputProcessor:
             embedding=output.embedding,
             sections=sections,
             num_reasoning_tokens=state.num_reasoning_tokens,
+            is_reasoning=state.splitter is not None and state.splitter.section == "reasoning",
         )
 
     def abort(self, request_id: str, *, error: str | None = None) -> RequestOutput | None:

@@ -66,7 +66,7 @@ class Turn:
         """Read a choice that is finished."""
         reader = self.reader()
         found = [*self.read(reader, choice), *reader.finish(self.cut_off(choice.finish_reason, choice.stop_reason))]
-        return ParsedTurn(_join(found), reader.finish_reason, reader.unfinished)
+        return ParsedTurn(_join(found), reader.finish_reason, reader.unfinished or choice.is_reasoning)
 
     def cut_off(self, reason: str | None, stop: str | int | None) -> str | None:
         """Return the hidden stop string with which the client cut the text off, "" for another limit, None for none."""
@@ -96,11 +96,11 @@ class ParsedTurn:
 
     parts: list[str | ToolCall | Thought]
     finish_reason: str  # to report when the engine says "stop"
-    unfinished: bool
+    unfinished: bool  # an answer or a call was to come
 
     @property
     def content(self) -> str | None:
-        """The answer's text; None if there are only calls or reasoning, or a call was to come."""
+        """The answer's text; None if there are only calls or reasoning, or one was to come."""
         text = "".join(part for part in self.parts if isinstance(part, str))
         return text or (None if self.calls or self.reasoning or self.unfinished else "")
 

@@ -47,6 +47,7 @@ class Choice:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     num_reasoning_tokens: int = 0
+    is_reasoning: bool = False  # as in `RequestOutput`
     sections: list[Piece] = field(default_factory=list)
     times: RequestTimes = field(default=RequestTimes(0.0))
 
@@ -221,6 +222,7 @@ class Generation:
         choice.num_output_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
         choice.num_reasoning_tokens = output.num_reasoning_tokens
+        choice.is_reasoning = output.is_reasoning
         choice.times = times
         choice.prompt_logprobs += output.prompt_logprobs
         if output.finish_reason is not None:

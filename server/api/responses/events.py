@@ -80,7 +80,7 @@ class ResponseWriter(EventWriter):
         """Write the text that the reader held back, and end the response."""
         choice = self._generation.choices[0]
         data = self._write(self._reader.finish(self._turn.cut_off(choice.finish_reason, choice.stop_reason)))
-        if not self.response["output"] and not self._reader.unfinished:
+        if not self.response["output"] and not (self._reader.unfinished or choice.is_reasoning):
             data += self._open_message()
         data += self._write_last_logprobs()
         cut = "length" in (choice.finish_reason, self._reader.finish_reason)

@@ -160,6 +160,10 @@ def test_limits_inside_reasoning_leave_no_answer(harness, form) -> None:
     assert (message["content"], message["reasoning"]) == (None, "we")
     assert message["finish_reason"] == "length"
     assert usage["completion_tokens_details"]["reasoning_tokens"] == (3 if form is with_tags else 2)
+    message, usage = chat(harness, max_tokens=len("<think>") if form is with_tags else 1)
+    assert (message["content"], message.get("reasoning"), message["finish_reason"]) == (None, None, "length")
+    response = harness.post("/v1/responses", {"input": "Hi", "max_output_tokens": usage["completion_tokens"]}).json()
+    assert response["output"] == []
     message, _ = chat(harness, stop=["e"])
     assert (message["content"], message["reasoning"], message["finish_reason"]) == ("Y", "well é", "stop")
 
