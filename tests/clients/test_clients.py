@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import write_long_demo, write_rambler
 from support.client_environments import node_environment, python_environment, version
+from support.dialogues import FOLDER
 from support.serving import ServerProcess, environment
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -30,7 +31,7 @@ class Client:
         program: in `programs/`.
         language: of the environment: `python` or `node`.
         group: of packages, in versions.toml.
-        server: `demo` answers sensibly, `rambler` has room and speed for long prompts.
+        server: `demo` answers sensibly, `rambler` has room and speed for long prompts, `reasoner` reasons.
         replicas: whether there is a second server.
     """
 
@@ -58,6 +59,7 @@ CLIENTS = [
     Client("vllm-router", "routers.py", "python", "vllm_router", replicas=True),
     Client("sglang-router", "routers.py", "python", "sglang_router", replicas=True),
     Client("ai", "ai_sdk.mjs", "node", "ai"),
+    Client("ai", "ai_sdk_reasoning.mjs", "node", "ai", server="reasoner"),
     Client("promptfoo", "promptfoo.py", "node", "promptfoo"),
     Client("@openai/codex", "codex.py", "node", "codex", server="rambler"),
 ]
@@ -89,6 +91,13 @@ def rambler(folder: Path) -> Iterator[ServerProcess]:
     (folder / "rambler").mkdir()
     write_rambler(folder / "rambler", 65536)
     with ServerProcess(folder / "rambler.log", str(folder / "rambler"), *NAMES) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def reasoner(folder: Path) -> Iterator[ServerProcess]:
+    greedy = ("--override-generation-config", '{"temperature": 0}')
+    with ServerProcess(folder / "reasoner.log", str(FOLDER / "agentic"), *NAMES, *greedy) as process:
         yield process
 
 

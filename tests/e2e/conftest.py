@@ -13,7 +13,11 @@ from openai import AsyncOpenAI, OpenAI
 from support.checkpoints import TINY, write_checkpoint
 from support.client_environments import UnavailableError, node_environment
 from support.components import missing
+from support.dialogues import FOLDER, FORMS
+from support.reasoning_client import Reasoner
 from support.serving import PATIENCE, ServerProcess
+
+from pyllm.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -68,6 +72,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """`pyllm serve`, with no model named."""
     with ServerProcess(tmp_path_factory.mktemp("demo") / "log", cold=True) as process:
         yield process
+
+
+@pytest.fixture(scope="session", params=FORMS, ids=lambda form: form.name)
+def reasoner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reasoner]:
+    """A small model that was trained to reason, in each chat form of the TR-Hash line."""
+    log, folder = tmp_path_factory.mktemp("reasoner") / "log", FOLDER / request.param.name
+    with ServerProcess(log, str(folder), "--dtype", "float32", "--served-model-name", "reasoner") as process:
+        yield Reasoner(request.param, Tokenizer.from_folder(folder), process)
 
 
 KEY = "open sesame"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import byte_tokenizer
-from support.dialogues import AGENTIC, FORMS, SECTION_TOKENS, V2, WEATHER, Form, write_tokenizer
+from support.dialogues import AGENTIC, FOLDER, FORMS, SECTION_TOKENS, V2, WEATHER, Form, write_tokenizer
 
 from pyllm.model import CheckpointError
 from pyllm.model.tokenizer import Tokenizer
@@ -92,6 +92,13 @@ def test_each_form_is_written_as_its_models_learned_it(form: Form, tmp_path: Pat
     ids = chat.render([system, *messages], tools=[tool])
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert ids == tokenizer.encode_prompt(text)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_the_trained_models_have_the_form_s_files(form: Form, tmp_path: Path) -> None:
+    write_tokenizer(form, tmp_path)
+    for path in tmp_path.iterdir():
+        assert (FOLDER / form.name / path.name).read_bytes() == path.read_bytes(), "run support/train_reasoners.py"
 
 
 def test_v1_pieces_have_a_system_prompt_of_their_own(tmp_path: Path) -> None:
