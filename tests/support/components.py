@@ -49,6 +49,7 @@ COMPONENTS: Final = {
     "npm": Component(("npm",)),
     "openssl": Component(("openssl",), "version"),
     "promtool": Component(("promtool",)),
+    "setpriv": Component(("setpriv",), others=("prlimit",)),
     "tmux": Component(("tmux",), "-V"),
     "zsh": Component(("zsh",)),
 }
