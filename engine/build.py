@@ -32,10 +32,10 @@ from .step.request import Request, ScheduledSequence
 
 logger = logging.getLogger(__name__)
 
-# This many prompt tokens take about twice as long as a decode step of eight sequences, so streams slow down threefold
-# at most.
+# This many prompt tokens take about twice as long as a decode step of eight sequences, so streams slow down at most
+# threefold.
 PREFILL_TOKENS = {"cpu": 32, "cuda": 496}
-# (prompt tokens, sequences that decode after it)
+# (prompt tokens, sequences that decode after the prompt)
 WARM_UP_STEPS: dict[Kernels, tuple[tuple[int, int], ...]] = {
     "native": ((16, 1), (64, 8)),
     "torch": ((16, 1), (64, 8)),
@@ -43,16 +43,16 @@ WARM_UP_STEPS: dict[Kernels, tuple[tuple[int, int], ...]] = {
     "triton": ((7, 1), (16, 2), (24, 4), (32, 8), (50, 16), (64, 24), (500, 33), (512, 48), (1500, 64), (2048, 100)),
 }
 STEP_MARGIN = 1.1  # a step takes more GPU memory than its tensors, because free memory is fragmented
-GRAPH_BYTES = 256 << 20  # what graphs usually take in addition to their working memory
+GRAPH_BYTES = 256 << 20  # the usual size of graphs in addition to their working memory
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_engine(
     config: EngineConfig, on_progress: Callable[[int, int], object] = lambda done, total: None
 ) -> EngineCore:
-    """Load the model and build its engine; raise `EngineStartError`, one sentence to show the user, if that fails.
+    """Load the model and build its engine; raise `EngineStartError`, with one sentence for the user, if that fails.
 
-    `on_progress` is called as the weights are loaded, with how many bytes are and with all of them.
+    `on_progress` is called during loading, with how many bytes of the weights are loaded and how many there are.
     """
     try:
         return _build(config, on_progress)
@@ -115,7 +115,7 @@ def _start_compute_threads(pools: int) -> None:
     """Let OpenMP start its threads now; raise `RuntimeError` if the system allows fewer, since OpenMP would exit."""
     count = torch.get_num_threads()
     check_threads(pools * (count - 1))  # the compiled kernels have a pool of their own
-    torch.empty(count << 16).fill_(0.0)  # enough for all of them to have a part
+    torch.empty(count << 16).fill_(0.0)  # large enough for every thread to have a part
 
 
 def outline_model(config: EngineConfig, shape: DeepConfig) -> tuple[Outline, torch.device]:
@@ -132,7 +132,7 @@ def outline_model(config: EngineConfig, shape: DeepConfig) -> tuple[Outline, tor
 
 
 def resolve(config: EngineConfig, model: DeepNetwork) -> ResolvedConfig:
-    """Decide what `config` leaves open, except the number of KV blocks: that depends on memory, so it is 1 here."""
+    """Decide the settings that `config` leaves open; the number of KV blocks, which depends on memory, is 1 here."""
     device = model.device.type
     decided = {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -213,7 +213,7 @@ def step_bytes(model: DeepNetwork, config: ResolvedConfig) -> int:
 def _rehearse(runner: ModelRunner, lengths: list[int], count: int, params: SamplingParams) -> None:
     """Compute made-up prompts, and `count` decodes after them, so that the first real step is not slow.
 
-    What they write to the KV cache is overwritten later, like everything that a finished sequence leaves there.
+    Their keys and values in the KV cache are overwritten later, like those of any finished sequence.
     """
     config = runner.config
     count = min(count, config.max_num_seqs)
@@ -222,7 +222,7 @@ def _rehearse(runner: ModelRunner, lengths: list[int], count: int, params: Sampl
     for index in range(max(count, len(lengths))):
         length = lengths[min(index, len(lengths) - 1)]
         request = Request(EngineRequest(request_id="warm-up", prompt_token_ids=[0] * length, params=params))
-        # A prompt wraps around in one block: nothing reads what it computes.
+        # A prompt wraps around in one block: its results are never read.
         request.block_ids = [index % config.num_kv_blocks] * (length // config.block_size + 1)
         requests.append(request)
     runner.execute([ScheduledSequence(*pair, True) for pair in zip(requests, lengths, strict=False)])

@@ -32,7 +32,7 @@ def setting(
     """Declare a field of a settings class with its help and its inclusive bounds.
 
     A secret is hidden in the repr. A guard protects the server, so it is refused if it is set but empty, as when the
-    value of a template or of a variable is missing; every secret is one. `blank` texts of a list may be white space.
+    value of a template or of a variable is missing; secrets are guards too. `blank` texts of a list may be white space.
     """
     metadata = {"text": text, "low": low, "high": high, "guard": guard or secret, "blank": blank}
     return field(default=default, metadata=metadata, repr=not secret)
@@ -55,8 +55,19 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The texts that are allowed; empty where any is."""
+        """The allowed texts; empty if every text is allowed."""
         return get_args(self.type) if self.kind == "text" else ()
+
+    @property
+    def shown_default(self) -> str:
+        """The default as its help shows it; empty for none."""
+        if self.kind == "size" and self.default:
+            return f"{self.default / 10**9:g}GB"
+        if isinstance(self.default, bool):
+            return "on" if self.default else ""
+        if isinstance(self.default, float):
+            return f"{self.default:g}"
+        return "" if self.default in (None, ()) else str(self.default)
 
     def convert(self, raw: Any, source: str) -> Any:
         """Convert text or a value from YAML, JSON or Python; raise a `ValueError` that names `source`."""
@@ -139,7 +150,7 @@ def from_values(cls: type[Settings], values: Mapping[str, Any], source: str = ""
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return the end of an error message: `; did you mean X?` for the closest known word, else a full stop.
 
-    What all flags and variables begin with does not count, since it would make any two of them alike.
+    The prefix of all flags and variables does not count, since it would make any two of them alike.
     """
     names = {_bare(name): name for name in known}
     near = difflib.get_close_matches(_bare(word), names, n=1, cutoff=0.7)
@@ -153,7 +164,7 @@ def _bare(name: str) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether a value is no string, or one that UTF-8 can encode (other bytes of an argument are surrogates)."""
+    """Whether a value is not a string, or one that UTF-8 can encode (other bytes of an argument are surrogates)."""
     return not isinstance(value, str) or ("\0" not in value and value == value.encode("utf-8", "replace").decode())
 
 
@@ -198,8 +209,10 @@ class EngineSettings:
         "one, or none",
     )
     quantization: Literal["none", "int8"] = setting("none", "int8 packs the large weights to 8 bits while loading")
-    kv_cache_dtype: Literal["auto", "fp8"] = setting("auto", "fp8 fits twice as many tokens in the KV cache, on a GPU")
-    seed: int | None = setting(None, "seed for requests that have none, and for dummy weights", low=0, high=2**63 - 1)
+    kv_cache_dtype: Literal["auto", "fp8"] = setting(
+        "auto", "fp8 fits twice as many tokens in the KV cache, where supported"
+    )
+    seed: int | None = setting(None, "seed for requests without one, and for dummy weights", low=0, high=2**63 - 1)
     max_model_len: int | None = setting(
         None, "maximum prompt and output tokens (default: the model's context)", low=2, high=2**31 - 1
     )
@@ -214,7 +227,10 @@ class EngineSettings:
     )
     max_num_batched_tokens: int = setting(2048, "maximum tokens per step; long prompts are chunked", low=1, high=2**20)
     max_num_prefill_tokens: int | None = setting(
-        None, "maximum prompt tokens per step with up to 8 decoding sequences (default: by device)", low=1, high=2**20
+        None,
+        "maximum prompt tokens in a step that also decodes up to 8 sequences (default: by device)",
+        low=1,
+        high=2**20,
     )
     max_num_queued_reqs: int = setting(
         1024, "maximum requests waiting to run; further ones get a 429", low=1, high=2**31 - 1
@@ -231,7 +247,7 @@ class EngineSettings:
         None, "size of the KV cache, such as 2GiB (default: from the free memory)", low=1, high=2**60
     )
     gpu_memory_utilization: float = setting(
-        0.92, "share of the GPU's memory to fill when the KV cache is given no size", low=0.01, high=1
+        0.92, "share of the GPU's memory to fill if no size of the KV cache is set", low=0.01, high=1
     )
     num_kv_blocks: int | None = setting(None, "number of blocks in the KV cache, instead of a size", low=1, high=2**60)
     enforce_eager: bool = setting(False, "do not record steps as CUDA graphs")
@@ -246,7 +262,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(EngineSettings):
-    """All that an engine needs to start."""
+    """Everything that an engine needs to start."""
 
     model: str = setting(dataclasses.MISSING, "folder of the checkpoint")
     overlap_scheduling: bool | None = setting(
@@ -265,7 +281,7 @@ class EngineConfig(EngineSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig(EngineConfig):
-    """What a running engine uses: its `dtype` and `device`, and these settings, are decided."""
+    """The settings of a running engine: its `dtype` and `device`, and these, are decided."""
 
     max_model_len: int
     max_num_seqs: int

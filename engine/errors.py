@@ -33,7 +33,7 @@ class EngineDeadError(RuntimeError):
 
 
 START_FAILURES = (OSError, MemoryError, ImportError, RuntimeError)
-"""What a system that lacks memory, files or threads makes fail, in this code or in libraries."""
+"""The exceptions raised here or in libraries when the system runs out of memory, open files or threads."""
 
 
 def reason_of(error: BaseException) -> str:
@@ -51,7 +51,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def lacks_threads(error: BaseException) -> bool:
-    """Return whether a thread could not be started; Python has no error type for that, and C++ has words of its own."""
+    """Return whether a thread could not be started; Python has no error type for that, and C++ words it differently."""
     return isinstance(error, RuntimeError) and bool(re.search("start new thread|temporarily unavailable", str(error)))
 
 

@@ -1,4 +1,4 @@
-"""What this machine has and allows this process: memory, which it can return, and threads.
+"""The memory and threads that this machine allows this process, and the return of freed memory.
 
 Threads start before they are needed, so that a server without enough of them never reports that it is ready.
 """
@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-MAX_GAPS = 16 * 2**20  # bytes of freed memory in the C library's heap that are not worth returning
+MAX_GAPS = 16 * 2**20  # up to this many freed bytes in the C library's heap are not worth returning
 _ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # of the GNU C library's `mallopt`
-LARGE_BLOCK = 256 * 2**10  # bytes from which a block is not part of the heap, so that it is returned when it is freed
+LARGE_BLOCK = (
+    256 * 2**10
+)  # from this size, a block is not part of the heap, so that it is returned as soon as it is freed
 
 
 class _Heap(ctypes.Structure):
@@ -27,10 +29,10 @@ class _Heap(ctypes.Structure):
 
 
 def use_one_heap() -> None:
-    """Let all threads share one heap, without large blocks; to be called before there are threads.
+    """Let all threads share one heap, without large blocks; call it before there are threads.
 
-    With a heap for each thread, no thread can use what another has freed, and hardly a page of it is empty. The user's
-    own settings win. With other C libraries than the GNU one, this does nothing.
+    With a heap for each thread, no thread can use memory that another has freed, and hardly a page of it is
+    empty. The user's own settings win. With any C library but GNU's, this does nothing.
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         with contextlib.suppress(AttributeError, OSError):
@@ -40,7 +42,7 @@ def use_one_heap() -> None:
 
 
 def return_free_memory(max_gaps: int = MAX_GAPS) -> None:
-    """Return the freed memory between this process's objects to the system, if it is much.
+    """Return the freed memory between this process's objects to the system, if there is much.
 
     The GNU C library does so by itself only at the end of its heap; with other libraries, this does nothing. Takes
     some milliseconds, in which other threads can run, and the next allocations take a little longer.
@@ -101,7 +103,7 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def start_pool(count: int, name: str) -> ThreadPoolExecutor:
-    """Make a pool whose threads run already; raise `RuntimeError` if the system does not allow that many."""
+    """Make a pool whose threads are already running; raise `RuntimeError` if the system does not allow that many."""
     pool = ThreadPoolExecutor(count, thread_name_prefix=name)
     start_threads(pool, count)
     return pool
@@ -118,6 +120,6 @@ def start_threads(pool: ThreadPoolExecutor, count: int) -> None:
 
 
 def check_threads(count: int) -> None:
-    """Raise `RuntimeError` if the system does not allow `count` more threads, for libraries that would just exit."""
+    """Raise `RuntimeError` if the system does not allow `count` more threads, for libraries that would exit instead."""
     if count:
         start_pool(count, "check").shutdown()

@@ -26,7 +26,7 @@ from .messages import (
 
 @dataclass(slots=True)
 class Completion:
-    """What was generated for one prompt."""
+    """The text and tokens generated for one prompt."""
 
     prompt_token_ids: list[int]
     text: str = ""
@@ -38,7 +38,7 @@ class Completion:
     dynamics: list[TokenDynamics] = field(default_factory=list)
 
     def add(self, output: RequestOutput) -> None:
-        """Append what a step produced."""
+        """Append a step's output."""
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs

@@ -1,8 +1,8 @@
 """The messages between the API process and the engine process.
 
 Each is a `msgspec.Struct`, encoded as msgpack and tagged with its class name: only data can arrive (no pickle), and
-this module is the whole protocol. The checks of a request are at the end: the client refuses at once what the engine
-can never run, and the engine checks again.
+this module is the whole protocol. The checks of a request are at the end: the client refuses at once a request that
+the engine can never run, and the engine checks again.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
 class Marks(Message, frozen=True, kw_only=True):
     """How a model marks the sections of its text: reasoning, the final answer, tool calls.
 
-    Marks are special tokens if there are `ids`; else they are the plain texts, and white space around them goes too.
+    Marks are special tokens if there are `ids`; otherwise they are the plain texts, and white space around them is
+    removed with them.
     """
 
-    ids: tuple[int, ...] = ()  # of the start and the end of each section, in the order of `SECTIONS`; -1: has none
+    ids: tuple[int, ...] = ()  # of each section's start and end marks, in the order of `SECTIONS`; -1 for none
     think: tuple[str, str] = ("<think>", "</think>")
     final: tuple[str, str] = ("<final>", "</final>")
     starts_in: Literal["reasoning", "content"] | None = None  # the section whose start mark is in the prompt
-    continues: bool = False  # with some of its text, so that white space at the start belongs to the section
+    continues: bool = (
+        False  # the prompt has some of its text too, so that white space at the start belongs to the section
+    )
 
 
 Section = Literal["reasoning", "content", "call", "mark"]
@@ -56,7 +59,7 @@ SECTIONS: tuple[Section, ...] = ("reasoning", "content", "call")
 class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
     """How a sequence is sampled (see also `DrawParams`) and when it ends; a wrong value raises `RequestError`."""
 
-    max_tokens: int | None = 16  # at most what fits, and all of it if None; 0: only read the prompt
+    max_tokens: int | None = 16  # None: as many as fit; 0: only read the prompt
     stop: tuple[str, ...] = ()  # strings that end the text, and are removed unless `include_stop_str_in_output`
     stop_token_ids: tuple[int, ...] = ()  # in addition to the model's end-of-sequence ids
     include_stop_str_in_output: bool = False
@@ -70,7 +73,7 @@ class SamplingParams(DrawParams, Message, frozen=True, kw_only=True):
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None  # None: all
     prompt_logprobs: int | None = None  # like `logprobs`, for every token of the prompt except the first
-    grammar: str | None = None  # what the text must match, in llguidance's grammar language
+    grammar: str | None = None  # that the text must match, in llguidance's grammar language
     return_dynamics: bool = False  # report `TokenDynamics`
     marks: Marks | None = None  # split the text into sections; stop strings count in content and calls only
 
@@ -113,8 +116,8 @@ class EngineRequest(Message, frozen=True, kw_only=True):
     prompt_token_ids: list[int]  # at least one
     params: SamplingParams
     priority: int = 0  # under the scheduling policy `priority`, the lowest runs first
-    background: bool = False  # runs only where other requests leave room, under every policy
-    client: str = ""  # the scheduler is fair between clients of these names; those without one are the same client
+    background: bool = False  # runs only in the room that other requests leave, under every policy
+    client: str = ""  # the scheduler is fair between clients of these names; requests without one count as one client
     cache_salt: str | None = None  # only requests with the same salt share the prefix cache
     # Instead of generating, return the mean of the prompt's final hidden states, or the last one. The prompt may fill
     # the whole context, and `params` is ignored.
@@ -164,7 +167,7 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     config: ResolvedConfig
     era: str
     parameters: int
-    active_parameters: int = 0  # that one token is computed with
+    active_parameters: int = 0  # used to compute one token
     sizes: str = ""  # of the network, in words
     file_dtypes: tuple[str, ...] = ()  # number formats of the checkpoint's files; none for dummy weights
     load_seconds: float
@@ -175,7 +178,7 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     num_experts: int = 0  # 0 for a network without routed experts
     kernels: Kernels = "torch"
     graphs: GraphInfo | None = None
-    chunk_multiple: int = 1  # chunks of a prompt that end at multiples of this do not change its results by a bit
+    chunk_multiple: int = 1  # chunks of a prompt that end at multiples of this leave its results unchanged, to the bit
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -184,7 +187,7 @@ class EngineInfo(Message, frozen=True, kw_only=True):
 
 
 class Loading(Message, frozen=True, kw_only=True):
-    """How many bytes of the weights are loaded, and of how many."""
+    """How many bytes of the weights are loaded so far, and how many there are."""
 
     done: int
     total: int
@@ -210,9 +213,9 @@ class TokenLogprobs(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class TokenDynamics(Message, frozen=True, kw_only=True, array_like=True):
-    """What the network did in the pass that a token was drawn from; lists have one entry per layer, or none."""
+    """The network's dynamics in the pass from which a token was drawn; lists have one entry per layer, or none."""
 
-    input_token_id: int  # the token that the pass read, whose id routes it
+    input_token_id: int  # the token that the pass read; its id chooses the experts
     experts: list[int]  # the expert used, the first one if an id uses several
     rerouted: list[bool]  # whether mu chose another expert than the id's
     mu_norm: list[float]  # Euclidean norm of the layer's mu
@@ -222,7 +225,7 @@ class TokenDynamics(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
-    """What one step added to one request."""
+    """The output of one step for one request."""
 
     request_id: str
     token_ids: list[int]
@@ -262,12 +265,12 @@ class EngineStats(Message, frozen=True, kw_only=True):
     num_accepted_tokens: list[int] = []  # how many times the first, second, ... token was right; [] without speculation
     expert_tokens: list[list[int]] | None = None  # by [layer][expert]; None: as last reported, or no experts
     expert_reroutes: list[int] | None = (
-        None  # by [layer], tokens that mu sent to an expert not their id's; None likewise
+        None  # by [layer], tokens that mu sent to an expert other than their id's; None: the same
     )
 
 
 class StepOutputs(Message, frozen=True, kw_only=True):
-    """All that one step produced, in one message, so that it wakes the API process once."""
+    """Everything that one step produced, in one message, so that it wakes the API process once."""
 
     outputs: list[TokenOutput]
     stats: EngineStats
@@ -330,12 +333,12 @@ def check_request(message: EngineRequest, info: EngineInfo) -> None:
 
 
 def resolve_request(message: EngineRequest, info: EngineInfo, seeds: random.Random) -> EngineRequest:
-    """Limit `max_tokens` to what fits, fill in `seed`, and check the result; raises `RequestError`."""
+    """Limit `max_tokens` to the room in the context, fill in `seed`, and check the result; raises `RequestError`."""
     params, context, prompt = message.params, info.config.max_model_len, len(message.prompt_token_ids)
     if 0 < context - prompt < params.min_tokens:
         has = f"the context of {context} tokens has room for {context - prompt} after the prompt's {prompt}"
         raise RequestError(f"min_tokens is {params.min_tokens}, but {has}.", param="min_tokens")
-    room = max(context - prompt, params.min_tokens, 1)  # of a prompt that is too long, which the check refuses
+    room = max(context - prompt, params.min_tokens, 1)  # for a prompt that is too long, which the check refuses
     params = msgspec.structs.replace(
         params,
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),

@@ -41,17 +41,17 @@ from .messages import (
     read_frames,
 )
 
-if TYPE_CHECKING:  # what needs memory is imported where a failure becomes a sentence
+if TYPE_CHECKING:  # large modules are imported where a failure becomes a sentence
     from .step.core import EngineCore
 
 _GRAMMAR_READY = Abort(request_ids=[])  # wakes the loop, and aborts nothing
 IDLE_SECONDS = 0.1  # an engine without work for this long is idle; shorter gaps are normal between a client's requests
-FIRST_REPORT_SECONDS, REPORT_SECONDS = 1.0, 10.0  # of loading
-PULSE_SECONDS = 0.25  # a long step reports no more often than this that another of its layers is done
+FIRST_REPORT_SECONDS, REPORT_SECONDS = 1.0, 10.0  # until the first report of loading, and between two
+PULSE_SECONDS = 0.25  # the shortest time between two reports of a long step's finished layers
 
 
 class LoadReports:
-    """Sends how much of the weights is loaded: soon, since a small model needs no report, and then now and then."""
+    """Reports how much of the weights is loaded: after a second, as a small model needs no report, then regularly."""
 
     def __init__(self, send: Callable[[msgspec.Struct], object]) -> None:
         self._send = send
@@ -83,7 +83,7 @@ class Outbox:
 
 
 Inbox = queue.SimpleQueue[ToEngine | None]
-"""Messages from the API process; None: it has closed its end."""
+"""Messages from the API process; None once it has closed its end."""
 
 
 def receive(frames: Iterator[bytes]) -> Inbox:
@@ -172,8 +172,8 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the API process has exited
             try:
                 threading.Thread(target=_end_with_api_process, args=(sock,), name="hangup", daemon=True).start()
-                # Slow, so the API process prepares the configuration meanwhile. What is loaded stays, so the garbage
-                # collector need not scan it again and again.
+                # Slow, so the API process prepares the configuration meanwhile. Loaded objects stay, so the garbage
+                # collector need not scan them again and again.
                 gc.disable()
                 from .build import build_engine
 

@@ -1,8 +1,8 @@
-"""The operations that differ by device, in plain torch: the reference, and what runs on any device.
+"""The operations that differ by device, in plain torch: the reference, which runs on any device.
 
 The network calls nothing device-specific but the methods of `Backend`, each sized so that a device can do it well as
-one operation. A device is a subclass that overrides what it does faster; tests compare its results with the ones here.
-Element-wise arithmetic, norms and softmax are FP32; products run in the weights' dtype.
+one operation. A device is a subclass that overrides the operations it does faster; tests compare its results with those
+of `Backend`. Element-wise arithmetic, norms and softmax are FP32; products run in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_CACHE = torch.empty(0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
-    """Where the flat tokens of one step belong.
+    """The sequences to which one step's flat tokens belong.
 
     A step holds S sequences, one after the other: first `num_decodes` sequences with one token each, then the rest with
     any number of tokens (prefill chunks). In a captured graph, the lists keep the values of the capture, and the
@@ -45,7 +45,7 @@ class AttentionMetadata:
     num_decodes: int = 0
     slot_mapping: Tensor = _NO_CACHE  # int64 [T], the place of each token in the flattened pages
     block_tables: Tensor = _NO_CACHE  # int32 [S, B], the pages of each sequence in order, padded with any valid page
-    seq_lens_device: Tensor | None = None  # int32 [S], on the device; None copies `seq_lens` where it is needed
+    seq_lens_device: Tensor | None = None  # int32 [S], on the device; None: `seq_lens` is copied when needed
     query_starts: Tensor | None = None  # int32 [S + 1], the first token of each sequence, on the device; likewise
     num_splits: int | None = None  # how many parts decode attention splits the keys into; None lets the backend choose
 
@@ -75,7 +75,7 @@ class Backend:
     """Plain torch operations, on any device, and with gradients where no KV cache is involved.
 
     T is the number of tokens in the step, H the hidden size, D the size of a head. A subclass may change `x`,
-    `velocity` and `residual` in place; the caller continues with what is returned.
+    `velocity` and `residual` in place; the caller continues with the returned tensors.
     """
 
     prefill_multiple = PREFILL_BLOCK
@@ -197,8 +197,8 @@ class Backend:
     def _hash_mlp(self, layer: DeepLayer, b: Tensor, input_ids: Tensor) -> Tensor:
         """The shared MLP and those of each id's experts: b [T, H] -> FP32 [T, H].
 
-        All experts compute all tokens, and those that an id does not use are multiplied by zero: they are so small that
-        choosing columns by id takes longer (docs/performance.md).
+        All experts compute all tokens, and the results that an id does not use are multiplied by zero: experts are so
+        small that choosing columns by id takes longer (docs/performance.md).
         """
         gate, up = self.linear(b, layer.gate_up[0]).chunk(2, dim=-1)
         inner = F.silu(gate) * up
@@ -227,7 +227,7 @@ class Backend:
 
 
 def route_factors(layer: DeepLayer, input_ids: Tensor) -> Tensor:
-    """What each expert's inner channels are multiplied with: FP32 [T, E, 1], or [T, E, W] if ids modulate channels."""
+    """The factors of each expert's inner channels: FP32 [T, E, 1], or [T, E, W] if ids modulate channels."""
     assert layer.routes is not None
     chosen = layer.routes[:, input_ids].T  # [T, K]
     weights = layer.output_scales()[1:].expand(chosen.shape)

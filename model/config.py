@@ -1,4 +1,4 @@
-"""The configuration of a network of the family, and what a checkpoint's tensor names add to it."""
+"""The configuration of a network of the family, with the facts that a checkpoint's tensor names add to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = {
     "mup_base_width": (1, 2**17), "num_experts_per_tok": (1, 2**10), "top_k": (0, 2**22),
     "shared_intermediate_size": (1, 2**20),
 }  # fmt: skip
-"""The least and the most that each may be: many times what any published model has."""
+"""The lowest and highest value of each: many times those of any published model."""
 OPTIONAL_SIZES = ("num_experts", "num_experts_per_tok", "top_k", "shared_intermediate_size")
 SWITCHES = (
     "tie_word_embeddings", "use_token_routed_mlp", "use_qk_norm", "use_mup_attn_scale", "use_mup_output_mult",
@@ -41,7 +41,7 @@ DEFAULT_EXPERTS = 4
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest published one has 40 MB
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 """The files that name a tokenizer's special tokens; the first one counts."""
-DEFAULT = "the default"  # in place of the file's name, for an end token that no file names
+DEFAULT = "the default"  # in place of a file's name, for an end token that no file names
 AGENTIC_ENDS = ("<|end|>", "<|end_of_turn|>")
 """The ends of a conversation and of a turn in the agentic format; `config.json` can name only one."""
 
@@ -49,7 +49,7 @@ AGENTIC_ENDS = ("<|end|>", "<|end_of_turn|>")
 def read_generation_config(folder: Path, source: str = "auto") -> tuple[dict[str, Any], Path]:
     """Return the object in a checkpoint's `generation_config.json`, empty if it has none, and the file's path.
 
-    `source` is "auto" (the checkpoint's `folder`), another folder that must have the file, or "none" (in vLLM's words
+    `source` is "auto" (the checkpoint's `folder`), another folder that must have the file, or "none" (vLLM's word is
     "vllm"). Raises `CheckpointError` for a file that is broken or missing.
     """
     path = (folder if source == "auto" else Path(source)) / "generation_config.json"
@@ -94,9 +94,11 @@ class DeepConfig:
     use_mup_output_mult: bool = False
     mup_base_width: int = 256
     mlp_type: str | None = None
-    source_mlp_type: str | None = None  # of an export, the type that it was made from
+    source_mlp_type: str | None = None  # of an export, the type from which it was made
     num_experts_per_tok: int | None = None
-    top_k: int | None = None  # means the same if it is alone; in some files it is a sampling default
+    top_k: int | None = (
+        None  # means the same if `num_experts_per_tok` is absent; in some files it is a sampling default
+    )
     top_k_primary_weight: float | None = None
     shared_intermediate_size: int | None = None
     shared_output_scale: float = 1.0
@@ -175,7 +177,7 @@ class DeepConfig:
         return config
 
     def _refuse_others(self, values: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` for a key that asks for another network; warn of one without effect."""
+        """Raise `CheckpointError` for a key that means another network; warn of one without effect."""
         supported: dict[str, tuple[Any, ...]] = {
             "norm_type": ("rmsnorm", "rms", "llama"),
             "attention_type": ("gqa", "grouped_query", "mha", "multi_head", "mqa", "multi_query"),
@@ -202,9 +204,9 @@ class DeepConfig:
     def from_folder(cls, folder: str | Path, generation_config: str = "auto") -> DeepConfig:
         """Read `config.json` in `folder`, and the end tokens of its other files.
 
-        Those of `generation_config.json` are further ones; the tokenizer's is taken if `config.json` has none, and both
-        of the agentic format always. `generation_config` is where the first file is, as for `read_generation_config`.
-        Raises `CheckpointError` if a file is missing or invalid.
+        Those of `generation_config.json` are added; the tokenizer's counts if `config.json` has none, and both of the
+        agentic format always count. `generation_config` is the source of the first file, as in
+        `read_generation_config`. Raises `CheckpointError` if a file is missing or invalid.
         """
         return read_config(folder, generation_config)[0]
 
@@ -222,12 +224,12 @@ class DeepConfig:
 
     @cached_property
     def attention_scale(self) -> float:
-        """What scores are multiplied with before softmax."""
+        """The factor of scores before softmax."""
         return 1.0 / self.head_dim if self.use_mup_attn_scale else 1.0 / math.sqrt(self.head_dim)
 
     @cached_property
     def logit_divisor(self) -> float:
-        """What the scores of next tokens are divided by."""
+        """The divisor of next tokens' scores."""
         return max(1.0, self.hidden_size / self.mup_base_width) if self.use_mup_output_mult else 1.0
 
     @property
@@ -269,7 +271,7 @@ def read_config(folder: str | Path, generation_config: str = "auto") -> tuple[De
     try:
         config = DeepConfig.from_dict(values)
         found = _tokenizer_ends(path, config, values.get("eos_token_id") is not None)
-        path = origin  # of an error from here on
+        path = origin  # the file to name in an error from here on
         ends = dataclasses.replace(config, eos_token_id=_ids(generation.get("eos_token_id"))).eos_token_ids
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -280,9 +282,9 @@ def read_config(folder: str | Path, generation_config: str = "auto") -> tuple[De
 
 
 def _tokenizer_ends(path: Path, config: DeepConfig, given: bool) -> dict[int, str]:
-    """Return the ids that end a text by the `config.json` at `path`, if `given` there, and by the tokenizer's files.
+    """Return the ids that end a text: those of the `config.json` at `path`, if `given` there, and the tokenizer's.
 
-    Each has the name of the file that it comes from.
+    Each has the name of the file it comes from.
     """
     own = dict.fromkeys(config.eos_token_ids, path.name if given else DEFAULT)
     folder = folder_of(path.parent, "tokenizer.json")

@@ -15,4 +15,4 @@ class DrawParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0  # subtracted once from the logit of every token already generated
     frequency_penalty: float = 0.0  # subtracted once per occurrence among the generated tokens
     repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens in prompt or output
-    seed: int | None = None  # makes the draws repeatable in any batch; for None the engine picks one
+    seed: int | None = None  # makes the draws repeatable in any batch; if None, the engine picks one

@@ -17,7 +17,7 @@ ENDS = ("", "!", "a", "\n", "1")
 LENGTHS = (16, 32, 64, 128, 256, 1024)
 LONGER = (4096, 16384)  # for texts whose time seems to grow too fast
 SUSPICIOUS, SLOW = 5.5, 10  # times as long for a text of four times the length; 4 is linear, 16 is quadratic
-NOTICEABLE = 0.001  # seconds; shorter times count as this, so that chance decides nothing
+NOTICEABLE = 0.001  # seconds; shorter times are rounded up to this, so that chance decides nothing
 MAX_SECONDS = 0.25  # for one of these texts
 MAX_TOTAL = 2.0  # for all texts; an ordinary expression takes 0.02 to 0.2
 TRIES = 3
@@ -25,7 +25,7 @@ MAX_PARTS = 24
 
 _CHARACTERS = {"n": "\n", "r": "\r", "t": "\t", "d": "1", "s": " ", "w": "a", "D": "a", "S": "!", "W": "!",
                "L": "a", "Lu": "A", "Lt": "A", "M": "\u0301", "N": "1", "P": "!", "Han": "中"}  # fmt: skip
-"""What escapes and classes match."""
+"""Characters that escapes and classes match."""
 _SYNTAX = re.compile(
     r"\\[pP]\{\^?(?P<kind>\w+)\}|\\(?P<escaped>.)"
     r"|\(\?(?:<?[=!>]|<\w+>|[a-z-]*[:)])|\{\d*,?\d*\}|[\[\]().*+?|^$]",
@@ -34,7 +34,7 @@ _SYNTAX = re.compile(
 
 
 def find_slow(expressions: Iterable[str]) -> tuple[str, str] | None:
-    """Return an expression that takes more than linear time, and what a text repeats to show it; None if none does.
+    """Return an expression that takes more than linear time, and the repeated text that shows it; None if none does.
 
     A search cannot be interrupted. The library ends it only after ten million steps at one place, with a panic. So the
     texts grow from a few characters, and the first one that takes far longer than its length allows decides.
@@ -92,7 +92,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 def _texts(expression: str) -> Iterator[tuple[str, str]]:
-    """Yield what texts repeat and how they end: with a character of any kind, then with what a match may require."""
+    """Yield the repeated part and the end of each text: ends of any one character, then parts of the expression."""
     parts = _parts(expression)
     required = "".join(parts)
     characters = list(dict.fromkeys(required))[:MAX_PARTS]
@@ -103,7 +103,7 @@ def _texts(expression: str) -> Iterator[tuple[str, str]]:
 
 
 def _parts(expression: str) -> list[str]:
-    """List the texts between the operators of an expression, each class replaced by one of its characters."""
+    """List the texts between the operators of an expression, with each class replaced by one of its characters."""
     plain = _SYNTAX.sub(_character, expression)
     return list(dict.fromkeys(part for part in plain.split("\0") if part))[:MAX_PARTS]
 

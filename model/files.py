@@ -1,4 +1,4 @@
-"""Read the text files of a checkpoint within bounds: all that is odd about one becomes a `CheckpointError`."""
+"""Read the text files of a checkpoint within bounds: anything odd in one becomes a `CheckpointError`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def shown(value: Any) -> str:
 
 
 def folder_of(path: Path, file: str = "config.json") -> Path:
-    """Return the folder of a checkpoint that is named by its folder or by one of its files.
+    """Return the folder of a checkpoint, given the folder or one of its files.
 
-    In a folder of many checkpoints, it is that of the newest one, unless `file` is in the outer folder.
+    If the folder holds many checkpoints, return the newest one's, unless `file` is in the outer folder.
     """
     try:
         if path.is_file():
@@ -49,7 +49,7 @@ def newest_pack(names: Iterable[str]) -> str | None:
 
 
 def is_present(path: Path) -> bool:
-    """Return whether there is a file at `path`; raise `CheckpointError` for what cannot be read, such as a FIFO."""
+    """Return whether there is a file at `path`; raise `CheckpointError` if it cannot be read, such as a FIFO."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):

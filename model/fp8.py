@@ -1,7 +1,7 @@
 """Keys and values in 8 bits: a sign, four bits of exponent and three of mantissa (e4m3), in half of BF16's memory.
 
-Numbers from 2^-6 to 448 keep their four leading bits; smaller ones, down to 2^-9, keep fewer. Nothing is measured on
-data: the size of a layer's keys and values is estimated from its weights, which are scaled to the middle of the
+Numbers from 2^-6 to 448 keep their four leading bits; smaller ones, down to 2^-9, keep fewer. No data is
+needed: the size of a layer's keys and values is estimated from its weights, which are scaled to the middle of the
 format's range.
 """
 
@@ -25,7 +25,7 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def narrow(x: Tensor) -> Tensor:
-    """The nearest FP8 numbers; what is too large becomes the largest one, which torch does not promise."""
+    """The nearest FP8 numbers; larger numbers become the largest one, which torch does not promise."""
     return x.clamp(-MAX_FP8, MAX_FP8).to(FP8)
 
 
@@ -33,7 +33,7 @@ def narrow(x: Tensor) -> Tensor:
 def centre(layer: DeepLayer) -> None:
     """Scale a layer's weights so that its keys and values are of size 1 to 2, by the root mean square expected of them.
 
-    What is multiplied in one place is divided in another: keys and queries, values and the output's product. Powers of
+    A factor in one place is divided out in another: keys and queries, values and the output's product. Powers of
     two change no bit of a result, so neither the pages nor the kernels need a scale. With QK-norm
     the size of a key is its norm's weight; otherwise, and for values, it follows from the rows of the product and
     input_norm's weight. The part from mu is known only at run time, and is left out.

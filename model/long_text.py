@@ -1,8 +1,8 @@
 """Encodes long texts in pieces that together have the ids of the whole, so that memory does not grow with the text.
 
-A text is cut where the pieces have the same words as the whole, apart from one word that the cut may divide. For byte
-pair encodings that is enough: a sequence of tokens is the encoding of a word if and only if each two neighbours are the
-encoding of their joined text, since the first merge across a border would also happen in those two alone. So two
+A text is cut where the pieces have the same words as the whole, apart from one word that the cut may divide. That is
+enough for byte pair encodings: a sequence of tokens is the encoding of a word if and only if every two neighbours are
+the encoding of their joined text, since the first merge across a border would also happen in those two alone. So two
 encodings that share a token can be joined at it, whatever comes before and after.
 """
 
@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 import tokenizers
 
-WINDOW = 8192  # characters that are encoded at a time
-MAX_WINDOW = 2**18  # characters that are encoded together if a text has no safe place; they take up to 100 MiB
+WINDOW = 8192  # characters encoded at a time
+MAX_WINDOW = 2**18  # characters encoded together if a text has no safe place; they take up to 100 MiB
 TRIES = 64  # places at which a window may be cut, before it grows
 
 # Expressions that split a text in linear time, and never put a character and a space after it into one piece.
@@ -107,7 +107,7 @@ class LongTextEncoder:
         self._added = added
         self._swallowing = swallowing
         self._one_large = Lock()
-        # So far from the end of a window, nothing depends on what comes after it.
+        # At this distance from a window's end, no token depends on the text after the window.
         self._margin = max(64, longest_token, self._added.longest) + 8
         self._window = max(WINDOW, 8 * self._margin)
 
@@ -208,7 +208,7 @@ class LongTextEncoder:
 
 def _starts_alone(character: str) -> bool:
     """Return whether no normal form ever joins a character with those before it, or moves it before them."""
-    # Marks do, and letters of the Hangul and Kirat Rai scripts; what this version of Unicode does not know may.
+    # Marks do, and letters of the Hangul and Kirat Rai scripts; characters unknown to this version of Unicode may.
     if "\u1100" <= character <= "\u11ff" or "\U00016d40" <= character <= "\U00016d7f":
         return False
     category = unicodedata.category(character)

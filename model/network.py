@@ -1,9 +1,9 @@
 """The family's network, written once over flat tokens.
 
 The tokens of all sequences of a step are concatenated in `[T, H]`; the attention metadata says which tokens attend to
-which. `Backend` holds what differs by device, and a layer's class and optional parameters hold what differs by era.
-The residual stream, norms, velocity, the dynamics' element-wise part and the routing are FP32 in every mode; products
-run in the weights' dtype.
+which. `Backend` (in `backend.py`) has the operations that differ by device, and its `route` chooses experts; a layer's
+class and optional parameters hold the differences between eras. The residual stream, norms, velocity, the dynamics'
+element-wise part and the routing are FP32 in every mode; products run in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from .parameters import DeepLayer, DynamicsLayer, GuidedLayer
 
 
 class LayerState(NamedTuple):
-    """What one layer computed. The layers above overwrite the tensors, so an observer must copy what it keeps."""
+    """The results of one layer. The layers above overwrite the tensors, so an observer must copy what it keeps."""
 
     layer: int
     hidden: Tensor  # [T, H], the residual stream after the layer
     mu: Tensor | None  # [T, H]; None if the era has none
     velocity: Tensor | None  # [T, H], after the layer; None if the era has none
-    experts: Tensor | None  # int64 [T], the expert used; None for a dense MLP, and where `DeepLayer.routes` tells all
+    experts: (
+        Tensor | None
+    )  # int64 [T]; None for a dense MLP, and where `DeepLayer.routes` already determines the experts
 
 
 Observer = Callable[[LayerState], None]
@@ -70,7 +72,7 @@ class DeepNetwork(nn.Module):
 
     @property
     def active_parameters(self) -> int:
-        """How many weights one token is computed with; the embedding counts once, as it does in all of them."""
+        """How many parameters are used to compute one token; the embedding counts once, as in the total."""
         config, arch = self.config, self.architecture
         unused = config.experts - max(1, arch.routes)
         expert = 3 * config.hidden_size * config.expert_size + (config.expert_size if arch.channel_modulation else 0)

@@ -21,7 +21,7 @@ HIGHWAY_SHARE = 0.1
 class DeepLayer(nn.Module):
     """The parameters that layers of all eras have, and all of the TR-Hash line; a subclass adds those of mu.
 
-    Where an id uses several experts, these are columns of one MLP next to the shared expert's: `gate_up` and `down`
+    If an id uses several experts, they are columns of one MLP next to the shared expert's: `gate_up` and `down`
     have one matrix, whose columns are the shared ones, then those of each expert.
     """
 
@@ -35,7 +35,7 @@ class DeepLayer(nn.Module):
         super().__init__()
         self.config = config
         self.index = index
-        # The rewrite and the TR-Hash line support no other.
+        # The rewrite and the TR-Hash line support no other activation.
         self.activation = "silu" if arch.mu_guidance or arch.routes else config.hidden_act
         self.contextual_mu = arch.contextual_mu
         self._dtype, self._device = dtype, device
@@ -71,7 +71,7 @@ class DeepLayer(nn.Module):
         self.channel_scale = self._small(config.experts, config.expert_size) if modulated else None
 
     def output_scales(self) -> Tensor:
-        """What the shared output is multiplied with, and the output of each of an id's experts: FP32 [1 + K]."""
+        """The factors of the shared output and of the outputs of an id's experts: FP32 [1 + K]."""
         if self.output_gates is None:
             return self.scales
         return self.scales * self.output_gates[[0] + [1] * (len(self.scales) - 1)]
@@ -127,7 +127,7 @@ def _scales(config: DeepConfig, arch: Architecture, index: int) -> list[float]:
 
 
 def route_weights(config: DeepConfig, routes: int) -> list[float]:
-    """Return what the outputs of an id's `routes` experts are weighted with, the first one first; they add up to 1."""
+    """Return the weights of the outputs of an id's `routes` experts, the first one first; they add up to 1."""
     primary, others = config.top_k_primary_weight, routes - 1
     if not others:
         return [1.0]

@@ -49,7 +49,7 @@ class DeepForCausalLM(DeepNetwork):
         repetition_penalty: float = 1.0,
         do_sample: bool = True,  # False is greedy at any temperature
         seed: int | None = None,
-        eos_token_id: int | tuple[int, ...] | None = None,  # ids that end the text; None takes the config's
+        eos_token_id: int | tuple[int, ...] | None = None,  # ids that end the text; None: the config's
         streamer: Callable[[int], None] | None = None,  # called with each new token id
     ) -> Tensor:
         """Continue one prompt, drawing tokens by the rules of `DrawParams`.

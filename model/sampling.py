@@ -47,7 +47,7 @@ def download(values: Tensor) -> Callable[[], Tensor]:
 def sampling_rows(params: Sequence[DrawParams], positions: Sequence[int]) -> dict[str, Sequence[float]]:
     """List each row's values for the fields of `SamplingBatch`; `positions` are those of the new tokens."""
     return {
-        # Of several tokens that tie for the most likely, top-k 1 takes the greedy one.
+        # If several tokens tie for the most likely, top-k 1 chooses the greedy one.
         "temperature": [0.0 if p.top_k == 1 else p.temperature for p in params],
         "top_k": [max(p.top_k, 0) for p in params],
         "top_p": [p.top_p for p in params],
@@ -63,7 +63,7 @@ class Penalties:
 
     rows: Tensor  # int64 [R]
     strengths: Tensor  # FP32 [R, 3]: repetition, presence, frequency
-    token_ids: list[tuple[Sequence[int], int]]  # the row's tokens so far, and how many of them are the prompt
+    token_ids: list[tuple[Sequence[int], int]]  # the row's tokens so far, and how many of those are the prompt
 
     @classmethod
     def build(
@@ -95,7 +95,9 @@ class SamplingBatch:
     penalties: Penalties | None = None
     bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows int64 [B], token ids int64 [B], FP32 [B] to add
     masks: Sequence[tuple[int, Tensor]] = ()  # (row, FP32 [vocab] of 0 or -inf), applied even if no token is left
-    banned: tuple[Tensor, Tensor] | None = None  # rows and token ids, int64 [K]; ruled out if that leaves a token
+    banned: tuple[Tensor, Tensor] | None = (
+        None  # rows and token ids, int64 [K]; banned unless that leaves the row no token
+    )
 
     @classmethod
     def build(
@@ -105,7 +107,7 @@ class SamplingBatch:
         device: torch.device,
         *,
         token_ids: Sequence[tuple[Sequence[int], int]] = (),  # (tokens so far, how many are the prompt), for penalties
-        bias: Sequence[tuple[int, Tensor, Tensor]] = (),  # (row, different token ids, what is added to each)
+        bias: Sequence[tuple[int, Tensor, Tensor]] = (),  # (row, different token ids, the value added to each)
         masks: Sequence[tuple[int, Tensor]] = (),
         banned: Sequence[tuple[int, Tensor]] = (),  # (row, token ids); a row may occur several times
         full: bool = False,  # also make tensors that no row uses, so that a kernel needs only one compiled variant
@@ -239,7 +241,7 @@ def _token_counts(ids: list[Sequence[int]], like: Tensor) -> Tensor:
 
 
 def _threshold(probs: Tensor, batch: SamplingBatch) -> Tensor:
-    """Find the smallest probability that each row keeps [N]: by top-k, then top-p of what that leaves, then min-p.
+    """Find the smallest probability that each row keeps [N]: by top-k, then top-p of the remaining tokens, then min-p.
 
     This reads only the most likely tokens: as many as the largest top-k needs, or few at first and eight times as many
     until every row's top-p is reached.

@@ -16,8 +16,8 @@ from .long_text import IndivisibleTextError, LongTextEncoder
 from .tokenizer_files import ROLES, find_chat_templates, read_library, refuse_panics, special_names
 
 SAMPLE = "Some text, 12.5 é 中\n"
-LARGE_TEXT = 4000  # from this many characters, tokenising takes so long that other threads should run meanwhile
-SLICE = 2**16  # characters that are searched at a time: a search lets no other thread run
+LARGE_TEXT = 4000  # for texts of at least this many characters, other threads should run during tokenising
+SLICE = 2**16  # characters searched at a time, since no other thread runs during a search
 
 
 class Tokenizer:
@@ -28,7 +28,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        library: tokenizers.Tokenizer,  # which this object changes
+        library: tokenizers.Tokenizer,  # changed by this object
         *,
         names: Mapping[str, str] | None = None,  # special tokens by role, or any other key
         ids: Mapping[str, int] | None = None,  # by role, for roles without a name; ignored if the token is plain text
@@ -40,13 +40,13 @@ class Tokenizer:
         names = {**_special_tokens(library, ids or {}), **known}
         library.no_truncation()
         library.no_padding()
-        # A token that a configuration calls special is one, even if tokenizer.json does not say so.
+        # A token that a configuration lists as special is special, even if tokenizer.json does not mark it so.
         library.add_special_tokens(list(names.values()))
         library.encode_special_tokens = True
         self._library = library
         self.chat_templates = chat_templates or {}
         self.template_origin = template_origin
-        self.origins: dict[str, str] = {}  # the name of the file that each role's token comes from
+        self.origins: dict[str, str] = {}  # the name of the file from which each role's token comes
         added = library.get_added_tokens_decoder()
         role_ids = [library.token_to_id(names[role]) if role in names else None for role in ROLES]
         self.bos_token_id, self.eos_token_id, self.pad_token_id = role_ids[:3]
@@ -125,10 +125,10 @@ class Tokenizer:
         return [id_ for piece in self.prompt_pieces(text, guard=guard) for id_ in piece]
 
     def prompt_pieces(self, text: str, *, guard: str = "") -> Iterator[list[int]]:
-        """Encode text in which special tokens are recognised, such as a rendered chat; add no other special token.
+        """Encode text in which special tokens are recognised, such as a rendered chat; add none in front.
 
-        The character `guard`, which `shield` put into foreign parts, is removed. Where the text around it would become
-        one added token, the parts before and after it are encoded separately.
+        The character `guard`, which `shield` puts into text from outside, is removed. If the text around it would
+        become one added token, the parts before and after it are encoded separately.
         """
         text = _well_formed(text)
         start = 0
@@ -159,9 +159,9 @@ class Tokenizer:
     def shield(self, text: str, guard: str) -> str:
         """Put the character `guard` inside each added token that `text` spells.
 
-        Added tokens are control marks (the end of a turn, the start of a call); in foreign text they are only text.
+        Added tokens are control marks (the end of a turn, the start of a call); in outside text they are only text.
         """
-        # Also where spellings overlap, so that all are broken up.
+        # Overlapping spellings too, so that all are broken up.
         cuts = [begin + 1 for begin, _, _ in self._added.spelled(text, 0, len(text))]
         return guard.join(text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
 
@@ -197,12 +197,12 @@ class Tokenizer:
 
 
 class AddedTokens:
-    """Finds added tokens in text as the library does: the longest of the first ones, in linear time."""
+    """Finds added tokens in text as the library does: the longest at the first place, in linear time."""
 
     def __init__(self, tokens: Iterable[tokenizers.AddedToken]) -> None:
         self._tokens = {token.content: token for token in tokens if token.content}
         self.longest = max(map(len, self._tokens), default=0)
-        """Characters of the longest."""
+        """The number of characters of the longest added token."""
         pattern = _longest_of(sorted(self._tokens)) if self._tokens else "(?!)"
         self._pattern, self._each = re.compile(pattern), re.compile(f"(?=({pattern}))")
 
@@ -271,7 +271,7 @@ class DecodeStream:
 
     def __init__(self, pieces: list[bytes], texts: dict[int, str]) -> None:
         self._pieces = pieces  # the bytes of each id
-        self._texts = texts  # those that were found to be whole characters, for all streams
+        self._texts = texts  # texts of ids found to be whole characters, for all streams
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._whole = True  # no character is unfinished
 
@@ -292,7 +292,7 @@ class DecodeStream:
         return text
 
     def finish(self) -> str:
-        """Return what stands for an unfinished character at the end, and start afresh."""
+        """Return a replacement for an unfinished character at the end, and start afresh."""
         self._whole = True
         return self._decoder.decode(b"", final=True)
 
@@ -326,7 +326,7 @@ def _special_tokens(library: tokenizers.Tokenizer, ids: Mapping[str, int]) -> di
 
 
 def _well_formed(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
+    """Replace lone surrogates, which UTF-8 cannot encode, with U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Reads what a checkpoint's files say of its tokenizer and chat templates."""
+"""Reads a checkpoint's tokenizer and chat templates from its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXTRAS = ("additional_special_tokens", "extra_special_tokens")  # keys for speci
 
 @contextlib.contextmanager
 def refuse_panics(path: Path) -> Iterator[None]:
-    """Raise `CheckpointError` where the library fails or panics, and leave the panic's own lines out of stderr."""
+    """Raise `CheckpointError` if the library fails or panics, and keep the panic's own lines out of stderr."""
     source, pipe = os.pipe()
     os.set_blocking(source, False)
     os.set_blocking(pipe, False)
@@ -47,7 +47,7 @@ def refuse_panics(path: Path) -> Iterator[None]:
 
 
 def read_library(path: Path) -> tokenizers.Tokenizer:
-    """Read a `tokenizer.json`; raise `CheckpointError` if it is broken or of a kind that the family does not use."""
+    """Read a `tokenizer.json`; raise `CheckpointError` if it is broken or not of the family's kind."""
     text = read_text(path, most=MAX_TOKENIZER_BYTES)
     if text is None:
         raise CheckpointError(f"{path.parent} has no tokenizer.json: copy it there from the checkpoint's source.")
@@ -66,11 +66,11 @@ def read_library(path: Path) -> tokenizers.Tokenizer:
         expression, unit = slow
         raise CheckpointError(
             f"{path} has the regular expression {shown(expression)}, which takes far too long on long texts, such as "
-            f"{shown(unit)} repeated: replace it by one that takes linear time, such as GPT-4's."
+            f"{shown(unit)} repeated: replace it with one that takes linear time, such as GPT-4's."
         )
     others = [token for token in library.get_added_tokens_decoder().values() if not token.special]
     if any(t.rstrip for t in others) and (spaces := [t.content for t in others if t.content[:1].isspace()]):
-        raise CheckpointError(  # the library panics where one drops the white space with which the other begins
+        raise CheckpointError(  # the library panics if one token drops the white space with which another begins
             f"{path} has the added tokens {shown(spaces)}, which begin with white space, and others with rstrip: "
             "remove one kind."
         )
@@ -126,10 +126,10 @@ def _content(entry: Any) -> Any:
 
 
 def find_chat_templates(folder: Path) -> tuple[dict[str, str], Path]:
-    """Return a checkpoint's chat templates by name, and the file that they come from.
+    """Return a checkpoint's chat templates by name, and the file they come from.
 
     As in transformers, the files `chat_template.jinja` ("default") and `additional_chat_templates/NAME.jinja` replace
-    what `tokenizer_config.json` has; then come `chat_template.json` and `config.json`. Raises `CheckpointError`.
+    those of `tokenizer_config.json`; then come `chat_template.json` and `config.json`. Raises `CheckpointError`.
     """
     files = {"default": folder / "chat_template.jinja"}
     named = (folder / "additional_chat_templates").glob("*.jinja")
@@ -157,9 +157,9 @@ PIECES = """\
 
 
 def _joined_pieces(path: Path, settings: Mapping[str, Any]) -> str:
-    """Return the template whose pieces a `chat_template.json` of the TR-Hash line has.
+    """Return the template made of the pieces in a `chat_template.json` of the TR-Hash line.
 
-    The tokenizer's end token ends an assistant's turn: the file may spell that of another tokenizer.
+    The tokenizer's end token ends an assistant's turn: the file may have the end token of another tokenizer.
     """
     names = ("system_prompt", "system_format", "user_format", "assistant_prefix")
     texts = [settings.get(name, "") for name in names]
@@ -169,13 +169,13 @@ def _joined_pieces(path: Path, settings: Mapping[str, Any]) -> str:
     system, user = (text.split("{content}", 1) for text in texts[1:3])
     prompt = texts[0].strip()
     pieces = {"start": prompt and prompt.join(system), "system": system, "user": user, "assistant": texts[3]}
-    always = settings.get("id") == "complexity-chat-v1"  # it has no place for a client's system message
+    always = settings.get("id") == "complexity-chat-v1"  # this format has no place for a client's system message
     given = f"{{%- set pieces = {json.dumps(pieces)} -%}}{{%- set always = {json.dumps(always)} -%}}"
     return given + PIECES
 
 
 def _named_templates(path: Path, value: Any) -> dict[str, str]:
-    """Return the templates that `chat_template` holds: one, an object of them by name, or a list with their names."""
+    """Return the templates in `chat_template`: one, an object of templates by name, or a list with their names."""
     pairs: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else [("default", value)]
     if isinstance(value, list):
         entries = [entry if isinstance(entry, dict) else {} for entry in value]

@@ -84,7 +84,7 @@ def create_app(service: Service) -> FastAPI:
 
 class _Cors(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Refuse in OpenAI's error format, and say what is refused."""
+        """Refuse in OpenAI's error format, and name the refused origin, method or header."""
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
@@ -105,7 +105,7 @@ def _is_route(routes: Sequence[Route], path: str) -> bool:
 
 
 async def _http_error(routes: Sequence[Route], request: Request, error: Exception) -> Response:
-    """Answer an unknown route or method with what is known instead."""
+    """Answer an unknown route or method with the known ones nearest to it."""
     failure, context = to_api_error(error), RequestContext.of(request.scope)
     if failure.code == "unknown_url":
         failure.message = f"This route does not exist: {_nearest(routes, context.path)}"

@@ -22,7 +22,7 @@ Config = TypeVar("Config", bound=ModelFlags)
 MAX_YAML_BYTES, MAX_YAML_VALUES = 2**16, 10_000
 PIPE_SECONDS = 5.0
 # What Kubernetes sets for a Service whose name begins with `pyllm`, and Docker for a linked container. Its PYLLM_PORT
-# is an address, which tells it from the flag's.
+# is an address, which the flag's value never is.
 SERVICE_NAME = re.compile(r"PYLLM_(.*_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 
@@ -78,7 +78,7 @@ def _with_dashes(arguments: Sequence[str], known: Iterable[str]) -> list[str]:
     """Return the words of a command line with each known flag in dashes, since vLLM takes `--max_tokens` too."""
     options, words = {option(prefix + name) for name in known for prefix in ("", "no_")}, list(arguments)
     for n, word in enumerate(words):
-        if word == "--":  # what follows are no flags
+        if word == "--":  # no flags follow
             break
         name, equals, value = word.partition("=")
         if (dashed := name.replace("_", "-")) in options:
@@ -96,8 +96,7 @@ def make_parser(cls: type[ModelFlags], parser: argparse.ArgumentParser) -> None:
     order = {name: n for n, name in enumerate(homes)}
     for name in sorted(known, key=lambda name: order.get(name, -1)):
         own, group = known[name], groups[homes[name]] if name in homes else parser
-        default = "on" if own.default is True else f"{own.default:g}" if isinstance(own.default, float) else own.default
-        text = own.text + (f" (default: {default})" if own.default not in (None, (), "", False) else "")
+        text = own.text + (f" (default: {default})" if (default := own.shown_default) else "")
         text = text.replace("%", "%%") + f" [{ENVIRONMENT_PREFIX}{name.upper()}]"
         if name == positional:
             group.add_argument(f"_{name}", nargs="?", metavar=name.upper(), help=text)
@@ -130,7 +129,7 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"--config {path} is not valid YAML: it is nested too deeply.") from None
     except Exception:  # the library's conversions of dates, numbers and tags raise many types
-        reason = "a value is no valid date or number, or does not fit its tag: put it in quotes"
+        reason = "a value is not a valid date or number, or does not fit its tag: put it in quotes"
         raise ConfigError(f"--config {path} is not valid YAML: {reason}.") from None
     if len(text) > MAX_YAML_BYTES or not _is_small(content):
         raise ConfigError(f"--config {path} is too large for a file of flags.")
@@ -149,7 +148,7 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: str) -> bytes:
-    """Read a file, or a pipe such as a shell's `<(command)`, but not for longer than that may take."""
+    """Read a file, or a pipe such as a shell's `<(command)`, but for `PIPE_SECONDS` at most."""
     data, deadline = b"", time.monotonic() + PIPE_SECONDS
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         poll = select.poll()
@@ -177,11 +176,11 @@ def _is_small(content: Any) -> bool:
 def unknown_variables(
     environment: Mapping[str, str], own: type[ModelFlags], others: Iterable[type[ModelFlags]]
 ) -> list[str]:
-    """Return a sentence for each variable that is named like a flag, but is one of neither this nor another command."""
+    """Return a sentence for each variable that is named like a flag, but belongs to none of any command."""
     ours = [ENVIRONMENT_PREFIX + name.upper() for name in settings_of(own)]
     known = {ENVIRONMENT_PREFIX + name.upper() for cls in others for name in settings_of(cls)}.union(ours)
     return [
-        f"The environment has {name:.200}, which is no variable of PyLLM and has no effect{nearest(name, ours)}"
+        f"PyLLM has no environment variable {name:.200}, so it has no effect{nearest(name, ours)}"
         for name, value in environment.items()
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known and name not in OTHER_VARIABLES
         if not SERVICE_NAME.fullmatch(name) and not SERVICE_ADDRESS.fullmatch(value)
@@ -216,7 +215,7 @@ def load_config(
     raw: dict[str, tuple[Any, str]] = {}
     for name, own in known.items():
         variable = ENVIRONMENT_PREFIX + name.upper()
-        # An empty variable counts as absent, unless it was to protect the server.
+        # An empty variable counts as unset, unless its flag protects the server.
         if SERVICE_ADDRESS.fullmatch(value := environment.get(variable, "")) and name == "port":
             continue
         if value or (variable in environment and own.guard):

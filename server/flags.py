@@ -47,7 +47,7 @@ class ModelFlags(EngineSettings):
         return EngineConfig(model=str(path), **{name: getattr(self, name) for name in settings_of(EngineSettings)})
 
     def model_arguments(self) -> list[str]:
-        """These flags as words of a command line, as far as they differ from the defaults."""
+        """The flags that differ from the defaults, as words of a command line."""
         words: list[str] = []
         for name, own in settings_of(ModelFlags).items():
             value = getattr(self, name)
@@ -74,15 +74,15 @@ class ServerConfig(ModelFlags):
     uds: str | None = setting(None, "Unix socket to listen on, instead of host and port", guard=True)
     api_key: tuple[str, ...] = setting((), "key that clients must send; repeat it for several", secret=True)
     api_key_file: str | None = setting(
-        None, "file with a key in each line, perhaps a name and limits; read again when it changes", guard=True
+        None, "file with one key per line, optionally with a name and limits; read again when it changes", guard=True
     )
     isolate_cache_by_key: bool = setting(
         False, "share the prefix cache only among requests with the same API key", guard=True
     )
     fair_scheduling: bool | None = setting(
         None,
-        "let clients take turns, by key or without keys by address, so that many requests of one do not delay "
-        "another's (default: on with several keys)",
+        "let clients (by API key, or by address if there are no keys) take turns, so that one client's many requests "
+        "do not delay another's (default: on with several keys)",
     )
     allowed_origins: tuple[str, ...] = setting(
         (), "origin whose web pages may call the API (CORS); * allows all", guard=True
@@ -96,11 +96,14 @@ class ServerConfig(ModelFlags):
         MAX_LOGPROBS, "maximum logprobs per token that a request may ask for", low=0, high=MAX_LOGPROBS
     )
     ignore_unknown_fields: bool = setting(
-        False, "accept request fields that nothing here knows, and name them in x-pyllm-ignored, instead of refusing"
+        False,
+        "accept unknown request fields, and list them in the x-pyllm-ignored header, instead of refusing the request",
     )
-    tool_call_parser: str = setting("auto", "format of tool calls in the model's text; auto goes by the checkpoint")
+    tool_call_parser: str = setting(
+        "auto", "format of tool calls in the model's text; auto chooses from the checkpoint"
+    )
     reasoning_parser: str = setting(
-        "auto", "marks of the model's reasoning: tokens, tags or none; auto goes by the checkpoint"
+        "auto", "marks of the model's reasoning: tokens, tags or none; auto chooses from the checkpoint"
     )
     metrics_vllm_names: bool = setting(False, "export metrics under vLLM's names too, for its dashboards")
     log_format: Literal["text", "json"] = setting("text", "json writes one object per line")
@@ -123,13 +126,15 @@ class ServerConfig(ModelFlags):
     )
     batch_dir: str | None = setting(None, "folder for files and batches, which are off without one")
     batch_dir_size: Bytes = setting(  # noqa: RUF009 - it is a field
-        10 * 10**9, "maximum bytes of that folder", low=10**6
+        10 * 10**9, "maximum size of --batch-dir", low=10**6
     )
     batch_concurrency: int | None = setting(
-        None, "lines of batches that run at a time (default: a quarter of --max-num-seqs)", low=1, high=4096
+        None, "lines of batches running at a time (default: a quarter of --max-num-seqs)", low=1, high=4096
     )
-    restart_engine: int = setting(0, "times in a row to restart a dead engine before exiting", low=0, high=1000)
-    shutdown_timeout: float = setting(30.0, "seconds that running requests get to finish on SIGTERM", low=0, high=DAY)
+    restart_engine: int = setting(
+        0, "how many times in a row to restart a dead engine before exiting", low=0, high=1000
+    )
+    shutdown_timeout: float = setting(30.0, "seconds for running requests to finish on SIGTERM", low=0, high=DAY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +173,8 @@ class RunBatchConfig(ModelFlags):
     """The flags of `pyllm run-batch`."""
 
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "minimum severity to log")
-    input_file: str = setting("", "file with one request a line, in OpenAI's batch format; - is standard input (-i)")
-    output_file: str = setting("", "file for one answer a line; - is standard output (-o)")
+    input_file: str = setting("", "file with one request per line, in OpenAI's batch format; - is standard input (-i)")
+    output_file: str = setting("", "file for one answer per line; - is standard output (-o)")
     served_model_name: tuple[str, ...] = setting((), "name of the model in the requests; repeat it for aliases")
 
 

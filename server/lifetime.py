@@ -17,17 +17,17 @@ from types import FrameType
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-MAX_SIGNALS = 3  # the first one drains the requests, the second one drops them, and this one waits for nothing
-QUEUE_BYTES = 1 << 20  # of lines that wait to be written
-CHUNK_BYTES = 1 << 16  # read at once; also the most of a line whose end has not come that is held back
+MAX_SIGNALS = 3  # the first one drains the requests, the second drops them, and the third waits for nothing
+QUEUE_BYTES = 1 << 20  # of lines waiting to be written
+CHUNK_BYTES = 1 << 16  # bytes per read; also the most of an unfinished line that is held back
 FLUSH_SECONDS = 1.0  # for the last lines, when the process ends
 
 
 def use_one_allocator() -> None:
     """Start this program again in this process, with the GNU C library's allocator for Python's small objects too.
 
-    Python's own returns memory in pieces of 1 MiB, and each only when nothing in it is used: after four minutes of
-    attacks it kept 79 MB between small objects, the C library's 14 MB. A chunk of a stream takes the same processor
+    Python's own allocator returns memory in 1 MiB arenas, and only once an arena is empty: after four minutes of
+    attacks it still held 79 MB of unused memory, the C library's 14 MB. A chunk of a stream takes the same processor
     time with both. The user's own `PYTHONMALLOC` wins.
     """
     wanted = {"PYTHONMALLOC": "malloc"}
@@ -48,12 +48,12 @@ def _has_gnu_library() -> bool:
 class Lifetime:
     """How a command's process ends.
 
-    `on_stop` is called with each signal. Until it is set, a signal ends the process at once: a server with code 0,
-    another command with the code that shells give. So does the third signal, with code 1.
+    `on_stop` is called with each signal. Until it is set, a signal ends the process at once, with code 0 for a server
+    and 128 plus the signal number for other commands. A third signal always does, with code 1.
     """
 
     def __init__(self, code: int | None = None) -> None:
-        self.code = code  # of the process that a signal ends at once; None: 128 and the signal's number
+        self.code = code  # exit code when a signal ends the process at once; None: 128 plus the signal's number
         self.on_stop: Callable[[signal.Signals], object] | None = None
         self.output: Output | None = None
         self._closers: list[Callable[[], object]] = []
@@ -65,7 +65,7 @@ class Lifetime:
         is_server = words[:1] == ["serve"]
         lifetime = cls(0 if is_server else None)
         for number in STOP_SIGNALS if is_server else (signal.SIGINT,):
-            # With nohup a hang-up is ignored, and stays so.
+            # Under nohup, hang-ups are already ignored, and stay ignored.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lifetime._receive)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -86,7 +86,7 @@ class Lifetime:
         self._closers.append(close)
 
     def take_output(self, notice: Callable[[int], str]) -> None:
-        """Let nothing that is written to standard output or error wait for its reader; see `Output`."""
+        """Make sure that writes to standard output and error never block on a slow reader; see `Output`."""
         self.output = Output(notice)
         self.defer(self.output.close)
 
@@ -107,7 +107,7 @@ class Lifetime:
 
 
 def _open_streams() -> None:
-    """Open the standard streams that are closed, or else the next sockets and files would take their numbers."""
+    """Open closed standard streams, since the next sockets and files would otherwise take their numbers."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -121,10 +121,10 @@ def _open_streams() -> None:
 class Output:
     """Stands between the process and its standard error, so that writing to it never waits.
 
-    Whatever this process, its libraries and its children write to standard output and error goes into a pipe. One
-    thread always empties the pipe into a queue, another writes the queue to the real standard error, and only that one
-    waits for a full pipe, a stopped terminal or a disk. Lines that do not fit the queue, or cannot be written, are
-    dropped and counted; `notice` makes the line that says how many.
+    Everything that this process, its libraries and its children write to standard output and error goes into a pipe.
+    One thread always empties the pipe into a queue, another writes the queue to the real standard error, and only the
+    second one waits for a full pipe, a stopped terminal or a disk. Lines that do not fit the queue, or cannot be
+    written, are dropped and counted; `notice` makes the line that says how many.
     """
 
     def __init__(self, notice: Callable[[int], str]) -> None:
@@ -132,7 +132,7 @@ class Output:
         self._notice = notice
         self._lines: list[bytes] = []
         self._size = 0  # of these lines
-        self._num_refused = 0  # lines that did not fit since the writer has last emptied the queue
+        self._num_refused = 0  # lines that did not fit since the writer last emptied the queue
         self._closed = False
         self._changed = threading.Condition()
         self._sink = os.dup(2)
@@ -162,7 +162,7 @@ class Output:
     def _put(self, lines: list[bytes]) -> None:
         with self._changed:
             for line in lines:
-                # After a refused line no other one is taken, so that all of them are missing in one place.
+                # After a refused line, further ones are refused too, so that all lost lines are missing in one place.
                 if self._num_refused or self._size + len(line) > QUEUE_BYTES:
                     self._num_refused += 1
                 else:
@@ -194,7 +194,7 @@ class Output:
         return self._notice(count).encode() if count else b""
 
     def close(self) -> None:
-        """Write what is left, for a moment only; to be called once all other processes that write here have ended."""
+        """Write the remaining lines, for a moment only; call it once all other processes that write here have ended."""
         sys.stdout.flush()
         sys.stderr.flush()
         null = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""Where a server listens: addresses of this machine, or a Unix socket; and the certificate that it shows."""
+"""Where a server listens: addresses of this machine, or a Unix socket; and its certificate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 from .flags import ConfigError
 
 UNSENT_BYTES = 128 * 2**10  # how much of a response the system buffers; with more, slow clients would look fast
-SOCKET_PATH_BYTES = 107  # the longest path that Linux takes
+SOCKET_PATH_BYTES = 107  # the longest path that Linux accepts
 LOCK_SECONDS = 5.0
-# OpenSSL's reasons for a key and a certificate that do not belong together.
+# OpenSSL's names for a key and a certificate that do not belong together.
 MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
 
@@ -29,8 +29,8 @@ def check_certificate(key: str | None, certificate: str | None) -> None:
     for flag, path in (("--ssl-keyfile", key), ("--ssl-certfile", certificate)):
         try:
             if not Path(path).is_file():
-                Path(path).stat()  # gives the reason if there is nothing
-                raise ConfigError(f"{flag} {path} is no file: pass a PEM file.")
+                Path(path).stat()  # raises the reason if it does not exist
+                raise ConfigError(f"{flag} {path} is not a file: pass a PEM file.")
             Path(path).open("rb").close()
         except OSError as error:
             raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}.") from None
@@ -74,9 +74,9 @@ def listen_on_addresses(host: str, port: int) -> list[socket.socket]:
 
 
 def listen_on_file(path: str) -> tuple[socket.socket, Callable[[], None]]:
-    """Listen on a Unix socket that only this user can open; return it and what removes its file.
+    """Listen on a Unix socket that only this user can open; return it and a function that removes its file.
 
-    The file that a killed server has left is replaced. Raises `ConfigError` if another server listens there, or the
+    A file left by a killed server is replaced. Raises `ConfigError` if another server listens there, or the
     socket cannot be made.
     """
     if path.startswith("@"):
@@ -106,7 +106,7 @@ def listen_on_file(path: str) -> tuple[socket.socket, Callable[[], None]]:
 
 
 def _identity(path: str) -> tuple[int, int, int]:
-    """Tell a file from others of its name, before and after it; a file system gives inodes again at once."""
+    """Identify a file among earlier and later ones of its name, since a file system reuses inodes at once."""
     status = os.lstat(path)
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
@@ -128,13 +128,13 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket to which nothing listens; raise `OSError` for anything else that is there."""
+    """Remove a socket on which nothing listens; raise `OSError` if the path is anything else."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "there is a file, folder or link that is no socket")
+        raise OSError(errno.EEXIST, "it is a file, folder or link, not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -142,6 +142,6 @@ def _remove_stale(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
             return
-        except TimeoutError:  # so many wait to be accepted
+        except TimeoutError:  # too many connections wait to be accepted
             pass
     raise OSError(errno.EADDRINUSE, "another server listens there")

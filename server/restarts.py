@@ -41,14 +41,14 @@ class Restarts:
             current = await self.revive(service, current)
 
     async def revive(self, service: Service, model: ServedModel) -> ServedModel | None:
-        """Give `service` the model with a new engine, and refuse requests meanwhile; return None if that fails.
+        """Give `service` the model with a new engine, and refuse requests meanwhile; return None if it cannot start.
 
         May be cancelled at any time.
         """
         if time.monotonic() - self._ready_since >= HEALTHY_SECONDS:
             self.used = 0
         service.restarting = "waiting" if self.used < self.limit else ""
-        await model.engine.shutdown(timeout=0.0)  # frees its memory for the successor
+        await model.engine.shutdown(timeout=0.0)  # frees its memory for the new engine
         reason = f"The engine has died: {model.engine.error}"
         while (pause := self.next_pause()) is not None:
             logger.error("%s Restarting it in %g s (%d of %d).", reason, pause, self.used, self.limit)

@@ -28,7 +28,7 @@ from .chat.served_model import ServedModel, load
 from .flags import ServerConfig
 from .generation.tracing import Tracing
 from .http.body import POOL, POOL_THREADS
-from .http.connection_limits import ConnectionLimits, ConnectionMonitor
+from .http.connection_monitor import ConnectionLimits, ConnectionMonitor
 from .http.protocol import HttpProtocol
 from .lifetime import Lifetime
 from .listen import listen_on_addresses, listen_on_file
@@ -37,9 +37,9 @@ from .service import Service
 
 logger = logging.getLogger("pyllm.server")
 
-THREADS = 8  # for what takes long and is not a large request: files, and waiting for the engine to exit
+THREADS = 8  # for slow work other than large requests: files, and waiting for the engine to exit
 KEEP_ALIVE_SECONDS = 60
-LAST_ERRORS_SECONDS = 2.0  # to send the errors of the requests that still run when the server stops
+LAST_ERRORS_SECONDS = 2.0  # to send errors to the requests still running when the server stops
 TLS_CLOSE_SECONDS = 1.0  # for the peer's TLS close_notify: many never send it, and stay connected until then
 SIGNAL_NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (which reloads nothing)"}
 KERNELS = {"native": "compiled kernels", "triton": "Triton kernels", "torch": "plain torch"}
@@ -97,7 +97,7 @@ class _ServerProcess:
         self, config: ServerConfig, process: EngineProcess, lifetime: Lifetime, tracing: Tracing | None = None,
         batches: BatchStore | None = None,
     ) -> None:  # fmt: skip
-        self.sockets: list[socket.socket] = []  # on which it listens
+        self.sockets: list[socket.socket] = []  # the listening ones
         self._config, self._process, self._lifetime = config, process, lifetime
         self._service = Service(config, tracing=tracing, batches=batches)
         self._app = create_app(self._service)
@@ -121,7 +121,7 @@ class _ServerProcess:
         loop = asyncio.get_running_loop()
         self._lifetime.on_stop = lambda number: loop.call_soon_threadsafe(self._on_signal, number)
         try:
-            # Names may take long to resolve.
+            # Resolving a name may take long.
             await _first_of(listening := asyncio.create_task(asyncio.to_thread(self._listen)), self._stop.wait())
             if not listening.done():
                 return 0
@@ -172,7 +172,7 @@ class _ServerProcess:
         self._service.model = model = loading.result()
         if (output := self._lifetime.output) is not None:
             model.metrics.log_lines_dropped = lambda: output.num_dropped
-        gc.freeze()  # what is loaded stays, so the garbage collector need not scan it again and again
+        gc.freeze()  # loaded objects stay, so the garbage collector need not scan them again and again
         self._announce(model)
         return model
 

@@ -54,11 +54,11 @@ class Service:
     model: ServedModel | None = None  # None until it is loaded
     tracing: Tracing | None = None  # None without --otlp-traces-endpoint
     restarting: Literal["", "waiting", "loading"] = ""
-    """After an engine died: "waiting" until the restart, "loading" while its successor loads."""
+    """After an engine died: "waiting" until the restart, "loading" while the new engine loads."""
     draining: bool = False  # the server is shutting down and refuses new requests
     in_flight: int = 0  # HTTP requests
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while there are none
-    reported: set[str] = field(default_factory=set)  # ignored fields that the log has named
+    reported: set[str] = field(default_factory=set)  # ignored fields already named in the log
     batches: BatchStore | None = None  # None without --batch-dir
     keys: KeyRing = field(init=False)
     budget: MemoryBudget = field(init=False)
@@ -67,7 +67,7 @@ class Service:
     def __post_init__(self) -> None:
         self.idle.set()
         limit = self.config.max_api_memory or default_limit()
-        # With a folder for batches, owners keep their names from one start to the next.
+        # With a folder for batches, owners keep their names across restarts.
         secret = secrets.token_bytes(32) if self.batches is None else self.batches.secret
         self.keys = KeyRing(self.config.api_key, self.config.api_key_file, secret)
         owner_limit = limit // 2 if len(self.keys.accounts) > 1 else limit

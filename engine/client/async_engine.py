@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pyllm.engine")
 
 _decoder: msgspec.msgpack.Decoder[messages.FromEngine] = msgspec.msgpack.Decoder(messages.FromEngine)
-MAX_HELD_BYTES = 2**29  # of unfinished requests, in this process and in the engine's
+MAX_HELD_BYTES = 2**29  # of unfinished requests, in both processes together
 EXIT_SECONDS = 1.0  # how long to wait for an engine that has closed its socket to exit
 
 
@@ -100,8 +100,8 @@ class AsyncEngine:
         self._pipe = pipe
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, RequestStream] = {}
-        self._clients: Counter[str] = Counter()  # how many of these each client has
-        self._held: Counter[str] = Counter()  # and how many bytes they take
+        self._clients: Counter[str] = Counter()  # how many unfinished requests each client has
+        self._held: Counter[str] = Counter()  # and how many bytes those take
         self._grammars = GrammarChecks(pipe.send)
         self._config = config
         self._tokenizer = tokenizer
@@ -158,13 +158,13 @@ class AsyncEngine:
     def check_room(self, count: int = 1, client: str = "") -> None:
         """Raise `EngineBusyError` if `count` more requests do not fit in the queue, `RequestError` if they never do.
 
-        Where clients have names, one that has less than an equal share of all places is never refused because of the
+        If clients have names, a client with less than an equal share of all places is never refused because of
         others' requests. So the queue may exceed its limit, but the more clients there are, the less each adds.
         """
         queue, batch = self.info.config.max_num_queued_reqs, self.info.config.max_num_seqs
         if count > queue + batch:
             raise RequestError(f"This server accepts at most {queue + batch} sequences at once, but got {count}.")
-        # If none waited after the engine's last step, all that have been submitted since may start at once.
+        # If no request waited after the engine's last step, all those submitted since may start at once.
         running = self._num_running if self.stats.num_waiting else batch
         excess = len(self._streams) + count - running - queue
         own = self._clients[client]
@@ -177,8 +177,8 @@ class AsyncEngine:
         """Raise `EngineBusyError` if `count` more bytes are too many for the memory of both processes."""
         share = MAX_HELD_BYTES // (len(self._clients) + (client not in self._clients))
         if self._held.total() + count > MAX_HELD_BYTES and not (client and self._held[client] + count <= share):
-            message = f"The requests that run and wait are too large (at most {MAX_HELD_BYTES} bytes). Retry later."
-            raise EngineBusyError(message, retry_after=self._seconds_until(1))
+            message = f"The running and waiting requests take up too much memory (the limit is {MAX_HELD_BYTES} bytes)."
+            raise EngineBusyError(f"{message} Retry later.", retry_after=self._seconds_until(1))
 
     def _seconds_until(self, count: int) -> int:
         """Estimate when `count` requests will have finished, from the recent rate: 1 to 60 seconds."""
@@ -206,7 +206,7 @@ class AsyncEngine:
         pooling: messages.Pooling | None = None,
         wakeup: Wakeup | None = None,
     ) -> RequestStream:
-        """Send a request to the engine; its fields are those of `EngineRequest`, but `request_id` need not be unique.
+        """Send an `EngineRequest` with these fields to the engine; its `request_id` need not be unique.
 
         `wakeup` is woken when there is something to `drain`, for a task that reads several streams. Raises
         `RequestError` if the request can never run, `EngineBusyError` if the queue is full, and `EngineDeadError`.
@@ -214,7 +214,7 @@ class AsyncEngine:
         if self.error is not None:
             raise EngineDeadError(self.error)
         self.check_room(client=client)
-        # Never used twice: outputs in flight for an aborted request must not reach another one with its id.
+        # A fresh id: outputs in flight for an aborted request must not reach a later one with the same id.
         wire_id = f"{request_id}#{next(self._serial)}"
         message = messages.EngineRequest(
             request_id=wire_id, prompt_token_ids=prompt_token_ids, params=params,
@@ -298,7 +298,7 @@ class AsyncEngine:
         await asyncio.to_thread(self._process.end)
 
     def _dispatch(self, message: messages.FromEngine) -> None:
-        """Hand out what one step produced, with one wakeup per reader."""
+        """Hand out one step's outputs, with one wakeup per reader."""
         if isinstance(message, messages.Alive):
             return
         if not isinstance(message, messages.StepOutputs):
@@ -326,7 +326,7 @@ class AsyncEngine:
             return False
         try:
             output = self._processor.process(token_output, now)
-        except Exception as error:  # in one request's text: only that request ends
+        except Exception as error:  # caused by one request's text: only that request ends
             output = self._processor.abort(wire_id, error=describe(error))
         if output is None:
             return False

@@ -1,4 +1,4 @@
-"""Asks the engine whether it can follow a grammar, before a request that has it begins."""
+"""Asks the engine whether it can follow a grammar, before a request with that grammar begins."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ class GrammarChecks:
         """Raise `EngineDeadError` in the requests that wait."""
         for future in self._pending.values():
             future.set_exception(EngineDeadError(reason))
-            future.exception()  # retrieved here, because its request may be gone
+            future.exception()  # retrieved here, because its request may have ended
         self._pending.clear()

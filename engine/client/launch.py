@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 # quiet machine, and 29 on that busy one. Only OpenMP's start-up reads these. The user's own settings win, and a spin
 # count would override the user's wait policy.
 THREAD_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
-# One heap for all threads instead of one each, so that every thread can reuse what another has freed: with several, the
-# engine's memory still grew after eight minutes of mixed load; with one, it is constant after two.
+# One heap for all threads instead of one each, so that every thread can reuse memory that another has freed: with
+# several heaps, the engine's memory still grew after eight minutes of mixed load; with one, it is constant after two.
 MEMORY_SETTINGS = {"MALLOC_ARENA_MAX": "1"}
-# NumPy computes no matrices here, so its library need not start a thread for each processor.
+# NumPy multiplies no matrices here, so its library need not start a thread for each processor.
 NUMPY_SETTINGS = {"OPENBLAS_NUM_THREADS": "1"}
 KILL_SECONDS = 3.0  # how long to wait for a killed process
 # A supervisor or a terminal may send these to every process; the API process ends the engine, after draining.
@@ -40,17 +40,17 @@ class EngineProcess:
     """A process of `pyllm.engine.process`, which loads its libraries at once and then waits to be configured."""
 
     command: ClassVar[Sequence[str]] = ("-m", "pyllm.engine.process")
-    """What Python runs; the descriptor of the engine's end of the socket follows as the last argument."""
+    """Python's arguments; the descriptor of the engine's end of the socket is added as the last one."""
     popen: ClassVar[type[subprocess.Popen[bytes]]] = subprocess.Popen  # tests fork a process instead
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.socket, theirs = socket.socketpair()
-        # Blocked in the new process from its first moment; it ignores them once it can.
+        # These signals are blocked in the new process from its start, until it ignores them.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         with theirs:
             try:
-                # In a session of its own, so that Ctrl-C in a terminal reaches only this process, which then decides.
+                # In a session of its own, so that Ctrl-C in a terminal reaches only this process, which decides.
                 self._process = self.popen(
                     [*python(), *self.command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,

@@ -30,10 +30,13 @@ class RequestTimes(NamedTuple):
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What is new about one request: a struct, because one is made per token and a dataclass takes 2 µs longer."""
+    """New output of one request.
+
+    A msgspec struct, because one is created per token and a dataclass would take 2 µs longer.
+    """
 
     request_id: str
-    text: str  # never part of a character, or what may still become a stop string
+    text: str  # only whole characters, and nothing that may still turn into a stop string
     token_ids: list[int]  # including the id that ended the sequence, if one did
     logprobs: list[TokenLogprobs]  # one per id, if requested
     finish_reason: FinishReason | None
@@ -47,17 +50,17 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's next tokens; the last come with the first token
     dynamics: list[TokenDynamics] = []  # one per id, if requested
     embedding: list[float] | None = None
-    sections: list[Piece] = []  # what the text consists of, if the request names the marks of sections
+    sections: list[Piece] = []  # the pieces of the text, if the request names the marks of sections
     num_reasoning_tokens: int = 0  # so far
     is_reasoning: bool = False  # what follows is reasoning, if there is more
 
 
 class StopMatcher:
-    """Finds the first stop string in text that arrives in pieces, and holds back only what may begin one.
+    """Finds the first stop string in text that arrives in pieces, and holds back only text that may begin one.
 
     The first string to complete ends the text; if several complete at the same character, the longest, which starts
     first, wins. How the text is cut into pieces makes no difference. The work is linear in the text, whatever the
-    length of the stop strings and of what is held back. `include` leaves the found string in the text.
+    length of the stop strings and of the held text. `include` leaves the found string in the text.
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
@@ -66,8 +69,9 @@ class StopMatcher:
         for stop in dict.fromkeys(stops):
             self._starts.setdefault(stop[0], []).append(_StopString(stop))
         self._firsts = frozenset(self._starts)
-        self._matched: dict[_StopString, int] = {}  # those with which the text ends, and how much of each
-        self._holding: _StopString | None = None  # whose beginning is held back
+        # Stop strings that the end of the text begins, and how many characters of each it has.
+        self._matched: dict[_StopString, int] = {}
+        self._holding: _StopString | None = None  # the stop string whose beginning is held back
         self._num_held = 0
 
     @property
@@ -76,7 +80,7 @@ class StopMatcher:
         return "" if self._holding is None else self._holding.text[: self._num_held]
 
     def release(self) -> str:
-        """Return what is held back, because no text follows it."""
+        """Return the held text, because no text follows it."""
         held = self.held
         self._holding, self._num_held = None, 0
         self._matched.clear()
@@ -126,7 +130,7 @@ class StopMatcher:
 
 
 class _StopString:
-    """The automaton of Knuth, Morris and Pratt for one string, made as far as a text has matched it."""
+    """A Knuth-Morris-Pratt automaton for one string, built only as far as a text has matched."""
 
     __slots__ = ("borders", "others", "text")
 
@@ -136,7 +140,7 @@ class _StopString:
         self.others = array("i", [-1])  # the longest such prefix that another character follows; -1: none
 
     def advance(self, length: int, character: str) -> int:
-        """Return how much of the string is matched after `character`, if `length` were before it."""
+        """Return how much of the string is matched after `character`, if `length` characters matched before it."""
         while length >= 0 and self.text[length] != character:
             length = self.others[length]
         self.extend(length + 1)
@@ -190,7 +194,7 @@ class _TextState:
         """Add a token to `sections`; return a completed stop string."""
         before = splitter.section
         if splitter.is_mark(token_id):
-            self._add_pieces(splitter, [(before, self.stream.finish())], armed=False)  # half a character
+            self._add_pieces(splitter, [(before, self.stream.finish())], armed=False)  # an unfinished character
         elif before == "reasoning":
             self.num_reasoning_tokens += 1
         return self._add_pieces(splitter, splitter.feed(token_id, text), armed)
@@ -208,7 +212,7 @@ class _TextState:
         return None
 
     def finish_sections(self, splitter: SectionSplitter, stop: str | None) -> str | None:
-        """Add what was held back, unless `stop` was before it; return the stop string that ends the text."""
+        """Add the held text, unless `stop` came before it; return the stop string that ends the text."""
         if stop is None:
             armed = self.num_output_tokens >= self.params.min_tokens
             stop = self._add_pieces(splitter, splitter.finish(), armed)

@@ -19,10 +19,10 @@ class SectionSplitter:
         self._trims = not marks.ids
         self._openings: dict[str, Section | None] = {marks.think[0]: "reasoning", marks.final[0]: "content"}
         self._closings = {"reasoning": marks.think[1], "content": marks.final[1]}
-        self._inside: Section | None = marks.starts_in  # whose end mark is next
-        self._held = ""  # may begin a mark
+        self._inside: Section | None = marks.starts_in  # the section whose end mark is next
+        self._held = ""  # text that may begin a mark
         self._after_mark = marks.starts_in is not None and not marks.continues
-        self._space: Piece | None = None  # white space that goes if a mark follows
+        self._space: Piece | None = None  # white space that is removed if a mark follows
 
     @property
     def section(self) -> Section:
@@ -57,7 +57,7 @@ class SectionSplitter:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """Return what was held back: it began no mark."""
+        """Return the held text, which began no mark."""
         held, self._held = self._held, ""
         return [(self.section, held)] if held else []
 
@@ -81,7 +81,7 @@ class SectionSplitter:
         return pieces
 
     def finish_trimming(self) -> list[Piece]:
-        """Return the white space at the end of the text, which no mark follows."""
+        """Return the white space at the end of the text, since no mark follows."""
         return self._take_space(None)
 
     def _take_space(self, section: Section | None) -> list[Piece]:

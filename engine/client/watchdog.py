@@ -11,7 +11,7 @@ CHECKS = 30  # how many times the engine is checked within the timeout
 
 
 class Pipe(Protocol):
-    """What the watchdog needs of the socket to the engine."""
+    """The interface of the socket to the engine that the watchdog uses."""
 
     num_received: int  # how many times data has arrived
 
@@ -26,7 +26,7 @@ async def wait_for_hang(pipe: Pipe, timeout: float) -> None:  # noqa: ASYNC109 -
     unread, does not count as a hang.
     """
     received, silent = pipe.num_received, 0
-    while silent < CHECKS - 1:  # the last message may have come up to one check before the first silent one
+    while silent < CHECKS - 1:  # the last message may have arrived up to one interval before the first silent check
         await asyncio.sleep(timeout / CHECKS)
         silent = silent + 1 if pipe.num_received == received else 0
         received = pipe.num_received

@@ -29,7 +29,7 @@ from ..errors import reason_of
 from ..messages import encode_frame, read_frames
 
 CPU_SECONDS = 2.0  # processor time to check one grammar
-WAIT_SECONDS = 10.0  # elapsed time before a check is given up, because the machine has no processor time to spare
+WAIT_SECONDS = 10.0  # elapsed time before a check is abandoned, because the machine has no processor time to spare
 START_SECONDS = 30.0
 MEMORY_BYTES = 4 << 30
 WALK_SECONDS = 0.2
@@ -41,7 +41,7 @@ TOO_SLOW = f"the grammar is too complex: it did not compile within {CPU_SECONDS:
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """A tokenizer's tokens, as grammars need them."""
+    """A tokenizer's tokens, in the form that grammars need."""
 
     tokens: list[bytes]  # the bytes of each id; b"" for unused ids
     special: list[int]  # ids that never appear in text
@@ -51,7 +51,7 @@ class Vocabulary(msgspec.Struct, frozen=True):
         """Build the library's tokenizer.
 
         Where a grammar leaves only one continuation, `encode` chooses its tokens, so that the model sees the text
-        spelled as in training; None takes the longest tokens.
+        spelled as in training; with None, it chooses the longest tokens.
         """
         source = _Source(self, encode)
         wrapper = llguidance.TokenizerWrapper(source)
@@ -95,7 +95,7 @@ def error_of(matcher: llguidance.LLMatcher) -> str:
 
 
 def try_grammar(tokenizer: llguidance.LLTokenizer, grammar: str) -> str:
-    """Compile a grammar and write a few random tokens with it; return what is wrong with it, "" for nothing."""
+    """Compile a grammar and write a few random tokens with it; return the problem with it, "" for none."""
     matcher = compile_grammar(tokenizer, grammar)
     draw = random.Random(0)
     started = time.monotonic()
@@ -121,7 +121,7 @@ class GrammarChecker:
         self._finalizer: weakref.finalize[[subprocess.Popen[bytes], socket.socket], GrammarChecker] | None = None
 
     def check(self, grammar: str) -> str:
-        """Return what is wrong with a grammar, "" for nothing; raise `TimeoutError` if it cannot be checked now."""
+        """Return the problem with a grammar, "" for none; raise `TimeoutError` if it cannot be checked now."""
         for _ in range(2):
             process = self._process
             if process is None or process.poll() is not None:
@@ -131,7 +131,7 @@ class GrammarChecker:
                 return answer
             if process.wait() in GRAMMAR_EXITS:
                 return TOO_SLOW
-            # Something else ended the process: try once more.
+            # The process ended for another reason: try once more.
         raise TimeoutError("The machine is too busy to check a grammar.")
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Compiles grammars in a few threads, off the step loop, and keeps the most recently used ones.
 
 A grammar is llguidance's: its variant of Lark, or its JSON form with schemas and regular expressions. Each is tested in
-a separate process first (see `checker`), so that none can hold up the engine.
+a separate process first (see `checker`), so that no grammar can block the engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keeps the keys of a JSON object different while they are written.
 
 A grammar cannot remember which keys of an open object it has seen. This follows the text of a sequence, knows the keys
-of each object that is open, and rules out the tokens that would complete one of them again.
+of each open object, and rules out the tokens that would complete one of them again.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the API server reads this module's constants, and has no use for numpy
+if TYPE_CHECKING:  # the API process reads only this module's constants, without numpy
     import numpy as np
     import numpy.typing as npt
 
 UNIQUE_KEYS = "// the keys of each object differ"
-"""The line of a grammar that asks for this."""
+"""The line of a grammar that switches this on."""
 REASONING = "// reasoning: "
 """Begins a line with JSON: the marks of reasoning, those of the answer, and whether the text starts inside reasoning.
-JSON in reasoning does not count; it begins after it, or after the start of the answer."""
+JSON in reasoning does not count; counting begins after the reasoning, or after the start of the answer."""
 CALL_OPENING = "// a call begins with "
 """Begins a line with a JSON string: JSON begins there, or at the start of the text."""
 
@@ -61,8 +61,8 @@ class KeyTracker:
         self._is_key = False  # the string that is open, or the next one, is a key
         self._key = bytearray()
         self._repeated = False
-        self._lent = 0  # of the open objects, those of the tracker that this one is a trial of
-        self._tried: set[bytes] = set()  # keys that the innermost of these would get
+        self._lent = 0  # how many open objects belong to the tracker that this one is a trial copy of
+        self._tried: set[bytes] = set()  # keys that the innermost of those objects would get
 
     def copy(self) -> KeyTracker:
         """Return a tracker that continues on its own."""
@@ -71,7 +71,7 @@ class KeyTracker:
         return twin
 
     def _trial(self) -> KeyTracker:
-        """Return a tracker for one more token, which leaves the keys of this one as they are."""
+        """Return a tracker to try one more token with, without changing this tracker's keys."""
         twin = KeyTracker(self._tokens, self._opening, self._marks, self._is_reasoning)
         for name in ("_recent", "_in_string", "_escaped", "_is_key"):
             setattr(twin, name, getattr(self, name))
@@ -149,7 +149,7 @@ class KeyTracker:
 
 
 def tracker_for(grammar: str, tokens: KeyTokens) -> KeyTracker | None:
-    """Return a tracker if a grammar asks for it."""
+    """Return a tracker if the grammar switches it on."""
     if UNIQUE_KEYS not in grammar:
         return None
     parts = [part.get("lark_grammar", "") for part in json.loads(grammar)["grammars"]]

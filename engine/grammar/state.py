@@ -1,6 +1,6 @@
 """Which tokens a request's grammar allows next.
 
-Each request with a grammar has its own matcher. It consumes the tokens that are drawn, and makes the mask of the next
+Each request with a grammar has its own matcher. It consumes the drawn tokens, and makes the mask of the next
 one while the network runs.
 """
 
@@ -25,7 +25,7 @@ Bits = npt.NDArray[np.uint8]
 MASK_TABLE = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
 ).astype(np.float32)
-"""FP32 [256, 8]: what each byte of a bit mask adds to the scores of its eight tokens."""
+"""FP32 [256, 8]: the numbers that each byte of a bit mask adds to the scores of its eight tokens."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,10 +33,10 @@ class GrammarState:
     """One sequence's progress through its grammar."""
 
     matcher: llguidance.LLMatcher
-    avoided: Bits | None  # bits of the tokens that are allowed only if no other is
+    avoided: Bits | None  # bits of the tokens allowed only if no other token is
     mask_bytes: int  # length of a bit mask
-    error: str = ""  # why the grammar cannot be followed any further
-    finished: bool = False  # nothing can follow what has been written
+    error: str = ""  # why the grammar cannot be followed further
+    finished: bool = False  # nothing can follow the text so far
     keys: KeyTracker | None = None  # rules out keys that the grammar would repeat
 
     def fill(self, bits: Bits) -> None:

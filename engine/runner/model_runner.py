@@ -80,12 +80,12 @@ class ModelRunner:
     def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
         """Compute a step; return the sampled tokens of the sequences that sample, in order.
 
-        A sequence's own token is followed by those drawn after each token of its draft, as if the draft was right.
+        A sequence's own token is followed by the tokens drawn after each token of its draft, assuming a correct draft.
         """
         if not any(s.request.needs_tokens or s.draft for s in sequences):
             return self.launch(sequences)()
         ends = np.cumsum([sequence.num_tokens for sequence in sequences]).tolist()
-        draws = [  # each position that is drawn for, with the guessed tokens before it
+        draws = [  # each position to draw a token for, with the guessed tokens before it
             (ends[i] - len(s.draft) - 1 + ahead, s.request, s.draft[:ahead])
             for i, s in enumerate(sequences)
             if s.samples
@@ -105,9 +105,9 @@ class ModelRunner:
                 sampled = sample_tokens(self.model.ops, logits, wanted, allowed)
         except RuntimeError:
             if masks is not None:
-                self.masks.finish(masks)  # they use the grammars' states until then
+                self.masks.finish(masks)  # until then, the masks use the grammars' states
             raise
-        # Last, so that a step that runs out of memory can be computed again.
+        # Last, so that a step that runs out of memory can be recomputed.
         if any(sequence.request.reads_prompt for sequence in sequences):
             read_prompts(self.model, sequences, hidden)
         for n, seen in zip(watched, dynamics, strict=True):
@@ -115,7 +115,7 @@ class ModelRunner:
         return sampled
 
     def release_cached_memory(self) -> None:
-        """Return to the device the memory that torch keeps for reuse."""
+        """Return the memory that torch keeps for reuse to the device."""
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -160,7 +160,7 @@ class ModelRunner:
 class LayerObserver:
     """Observes a step between `begin` and `end`: counts each expert's tokens, records selected tokens' dynamics.
 
-    It counts on the network's device, and waits for the counts only when they are asked for.
+    It counts on the network's device, and waits for the counts only when they are read.
     """
 
     def __init__(self, model: DeepNetwork) -> None:
@@ -236,7 +236,7 @@ class LayerObserver:
     def add(self, ids: Tensor, experts: Tensor | list[Tensor]) -> None:
         """Add a step's tokens, int64 [T], and their experts, int64 [layers, T] or a [T] per layer, to be counted.
 
-        Without layers, the tokens' ids tell their experts.
+        Without layers, the tokens' ids determine their experts.
         """
         if not self._shape[0]:
             return

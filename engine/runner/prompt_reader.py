@@ -15,7 +15,7 @@ ROWS = 256  # maximum rows of scores at a time, each as wide as the vocabulary
 
 
 def read_prompts(model: DeepNetwork, sequences: Sequence[ScheduledSequence], hidden: Tensor) -> None:
-    """Store what requests that read their prompt need of a step's hidden states FP32 [T, H].
+    """Store results from a step's hidden states FP32 [T, H] for requests that read their prompt.
 
     Call it before the step's progress is added to `num_computed_tokens`.
     """
@@ -32,7 +32,7 @@ def _pool(request: Request, hidden: Tensor) -> None:
     if request.pooling == "last":
         request.pooled = hidden[-1].double()
         return
-    # States that are computed again after a preemption or a failed step are already in the sum.
+    # States recomputed after a preemption or a failed step are already in the sum.
     known = max(request.num_pooled_tokens - request.num_computed_tokens, 0)
     total = hidden[known:].sum(dim=0, dtype=torch.float64)
     request.pooled = total if request.pooled is None else request.pooled + total

@@ -19,7 +19,7 @@ Draw = tuple[Request, Sequence[int]]  # a request, and the draft tokens before t
 def sample_tokens(ops: Backend, logits: Tensor, draws: Sequence[Draw], allowed: Iterable[Tensor]) -> list[SampledToken]:
     """Draw a token for each of N `draws` from logits FP32 [N, vocab], which are changed in place.
 
-    `allowed` has, for each request with a grammar, in order, FP32 [vocab]: 0 for what may come next, else -inf.
+    `allowed` has, for each request with a grammar, in order, FP32 [vocab]: 0 for tokens that may come next, else -inf.
     """
     asking = [row for row, (request, _) in enumerate(draws) if request.params.logprobs is not None]
     raw = logits[asking] if asking else None  # a copy, from before the penalties

@@ -2,8 +2,8 @@
 
 A step is hundreds of short kernels, and launching them takes the host longer than the device needs to run them, unless
 there are thousands of tokens. Recorded as a graph, a step is one launch. A graph computes a fixed number of tokens from
-buffers at fixed addresses; a step takes the next larger graph and fills the rest with padding, which changes nothing.
-There are two kinds: decode steps, in which each sequence has one token and kernels made for that run, and mixed steps,
+buffers at fixed addresses; a step uses the next larger graph and fills the rest with padding, which changes nothing.
+There are two kinds: decode steps, in which each sequence has one token and special kernels run, and mixed steps,
 in which sequences have any number of tokens, as prompts do.
 """
 
@@ -33,7 +33,7 @@ CAPTURE_SECONDS = 60.0
 CAPTURE_BYTES = 2 << 30
 """Limits on capturing. The largest graphs come first, so that a missing graph only costs small steps some padding."""
 MIXED_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Sizes of mixed steps that are worth recording: with more tokens, the device takes longer than the launches."""
+"""Sizes of mixed steps worth recording: with more tokens, the device takes longer than the launches."""
 ALIGNMENT = 16
 
 Step = Callable[[], None]
@@ -64,7 +64,7 @@ class CudaGraphs:
             work()  # compiles kernels and makes the libraries' workspaces outside of the recording
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile, in ways that a recording may ignore.
+        # Other threads may use the device meanwhile; the recording may ignore that.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         graph.replay()  # the first replay takes longer, and no request waits yet
@@ -88,7 +88,7 @@ def token_counts(limit: int) -> list[int]:
 
 
 TOKEN_FIELDS = ("ids", "sources", "positions", "slots")
-"""Inputs of a graph with one entry a token; all others have one a sequence, and `starts` one more."""
+"""Inputs of a graph with one entry per token; all others have one per sequence, and `starts` one more."""
 FIELDS: dict[str, type[np.generic]] = {
     **dict.fromkeys((*TOKEN_FIELDS, "last", "top_k", "seed", "position"), np.int64),
     **dict.fromkeys(("temperature", "top_p", "min_p"), np.float32),
@@ -124,7 +124,7 @@ class _Buffers:
 
 @dataclass(slots=True)
 class Graph:
-    """A recorded step of `size` tokens; the next replay overwrites what it computes."""
+    """A recorded step of `size` tokens; the next replay overwrites its results."""
 
     size: int
     mixed: bool
@@ -132,7 +132,7 @@ class Graph:
     replay: Step
     hidden: Tensor  # FP32 [T, H]
     tokens: Tensor  # int64 [S], drawn after each sequence's last token by its `DrawParams` without penalties
-    seen: Tensor  # int64 [1 + layers, T], token ids and the experts that computed them; [1, T] if the ids tell these
+    seen: Tensor  # int64 [1 + layers, T], token ids and their experts; [1, T] if the ids determine the experts
 
 
 class StepGraphs:
@@ -197,7 +197,7 @@ class StepGraphs:
         num_tokens = self._fill(graph, sequences)
         graph.buffers.send()
         graph.replay()
-        seen = graph.seen[:, :num_tokens].clone()  # it is counted later
+        seen = graph.seen[:, :num_tokens].clone()  # counted later, after the next replay
         return graph.hidden[:num_tokens], graph.tokens[: len(sequences)], seen
 
     def _graph_for(self, sequences: Sequence[ScheduledSequence]) -> Graph | None:

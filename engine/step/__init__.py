@@ -1,1 +1,1 @@
-"""One step: which requests run, and what becomes of their tokens. Needs no weights."""
+"""One step: which requests run, and the handling of their tokens. Needs no weights."""

@@ -30,14 +30,14 @@ OUT_OF_MEMORY = (
     "--kv-cache-memory-bytes or --max-num-batched-tokens."
 )
 EXPERT_SECONDS = 1.0
-"""Seconds between reports of the expert counts while the engine works; it also reports when it becomes idle."""
+"""Seconds between reports of the expert counts while the engine works; it also reports on becoming idle."""
 
 
 class InFlightStep(NamedTuple):
-    """A step that is being computed; its tokens count as computed, and those it draws are pending."""
+    """A step being computed; its tokens count as computed, and those it draws are pending."""
 
     sequences: list[ScheduledSequence]
-    ends: list[int]  # how many tokens of each sequence are computed after it: the index of the token it draws
+    ends: list[int]  # how many tokens of each sequence are computed after the step: the index of the token it draws
     launched: LaunchedStep
 
 
@@ -45,8 +45,8 @@ class EngineCore:
     """Takes requests and returns tokens, one step at a time.
 
     With `overlap_scheduling`, `step` launches a step and then returns the outputs of the previous one, so that the
-    device computes while the host plans. A sequence then ends at most one step late, and what that step computes for
-    it is discarded. A step with a sequence that `needs_tokens` is finished before the next one is planned.
+    device computes while the host plans. A sequence then ends at most one step late, and that step's results for it
+    are discarded. A step with a sequence that `needs_tokens` is finished before the next one is planned.
 
     Without `grammars`, requests with a grammar are refused.
     """
@@ -62,11 +62,11 @@ class EngineCore:
         self.runner = runner
         self.observer = observer
         self.grammars = grammars or GrammarCompiler()
-        self._uses_grammars = False  # whether any was ever submitted
+        self._uses_grammars = False  # whether any grammar was ever submitted
         self.scheduler = Scheduler(info)
         self._requests: dict[str, Request] = {}
         self._verdicts: list[GrammarVerdict] = []
-        self._in_flight: InFlightStep | None = None  # until it is finished, or all of its requests are
+        self._in_flight: InFlightStep | None = None  # until it is finished, or all of its requests have finished
         self._num_failures = 0  # consecutive steps that ran out of memory
         self._experts_reported = 0.0
         self._num_drafts = self._num_draft_tokens = 0
@@ -120,7 +120,7 @@ class EngineCore:
         self._check_released()
 
     def step(self) -> StepOutputs:
-        """Schedule, compute and sample once; return what this step, or the previous one, added to each request."""
+        """Schedule, compute and sample once; return the outputs of this step, or of the previous one."""
         started = time.perf_counter()
         outputs = self._admit_compiled() if self._uses_grammars else []
         planned = self._plan(outputs)
@@ -224,7 +224,7 @@ class EngineCore:
         outputs = self._finish_in_flight()
         if not overlaps:
             return outputs + self._apply(sequences, sampled)
-        # What the new step computes for requests that have just finished is discarded. Their blocks may already belong
+        # The new step's results for requests that have just finished are discarded. Their blocks may already belong
         # to others, which write to them in a later step.
         ends = [sequence.request.num_computed_tokens + sequence.num_tokens for sequence in sequences]
         self._in_flight = InFlightStep(sequences, ends, launched)
@@ -255,7 +255,7 @@ class EngineCore:
     ) -> list[TokenOutput]:
         """Apply a finished step's draws to its requests; an error ends only its request.
 
-        `ends` are those of a step that was in flight, whose tokens are pending; None for one that was not.
+        `ends` are those of the step, if it was in flight and its tokens are pending; None otherwise.
         """
         outputs: list[TokenOutput] = []
         first = 0
@@ -355,7 +355,7 @@ class EngineCore:
 
 
 def _verdict_of(check: CheckGrammar, result: object) -> GrammarVerdict:
-    """Report what the compiler returned for a grammar."""
+    """Report the compiler's result for a grammar."""
     match result:
         case RequestError():
             return GrammarVerdict(key=check.key, outcome="refused", reason=str(result))

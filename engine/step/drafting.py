@@ -1,9 +1,9 @@
 """Drafts of a sequence's next tokens, found in the sequence itself: prompt lookup (Saxena 2023).
 
-If the last few tokens have occurred before, what followed them then is a good guess of what follows now: in code,
-quotations and tables. The network computes a whole draft in one step, a token is drawn after each of its tokens, and
-`Drafter.verify` counts those guessed right, up to the first wrong one. A token's draw depends on its seed and position
-alone, so drafts change when tokens are drawn, never which ones.
+If the last few tokens have occurred before, the tokens that followed then are a good guess of those that follow now:
+in code, quotations and tables. The network computes a whole draft in one step, a token is drawn after each of its
+tokens, and `Drafter.verify` counts the correct guesses before the first wrong one. A token's draw depends on its seed
+and position alone, so drafts change when tokens are drawn, but never which tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Drafter:
         for length in reversed(lengths):
             start = self._next_of.get(tuple(token_ids[-length:]))
             if start is not None and length <= len(token_ids):
-                following = token_ids[start:]  # repeated if it is short: the text is in a loop
+                following = token_ids[start:]  # repeated if short: the text is in a loop
                 return [following[n % len(following)] for n in range(min(limit, self.settings.num_speculative_tokens))]
         return []
 

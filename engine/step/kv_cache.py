@@ -152,7 +152,7 @@ class KVCacheManager:
         self.cache_blocks(request, request.num_computed_tokens)
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
-        """Register the full blocks of the first `num_tokens`, which must be computed and known."""
+        """Register the full blocks of the first `num_tokens` tokens, which must be computed and known."""
         full = num_tokens // self.block_size
         if full > request.num_registered_blocks and self.enable_prefix_caching:
             hashes = self._hashes(request, full)
@@ -162,7 +162,7 @@ class KVCacheManager:
 
     def free(self, request: Request) -> None:
         """Free all blocks of `request`; none of its tokens counts as computed afterwards."""
-        # The last block first: a sequence's head is evicted last, because the rest cannot be found without it.
+        # The last block first: a sequence's head is evicted last, since the others cannot be found without it.
         self.pool.free(request.block_ids[::-1])
         request.block_ids.clear()
         request.num_computed_tokens = 0

@@ -1,4 +1,4 @@
-"""One sequence on its way through the engine: the only place where its progress is kept; and a step of several."""
+"""One sequence on its way through the engine, whose progress is kept only here; and a step of several sequences."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SampledToken:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A sequence, its tokens and how far they are computed."""
+    """A sequence, its tokens, and how many of them are computed."""
 
     message: InitVar[EngineRequest]
     eos_token_ids: InitVar[tuple[int, ...]] = ()  # the model's
@@ -53,8 +53,8 @@ class Request:
     token_ids: list[int] = field(init=False)  # prompt and output so far
     stop_token_ids: frozenset[int] = field(init=False)
     priority: int = field(init=False)  # lower goes first under the policy `priority`
-    background: bool = field(init=False)  # goes after all requests that are not
-    client: str = field(init=False)  # clients take turns
+    background: bool = field(init=False)  # goes after all requests that are not in the background
+    client: str = field(init=False)  # the client's name; clients take turns
     cache_salt: str | None = field(init=False)  # only requests with the same salt share blocks
     pooling: Pooling | None = field(init=False)  # which hidden state to return instead of tokens
 
@@ -67,15 +67,15 @@ class Request:
 
     # Changed only by the KV cache manager:
     block_ids: list[int] = field(default_factory=list)  # the blocks of all its tokens, in order
-    block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were needed
-    num_registered_blocks: int = 0  # of its first blocks, how many other requests can find
+    block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks, as many as were needed so far
+    num_registered_blocks: int = 0  # how many of its first blocks other requests can find
 
     grammar: GrammarState | None = None  # also None until it is compiled
     drafter: Drafter | None = None  # proposes its next tokens
     logit_rules: object | None = None  # made by the sampler when it first needs them
     draw_row: int = 0  # row of its pending token in the last step's draws; set by the runner
 
-    # What the runner reads of the prompt's hidden states:
+    # Results from the prompt's hidden states, written by the runner:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the prompt's second token on
     pooled: Tensor | None = None  # FP64 [H]: the sum of the hidden states, or the last one
     num_pooled_tokens: int = 0
@@ -99,7 +99,7 @@ class Request:
         self.has_logit_rules = bool(
             params.logit_bias or params.bad_words or params.allowed_token_ids is not None or params.min_tokens
         )
-        # Its draws depend on earlier tokens in ways that only the host knows, or the host reads more than the token.
+        # Its draws depend on earlier tokens in ways that only the host knows, or the host reads more than the tokens.
         self.needs_tokens = bool(
             not self.generates
             or self.reads_prompt
@@ -157,7 +157,7 @@ class Request:
             del self.token_ids[index + 1 :]
 
     def output(self, draws: list[SampledToken], embedding: list[float] | None = None) -> TokenOutput:
-        """Report its new tokens, and what was read of its prompt."""
+        """Report its new tokens, and the results from its prompt."""
         last = draws[-1].token_id if draws else None
         by_stop_id = self.finish_reason == "stop" and last in self.stop_token_ids
         return TokenOutput(
@@ -186,8 +186,8 @@ class ScheduledSequence(NamedTuple):
 
     request: Request
     num_tokens: int
-    samples: bool  # they include the request's last token, so its next one is drawn
-    draft: Sequence[int] = ()  # the last of them, which are only guesses: a token is drawn after each
+    samples: bool  # they include the request's last token, so that its next token is drawn
+    draft: Sequence[int] = ()  # the last of the tokens, if they are guesses: a token is drawn after each
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +197,8 @@ class FlatStep:
     ids: Longs  # [T]; 0 for a pending token
     pending: tuple[Longs, Longs]  # [P] each, the indices of pending tokens and their rows in the last step's draws
     positions: Longs  # [T], of each token in its own sequence
-    slots: Longs  # [T], where in the pages its key and value go
-    tables: Ints  # [S, B], the blocks of each sequence, padded with one of its own
+    slots: Longs  # [T], the place in the pages of each token's key and value
+    tables: Ints  # [S, B], the blocks of each sequence, padded with one of the same sequence
     counts: Longs  # [S], tokens of each sequence
     lengths: Longs  # [S], tokens of each sequence after this step
 
@@ -232,7 +232,7 @@ def flatten(sequences: Sequence[ScheduledSequence], block_size: int) -> FlatStep
         ids[indices] = 0
         rows = np.array([requests[owner].draw_row for owner in owners[indices].tolist()])
     held = [len(request.block_ids) for request in requests]
-    # Padded with a block of its own, so that a sequence can read nothing of another.
+    # Padded with a block of the same sequence, so that no sequence can read from another.
     tables = np.empty((len(requests), max(held)), np.int32)
     tables[:] = np.array([request.block_ids[-1] for request in requests])[:, None]
     blocks = np.fromiter(itertools.chain.from_iterable(r.block_ids for r in requests), np.int32, sum(held))

@@ -1,6 +1,6 @@
 """Retry a failed step by bisection to isolate the failing requests.
 
-Computing a step again changes nothing: blocks are written with what they already hold, a draw depends on its seed and
+Recomputing a step changes nothing: blocks are overwritten with the same contents, a draw depends on its seed and
 position alone, and a prompt's hidden states are read only once. So the step is halved until the sequences that fail are
 alone. Each retry ends at least one request or finds that the engine itself has failed, so retries come to an end.
 """
@@ -17,7 +17,7 @@ Execute = Callable[[Sequence[ScheduledSequence]], list[SampledToken]]
 
 
 class RetryResult(NamedTuple):
-    """The sequences that were computed, what they drew, in order, and the requests that failed."""
+    """The computed sequences, their drawn tokens in order, and the requests that failed."""
 
     sequences: list[ScheduledSequence]
     sampled: list[SampledToken]
@@ -27,7 +27,7 @@ class RetryResult(NamedTuple):
 def retry_by_halves(execute: Execute, sequences: list[ScheduledSequence], error: Exception) -> RetryResult:
     """Compute a step that failed with `error` in parts; raise `error` if the engine cannot compute anything."""
     result = RetryResult([], [], [])
-    # A single sequence is tried again as it is: the failure may have been temporary.
+    # A single sequence is tried again: the failure may have been temporary.
     parts = [sequences] if len(sequences) == 1 else _halves(sequences)
     while parts:
         part = parts.pop()

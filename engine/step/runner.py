@@ -1,4 +1,4 @@
-"""What the engine core needs from the code that computes its steps."""
+"""The interface of the code that computes the engine core's steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 from .request import SampledToken, ScheduledSequence
 
 LaunchedStep = Callable[[], list[SampledToken]]
-"""Waits for a step that is being computed; returns a sampled token for each sequence that samples, in order."""
+"""Waits for a step being computed; returns a sampled token for each sequence that samples, in order."""
 
 
 class Runner(Protocol):
@@ -21,7 +21,7 @@ class Runner(Protocol):
         """Begin a step after the one in flight, whose draws replace the pending tokens."""
 
     def release_cached_memory(self) -> None:
-        """Return to the device the memory that is only kept for reuse."""
+        """Return memory that is only kept for reuse to the device."""
 
 
 class StepObserver(Protocol):

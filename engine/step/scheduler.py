@@ -5,20 +5,19 @@ some of them, within a budget of tokens. The rules, in this order:
 
 - Requests are served by level: background requests (those of batches) come after all others, and under the policy
   `priority` the lowest number comes first. Within a level each client's requests are served in the order of arrival;
-  where the requests name several clients, these take turns.
-- The next request to be admitted is that of the client with the fewest running ones; among several such clients, of
-  the one for which the fewest prompt tokens were computed. No other overtakes it, so it waits only for running
+  several clients take turns.
+- The next request to be admitted comes from the client with the fewest running requests; among several such clients,
+  from the one with the fewest computed prompt tokens. No other request overtakes it, so it waits only for running
   requests. It is admitted when there are blocks for all its tokens, and one more for each running sequence.
-- Every running sequence that needs a single token (a decode) is in the step; but of background requests only a few, if
-  there are others, so that these are hardly slower. Prompts share the rest of the budget, in chunks if need be, those
-  of the client with the fewest computed prompt tokens first. In a step with decodes they get at most
-  `max_num_prefill_tokens` (proportionally more when there are many decodes), which limits how much arriving prompts
-  slow down running streams.
+- Every running sequence that needs a single token (a decode) is in the step; of background requests, only a few are if
+  there are other requests, which are then hardly slower. Prompts share the rest of the budget, in chunks if necessary;
+  the client with the fewest computed prompt tokens comes first. In a step with decodes, prompts get at most
+  `max_num_prefill_tokens` (more in proportion to many decodes), so that new prompts do not slow down streams too much.
 - If all `max_num_seqs` sequences run, a client with fewer than its share of them is admitted all the same. The last
   request of a client with more than its share then pauses: it keeps its blocks, and continues where it was.
-- If blocks run out, the running request with the last claim to them is preempted and later computed from scratch: of
-  the last level, the one whose client's older requests hold the most. So the one with the first claim advances in
-  every step.
+- If blocks run out, the running request with the last claim to them is preempted and later computed from scratch: in
+  the last level, the one whose client holds the most blocks in older requests. So the request with the first claim
+  advances in every step.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ MIN_TOKENS = 16  # a step of one sequence is not made smaller than this
 
 @dataclass(eq=False, slots=True)
 class ClientQueue:
-    """The unfinished requests of one client on one level."""
+    """The unfinished requests of one client in one level."""
 
     level: tuple[bool, int]
     waiting: list[Request] = field(default_factory=list)  # new and preempted ones, by rank
@@ -59,7 +58,7 @@ class ClientQueue:
 
 
 class PreemptionNeeded(Exception):  # noqa: N818 - not an error: the step is planned later
-    """A step cannot be planned before the one in flight is read."""
+    """A step cannot be planned before the step in flight is read."""
 
 
 class Scheduler:
@@ -84,7 +83,7 @@ class Scheduler:
         self._queues: dict[tuple[bool, int, str], ClientQueue] = {}  # of clients with unfinished requests
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens that were looked up in the prefix cache
-        self.num_prefix_hits = 0  # of these, how many were found
+        self.num_prefix_hits = 0  # how many of those were found
         self._speculates = config.speculative_config is not None
         self._arrivals = itertools.count()
         self._ahead = False
@@ -101,7 +100,7 @@ class Scheduler:
 
     @property
     def num_paused(self) -> int:
-        """Running requests that wait for another client's."""
+        """Running requests that are paused for another client's."""
         return max(len(self.running) - self.max_num_seqs, 0)
 
     def add(self, request: Request) -> None:
@@ -110,7 +109,7 @@ class Scheduler:
         request.rank = (request.background, priority, next(self._arrivals))
         level = request.rank[:2]
         queue = self._queues.setdefault((*level, request.client), ClientQueue(level))
-        if not queue.waiting:  # a client gains nothing by the time in which it asked for nothing
+        if not queue.waiting:  # a client gains no credit while it has no requests
             others = [other for other in self._queues.values() if other.level == level and other is not queue]
             wait = [other.num_read for other in others if other.waiting]
             queue.num_read = max(queue.num_read, min(wait) if wait else max((o.num_read for o in others), default=0))
@@ -147,7 +146,7 @@ class Scheduler:
         return decodes + chunks
 
     def restore_limits(self) -> None:
-        """Undo `shrink`, once the requests that needed so much memory are gone."""
+        """Undo `shrink`, once the requests that needed so much memory have ended."""
         self.chunk_multiple, self.max_num_seqs, self.max_num_batched_tokens, self.max_num_prefill_tokens = self._limits
 
     def shrink(self, sequences: Sequence[ScheduledSequence]) -> bool:
@@ -221,7 +220,9 @@ class Scheduler:
         queues.sort(key=lambda queue: (queue.level, len(queue.running), queue.running[0].rank))
         for _, same in itertools.groupby(queues, key=attrgetter("level")):
             clients = list(same)
-            for done, queue in enumerate(clients):  # those with the fewest first: what they leave is for the others
+            for done, queue in enumerate(
+                clients
+            ):  # clients with the fewest requests first, since the others share the places they leave
                 share = (self.max_num_seqs - len(chosen)) // (len(clients) - done)
                 chosen += queue.running[:share]
         return chosen
@@ -255,7 +256,7 @@ class Scheduler:
                 self._admit(request, prefix)
             else:
                 return
-            if count:  # else no whole chunk fits in the rest of the budget
+            if count:  # otherwise no whole chunk fits in the rest of the budget
                 budget -= count
                 self._queue_of(request).num_read += count
                 samples = request.num_computed_tokens + count == request.num_tokens and request.generates
@@ -267,7 +268,7 @@ class Scheduler:
         return queue.level, queue.num_read, request.rank
 
     def _reads_before(self, waiting: Request, running: Request) -> bool:
-        """Whether the waiting prompt goes before the running one: another client's, for which no more was read."""
+        """Whether the waiting prompt goes before the running one: another client's, with no more tokens read."""
         first, second = self._queue_of(waiting), self._queue_of(running)
         return first is not second and (first.level, first.num_read) <= (second.level, second.num_read)
 
@@ -286,7 +287,7 @@ class Scheduler:
     def _draft_all(
         self, decodes: list[ScheduledSequence], budget: int
     ) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
-        """Return those of the sequences that are single tokens, and those that got a draft within the budget."""
+        """Return the sequences of single tokens, and those that got a draft within the budget."""
         single: list[ScheduledSequence] = []
         drafted: list[ScheduledSequence] = []
         for request, count, samples, _ in decodes:

@@ -24,10 +24,9 @@ class Place(NamedTuple):
     parameter: str  # its name in the network, without `layers.N.`
     block: tuple[str, ...] = ()  # the block it fills along each of the first dimensions, see `_blocks`
     transposed: bool = False  # the file has [in, out], the network [out, in]
-    leading: int = 0  # dimensions of size 1 that the file has in front; -1: the file has a scalar for an element
-    side_by_side: int | None = (
-        None  # the dimension in which the network has the experts side by side, and the file in front
-    )
+    leading: int = 0  # how many leading dimensions of size 1 the file has; -1 if it stores one element as a scalar
+    # The dimension along which the network concatenates the experts; the file stacks them in a leading dimension.
+    side_by_side: int | None = None
 
 
 Places = tuple[Place, ...]  # side by side along the columns of the file's tensor
@@ -37,11 +36,11 @@ class Era(NamedTuple):
     """A checkpoint format."""
 
     name: str
-    marker: str  # a tensor name that tells it from every era below it in `ERAS`
+    marker: str  # a tensor name that no era below it in `ERAS` has
     layer: Mapping[str, Places]
     experts: Mapping[str, Places]
     routes_by_modulo: bool = True  # a file without `token_to_expert` means id mod num_experts; if False, it is refused
-    derived: tuple[str, ...] = ()  # tensors of a layer that follow from others, and are not read
+    derived: tuple[str, ...] = ()  # tensors of a layer that follow from others, so that they are not read
 
 
 TOP: dict[str, Places] = {
@@ -101,7 +100,7 @@ def _experts(kind: str, block: str, suffix: str = "", *, transposed: bool = Fals
     }
 
 
-DENSE = _experts("", "first", ".weight")  # of every era, with use_token_routed_mlp: false
+DENSE = _experts("", "first", ".weight")  # in every era, with use_token_routed_mlp: false
 ONE_BY_ONE = _experts("experts.{e}.", "expert", ".weight")
 SEPARATE = _experts("", "experts", transposed=True)
 FUSED: dict[str, Places] = {
@@ -111,7 +110,7 @@ FUSED: dict[str, Places] = {
 
 
 def _next_to_shared(kind: str, expert: str) -> dict[str, Places]:
-    """Return the MLPs of the TR-Hash line: the columns of the shared expert, then those of each other one."""
+    """Return the MLPs of the TR-Hash line: the columns of the shared expert, then those of each small expert."""
     return {
         f"mlp.{kind}shared_gate.weight": (Place("gate_up", ("first", "shared_gate")),),
         f"mlp.{kind}shared_up.weight": (Place("gate_up", ("first", "shared_up")),),
@@ -148,7 +147,7 @@ FIRST_ROUTE = Era(
 SIBLING = Era("TR-Hash dense sibling", "mlp.gate_proj.weight", BLOCK, DENSE)
 LATEST = Era("0.12-0.14", "dynamics.controller_in.weight", CONTROLLER_IN_OUT, FUSED)
 REWRITE = Era("2026-03", "mu_guidance.mu", MU_GUIDANCE, _experts("", "experts", "_w", transposed=True))
-# Most specific first: `detect` takes the first whose marker the file has (0.4.0 also has the marker of 0.4.3-0.7).
+# Most specific first: `detect` chooses the first whose marker the file has (0.4.0 also has the marker of 0.4.3-0.7).
 ERAS = (
     REWRITE,
     LATEST,
@@ -189,14 +188,14 @@ def detect(
 ) -> tuple[Era, Architecture, DeepConfig]:
     """Recognise a network's era and architecture by its tensor names (without `model.`), or raise `CheckpointError`.
 
-    Also returns the configuration, with what the tensors decide.
+    Also returns the configuration, with the settings that the tensors decide.
     """
     names = {re.sub(r"experts\.\d+", "experts.{e}", re.sub(r"^layers\.\d+\.", "", key)) for key in shapes}
     era = next((era for era in ERAS if era.marker in names), None)
     if era is None:
         raise CheckpointError(
-            f"{path} belongs to no known era of Complexity-Deep, with tensors such as "
-            f"{shortened(sorted(shapes)) or 'none'}: pass a checkpoint of this family."
+            f"{path} is not a Complexity-Deep checkpoint of any known era (its tensors: "
+            f"{shortened(sorted(shapes)) or 'none'}): pass a checkpoint of this family."
         )
     shared = next(
         (min(sum(shape[:1]), 2**20) for key, shape in shapes.items() if key.endswith("shared_gate.weight")), 0
@@ -226,9 +225,9 @@ def detect(
 
 
 def _decided(config: DeepConfig, era: Era, shapes: Mapping[str, tuple[int, ...]], names: set[str]) -> DeepConfig:
-    """Return the configuration with what the tensors decide; raise `CheckpointError` for what they contradict."""
+    """Return the configuration with the settings that tensors decide; raise `CheckpointError` if they contradict it."""
     gates, modulated, dense = "mlp.shared_output_gate" in names, "mlp.hash_channel_scale" in names, era is SIBLING
-    if era is not NATIVE:  # the newest code computes nothing with these
+    if era is not NATIVE:  # whose own code ignores these settings, so that its files may have any of them
         for name, known in (
             ("use_shared_routed_gates", gates or dense), ("learn_hash_channel_modulation", modulated or dense),
             ("learn_hash_pair_gates", False), ("lsh_routing", False),
@@ -250,7 +249,7 @@ def _decided(config: DeepConfig, era: Era, shapes: Mapping[str, tuple[int, ...]]
         odd += ["num_experts_per_tok"] if (config.num_experts_per_tok or 1) > 1 else []
         odd += ["top_k"] if 1 < (config.top_k or 1) <= config.experts else []  # a larger one is a sampling default
     if odd:
-        raise CheckpointError(_conflict(config, odd[0], f"a network of era {era.name} has no such thing"))
+        raise CheckpointError(_conflict(config, odd[0], f"networks of era {era.name} do not support it"))
     return config
 
 
@@ -279,7 +278,7 @@ def _hash_sizes(config: DeepConfig, era: Era, shapes: Mapping[str, tuple[int, ..
         if conflict:
             raise CheckpointError(_conflict(config, name, conflict))
     primary = config.top_k_primary_weight
-    if primary is None:  # what the code that made the file took
+    if primary is None:  # the default of the code that wrote the file
         engine = era is NATIVE or config.source_mlp_type == "tr_hash_engine"
         primary = 1 / routes if engine else 0.95
     return dataclasses.replace(
@@ -323,7 +322,7 @@ def _blocks(config: DeepConfig, arch: Architecture) -> dict[str, slice]:
 
 
 def plan(era: Era, model: DeepNetwork) -> dict[str, Entry]:
-    """List every tensor name (without `model.`) that the era has for this network, and where the tensor goes."""
+    """List every tensor name (without `model.`) of the era's files for this network, and where the tensor goes."""
     config, arch = model.config, model.architecture
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     blocks = _blocks(config, arch)

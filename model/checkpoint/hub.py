@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import CheckpointError, folder_of, newest_pack
 
-# What serving reads, and nothing that can run code: no pickles, no Python.
+# The files that serving reads, and no file that can run code: no pickles, no Python.
 FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -26,7 +26,13 @@ FILES = (
 )
 NO_FILES = ("*/*.safetensors", "*/*.json")  # the patterns' `*` also matches folders, which hold training states
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # of one file; why pickles are refused is said later
+WEIGHTS_ENDINGS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+)  # of one file; the loader says why pickles are refused
 FILE_ENDINGS = (*WEIGHTS_ENDINGS, ".json", ".gguf")
 NEEDED = "the folder that holds config.json, *.safetensors and tokenizer.json"
 
@@ -65,10 +71,12 @@ def resolve_model(
 
 
 def _what_else(path: Path) -> str | None:
-    """Return what a path is, and what to do, if it is plainly no checkpoint: the end of a sentence."""
+    """Return the end of a sentence that says what a path is, and what to do, if it is clearly not a checkpoint."""
     folder = folder_of(path)
     in_checkpoint = os.path.lexists(folder / "config.json")
-    gguf = "in llama.cpp's format, which PyLLM does not read: pass the folder of the model that it was made from, with "
+    gguf = (
+        "in llama.cpp's format, which PyLLM does not read: pass the folder of the model from which it was made, with "
+    )
     gguf += "config.json, *.safetensors and tokenizer.json"
     if not path.is_dir() and path.suffix not in WEIGHTS_ENDINGS:
         if not path.is_file():
@@ -78,7 +86,7 @@ def _what_else(path: Path) -> str | None:
         return (
             f"is one file of a checkpoint: pass its folder, {folder}"
             if in_checkpoint
-            else f"is no model: pass {NEEDED}"
+            else f"is not a model: pass {NEEDED}"
         )
     if in_checkpoint:
         return None
@@ -90,7 +98,7 @@ def _what_else(path: Path) -> str | None:
         )
     if any(folder.glob("*.safetensors")):
         return "has no config.json: copy it there from the checkpoint's source"
-    # As of the hub's cache, of a training run, or of a collection of models.
+    # Such as the hub's cache, a training run, or a collection of models.
     inner = [
         found.parent for pattern in ("*", "snapshots/*") for found in sorted(folder.glob(f"{pattern}/config.json"))
     ]

@@ -52,12 +52,12 @@ Network = TypeVar("Network", bound=DeepNetwork)
 
 
 class LoadReport(NamedTuple):
-    """What was loaded."""
+    """Facts about the loaded weights."""
 
     era: str  # "dummy" and the newest era for random weights
     file_dtypes: tuple[str, ...]  # of the weights in the files, such as ("BF16", "F32"); empty for random weights
     parameters: int  # weights in memory, shared ones counted once
-    bytes: int  # of the tensors that were read
+    bytes: int  # of the tensors read
     seconds: float
 
 
@@ -90,7 +90,7 @@ def load_checkpoint(
     folder: Path,  # holds `config.json` and the weights; or a `.safetensors` file next to its `config.json`
     *,
     network: type[Network],
-    config: DeepConfig | None = None,  # that of its `config.json` by default
+    config: DeepConfig | None = None,  # by default, its `config.json`
     dtype: torch.dtype,  # of the large matrices; values are rounded to nearest
     device: torch.device,
     load_format: Literal["auto", "dummy"] = "auto",
@@ -127,7 +127,7 @@ def load_checkpoint(
 
 
 def outline_checkpoint(folder: Path, config: DeepConfig, dtype: torch.dtype) -> Outline:
-    """Recognise a checkpoint by what its files list; raise `CheckpointError` for what does not fit."""
+    """Recognise a checkpoint by the tensors its files list; raise `CheckpointError` if they do not fit together."""
     stored = _read_headers(folder)
     era, arch, config = detect({key: tensor.shape for key, tensor in stored.items()}, config, folder)
     outline = _outline(config, arch, dtype, folder)
@@ -136,7 +136,7 @@ def outline_checkpoint(folder: Path, config: DeepConfig, dtype: torch.dtype) -> 
 
 
 def _outline(config: DeepConfig, arch: Architecture, dtype: torch.dtype, folder: Path) -> DeepNetwork:
-    """Build the network without memory, since the sizes in the file may be nonsense; raise for one that cannot be."""
+    """Build the network without memory, since the sizes in the file may be nonsense; raise for an impossible one."""
     try:
         return DeepNetwork(config, arch, dtype=dtype, device="meta")
     except CheckpointError as error:
@@ -175,13 +175,13 @@ def _find_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path, weight_map: Any) -> list[str]:
-    """Return the names of the files in the `weight_map` of an index; raise for one that names no file next to it."""
+    """Return the names of the files in the `weight_map` of an index; raise if one is not a file next to it."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is not an index with a weight_map: fetch it again.")
     for name in weight_map.values():
         if not isinstance(name, str) or not SHARD.fullmatch(name):
             raise CheckpointError(
-                f"{index} lists {shown(name)}, which is no name of a .safetensors file: fetch it again."
+                f"{index} lists {shown(name)}, which is not the name of a .safetensors file: fetch it again."
             )
     return sorted(set(weight_map.values()))
 
@@ -273,7 +273,7 @@ def _fill(
                 target.zero_()
     wanted = {key: stored[key] for key in expected if key in stored}
     if model.architecture.tied and "lm_head.weight" in stored:
-        del wanted["embed_tokens.weight"]  # they share a parameter; if they differ in the file, the head's win
+        del wanted["embed_tokens.weight"]  # both share a parameter; if they differ in the file, the head's tensor wins
     order = sorted(wanted.items(), key=lambda item: (item[1].path, item[1].offset))
     total, done = sum(tensor.nbytes for tensor in wanted.values()), 0
     hidden = None if progress else True  # None: hidden unless stderr is a terminal
@@ -293,7 +293,7 @@ def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> N
     kind = (FLOATS | INTEGERS)[tensor.dtype]
     shape = tensor.shape[-max(part.target.dim() for part in entry.parts) :] or (1,)
     for index, first, size in _pieces(shape, any(part.transposed for part in entry.parts)):
-        # A private mapping of this piece only, so that its pages are freed with it.
+        # A private mapping of only this piece, so that its pages are freed with it.
         begin = tensor.offset + first * kind.itemsize
         start = begin - begin % mmap.ALLOCATIONGRANULARITY
         count = math.prod(size)
@@ -323,7 +323,7 @@ def _copy(file: BinaryIO, tensor: StoredTensor, entry: Entry, experts: int) -> N
 
 
 def _derive_routes(model: DeepNetwork) -> None:
-    """Fill tables that the file has the first row of: the next row has the next expert, or the first after the last."""
+    """Fill tables of a file with one row only: the next row has the next expert, or the first after the last."""
     for layer in model.layers:
         assert layer.routes is not None
         steps = torch.arange(len(layer.routes), device=model.device)[:, None]
@@ -374,8 +374,8 @@ def save_checkpoint(model: DeepNetwork, folder: Path, *, dtype: torch.dtype) -> 
     """Write `config.json` and `model.safetensors` in the newest format of the model's line.
 
     Models of any era can be saved; tensors that the era lacks are left out. The folder is created if missing, and files
-    in it are overwritten. `dtype` is that of the large matrices. Norms, biases and the router are written in FP32, as
-    the network keeps them, so that loading in `dtype` gives exactly what was saved.
+    in it are overwritten. `dtype` applies to the large matrices. Norms, biases and the router are written in FP32, as
+    the network keeps them, so that loading in `dtype` gives exactly the saved weights.
     """
     arch = model.architecture
     era = EXPORT if arch.routes else SIBLING if not arch.mu else REWRITE if arch.mu_guidance else LATEST

@@ -1,7 +1,7 @@
 """The CPU's fast path: `Backend` on the compiled kernels of `kernels/`, over packed weights.
 
-The extension is compiled when the package is built. Where it could not be, where the CPU lacks AVX-512 with BF16 and
-VNNI, or where `PYLLM_NATIVE=0` is set, `available` is false and plain torch computes instead.
+The extension is compiled when the package is built. If it was not compiled, if the CPU lacks AVX-512 with BF16 and
+VNNI, or if `PYLLM_NATIVE=0` is set, `available` is false and plain torch computes instead.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class NativeBackend(Backend):
         """As `Backend.new_kv_cache`.
 
         In memory, all layers' part of a page is contiguous, so a step that reaches new pages touches new memory in one
-        place and not once for each layer; in a layer's part, one head's keys or values are contiguous.
+        place and not once for each layer; within a layer's part, one head's keys or values are contiguous.
         """
         layers, sides, blocks, block_size, kv_heads, head_dim = shape
         pages = super().new_kv_cache((blocks, layers, sides, kv_heads, block_size, head_dim), dtype, device)
@@ -140,7 +140,7 @@ class NativeBackend(Backend):
         return self._uncached[1:]
 
     def _begin_step(self, metadata: AttentionMetadata, rope: Rope, cache: Tensor) -> None:
-        """Fill the structure that the attention of all layers reads about the step, in its first layer."""
+        """Fill the structure about the step that the attention of all layers reads, in its first layer."""
         key = (metadata, cache, rope[0])
         if all(map(operator.is_, key, self._step_key)):
             return

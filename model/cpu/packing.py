@@ -1,4 +1,4 @@
-"""A network as the compiled kernels read it: packed matrices, and the C structures of `kernels/`."""
+"""A network in the form that the compiled kernels read: packed matrices, and the C structures of `kernels/`."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class PackedMatrix:
 
 
 class Packer:
-    """Replaces a model's large matrices by packed ones, one at a time, so that memory never holds two copies of all.
+    """Replaces a model's large matrices with packed ones, one at a time, so that memory never holds two copies of all.
 
     The model keeps tensors without memory in their place; `matrices` has the packed matrix by the id of such a tensor.
     """
@@ -180,7 +180,7 @@ class PackedLayer:
 
 
 def _set_routes(mlp: Mlp, layer: DeepLayer) -> Tensor | None:
-    """Fill in what only the TR-Hash line has; return a tensor to be kept as long as `mlp`."""
+    """Fill in the fields that only the TR-Hash line has; return a tensor to keep as long as `mlp`."""
     if layer.routes is None:
         return None
     scales, size = layer.output_scales(), layer.config.expert_size

@@ -1,8 +1,8 @@
 """Triton kernels of attention over paged keys and values: decode with split keys, and prompts of any mixture.
 
-Both read lengths and page tables on the device, so that a captured graph serves other sequences than those of its
+Both read lengths and page tables on the device, so that a captured graph also serves sequences other than those of its
 capture. A sequence of length 0 is padding: nothing is written for it but zeros to its output. Softmax is FP32.
-Arguments that are parts of a step's tensors are not specialised on, or a server would compile again for every new
+Kernels are not specialised on parts of a step's tensors: otherwise, a server would compile again for every new
 mixture.
 """
 
@@ -16,7 +16,7 @@ from .kernels import FRESH, dot, follow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(MAX_FP8)
-BLOCK_S = tl.constexpr(256)  # sequences that are looked through at once
+BLOCK_S = tl.constexpr(256)  # sequences searched at once
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _rotated(
 
 @triton.jit
 def _kept(value, dtype: tl.constexpr):
-    """Keys or values as the pages keep them; FP8 has no infinity, so larger values become its largest number."""
+    """Keys or values in the format of the pages; FP8 has no infinity, so larger values become its largest number."""
     if dtype == tl.float8e4nv:
         value = tl.clamp(value.to(tl.float32), -LARGEST, LARGEST)
     return value.to(dtype)

@@ -1,8 +1,8 @@
 """The GPU's fast path: `Backend` on Triton kernels and cuBLAS, made so that a whole decode step can be captured.
 
-Nothing here waits for the device or asks it for a number: what depends on lengths, pages or experts is read by the
-kernels, and every allocation's size follows from the number of tokens and sequences alone. Under TRITON_INTERPRET=1 the
-same object computes on the CPU.
+Nothing here waits for the device or asks it for a number: the kernels read everything that depends on lengths, pages or
+experts, and every allocation's size follows from the number of tokens and sequences alone. Under TRITON_INTERPRET=1,
+the same object computes on the CPU.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _columns_by_id(layer: DeepLayer) -> dict[str, Any] | None:
 
 
 class _Above(NamedTuple):
-    """What `dynamics` computed in addition to its own results, for later operations."""
+    """Results that `dynamics` computed for later operations, in addition to its own."""
 
     mu: Tensor
     below: Tensor
@@ -83,14 +83,14 @@ class TritonBackend(Backend):
 
     Up to `FEW_TOKENS` tokens our own kernels compute all products; beyond that, cuBLAS computes the dense ones. Norms
     write their inputs in the weights' dtype; the residual stream, velocity and mu stay FP32. On sm_90 and later a
-    kernel begins while the previous one ends (`triton_kernels.follow`).
+    kernel begins while the previous one ends (`kernels.follow`).
 
     A row whose token id is negative is padding: it goes through the network without touching the KV cache (its slot is
     negative), other sequences' keys (its length is 0) or any expert, and its results mean nothing.
 
     `available` must be true. The kernels are made for a `generation` of GPUs: 8, 9, 10 or 12; None asks the model's
     device. `deterministic` gives a token the same bits whatever else is in the step. Then each operation is one
-    compiled kernel, whose block does not depend on the number of tokens; cuBLAS, which chooses by it, is never called;
+    compiled kernel, whose block does not depend on the number of tokens; cuBLAS, whose algorithm does, is never called;
     and decodes are computed as prompts of one token, with their keys taken one block after the other.
     """
 
@@ -273,7 +273,7 @@ class TritonBackend(Backend):
     def dynamics(
         self, layer: DynamicsLayer, x: Tensor, h: Tensor, velocity: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Backend.dynamics`; changes `x` and `velocity` in place, and computes what `highway` will return."""
+        """As `Backend.dynamics`; changes `x` and `velocity` in place, and computes the results of `highway`."""
         tokens, size = x.shape
         inner, few = len(layer.controller_v), self._few(tokens)
         if few:
@@ -334,9 +334,9 @@ class TritonBackend(Backend):
         self, x: Tensor, b: Tensor, gate_up: Tensor, down: Tensor, known: tuple[Tensor, Tensor],
         experts: Tensor | None, activation: str, columns: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Adds to x [T, H] what each token's expert makes of b [T, H]: gate_up [E, 2W, H], down [E, H, W].
+        """Adds to x [T, H] the output of each token's expert for b [T, H]: gate_up [E, 2W, H], down [E, H, W].
 
-        `known` is the table of the ids' own experts and the ids, by which weights may be read early. `columns` are the
+        `known` is the table of the ids' own experts and the ids, by which weights can be read early. `columns` are the
         arguments by which ids choose columns of one MLP, see `_columns_by_id`.
         """
         tokens, size = x.shape
@@ -377,7 +377,7 @@ class TritonBackend(Backend):
         )  # fmt: skip
 
     def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        """As `Backend.draw`, except for rounding exactly at the border of what is kept."""
+        """As `Backend.draw`, except for rounding exactly at the border of the kept tokens."""
         return triton_sampling.draw(logits, batch)
 
     def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 The shapes for BF16 were found on an H200 with `benchmarks/gpu/gpu_tune.py`.
 
 The block's shape chooses a matrix unit's instruction, and the instruction the order of the sum. So where results must
-not depend on how many tokens a step has, no block may depend on it either.
+not depend on the number of tokens in a step, no block may depend on it either.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Blocks:
     """Blocks by the number of tokens: with few the weights are read at full speed, with many the products are."""
 
     def __init__(self, exact: bool, generation: int | None) -> None:
-        self._exact = exact  # products are FP32, which matrix units have no instructions for
+        self._exact = exact  # products are FP32, for which matrix units have no instructions
         self._generation = generation  # of the GPU that the kernels are made for: 8, 9, 10 or 12; None is unknown
 
     def linear(self, tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Shape:
-        """Of a product [tokens, inner] x [columns, inner], whose first factor has this dtype."""
+        """The block of a product [tokens, inner] x [columns, inner], whose first factor has this dtype."""
         rows, depth = 16 if tokens <= 16 else 32, power_of_two(16, inner)
         if self._exact:
             return _linear(rows, 32, min(32, depth))
@@ -44,18 +44,18 @@ class Blocks:
         return _linear(rows, 32 if rows == 16 or columns >= 4096 else 16, min(512, depth), 4, 3)
 
     def gemv(self, inner: int, matrices: int = 1) -> Shape:
-        """Of a product of rows of `inner` numbers with single tokens, from this many matrices at once."""
+        """The block of a product of rows of `inner` numbers with single tokens, from this many matrices at once."""
         block_k = power_of_two(16, inner)
         held = (8192 if self._exact else 16384) // matrices
         return {"BLOCK_N": max(2, held // block_k), "BLOCK_K": block_k, "num_warps": 4}
 
     def dynamics(self, few: bool) -> Shape:
-        """Of the dynamics: tokens and columns."""
+        """The block of the dynamics: tokens and columns."""
         block_m, block_n = (16, 32) if self._exact else (16, 16) if few else (64, 32)
         return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
 
     def experts(self, tokens: int) -> tuple[int, int, Shape]:
-        """Of the experts' products: columns of gate and of up each, columns of down, and the rest."""
+        """The blocks of the experts' products: columns of gate and of up each, columns of down, and the rest."""
         if self._exact:
             return 32, 32, {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
         if tokens <= 32:
@@ -70,7 +70,7 @@ class Blocks:
         return 64, 128, {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
     def decode(self, splits: int, programs: int) -> Shape:
-        """Of attention of single new tokens, with keys in `splits` runs, in this many programs: keys."""
+        """The block of attention of single new tokens, with keys in `splits` runs, in this many programs: keys."""
         if self._exact:
             return {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
         if splits > 4:  # short runs
@@ -81,7 +81,7 @@ class Blocks:
         return {"BLOCK_N": 64, "num_warps": 8 if programs <= BUSY else 2, "num_stages": 5}
 
     def prompt(self) -> Shape:
-        """Of attention over prompts: queries and keys."""
+        """The block of attention over prompts: queries and keys."""
         if self._exact:
             return _prompt(32, 16, 8)
         # Where matrix units do not read from shared memory, more would not fit in registers.

@@ -1,6 +1,6 @@
 """Triton kernels of products for the fewest tokens: matrix times vector, with the weights in registers.
 
-A program reads its rows of the weights whole, before its input is there (see `triton_kernels.follow`), and then goes
+A program reads its rows of the weights whole, before its input is there (see `kernels.follow`), and then goes
 through the tokens one by one. Matrix units would compute 16 tokens in the same time, but they contend for shared
 memory: keys, queries and values of one token take 14 us with them on an H200, where reading memory takes 8.
 """
@@ -44,7 +44,7 @@ def linear_kernel(
     N: tl.constexpr, K: tl.constexpr, N2: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What `triton_kernels.linear_kernel` computes. Grid: (blocks of N + blocks of N2,)."""
+    """Computes the same as `kernels.linear_kernel`. Grid: (blocks of N + blocks of N2,)."""
     x, x_stride, weight, rows, count, first = side(x, x_stride, weight, x2, x2_stride, weight2, N, N2, BLOCK_N)
     weights = _rows_of(weight, rows, rows < count, K, BLOCK_K)
     follow(PDL)
@@ -61,7 +61,7 @@ def gate_up_kernel(
     MODULATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What `triton_mlp.gate_up_kernel` computes. Grid: (blocks of W, tokens)."""
+    """Computes the same as `mlp.gate_up_kernel`. Grid: (blocks of W, tokens)."""
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < W
@@ -100,11 +100,11 @@ def down_kernel(
     H: tl.constexpr, W: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What `triton_mlp.down_kernel` computes. Grid: (blocks of H, tokens)."""
+    """Computes the same as `mlp.down_kernel`. Grid: (blocks of H, tokens)."""
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert = token * 0
-    if ROUTED:  # written two kernels ago, by one that has ended
+    if ROUTED:  # written two kernels ago, by a kernel that has ended
         expert = tl.load(experts + token, cache_modifier=FRESH)
     weights = _rows_of(weight, expert * H + rows, (rows < H) & (expert >= 0), W, BLOCK_K)
     follow(PDL)

@@ -4,7 +4,7 @@ Sizes of the network are compile-time constants; the number of tokens is not, an
 is compiled once for each block shape. Whatever dtype comes in, arithmetic is FP32 and products add up in FP32.
 
 With PDL (programmatic dependent launch, sm_90 and later) a kernel begins while the previous one still runs, and waits
-in `follow` for what that one writes.
+in `follow` for the previous kernel's results.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def dot(a, b, acc):
 def follow(PDL: tl.constexpr):
     """Wait until all kernels before this one have written; then the next one may begin.
 
-    Before this call a kernel may read only weights, what the host sent before the step, and (FRESH) what kernels before
-    the last one wrote: those have ended. Every program must call it, because the next kernel relies on that.
+    Before this call a kernel may read only weights, data that the host sent before the step, and (FRESH) results of
+    kernels before the last one: those have ended. Every program must call it, because the next kernel relies on that.
     """
     if PDL:
         gdc_wait()
@@ -148,7 +148,7 @@ def dynamics_kernel(
 
     `products` [T, H + C] (or [T, C] unless CONTEXTUAL) holds the attention output times dynamics_in, `from_velocity`
     [T, C] the velocity times controller_v. Changes x, velocity and residual in place, writes mu and, with HIGHWAY, the
-    mu for the layer above. Not MOVING: velocity is zero still. Grid: (blocks of H, blocks of tokens).
+    mu for the layer above. Not MOVING: velocity is still zero. Grid: (blocks of H, blocks of tokens).
     """
     rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_ok = rows < tokens

@@ -14,7 +14,7 @@ from .kernels import FRESH, dot, follow, sigmoid
 DENSE = tl.constexpr(0)  # all tokens use expert 0; blocks of tokens along the grid
 MASKED = tl.constexpr(1)  # all tokens in one block; one expert after the other along the grid, each keeps its own rows
 SORTED = tl.constexpr(2)  # tokens are taken in the order of their experts
-TOGETHER = tl.constexpr(4)  # experts that are scored at once
+TOGETHER = tl.constexpr(4)  # experts scored at once
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids"])
@@ -99,7 +99,7 @@ def hash_factors(
     ids, token_ok, columns, routes, scales, channels, layer, SHARED: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
     K: tl.constexpr, VOCAB: tl.constexpr, MODULATED: tl.constexpr,
 ):  # fmt: skip
-    """What the inner channels of the TR-Hash line are multiplied with: FP32 [M, N] for tokens' ids [M], columns [N].
+    """The factors of the inner channels of the TR-Hash line: FP32 [M, N] for tokens' ids [M], columns [N].
 
     The first SHARED columns are the shared expert's; then come W of each of E experts. A negative id uses none.
     """
@@ -125,7 +125,7 @@ def hash_factors(
 
 @triton.jit
 def _rows(experts, order, offsets, tokens, MODE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What this program computes: its expert, its tokens [M], which of them count [M], and whether any does."""
+    """This program's share of the work: its expert, its tokens [M], which of them count [M], and whether any does."""
     tile = tl.program_id(1)
     at = tl.arange(0, BLOCK_M)
     if MODE == DENSE:
@@ -213,7 +213,7 @@ def down_kernel(
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < H
-    # The kernels before the last one, which have ended, wrote which program computes what.
+    # Each program's share was written by kernels before the last one, which have ended.
     expert, rows, ok, some = _rows(experts, order, offsets, tokens, MODE, E, BLOCK_M)
     follow(PDL)
     if some:

@@ -29,7 +29,7 @@ def _splitmix(x):
 
 @triton.jit
 def _uniform(seed, position):
-    """FP64 in [0, 1), the number that `sampling.uniform` makes of the same seed and position."""
+    """FP64 in [0, 1), the number that `sampling.uniform` makes from the same seed and position."""
     mixed = _splitmix(_splitmix(seed.to(tl.uint64)) + position.to(tl.uint64))
     return (mixed >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16
 
@@ -75,7 +75,7 @@ def _kept_from(row, vocab, highest, temperature, floor, wanted, BY_MASS: tl.cons
 
 @triton.jit
 def _mass(row, vocab, highest, temperature, floor, target, BLOCK: tl.constexpr):
-    """The sum of what is kept, and the block in which the sum passes `target`, with the sum before it."""
+    """The sum of the kept probabilities, and the block in which the sum passes `target`, with the sum before it."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros((), tl.float64)
     block = 0

@@ -30,7 +30,7 @@ FILES = {
     for path in sorted((STATIC / folder).rglob("*"))
     if path.suffix in TYPES
 }
-"""Every file that can be asked for, by its path below `static/`: a request chooses from this table only."""
+"""Every file that is served, by its path below `static/`: a request chooses only from this table."""
 
 
 def _version() -> str:

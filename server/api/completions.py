@@ -182,7 +182,7 @@ class ChoiceWriter:
 
 
 class CompletionChunks(Chunks):
-    """Chunks whose choices have text; the first piece of a choice also brings the details of its prompt."""
+    """Chunks whose choices have text; the first piece of a choice also carries the details of its prompt."""
 
     content_field, empty = b"text", b'""'
 
@@ -207,7 +207,7 @@ class CompletionChunks(Chunks):
         return self.chunk(index, encode_json(text), logprobs=encode_json(logprobs), choice_fields=details)
 
     def ending(self, index: int, output: RequestOutput) -> bytes:
-        """Return the last chunk of a choice, after the prompt's details if no text has brought them."""
+        """Return the last chunk of a choice, after the prompt's details if no text came before."""
         before = b""
         if self._writers[index].prompt_due:
             before = self.piece(index, msgspec.structs.replace(output, text="", token_ids=[], logprobs=[], dynamics=[]))

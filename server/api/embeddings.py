@@ -23,9 +23,9 @@ from ..http.middleware import RequestContext
 from .types import MAX_INT, KeptTokens, Name, Priority, Salt, StrictModel, Text, TokenIds
 
 MAX_INPUTS = 2048
-NUMBER_BYTES = 4  # of memory that each number of a vector takes until it is sent
-ARRIVING_BYTES = 48  # and while it arrives from the engine
-LARGE_ANSWER = 2**16  # a response with at least this many numbers is encoded while it is sent
+NUMBER_BYTES = 4  # of memory for each number of a vector until it is sent
+ARRIVING_BYTES = 48  # of memory for each number while it arrives from the engine
+LARGE_ANSWER = 2**16  # a response with at least this many numbers is encoded while being sent
 
 
 class EmbeddingRequest(StrictModel):

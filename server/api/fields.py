@@ -127,7 +127,7 @@ class GenerationRequest(OpenAIRequest):
     )
     response_format: ResponseFormat | None = None
     truncate_prompt_tokens: KeptTokens = None
-    return_dynamics: bool | None = Field(None, description="Report what the network did for each token.")
+    return_dynamics: bool | None = Field(None, description="Report the network's dynamics for each token.")
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
 
@@ -179,7 +179,7 @@ class PromptLogprob(StrictModel):
 
 
 class TokenDynamics(StrictModel):
-    """What the network did for one generated token; the lists have one entry per layer."""
+    """The network's dynamics for one generated token; the lists have one entry per layer."""
 
     token_id: int
     token: str

@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's, with groups, what every field means, and requests that work as they stand."""
+"""The OpenAPI document: FastAPI's, with groups, a description of every field, and requests that work unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PyLLM serves one language model to clients of OpenAI's API, of vLLM's extensions
 
 
 class Group(NamedTuple):
-    """Routes that belong together."""
+    """A group of routes."""
 
     name: str
     description: str
@@ -47,11 +47,11 @@ GROUPS = (
         "Files and batches", "Many requests in one file, answered while the server has room.",
         ("/v1/files", "/v1/batches"),
     ),
-    Group("Server", "Is it alive, and what does it do?", ("/health", "/ready", "/version", "/metrics")),
+    Group("Server", "Whether the server is alive, and its metrics.", ("/health", "/ready", "/version", "/metrics")),
 )  # fmt: skip
 BATCHES_OFF = "**Off on this server**: start it with `--batch-dir FOLDER`."
 
-# The page replaces these three by the last id of their kind that it has seen.
+# The page replaces each of these three with the last id of its kind that it has seen.
 PLACEHOLDERS = {
     "/{name}": "dummy",
     "/{file_id}": "file-example",
@@ -86,7 +86,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
             "messages": [FORECAST], "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required",
             "parallel_tool_calls": False, "max_tokens": 64,
         },
-        "What the network did": CHAT | {"max_tokens": 4, "return_dynamics": True},
+        "The network's dynamics": CHAT | {"max_tokens": 4, "return_dynamics": True},
     },
     "/v1/responses": {
         "A question": {"input": "What is the capital of Italy?", "max_output_tokens": 64, "temperature": 0},
@@ -123,7 +123,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }  # fmt: skip
-"""For each route that takes a body, requests by what they show."""
+"""For each route that takes a body, example requests by title."""
 
 
 def write_document(app: FastAPI, models: set[type[BaseModel]], *, with_batches: bool) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _place(path: str) -> tuple[int, int]:
 
 
 def _complete(operation: dict[str, Any], path: str) -> None:
-    """Add what the parameters mean, and example requests."""
+    """Describe the parameters, and add example requests."""
     for parameter in operation.get("parameters", ()):
         name = parameter["name"]
         key = f"/{{{name}}}" if parameter["in"] == "path" else f"?{name}"
@@ -166,7 +166,7 @@ def _complete(operation: dict[str, Any], path: str) -> None:
 
 
 def _describe_fields(schema: dict[str, Any], model: str) -> None:
-    """Add what those fields mean that do not say it themselves."""
+    """Describe the fields whose models have no description."""
     for name, field in schema.get("properties", {}).items():
         if text := DESCRIPTIONS.get(f"{model}.{name}", DESCRIPTIONS.get(name)):
             field.setdefault("description", text)

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from ..http.errors import JsonResponse
 from .assets import ASSET_PATHS, STATIC, VERSION, accepts_gzip, send_asset
 
-ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the API reference: all that is used of fastapi-offline
+ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the API reference: the only files of fastapi-offline in use
 NO_SNIFFING = {"x-content-type-options": "nosniff"}
 PAGE_HEADERS = NO_SNIFFING | {"referrer-policy": "no-referrer", "cache-control": "no-cache"}
 CHAT_POLICY = (
@@ -49,7 +49,7 @@ def methods_of(route: Route) -> list[str]:
 
 
 def add_base_route(app: FastAPI, routes: Sequence[Route], root: str) -> None:
-    """Add a route at the base URL that says what is where, under the path `root`; to people in a browser too."""
+    """Add a route at the base URL that lists the routes, under the path `root`; for people in a browser too."""
     listed = [
         f"{method} {route.path}"
         for route in routes
@@ -68,7 +68,7 @@ def add_base_route(app: FastAPI, routes: Sequence[Route], root: str) -> None:
 
 
 async def _asset(path: Path, request: Request) -> Response:
-    # Always the whole file: what Starlette answers to a bad range is no JSON.
+    # Always the whole file, since Starlette's answer to a bad range is not JSON.
     request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
     return FileResponse(path, headers=NO_SNIFFING)
 
@@ -91,7 +91,7 @@ def _chat_page() -> Callable[[Request], Awaitable[Response]]:
 
 
 def _page(name: str) -> HTMLResponse:
-    """Return a page that may run and load only what it contains, and connect only to this server."""
+    """Return a page that may run and load only its own contents, and connect only to this server."""
     text = (STATIC / name).read_text(encoding="utf-8")
     scripts, styles = _hashes(text, "script"), _hashes(text, "style")
     policy = (

@@ -1,4 +1,4 @@
-"""Reads what requests share: messages and tools of a chat, sampling parameters, the format of the answer."""
+"""Reads the parts that requests share: a chat's messages and tools, sampling parameters, the format of the answer."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Tool(StrictModel):
 
 
 class TemplateOptions(StrictModel):
-    """What the chat template reads in addition to the messages."""
+    """Fields that the chat template reads in addition to the messages."""
 
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = Field(
@@ -131,7 +131,7 @@ def _message(message: Message, position: int) -> neutral.Message:
 
 
 def read_sampling(body: fields.SamplingRequest, model: ServedModel) -> Sampling:
-    """Return what a request sets of `SamplingParams`; raises `RequestError`."""
+    """Return the fields of `SamplingParams` that a request sets; raises `RequestError`."""
     if getattr(body, "stream_options", None) is not None and not body.stream:
         raise RequestError("stream_options needs stream to be true.", param="stream_options")
     for name in LOGPROB_FIELDS:

@@ -1,9 +1,9 @@
-"""The table of request fields that have no effect here: one entry for each that a client of OpenAI, Anthropic, vLLM or
-SGLang may send and that no wire model acts on.
+"""The table of request fields that have no effect here: an entry for each field that clients of OpenAI, Anthropic, vLLM
+or SGLang may send and no wire model uses.
 
-Null asks for nothing anywhere. Bookkeeping never changes an answer, at any server, and is accepted in silence. A hint
-would change the answer of a model or server that can follow it; it is accepted, and the response names it in the header
-`x-pyllm-ignored`. What is refused would change the answer: only values that ask for nothing are accepted.
+Null never has an effect. Bookkeeping never changes an answer, on any server, and is accepted silently. A hint would
+change the answer of a model or server that can follow it; it is accepted, and the response names it in the header
+`x-pyllm-ignored`. Refused fields would change the answer: only values without effect are accepted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BOOKKEEPING = Rule("bookkeeping")
 HINT = Rule("hint")
 REFUSED = Rule("refused")
 OFF = Rule("refused", nothing=(False,))
-ANY_FLAG = Rule("refused", nothing=(False, True))  # a choice between two things that are the same here
+ANY_FLAG = Rule("refused", nothing=(False, True))  # both values mean the same here
 
 
 def hint(*nothing: Any) -> Rule:
@@ -27,12 +27,12 @@ def hint(*nothing: Any) -> Rule:
 
 
 def switch(*names: str) -> Rule:
-    """Return the rule of a field that sets variables which make a model reason, where it can."""
+    """Return the rule of a field that sets the variables for reasoning, on models that reason."""
     return Rule("hint", variables=lambda value: dict.fromkeys(names, value))
 
 
 def openrouter(value: Any) -> dict[str, Any]:
-    """Return what OpenRouter's object `reasoning` sets."""
+    """Return the variables that OpenRouter's object `reasoning` sets."""
     found: dict[str, Any] = {}
     if isinstance(value, dict):
         if isinstance(effort := value.get("effort"), str):
@@ -45,7 +45,7 @@ def openrouter(value: Any) -> dict[str, Any]:
 
 
 def refused(*nothing: Any, use: str = "") -> Rule:
-    """Return the rule of a field that is refused, unless its value asks for nothing; `use` works instead."""
+    """Return the rule of a field that is refused, unless its value has no effect; `use` is what to use instead."""
     return Rule("refused", nothing, advice=f"Use {use}." if use else "")
 
 
@@ -65,7 +65,7 @@ HOSTED = ("web_search*", "web_fetch*", "file_search", "code_interpreter", "code_
           "programmatic_tool_calling", "bash_*", "text_editor_*", "memory_*", "advisor_*")  # fmt: skip
 HOSTED_TOOLS = Rule("hint", items=HOSTED, needs_others=True)
 
-# Reasoning, where the model can, or its chat template has a variable for it.
+# Reasoning, if the model reasons or its chat template has a variable for it.
 SWITCHES: Table = {
     f"chat_template_kwargs.{name}": switch(name)
     for name in ("enable_thinking", "preserve_thinking", "thinking_budget", "reasoning_effort")
@@ -199,7 +199,7 @@ RESPONSES: Table = {
 MARKS = "cache_control system[].cache_control tools[].cache_control messages[].content[].cache_control "
 MARKS += "messages[].content[].content[].cache_control"
 
-# The prefix cache needs no marks, and what another model thought is left out of the prompt.
+# The prefix cache needs no marks, and another model's thinking is left out of the prompt.
 COUNT: Table = {
     **all_of(MARKS, BOOKKEEPING),
     **all_of(MARKS.replace("control", "control.scope"), BOOKKEEPING),

@@ -21,7 +21,7 @@ from .reading import Messages, TemplateOptions, read_chat
 from .types import MAX_IDS, MAX_INT, Name, StrictModel, Text, TokenId
 
 LONGEST_SPECIAL = 256  # characters
-LARGE_IDS = 4000  # so many token ids are answered at once; more in pieces, made off the event loop
+LARGE_IDS = 4000  # up to this many token ids are answered at once; more in pieces, made off the event loop
 
 
 class TokenizeRequest(TemplateOptions):
@@ -102,7 +102,7 @@ async def tokenize(context: RequestContext, body: TokenizeRequest, model: Served
     if body.prompt is None:
         ids = await _chat_ids(context, body, model)
     else:
-        context.hold("tokenizing", TOKENIZING_FACTOR * len(body.prompt))  # until all of the answer is sent
+        context.hold("tokenizing", TOKENIZING_FACTOR * len(body.prompt))  # until the whole answer is sent
         ids = await _prompt_ids(body, body.prompt, model)
         body.prompt = None  # which may be long
     pieces = _tokenize_answer(ids, model, with_texts=bool(body.return_token_strs))
@@ -146,7 +146,7 @@ async def _chat_ids(context: RequestContext, body: TokenizeRequest, model: Serve
     if body.messages is None:
         raise RequestError("Either prompt or messages is needed.", param="prompt", code="missing_required_parameter")
     if body.add_special_tokens:
-        message = "add_special_tokens is only for a prompt: messages have those of the template."
+        message = "add_special_tokens is only for a prompt: in messages, the template adds them."
         raise RequestError(message, param="add_special_tokens")
     # keep_tokens allows more tokens than the context has.
     conversation = await off_loop_if_large(read_chat, body.messages, body, keep_tokens=MAX_INT)

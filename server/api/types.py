@@ -10,7 +10,7 @@ from ..http.body import is_large
 
 MAX_IDS = 2**20
 MAX_INT = 2**31 - 1
-MAX_TOKENS = 2**63 - 1  # of an answer, which is limited to what fits anyway
+MAX_TOKENS = 2**63 - 1  # of an answer, which is limited to the context anyway
 MAX_PROMPTS = 256
 MAX_TOOLS = 128
 

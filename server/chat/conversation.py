@@ -44,13 +44,13 @@ class Tool:
 
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None  # JSON Schema of the arguments; None: it takes none
+    parameters: dict[str, Any] | None = None  # JSON Schema of the arguments; None: no arguments
     strict: bool | None = None  # unforced calls must satisfy `parameters` too
     field: str = ""
     parameters_field: str = ""
 
     def describe(self) -> dict[str, Any]:
-        """Return what the model needs to know to call the function."""
+        """Return the description that the model needs to call the function."""
         shown = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {key: value for key, value in shown.items() if value is not None}
 
@@ -65,7 +65,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """What the text of the answer must match."""
+    """The format that the answer's text must match."""
 
     grammar: str  # for the engine, not yet checked
     field: str

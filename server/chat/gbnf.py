@@ -1,7 +1,7 @@
 """GBNF, llama.cpp's grammars, in llguidance's Lark.
 
-GBNF reads characters, Lark words: the longest text that a terminal matches. So all that does not recurse becomes
-terminals, as long as possible; a grammar without recursion is one terminal, and means exactly the same.
+GBNF reads characters; Lark reads words, the longest text that a terminal matches. So every rule that does not recurse
+becomes part of a terminal, as long as possible; a grammar without recursion is one terminal with exactly its meaning.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 MARK = re.compile(r"^[ \t]*[A-Za-z_][\w-]*[ \t]*::=", re.MULTILINE)
-"""What only GBNF has."""
+"""Marks a grammar as GBNF, since Lark has no `::=`."""
 MAX_DEPTH = 64
 TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+|\#[^\n]*)|(?P<newline>\n)|(?P<define>(?P<head>[A-Za-z_][\w-]*)\s*::=\s*)
@@ -44,7 +44,7 @@ class Item:
 
 
 def to_lark(grammar: str) -> str:
-    """Translate a grammar; raises `ValueError` that says what is wrong with it."""
+    """Translate a grammar; raises `ValueError` with the reason if it is wrong."""
     rules = _Parser(grammar).rules
     if "root" not in rules:
         raise ValueError("it has no rule named root")

@@ -13,9 +13,9 @@ from .tool_calls import decode_json
 
 
 class MarkedCallReader:
-    """Finds calls of known functions in the sections of a text; a call is complete when its end mark has come.
+    """Finds calls of known functions in the sections of a text; a call is complete once its end mark has arrived.
 
-    A section that is not such JSON, or calls an unknown function, is content. One that is cut off is dropped.
+    A section that is not such JSON, or calls an unknown function, is content. A section that is cut off is dropped.
     """
 
     def __init__(self, functions: Collection[str], finish_reason: str = "tool_calls", forced: bool = False) -> None:
@@ -61,7 +61,7 @@ class MarkedCallReader:
         return self.feed(text) if not is_cut else []
 
     def _calls_of(self, value: Any) -> list[CallPiece]:
-        """Return the calls of a value, none if one of them is none of ours."""
+        """Return the calls in a value, none if one of them names an unknown function."""
         calls = []
         for index, call in enumerate(value if isinstance(value, list) else [value], self._calls):
             call = call.get("function", call) if isinstance(call, dict) else {}

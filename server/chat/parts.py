@@ -1,4 +1,4 @@
-"""The parts of a turn, and what reads them from the generated text."""
+"""The parts of a turn, and the interface of their reader."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class TurnReader(Protocol):
     """Reads one choice's text as it arrives; the parts add up to the same turn wherever the text is cut."""
 
     finish_reason: str  # what to report when the engine says "stop"; final after `finish`
-    unfinished: bool  # the text has ended inside a call, or before a call that had to come
+    unfinished: bool  # the text has ended inside a call, or before a required call
 
     def feed(self, text: str) -> list[Part]: ...  # reads more text
 
     def finish(self, cut: str | None = None) -> list[Part]: ...
 
-    # Returns what was held back. None: the text has ended by itself; else the stop string that was cut off it, or "".
+    # Returns the held text. `cut` is None if the text has ended by itself, else the stop string cut off it, or "".

@@ -1,4 +1,7 @@
-"""A model that reasons: how it marks its reasoning, and how a request switches that on and off."""
+"""A model that reasons: how it marks its reasoning, and how a request switches that on and off.
+
+The text itself is split into reasoning and answer by `engine/client/sections.py`.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,18 @@ from .template import SECTION_MARKS, TokenIds
 PARSERS = ("auto", "none", "tokens", "tags")
 """The values of `--reasoning-parser`: special tokens, or tags in the text."""
 SWITCHES = frozenset({"enable_thinking", "include_reasoning", "reasoning_effort", "reasoning_summary"})
-"""Variables that a request may set for a model that reasons: whether it does, whether that shows, the hint that the
-first is taken from, and whether a response shows it as a summary."""
+"""Variables a request may set for a reasoning model: whether it reasons, whether the reasoning is returned, the effort
+hint that decides the first, and whether a response returns it as a summary."""
 TOKENS = (*SECTION_MARKS[0], "<|tool_call_start|>", "<|tool_call_end|>")
 TAGS = SECTION_MARKS[1]
-TAIL = 24  # tokens at the end of a prompt among which a tag is
+TAIL = 24  # tokens at the end of a prompt in which a tag is looked for
 
 
 def find_marks(parser: str, tokenizer: Tokenizer, template: str, era: str) -> Marks | None:
-    """Return the marks by `--reasoning-parser`, None if the model has none; raises `ConfigError`.
+    """Return the marks that `--reasoning-parser` selects, None if the model has none; raises `ConfigError`.
 
-    "auto" takes special tokens if the tokenizer has them, else tags if the chat template has them or the model is of
-    the TR-Hash line, which was trained on them. Tool calls between special tokens are found in any case.
+    "auto" means special tokens if the tokenizer has them, else tags if the chat template has them or the model belongs
+    to the TR-Hash line, which was trained on them. Tool calls between special tokens are found in any case.
     """
     if parser not in PARSERS:
         near = difflib.get_close_matches(parser, PARSERS, n=1, cutoff=0.5)
@@ -55,18 +58,18 @@ def find_marks(parser: str, tokenizer: Tokenizer, template: str, era: str) -> Ma
 
 
 def has_reasoning(marks: Marks | None) -> bool:
-    """Whether these marks tell reasoning from an answer."""
+    """Whether these marks separate reasoning from the answer."""
     return marks is not None and (not marks.ids or marks.ids[0] >= 0)
 
 
 def special_id(tokenizer: Tokenizer, text: str) -> int:
-    """Return the id of a special token, -1 if there is none of this text."""
+    """Return the id of the special token with this text, -1 if there is none."""
     ids = tokenizer.encode_prompt(text) if tokenizer.spells_special(text) else []
     return ids[0] if len(ids) == 1 else -1
 
 
 def locate(marks: Marks, prompt: TokenIds, conversation: Conversation, tokenizer: Tokenizer) -> Marks:
-    """Return the marks of the text after a prompt, which may have the start of a section at its end."""
+    """Return the marks for the text after a prompt, which may end with the start of a section."""
     sections: tuple[Literal["reasoning", "content"], ...] = ("reasoning", "content")
     if marks.ids:
         last = prompt[-1] if len(prompt) else -1
@@ -83,7 +86,7 @@ def locate(marks: Marks, prompt: TokenIds, conversation: Conversation, tokenizer
 
 
 def switch_ids(marks: Marks, is_on: bool, tokenizer: Tokenizer) -> list[int]:
-    """Return what to add to a prompt: the start of reasoning, or reasoning that is empty."""
+    """Return the tokens to add to a prompt: the start of reasoning, or empty reasoning."""
     inside = marks.starts_in == "reasoning"
     if is_on:
         return [] if inside else [marks.ids[0]] if marks.ids else tokenizer.encode(f"{marks.think[0]}\n")
@@ -94,7 +97,7 @@ def switch_ids(marks: Marks, is_on: bool, tokenizer: Tokenizer) -> list[int]:
 
 
 def read_section(reader: TurnReader, section: Section, text: str) -> list[Part]:
-    """Return the parts of a turn that a piece of its text means to a reader."""
+    """Turn a piece of one section's text into parts of the turn, using `reader`."""
     if isinstance(reader, MarkedCallReader):
         return reader.read(section, text)
     if section == "reasoning":
@@ -103,7 +106,7 @@ def read_section(reader: TurnReader, section: Section, text: str) -> list[Part]:
 
 
 class GrammarMarks:
-    """The rules of llguidance's Lark for what a grammar of the answer has around it."""
+    """Lark rules (for llguidance) for what surrounds the answer: reasoning and marks."""
 
     def __init__(self, marks: Marks, tokenizer: Tokenizer, may_reason: bool) -> None:
         """Take the marks as `locate` returns them."""
@@ -116,7 +119,7 @@ class GrammarMarks:
 
     @property
     def header(self) -> str:
-        """A line for the tracker of keys."""
+        """The grammar's first line, which the tracker of keys reads."""
         return REASONING + json.dumps([*self._texts[:3], self._inside])
 
     def rules(self) -> list[str]:
@@ -146,7 +149,7 @@ class GrammarMarks:
         ]
 
     def around(self, grammar: str) -> str:
-        """Return the grammar of a turn whose answer has this one."""
+        """Return a grammar for the whole turn, whose answer follows `grammar`."""
         lines = [self.header, "start: before opened @answer closed", *self.rules()]
         (part,) = json.loads(grammar)["grammars"]
         return json.dumps(

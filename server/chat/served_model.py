@@ -40,14 +40,14 @@ LARGE_TEXT = 4000  # text of at least this many characters is tokenised off the 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """Everything that requests need of a loaded checkpoint."""
+    """A loaded checkpoint, with everything that requests need."""
 
-    names: tuple[str, ...]  # under which it is listed; the first is its id
+    names: tuple[str, ...]  # as listed; the first is its id
     patterns: tuple[str, ...] = ()  # of further names that clients may use
     tokenizer: Tokenizer
     template: ChatTemplate
     engine: AsyncEngine
-    defaults: dict[str, Any]  # fields of `SamplingParams` for what a request leaves out
+    defaults: dict[str, Any]  # fields of `SamplingParams` that apply if a request leaves them out
     metrics: Metrics
     created: int  # Unix time of loading
     longest_token: int  # in bytes: refuses a text that is far too long without tokenising it
@@ -57,7 +57,7 @@ class ServedModel:
 
     @property
     def reasons(self) -> bool:
-        """Whether the model's text has marks that tell reasoning from answers."""
+        """Whether the model's text has marks that separate reasoning from answers."""
         return has_reasoning(self.marks)
 
     @property
@@ -143,7 +143,7 @@ def find_checkpoint(flags: ModelFlags) -> Path:
 
 
 def find_template(flags: ModelFlags, tokenizer: Tokenizer) -> tuple[ChatTemplate, str]:
-    """Compile the chat template, and return where it comes from; raises `ChatTemplateError` or `ConfigError`."""
+    """Compile the chat template, and return it with its origin; raises `ChatTemplateError` or `ConfigError`."""
     override = flags.chat_template
     template = ChatTemplate.from_tokenizer(tokenizer, _read_template(override), override or "")
     return template, override or (tokenizer.template_origin if tokenizer.chat_templates else "")

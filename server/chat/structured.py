@@ -33,7 +33,7 @@ def json_schema_grammar(schema: dict[str, Any], param: str | None = None) -> str
 
 
 def regex_grammar(regex: str, param: str | None = None) -> str:
-    r"""Return a grammar for the texts that match `regex` as a whole; raises as `lark_grammar` does.
+    r"""Return a grammar for the texts that match `regex` as a whole; raises the errors of `lark_grammar`.
 
     The syntax is that of Rust's regex crate, without word boundaries; `\d` and `\w` are ASCII, as in JSON Schema.
     """
@@ -44,7 +44,7 @@ def regex_grammar(regex: str, param: str | None = None) -> str:
 
 
 def choice_grammar(choices: list[str], param: str | None = None) -> str:
-    """Return a grammar for exactly these texts; raises as `lark_grammar` does."""
+    """Return a grammar for exactly these texts; raises the errors of `lark_grammar`."""
     if not 1 <= len(choices) <= MAX_CHOICES:
         raise RequestError(f"There must be 1 to {MAX_CHOICES} choices, but got {len(choices)}.", param=param)
     if not all(choices):

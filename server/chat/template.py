@@ -27,7 +27,7 @@ FALLBACK = (
 )
 
 _QUOTED = r""" "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' """
-_PIECE = re.compile(  # a tag, or what only looks like one: in a comment or as raw text
+_PIECE = re.compile(  # a tag, or text that only looks like one: a comment or raw text
     rf"""\{{\#.*?(?:\#\}}|\Z) | \{{%[-+]?\s*raw\s*[-+]?%\}}.*?(?:\{{%[-+]?\s*endraw\s*[-+]?%\}}|\Z)
     | (?P<open>\{{%[-+]?)\s*(?P<end>end)?generation\s*(?P<close>[-+]?%\}})
     | (?P<tag>\{{[{{%](?:{_QUOTED}|(?!%\}}|\}}\}})[^"'])*)""",
@@ -35,12 +35,12 @@ _PIECE = re.compile(  # a tag, or what only looks like one: in a comment or as r
 )
 MAX_SOURCE, MAX_TAG, MAX_BRANCHES = 2**20, 4000, 1000
 """Characters of a template and, apart from texts, of one tag, and the `elif`s of a template: the compiler nests deeper
-with each operator and each branch, and what exhausts its stack ends the process."""
+with each operator and each branch, and exhausting its stack ends the process."""
 
 FUEL = 5_000_000
 """Template instructions per rendering: about a tenth of a second. A long chat needs about ten thousand."""
 MAX_CHARACTERS = 4_000_000  # of the longest rendered prompt
-MAX_DEPTH = 64  # levels of nested lists and objects in what a template reads
+MAX_DEPTH = 64  # levels of nested lists and objects in a template's input
 
 # Noncharacters: Unicode gives them no meaning, no text needs them, and no template or normalisation touches them.
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
@@ -102,10 +102,10 @@ class ChatTemplate:
         self._knows_generation_prompt = "add_generation_prompt" in variables
         self.knows_tools = "tools" in variables  # it describes the tools
         self.knows_calls = "tool_calls" in source  # it writes calls of tools
-        # Those that a request may set.
+        # The variables that a request may set.
         self.variables = frozenset(name for name in variables - RESERVED - FUNCTIONS if not name.endswith("_token"))
-        # What ends the assistant's turn if the format marks turns by plain text (`\n\nUser:`). Empty if a special token
-        # ends it, since the engine stops at that.
+        # The text that ends the assistant's turn if the format marks turns by plain text (`\n\nUser:`). Empty if a
+        # special token ends it, since the engine stops there.
         self.stop_strings = self._find_stop_strings()
         self.with_tools = self  # the template for chats with tools
 
@@ -138,8 +138,8 @@ class ChatTemplate:
     ) -> Iterator[list[int]]:
         """Yield the token ids of the prompt piece by piece, with the leading token that the model was tuned with.
 
-        Special tokens count as such only where the template writes them; spelled out in a message they are plain text.
-        The prompt ends with the opening of an assistant's turn, or inside the last message if that is to be continued.
+        Special tokens are recognised only where the template writes them; in a message, the same text stays plain text.
+        The prompt ends with the opening of an assistant's turn, or inside the last message if it is to be continued.
         Raises `ChatTemplateError` if the template refuses the messages, does too much work, writes too much, or leaves
         a message out.
         """
@@ -159,7 +159,7 @@ class ChatTemplate:
             raise ChatTemplateError("The messages have too many Unicode noncharacters.")
         chat, described, variables = self._shielded(given, guard)
         text = self._text(chat, {"tools": described, **variables}, mark, add_generation_prompt, continue_final_message)
-        del messages, described, given, texts, chat  # texts as long as the prompt
+        del messages, described, given, texts, chat  # each as long as the prompt
         pieces = filter(None, self._tokenizer.prompt_pieces(text, guard=guard))
         first, bos = next(pieces, []), self._tokenizer.bos_token_id
         if self._tokenizer.adds_bos and bos is not None and first[:1] != [bos]:
@@ -319,7 +319,7 @@ def is_deeper(value: Any, levels: int) -> bool:
 
 
 def _prepared(source: str) -> str:
-    """Return what minijinja compiles: without transformers' `generation` tags, which mark what a model learns from.
+    """Return the source for minijinja: without transformers' `generation` tags, which mark the text to train on.
 
     Raises `ValueError` for a source that is too large to compile.
     """

@@ -13,9 +13,9 @@ from typing import Any
 
 from .parts import CallPiece, Part
 
-SLICE = 4096  # characters that are read at a time
-MAX_MARKUP = 2048  # characters of a call before its arguments, or after them; it is read again as it grows
-MAX_TRIAL = 2**14  # characters of a call's JSON that are tried before all of it is
+SLICE = 4096  # characters read at a time
+MAX_MARKUP = 2048  # characters of a call before its arguments, or after them; this text is read again as it grows
+MAX_TRIAL = 2**14  # parse at most this much of a call's JSON first; only if that is inconclusive, all of it
 JSON_SPACE, SPACES = " \t\n\r", re.compile(r"[ \t\n\r]*")
 STRING_MARK, BRACKET, BRACE = re.compile(r'["\\]'), re.compile(r'["{}\[\]]'), re.compile(r"\s*\}")
 
@@ -30,8 +30,9 @@ class ToolCallFormat:
     key: str = "arguments"  # the reader accepts "arguments" and "parameters"
     opening: str = ""  # if empty, calls are bare JSON, and a turn either begins with a call or has none
     closing: str = ""
-    separator: str = ""  # which the grammar puts between calls
-    ids: tuple[int, int] | None = None  # of opening and closing, if these are special tokens; then JSON is a list
+    separator: str = ""  # the grammar puts it between calls
+    # Token ids of opening and closing, if they are special tokens; the JSON between them is then a list.
+    ids: tuple[int, int] | None = None
 
     def start(self, name: str) -> str:
         """Return a call up to its arguments."""
@@ -72,7 +73,10 @@ class ToolCallFormat:
 
 
 def _beginning(steps: list[str]) -> str:
-    """Return a pattern for any prefix of a string of these steps; one longer than a character is a repeated pattern."""
+    """Return a regex for any prefix of the steps in sequence.
+
+    A step longer than one character is a pattern that may repeat.
+    """
     pattern = ""
     for step in reversed(steps):
         pattern = f"{step}*{pattern}" if len(step) > 1 else f"(?:{re.escape(step)}{pattern})?"
@@ -119,10 +123,12 @@ class CallReader:
         self._format = format_
         self._functions = functions
         self._reason = finish_reason
-        self._held, self._at = "", 0  # text, and how much of it is read
-        self._waiting: list[str] = []  # what is held and more, if nothing can be decided before the closing mark
-        self._overlap = ""  # the end of that, which may begin the closing mark
-        self._closing: int | None = None  # where it is in the held text, -1 for nowhere; None if not known
+        self._held, self._at = "", 0  # text, and how much of it has been read
+        self._waiting: list[str] = []  # the held text plus what followed, while only the closing mark can decide
+        self._overlap = ""  # the end of `_waiting`, which may begin the closing mark
+        self._closing: int | None = (
+            None  # where the closing mark is in the held text, -1 for nowhere; None if not known
+        )
         self._space: list[str] = []  # white space after the content so far
         self._has_content = False
         self._may_open = True  # a bare call may begin here
@@ -151,17 +157,17 @@ class CallReader:
             pass
 
     def _hold(self, text: str) -> None:
-        """Add text to what is held."""
+        """Add text to the held text."""
         held = "".join(self._waiting) or self._held[self._at :]
         self._held, self._at, self._closing, self._waiting = held + text, 0, None, []
 
     def finish(self, cut: str | None = None) -> list[Part]:
-        """Return what was held back; a call that lacks only its closing mark is complete."""
+        """Return parts of the held text; a call that lacks only its closing mark is complete."""
         self._hold("")
         while self._at < len(self._held) and self._step != self._read_tail:
             if self._step == self._read_header:
                 self._end_header(cut)
-            elif not self._step():  # what is held may be the beginning of the opening mark
+            elif not self._step():  # the held text may be the beginning of the opening mark
                 self._end_text(cut)
         self.unfinished |= self._step == self._read_arguments or (self._forced and not self._calls)
         if self.unfinished:
@@ -246,7 +252,7 @@ class CallReader:
         return True
 
     def _end_text(self, cut: str | None) -> None:
-        """Decide on what may begin an opening mark, since the text has ended."""
+        """Decide on text that may begin an opening mark, since no more follows."""
         held, opening = self._held[self._at :], self._format.opening
         text = held + (cut or "")
         if cut is not None and held and (opening.startswith(text) or text.startswith(opening)):
@@ -255,7 +261,7 @@ class CallReader:
             self._add_content(len(held))
 
     def _drop(self) -> None:
-        """Drop what is held as the beginning of a call that was cut off."""
+        """Drop the held text, the beginning of a call that was cut off."""
         self._at, self.unfinished = len(self._held), True
 
     def _end_header(self, cut: str | None) -> None:
@@ -271,7 +277,7 @@ class CallReader:
                 if opening or form.header_begun.fullmatch(text) or form.header.match(text):
                     self._drop()
                     return
-            if self._calls and not is_open:  # what separates bare calls
+            if self._calls and not is_open:  # only a separator of bare calls
                 self._at = len(self._held)
             else:
                 self._reject()
@@ -292,7 +298,7 @@ class CallReader:
         return True
 
     def _reject(self) -> bool:
-        """Make content of what looked like a call."""
+        """Treat as content what only looked like a call."""
         self._step = self._read_text
         self._may_open = False
         self._add_content(len(self._format.opening))
@@ -338,7 +344,7 @@ class CallReader:
         return self._step == self._read_tail
 
     def _read_tail(self) -> bool:
-        """Read the end of a call; without a closing mark, what comes after the brace is content."""
+        """Read the end of a call; without a closing mark, the text after the brace is content."""
         limit = self._at + MAX_MARKUP
         match = self._format.tail.match(self._held, self._at, limit)
         if match is None and len(self._held) < limit and self._format.tail_begun.fullmatch(self._held, self._at):
@@ -353,7 +359,7 @@ def decode_json(text: str, start: int = 0, end: int | None = None) -> Any:
     """Return the value of JSON text, None if it is not JSON."""
     end = len(text) if end is None else end
     start = end - len(text[start:end].lstrip(JSON_SPACE)) if text[start : start + 1].isspace() else start
-    # Only a part at first: for an error, the library counts the lines before it.
+    # Only a part at first: for an error, the library counts all lines before it.
     part = text[start : min(end, start + MAX_TRIAL)]
     try:
         try:

@@ -51,10 +51,10 @@ class ToolOptions:
         return "\n".join([f"You can call these functions. To call one, write {call}", *lines])
 
     def grammar(self, answer: str | None, marks: GrammarMarks | None = None) -> tuple[str, dict[str, str]] | None:
-        """Return the grammar of the turn's text, None if the text is free, and those in it for the tools' arguments.
+        """Return the grammar of the turn's text, and those for the tools' arguments in it; None if the text is free.
 
-        `answer` is the grammar of a turn without calls; without one, such a turn is free text. The grammars for
-        arguments have the names of the fields that they come from.
+        `answer` is the grammar of a turn without calls; if it is None, such a turn is free text. The grammars for
+        arguments are named by the fields that they come from.
         """
         if self.mode == "auto" and answer is None and self.parallel and not any(tool.strict for tool in self.tools):
             return None
@@ -102,7 +102,7 @@ class ToolOptions:
             before = r"(.|\n)*" if opening else r"[ \t\r\n;,]*"
             rules.append(rf"TEXT: /(.|\n)*/ & ~/{before}{begun}(.|\n)*/")
         if led:
-            # The lexer takes the longest match and does not backtrack, so the opening belongs to the text before it.
+            # The lexer chooses the longest match and does not backtrack, so the opening belongs to the text before it.
             rules.append(f"LEAD: TEXT {quote(opening)}")
         if marks is not None:
             rules[:2] = [marks.header, rules[0], rules[1].replace("start: ", "after: ", 1)]

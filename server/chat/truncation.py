@@ -11,7 +11,7 @@ from .served_model import ServedModel
 from .template import TokenIds, require_list
 
 Messages = Sequence[Message]
-Prompts = str | list[int] | list[str] | list[list[int]]  # one or more
+Prompts = str | list[int] | list[str] | list[list[int]]  # one prompt or several
 Render = Callable[[Messages], Awaitable[TokenIds]]
 
 
@@ -38,8 +38,8 @@ def truncate_prompt(prompt: TokenIds, keep: int | None, model: ServedModel, max_
 async def render_newest(messages: Messages, first: int, room: int, render: Render) -> TokenIds:
     """Return the prompt of the `first` messages and as many of the newest as fit `room` tokens.
 
-    The last message always stays, and so does the call whose result it is; results of dropped calls are dropped too. If
-    even these messages are too many, return their prompt or raise the `RequestError` of `render`.
+    The last message always stays and, if it is a call's result, so does the call; results of dropped calls are dropped.
+    If even these messages are too many, return their prompt or raise the `RequestError` of `render`.
     """
 
     async def fitting(start: int) -> TokenIds | None:

@@ -1,4 +1,4 @@
-"""One turn of a conversation: the prompt and parameters for the engine, and what the generated text means."""
+"""One turn of a conversation: the prompt and parameters for the engine, and the meaning of the generated text."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from .tool_choice import ToolOptions, read_tools
 from .truncation import prompt_room, render_newest, truncate_prompt
 
 MAX_VARIABLE_BYTES = 2**14
-FLAGS = ("enable_thinking", "include_reasoning")  # among the switches of a model that reasons
+FLAGS = ("enable_thinking", "include_reasoning")  # the booleans among the switches of a reasoning model
 LARGE_CHAT = 50  # chats of at least this many messages are rendered off the event loop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What a conversation asks of the engine, and how to read the generated text."""
+    """A conversation as the engine's input, and how to read the generated text."""
 
     prompt: list[int]
     params: SamplingParams
@@ -92,15 +92,15 @@ class PlainReader:
 
 @dataclass(frozen=True, slots=True)
 class ParsedTurn:
-    """What the text of a finished turn means."""
+    """The meaning of a finished turn's text."""
 
     parts: list[str | ToolCall | Thought]
     finish_reason: str  # to report when the engine says "stop"
-    unfinished: bool  # an answer or a call was to come
+    unfinished: bool  # the text has ended inside reasoning or a call, or before a required call
 
     @property
     def content(self) -> str | None:
-        """The answer's text; None if there are only calls or reasoning, or one was to come."""
+        """The answer's text; None if there are only calls or reasoning, or the text ended inside or before these."""
         text = "".join(part for part in self.parts if isinstance(part, str))
         return text or (None if self.calls or self.reasoning or self.unfinished else "")
 
@@ -116,7 +116,7 @@ class ParsedTurn:
 
 
 def _join(found: Sequence[Part]) -> list[str | ToolCall | Thought]:
-    """Return parts with the adjacent ones of the same text, call or reasoning joined."""
+    """Return the parts, joining adjacent pieces of one text, call or reasoning."""
     parts: list[str | ToolCall | Thought] = []
     for _, group in groupby(found, key=lambda part: (type(part), part.index if isinstance(part, CallPiece) else 0)):
         pieces = list(group)
@@ -132,7 +132,7 @@ def _join(found: Sequence[Part]) -> list[str | ToolCall | Thought]:
 
 
 def tokenizing_bytes(conversation: Conversation) -> int:
-    """Return how much memory it may take to render and tokenise a conversation that need not fit the context."""
+    """Return how much memory rendering and tokenising a conversation may take, even if it exceeds the context."""
     return TOKENIZING_FACTOR * sum(len(message.text or "") for message in conversation.messages)
 
 
@@ -150,7 +150,7 @@ async def prepare_prompt(
 
 
 async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
-    """Turn a conversation into what the engine needs; raises `RequestError`."""
+    """Turn a conversation into the engine's input; raises `RequestError`."""
     ids, tools, grammar = await prepare_prompt(conversation, model)
     prompt = require_list(ids, model.engine.info.config.max_model_len, conversation.messages_field)
     max_tokens = conversation.max_tokens
@@ -171,7 +171,7 @@ async def prepare_turn(conversation: Conversation, model: ServedModel) -> Turn:
 
 
 def _switch_reasoning(prompt: TokenIds, conversation: Conversation, model: ServedModel) -> None:
-    """Add to a prompt what makes the model reason or not, if the request says so and the template cannot."""
+    """Add to a prompt the marks that make the model reason or not, if the request asks and the template cannot."""
     wanted = conversation.template_variables.get("enable_thinking")
     generates = conversation.add_generation_prompt is not False and not conversation.continue_final_message
     if model.marks is None or not model.reasons or not isinstance(wanted, bool) or not generates:
@@ -237,7 +237,7 @@ async def _grammar(
     try:
         await check(grammar, "tools")
     except RequestError:
-        for field, part in arguments.items():  # to name the tool at fault
+        for field, part in arguments.items():  # one by one, to name the tool at fault
             await check(part, field)
         raise
     return grammar
@@ -314,7 +314,7 @@ def _tools_as_text(messages: Sequence[Message], model: ServedModel, tools: ToolO
 
 
 def _calls_as_text(message: Message, form: ToolCallFormat) -> Message:
-    """Return a message for templates that know no tools: calls and results become text of assistant and user."""
+    """Return a message for templates without tools: calls and results become text of assistant and user."""
     if message.role == "tool":
         return Message("user", f"<tool_response>\n{message.text}\n</tool_response>")
     if not message.calls:

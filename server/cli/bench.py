@@ -20,7 +20,7 @@ from ...engine.client.launch import python
 from ..flags import ENVIRONMENT_PREFIX, OTHER_VARIABLES, BenchConfig, ConfigError
 from .load_client import Client, LoadError, Target, closed_loop, summarize
 
-USAGE_ERROR = 2  # with which `pyllm serve` exits if it cannot start
+USAGE_ERROR = 2  # the exit code of `pyllm serve` if it cannot start
 LOWEST_ID = 100  # lower ids may be special tokens
 USUAL_VOCAB_SIZE = 1000  # nearly every model has at least as many
 COLUMNS = ("clients", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "ITL p50 ms", "ITL p99 ms", "failed")
@@ -70,7 +70,7 @@ def _first_model(base: str, api_key: str | None) -> str:
 
 
 def _vocab_size(target: Target) -> int:
-    """Ask the server how many token ids its model has; of another server than PyLLM assume few."""
+    """Ask the server how many token ids its model has; assume few if it is not PyLLM."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return int(json.loads(uvloop.run(Client(target).get("/tokenizer_info", below_v1=False)))["vocab_size"])
     return USUAL_VOCAB_SIZE
@@ -86,7 +86,7 @@ def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
 def measure_load(
     target: Target, clients: int, *, requests: int, input_len: int, output_len: int, vocab_size: int
 ) -> dict[str, float]:
-    """Run a closed loop of random prompts; return what `summarize` does, and the number of clients."""
+    """Run a closed loop of random prompts; return the results of `summarize`, with the number of clients."""
     bodies = [target.body(prompt, output_len) for prompt in random_prompts(requests, input_len, vocab_size)]
     # Faster than asyncio's own loop, which leaves more of the processor to a server on the same machine.
     answers, seconds = uvloop.run(closed_loop(target, bodies, clients))
@@ -101,7 +101,7 @@ def _measure(config: BenchConfig, target: Target, clients: int, vocab_size: int)
 
 
 def _table(results: Sequence[Mapping[str, float]]) -> str:
-    keys = [re.sub("[ /]", "_", name.lower()) for name in COLUMNS]  # as `summarize` calls them
+    keys = [re.sub("[ /]", "_", name.lower()) for name in COLUMNS]  # the names in `summarize`'s result
     rows = [COLUMNS, *([f"{result[key]:g}" for key in keys] for result in results)]
     return "\n".join("  ".join(f"{cell:>{len(name)}}" for cell, name in zip(row, COLUMNS, strict=True)) for row in rows)
 
@@ -112,8 +112,8 @@ def own_server(
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start `pyllm serve` on a free port, wait until it is ready, yield its base URL and process, and stop it.
 
-    `environment` is added to that of this process. Raises `ConfigError` if the server, which logs why, does not start,
-    or exits with its code.
+    `environment` is added to that of this process. Raises `ConfigError` if the server ends while starting; if it
+    has logged why, exits with its code.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -126,7 +126,7 @@ def own_server(
         try:
             while not _is_ready(port):
                 if server.poll() == USAGE_ERROR:
-                    sys.exit(USAGE_ERROR)  # it has said why
+                    sys.exit(USAGE_ERROR)  # the server has logged why
                 if server.poll() is not None:
                     raise ConfigError(f"The server exited with code {server.returncode} while starting.")
                 time.sleep(0.02)

@@ -19,16 +19,16 @@ from ..chat.template import ChatTemplate, ChatTemplateError
 from ..chat.tool_calls import FORMATS
 from ..flags import CheckConfig, ConfigError
 from ..generation.defaults import read_defaults
+from .chat_commands import printable
 from .self_test import Answer, Check, Description, describe, self_test
-from .talk import printable
 
 CHAT = (
     Message("system", "You are helpful."), Message("user", "What is 2 + 2?"), Message("assistant", "It is 4."),
     Message("user", "And 3 + 3?"),
 )  # fmt: skip
-NATIVE = "TR-Hash native"  # of whose files there are three wrappers
+NATIVE = "TR-Hash native"  # its files come in three wrappers
 WIDTH = 90  # characters of a line of ids
-SEQUENCES = (1, 8, 32)  # for which memory is shown
+SEQUENCES = (1, 8, 32)  # the numbers of sequences whose memory is shown
 LENGTHS = 4  # context lengths, each half of the one before
 VERDICTS = {
     "passed": "The files are read, and all ways of computing them agree.",
@@ -38,7 +38,7 @@ VERDICTS = {
 
 
 def check(config: CheckConfig) -> int:
-    """Print what was found; return 0, or 1 if the self-test failed. Raises an error of `load` for a refused model."""
+    """Print the findings; return 0, or 1 if the self-test failed. Raises an error of `load` for a refused model."""
     report: dict[str, Any] = {"model": model_name(config.model)}
     try:
         for name, section in _sections(config):
@@ -59,7 +59,7 @@ def check(config: CheckConfig) -> int:
 
 
 def _sections(config: CheckConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what is shown, as soon as it is known."""
+    """Yield the sections to show, each as soon as it is known."""
     path = find_checkpoint(config)
     engine = config.engine_config(path)
     folder, facts = folder_of(path), describe(engine)

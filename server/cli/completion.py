@@ -1,4 +1,4 @@
-"""Scripts with which a shell completes the command line: they are static, so that a TAB starts no Python."""
+"""Scripts for completing the command line in a shell: they are static, so that a TAB starts no Python."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def script(shell: str, commands: Mapping[str, tuple[type[ModelFlags], str]]) -> 
         one = below.add_parser(name, help=description.rstrip("."), allow_abbrev=False)
         make_parser(cls, one)
         known = settings_of(cls)
-        for action in one._actions:  # argparse has no other way to them
+        for action in one._actions:  # argparse has no public way to list them
             action.help = (action.help or "").partition(" [PYLLM_")[0]
             if action.dest in FILES + FOLDERS:
                 action.complete = shtab.FILE if action.dest in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]

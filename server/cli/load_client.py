@@ -1,7 +1,7 @@
 """A closed loop of clients for any OpenAI-compatible server, cheap enough not to slow a server on the same machine.
 
 Chunks are only stored with their time of arrival and parsed after the clock has stopped. A chunk takes 22 µs of CPU
-time here and 130 µs in httpx, which on two cores would distort what is measured. The HTTP parser is the server's own.
+time here and 130 µs in httpx, which on two cores would distort the measurement. The HTTP parser is the server's own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LoadError(RuntimeError):
 
 
 class StatusError(Exception):
-    """The server has answered with another status than 200."""
+    """The server has answered with a status other than 200."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(f"status {status}")
@@ -37,7 +37,7 @@ class StatusError(Exception):
 
 @dataclass(slots=True)
 class Answer:
-    """What one request got. Times are seconds of `time.perf_counter()`."""
+    """The answer to one request. Times are seconds of `time.perf_counter()`."""
 
     sent: float
     chunks: list[float] = field(default_factory=list)  # when each chunk with a token arrived
@@ -87,7 +87,7 @@ class Client:
         key = f"Authorization: Bearer {target.api_key}\r\n" if target.api_key else ""
         self._path, self._headers = url.path, f"Host: {url.netloc}\r\nContent-Type: application/json\r\n{key}"
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._pieces: list[Piece] = []  # of the answer that is being read
+        self._pieces: list[Piece] = []  # of the answer being read
         self._complete = False  # whether the answer has ended
 
     async def ask(self, body: bytes, path: str = "/completions") -> Answer:
@@ -99,7 +99,7 @@ class Client:
             return Answer(sent, error=f"{type(error).__name__}: {error}".rstrip(": "))
 
     async def get(self, path: str, *, below_v1: bool = True) -> bytes:
-        """Fetch what is at `path`; raises `OSError`."""
+        """Fetch `path`; raises `OSError`."""
         status, pieces = await self._request("GET", path, b"", below_v1=below_v1)
         self.close()
         if status != 200:
@@ -140,7 +140,7 @@ class Client:
         return head.encode()
 
     async def _request(self, method: str, path: str, body: bytes, *, below_v1: bool = True) -> tuple[int, list[Piece]]:
-        """Send a request, again if the server had just closed the connection; raises `OSError`."""
+        """Send a request, and again if the server had just closed the connection; raises `OSError`."""
         request = self._head(method, path, body, below_v1=below_v1) + body
         for attempt in range(ATTEMPTS):
             try:
@@ -162,7 +162,7 @@ class Client:
             self._now = time.perf_counter()
             parser.feed_data(data)
         is_kept = parser.should_keep_alive()
-        if not self._complete and (is_kept or not self._pieces):  # else this is how an answer of unknown length ends
+        if not self._complete and (is_kept or not self._pieces):  # otherwise, an answer of unknown length has ended
             raise ConnectionResetError("the server closed the connection")
         if not is_kept or writer.is_closing():
             self.close()
@@ -239,7 +239,7 @@ async def closed_loop(target: Target, bodies: Iterable[bytes], clients: int) -> 
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value below which this share of the values lies; 0 if there are none."""
+    """Return the value below which `share` of the values lie; 0 if there are none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))] if ordered else 0.0
 

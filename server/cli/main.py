@@ -59,7 +59,7 @@ FIRST = """PyLLM serves Complexity-Deep language models. Three things to do firs
 `pyllm --help` lists all commands, `pyllm serve --help` all flags."""
 SHORT = {"run-batch": {"-i": "--input-file", "-o": "--output-file"}}  # vLLM's
 USAGE_ERROR = 2
-MIN_FILES = 64  # that a command may have open
+MIN_FILES = 64  # open files that every command needs
 MAX_MESSAGE = 4000  # characters of an error
 MAX_PROMPT_BYTES = 32 << 20
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, lifetime: Lifetime | None = Non
         finally:
             sys.stdout.flush()
     except OSError as error:
-        # The reader of the output has closed it, as in `| head`, or the disk is full: nothing can be written any more,
+        # The output's reader has closed it, as in `| head`, or the disk is full: nothing more can be written,
         # not even at exit.
         if not isinstance(error, BrokenPipeError):
             _fail(ConfigError(f"The output cannot be written: {error.strerror}."))
@@ -145,7 +145,7 @@ def _run(command: str, words: list[str], lifetime: Lifetime) -> int:
 
 
 def _unknown(command: str) -> str:
-    """Return what to say of a command that does not exist; flags and models belong after one."""
+    """Return the error for an unknown command, which may be a flag or a model that lacks the command before it."""
     known = [*COMMANDS, "completion"]
     text = f"Unknown command {command[:200]!r}: use one of {', '.join(known)}"
     if command.startswith("-") or "/" in command:
@@ -166,7 +166,7 @@ def _complete(words: list[str]) -> int:
 
 
 def _read_prompt(*, is_asked_for: bool) -> str:
-    """Return standard input without its last line break; a terminal is read only if that is asked for."""
+    """Return standard input without its last line break; a terminal is read only if the user asks for it."""
     needed = 'A prompt is needed, as in: pyllm generate "Once upon a time", or: pyllm generate < prompt.txt'
     if sys.stdin.isatty():
         if not is_asked_for:
@@ -228,7 +228,7 @@ def _call(entry: str, config: ModelFlags, process: EngineProcess | None, lifetim
 
 
 def _fail(error: Exception, code: int = USAGE_ERROR) -> int:
-    # One line, whatever names of files or tensors are in it.
+    # One line, even if the names of files or tensors have several.
     line = "".join(character if character.isprintable() else " " for character in str(error)[:MAX_MESSAGE])
     print(f"pyllm: {line}", file=sys.stderr)
     return code

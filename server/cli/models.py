@@ -23,7 +23,7 @@ Asked = str | Sequence[Message]  # a text to continue, or a chat to answer
 
 @dataclass(slots=True)
 class Options:
-    """How answers are generated; what is None is left to the model."""
+    """How answers are generated; None means the model's default."""
 
     sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_k, top_p, repetition_penalty
     max_tokens: int | None = None
@@ -103,12 +103,12 @@ class ServerModel:
     def __init__(self, target: Target, limit: int | None) -> None:
         self.name = target.model
         self._client = Client(target)
-        self._limit = limit  # tokens of the context, if the server says so
+        self._limit = limit  # tokens of the context, if the server reports them
         self._tokens_per_character = 0.0  # of the last chat
 
     @classmethod
     async def connect(cls, base_url: str, name: str | None, api_key: str | None) -> ServerModel:
-        """Ask the server for its models, and take the one called `name` or the first; raises `LoadError`, `OSError`."""
+        """Ask the server for its models; choose the one named `name`, or the first. Raises `LoadError`, `OSError`."""
         client = Client(Target(base_url, "", api_key))
         try:
             cards = json.loads(await client.get("/models"))["data"]
@@ -145,7 +145,7 @@ class ServerModel:
             raise _refusal(error) from None
 
     def _check_room(self, asked: Sequence[Message], options: Options) -> None:
-        """Raise `RequestError` for a chat that leaves too little room, judging by the tokens of the one before it."""
+        """Raise `RequestError` for a chat that leaves too little room, judging by the tokens of the chat before."""
         size = self._tokens_per_character * sum(len(message.text or "") for message in asked)
         if self._limit is not None and has_older(asked) and size + _room(options.max_tokens, self._limit) > self._limit:
             raise RequestError("The chat leaves too little of the context for an answer.", code=TOO_LONG)
@@ -157,14 +157,14 @@ class ServerModel:
             async for piece in pieces:
                 *lines, rest = (rest + piece).split(b"\n")
                 if len(rest) > MAX_LINE_BYTES:
-                    raise OSError("its answer is no stream of events")
+                    raise OSError("its answer is not a stream of events")
                 for line in lines:
                     if not line.startswith(b"data:") or (data := line[5:].strip()) == b"[DONE]":
                         continue
                     try:
                         event = json.loads(data)
                     except ValueError:
-                        raise OSError(f"an event of it cannot be parsed: {data[:100]!r}") from None
+                        raise OSError(f"one of its events cannot be parsed: {data[:100]!r}") from None
                     if isinstance(event, dict) and event.get("error"):
                         raise RequestError(_message(event))
                     if isinstance(event, dict):
@@ -186,13 +186,13 @@ def _room(max_tokens: int | None, limit: int) -> int:
 
 
 def _refusal(error: StatusError) -> RequestError:
-    """Return what the server said."""
+    """Return the server's error message."""
     try:
         body = json.loads(error.body)
         message, code = _message(body), body.get("error", body).get("code")
     except (ValueError, AttributeError):
         message, code = error.body[:300].decode(errors="replace").strip(), None
-    if code != TOO_LONG and error.status == 400 and "context" in message and "tokens" in message:  # as vLLM says it
+    if code != TOO_LONG and error.status == 400 and "context" in message and "tokens" in message:  # as vLLM words it
         code = TOO_LONG
     return RequestError(message or f"The server answered with status {error.status}.", code=code)
 

@@ -57,7 +57,7 @@ def _open(config: RunBatchConfig, stack: contextlib.ExitStack) -> tuple[BinaryIO
 
 
 class _Run:
-    """Answers lines through the same application as a server's."""
+    """Answers lines through the application that a server runs."""
 
     def __init__(self, config: ServerConfig, model: ServedModel, sink: BinaryIO) -> None:
         self._app = create_app(Service(config, model=model))

@@ -1,6 +1,6 @@
-"""The chat on a terminal: an editor with history for questions, and answers that are drawn as Markdown.
+"""The chat on a terminal: an editor with history for questions, and answers drawn as Markdown.
 
-prompt_toolkit and rich are imported here only, since they take long.
+prompt_toolkit and rich are imported only here, since that takes long.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from .talk import printable
+from .chat_commands import printable
 
 MAX_HISTORY_BYTES, MAX_ENTRY_BYTES = 1 << 20, 1 << 16
 REDRAWS_PER_SECOND = 10
@@ -57,7 +57,7 @@ class EditorScreen:
         self._console = Console(highlight=False)
 
     def ask(self, runner: asyncio.Runner) -> str | None:
-        """Read the next question; return None at the end of input. Engine and connections live on meanwhile."""
+        """Read the next question; return None at the end of input. Engine and connections keep running meanwhile."""
         return runner.run(self._ask())
 
     async def _ask(self) -> str | None:
@@ -87,7 +87,7 @@ class Answer:
 
     def __init__(self, live: Live) -> None:
         self._live = live
-        self._tail = ""  # what is not printed for good
+        self._tail = ""  # text that is not printed for good
         self._is_first = True
 
     def write(self, text: str) -> None:
@@ -125,7 +125,7 @@ class Answer:
 
 
 class _Markdown(Markdown):
-    """Markdown in which a line break stays one, and `<` is text."""
+    """Markdown in which line breaks are kept, and `<` is text."""
 
     def __init__(self, text: str) -> None:
         super().__init__("", hyperlinks=False)
@@ -137,7 +137,7 @@ class _Markdown(Markdown):
 
 @contextlib.contextmanager
 def _typed_ahead() -> Iterator[None]:
-    """Keep what is typed or pasted meanwhile off the screen; the next question reads it, with a paste as one piece.
+    """Keep text typed or pasted meanwhile off the screen; the next question reads it, with a paste as one piece.
 
     Like the editor, this reads keys and not lines, since a terminal cuts lines at 4,096 bytes; Ctrl-C still interrupts.
     """
@@ -165,7 +165,7 @@ def history_path() -> Path:
 
 
 def open_history(path: Path) -> History:
-    """Open the file, which only this user can read and which stays small; without it, remember for this run only."""
+    """Open the file, which only this user can read and which stays small; if that fails, remember for this run only."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
@@ -175,7 +175,7 @@ def open_history(path: Path) -> History:
             os.fchmod(descriptor, 0o600)
             if (size := os.fstat(descriptor).st_size) > MAX_HISTORY_BYTES:
                 file.seek(size - MAX_HISTORY_BYTES // 2)
-                kept = file.read().partition(b"\n\n")[2]  # from the next entry
+                kept = file.read().partition(b"\n\n")[2]  # from the next entry on
                 file.seek(0)
                 file.truncate()
                 file.write(kept)

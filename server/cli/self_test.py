@@ -1,4 +1,4 @@
-"""Describe a checkpoint without reading its weights, and test the engine on them: what `pyllm check` shows."""
+"""Describe a checkpoint without reading its weights, and test the engine on them, for `pyllm check`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ PROMPTS = ("The capital of Italy is", "Once upon a time", "2, 4, 6, 8,")
 TOKENS = 16  # generated after each
 LONG = 200  # tokens of a prompt that the engine computes in chunks, while others decode
 CHUNK = 5
-# By the format of the weights: the most that distributions may differ (mean KL divergence in nats), and how far below
-# the largest score a greedy token's may be, as a share of the largest size of a score: rounding may change both.
+# By the format of the weights: the most that distributions may differ (mean KL divergence in nats), and how far a
+# greedy token's score may be below the largest, as a share of the largest absolute score: rounding may change both.
 LIMITS = {"float32": (1e-6, 1e-4), "bfloat16": (5e-2, 5e-2)}
-PROGRESS_DELAY = 1.0  # seconds that a test takes at least before a bar is shown
+PROGRESS_DELAY = 1.0  # seconds of a test before a bar is shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What a checkpoint's files say of its network."""
+    """The network as a checkpoint's files describe it."""
 
     era: str
     has_prefix: bool  # tensor names begin with `model.`
@@ -43,7 +43,7 @@ class Description:
     file_dtypes: tuple[str, ...]
     sizes: str  # in words
     parameters: int
-    active_parameters: int  # that one token is computed with
+    active_parameters: int  # those used to compute one token
     dtype: str  # in which the large products are computed
     device: str
     vocab_size: int
@@ -53,7 +53,7 @@ class Description:
     block_bytes: int  # of one block of the KV cache
     weight_bytes: int
     free_bytes: int  # of the device's memory
-    ends: dict[int, str]  # ids that end a text, and the file that each is from
+    ends: dict[int, str]  # ids that end a text, and the file each comes from
 
 
 class Check(NamedTuple):
@@ -61,11 +61,11 @@ class Check(NamedTuple):
 
     name: str
     passed: bool
-    found: str  # what was seen, in words
+    found: str  # the finding, in words
 
 
 class Answer(NamedTuple):
-    """What the model wrote."""
+    """A text that the model wrote."""
 
     prompt: str
     text: str
@@ -99,9 +99,9 @@ def describe(config: EngineConfig) -> Description:
 
 
 def self_test(config: EngineConfig) -> tuple[list[Check], list[Answer]]:
-    """Compute a few prompts in every way in which the engine computes, and compare; return also what was written.
+    """Compute a few prompts in every way the engine has, and compare; return the checks and the texts written.
 
-    The cache-free pass over a whole sequence is what all else is compared with. Raises what `LLM` does.
+    Everything is compared with the cache-free pass over a whole sequence. Raises the errors of `LLM`.
     """
     settings = {name: getattr(config, name) for name in settings_of(EngineSettings)}
     llm = LLM(config.model, **settings | {"kv_cache_dtype": "auto"})
@@ -126,7 +126,7 @@ def self_test(config: EngineConfig) -> tuple[list[Check], list[Answer]]:
 
 
 class _Test:
-    """The tests, in the order in which they need each other."""
+    """The tests, each after those it needs."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -137,7 +137,7 @@ class _Test:
         ids = [[id_ for id_ in llm.tokenizer.encode(text) if id_ < self._model.config.vocab_size] for text in PROMPTS]
         self._prompts = [each[:room] or [0] for each in ids]
         self._long = ([id_ for prompt in self._prompts for id_ in prompt] * LONG)[: min(LONG, room)]
-        self._sequences: list[list[int]] = []  # prompts and what was written after them
+        self._sequences: list[list[int]] = []  # prompts and the text written after them
         self._whole: list[Tensor] = []  # their scores without a cache, FP32 [T, vocab]
         self.answers: list[Answer] = []
 

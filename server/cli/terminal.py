@@ -14,9 +14,9 @@ from ...engine.errors import RequestError
 from ..chat.conversation import Message
 from ..chat.served_model import load
 from ..flags import ConfigError, GenerateConfig, TerminalConfig
+from .chat_commands import HELP, Commands, Talk, options_of, printable
 from .load_client import LoadError
 from .models import TOO_LONG, Asked, EngineModel, Model, ServerModel, has_older
-from .talk import HELP, Commands, Talk, options_of, printable
 
 
 class Writer(Protocol):
@@ -27,7 +27,7 @@ class Writer(Protocol):
 
 
 class Screen(Protocol):
-    """Where a chat is held."""
+    """Reads a chat's questions and shows its answers."""
 
     def ask(self, runner: asyncio.Runner) -> str | None:
         """Read the next line that is not blank; return None at the end of input."""
@@ -37,7 +37,7 @@ class Screen(Protocol):
 
 
 class Lines:
-    """Questions from a pipe, a line each, and answers as plain text; also for a terminal that can do no more."""
+    """Questions from a pipe, one per line, and answers as plain text; also for a terminal without cursor control."""
 
     def ask(self, runner: asyncio.Runner) -> str | None:
         """Read a line."""
@@ -53,7 +53,7 @@ class Lines:
 
     @contextlib.contextmanager
     def answer(self) -> Iterator[Writer]:
-        """End the answer's last line; a failure before its first word has none."""
+        """End the answer's last line, unless it failed before the first word."""
         plain = Plain()
         try:
             yield plain
@@ -68,7 +68,7 @@ class Lines:
 
 
 class Plain:
-    """Prints text as it is; what would move a terminal's cursor, or worse, is replaced."""
+    """Prints text as it is; on a terminal, control characters are replaced."""
 
     def __init__(self) -> None:
         self.has_text = False
@@ -124,7 +124,7 @@ def chat(config: TerminalConfig, process: EngineProcess | None) -> int:
 
 
 def _answer(runner: asyncio.Runner, model: Model, talk: Talk, screen: Screen) -> None:
-    """Answer the talk's question, without its oldest messages if there are too many."""
+    """Answer the pending question, dropping the oldest messages if there are too many."""
     pieces: list[str] = []
     before = list(talk.messages)
     while True:
@@ -154,7 +154,7 @@ async def _write(answer: AsyncGenerator[str, None], writer: Writer, pieces: list
 
 
 async def _open(config: TerminalConfig, process: EngineProcess | None) -> Model:
-    """Load the model, or find it on a running server; raises `ConfigError` or an error of `load`."""
+    """Load the model, or find it on a running server; raises `ConfigError` or the errors of `load`."""
     if config.base_url is None:
         return EngineModel(await load(config, cast(EngineProcess, process)))
     try:
@@ -175,7 +175,7 @@ def _screen() -> Screen:
 
 
 def _broken_off(error: OSError) -> str:
-    return f"The server has not answered to the end ({str(error).rstrip('.') or type(error).__name__})."
+    return f"The server's answer was cut off ({str(error).rstrip('.') or type(error).__name__})."
 
 
 def _say(text: str) -> None:

@@ -1,1 +1,1 @@
-"""One request's sequences in the engine, and what is reported of them."""
+"""One request's sequences in the engine, and the reports about them."""

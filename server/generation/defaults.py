@@ -21,20 +21,20 @@ logger = logging.getLogger("pyllm.server")
 FILE = "generation_config.json"
 DEFAULT_FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
 DEFAULT_FIELDS["max_new_tokens"] = "max_tokens"
-"""The keys of the file that are used, and the fields of `SamplingParams` that they set."""
+"""The supported keys of the file, and the fields of `SamplingParams` that they set."""
 
 IGNORED = {
     "bad_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": None,
     "min_length": 0, "min_new_tokens": None, "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": None,
     "sequence_bias": None, "suppress_tokens": None, "typical_p": 1.0,
 }  # fmt: skip
-"""Keys that change what transformers generates and have no effect here, and the values that turn them off."""
+"""Keys that change transformers' output and have no effect here, and the values that turn them off."""
 
 
 def read_defaults(
     folder: Path, source: str = "auto", override: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Return the defaults as fields of `SamplingParams`, and a sentence that says where they come from.
+    """Return the defaults as fields of `SamplingParams`, and a sentence about their source.
 
     `source` is where the file is, as for `read_generation_config`. `override` has values that replace the file's; None
     removes one. Raises `ConfigError` for an unusable flag, `CheckpointError` for an unusable file.
@@ -67,7 +67,7 @@ def read_defaults(
 
 
 def _is_greedy(content: Mapping[str, Any], path: Path) -> bool:
-    """Return whether the file turns sampling off, which is what `do_sample: false` means at any temperature."""
+    """Return whether the file turns sampling off, as `do_sample: false` does at any temperature."""
     sampled = content.get("do_sample")
     if not isinstance(sampled, (bool, type(None))):
         raise CheckpointError(f"{path} has do_sample = {shown(sampled)}, but it must be true or false: correct it.")

@@ -27,13 +27,13 @@ MAX_LISTED_IDS = 2**22  # total ids in one list option, over all sequences of a 
 MAX_GRAMMAR_BYTES = 2**26  # of a request's grammar, over all its sequences
 MAX_SHOWN = 2**21
 """Candidates for tokens in one response."""
-CANDIDATE_BYTES = 150  # of memory that each takes until the response is written; so does a layer of a token's dynamics
+CANDIDATE_BYTES = 150  # of memory for each until the response is written; as much for a layer of a token's dynamics
 LARGE_RESPONSE = 2**16  # candidates
 
 
 @dataclass(slots=True)
 class Choice:
-    """What one sequence has produced so far."""
+    """The output of one sequence so far."""
 
     prompt_token_ids: list[int]
     pieces: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Histogram:
 
 
 class Counts:
-    """What a served model has done so far; `Metrics` names and exposes it."""
+    """Counts of a served model's work so far; `Metrics` names and exposes them."""
 
     def __init__(self, model_name: str, histograms: Mapping[str, Histogram]) -> None:
         """Take the histograms of `metrics.HISTOGRAMS` by name."""
@@ -189,11 +189,11 @@ class Generation:
 
     @property
     def unread(self) -> int:
-        """Tokens that wait to be read; one with log-probabilities counts once, plus once per candidate."""
+        """Tokens waiting to be read; one with log-probabilities counts once, plus once per candidate."""
         return (1 + (self.params.logprobs or 0)) * sum(stream.unread for stream in self._streams)
 
     def seconds_to(self, moment: float) -> float | None:
-        """Return the seconds from the request's arrival to a moment of `RequestTimes`; None if it has not come."""
+        """Return the seconds from the request's arrival to a moment of `RequestTimes`; None before that moment."""
         return moment - self.context.arrival if moment else None
 
     def drain(self) -> Iterator[tuple[int, RequestOutput]]:
@@ -247,7 +247,7 @@ class Generation:
         self._counts.on_finish(reason, seconds, choice.times, len(prompt), choice.num_output_tokens)
 
     async def collect(self) -> None:
-        """Run to the end and keep everything in `choices`; raises `ClientDisconnect` as soon as the client is gone."""
+        """Run to the end and keep everything in `choices`; raises `ClientDisconnect` as soon as the client has left."""
         work = asyncio.create_task(self._collect())
         gone = asyncio.create_task(_disconnected(self.context))
         try:
@@ -280,7 +280,7 @@ class Generation:
 
     @property
     def is_large(self) -> bool:
-        """Whether the response should be encoded while it is sent."""
+        """Whether the response should be encoded while being sent."""
         return self.num_shown > LARGE_RESPONSE
 
     def log_fields(self) -> dict[str, Any]:

@@ -156,11 +156,11 @@ class _KeyMetrics(Collector):
         self._accounts = accounts
 
     def collect(self) -> Iterator[Metric]:
-        """Yield a metric for each thing that is counted by key."""
+        """Yield a metric for each count by key."""
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         for kind, name, text, count in (
-            (gauge, "running", "Sequences with a token, by key.", attrgetter("num_running")),
-            (gauge, "waiting", "Sequences without one, by key.", attrgetter("num_waiting")),
+            (gauge, "running", "Sequences that have produced a token, by key.", attrgetter("num_running")),
+            (gauge, "waiting", "Sequences still waiting for their first token, by key.", attrgetter("num_waiting")),
             (counter, "requests", "Requests accepted, by key.", attrgetter("num_requests")),
             (counter, "refused", "Requests with the status 429, by key.", attrgetter("num_refused")),
             (counter, "prompt_tokens", "Prompt tokens, by key.", attrgetter("num_prompt_tokens")),
@@ -183,7 +183,7 @@ class _MemoryMetrics(Collector):
         )
         for kind, size in self._budget.by_kind.items():
             used.add_metric([self._model_name, kind], size)
-        text = "Bytes that it may hold for them."
+        text = "Bytes that the API process may hold for clients."
         limit = GaugeMetricFamily(PREFIX + "api_memory_limit_bytes", text, labels=[LABEL])
         limit.add_metric([self._model_name], self._budget.limit)
         text = "Requests refused and connections closed because the memory was used up."

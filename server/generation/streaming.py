@@ -57,7 +57,7 @@ class EventWriter(ABC):
 
 
 class ChunkOptions(Protocol):
-    """The fields of a request that decide what its chunks show."""
+    """The fields of a request that decide the contents of its chunks."""
 
     return_token_ids: bool | None
     return_dynamics: bool | None
@@ -103,7 +103,7 @@ class Chunks(EventWriter):
         return self.last(index, output.finish_reason, output.stop_reason)
 
     def last(self, index: int, reason: str | None, stop: str | int | None, chunk_fields: bytes = b"") -> bytes:
-        """Return the chunk with a choice's finish reason and what stopped it."""
+        """Return the chunk with a choice's finish reason and the string or token that stopped it."""
         stopped = b"" if stop is None else b',"stop_reason":' + encode_json(stop)
         end = encode_json(reason)
         return self.chunk(index, self.empty, reason=end, choice_fields=stopped, chunk_fields=chunk_fields)
@@ -124,7 +124,7 @@ def join_fields(fields: dict[str, Any]) -> bytes:
 
 
 def show_details(choice: Choice, body: ChunkOptions, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what stopped a finished choice, and the requested details of its tokens."""
+    """Return the string or token that stopped a finished choice, and the requested details of its tokens."""
     stop = {} if choice.stop_reason is None else {"stop_reason": choice.stop_reason}
     return stop | _token_details(body, choice.token_ids, choice.dynamics, tokenizer)
 
@@ -139,7 +139,7 @@ def _token_details(
 
 
 async def send_events(generation: Generation, writer: EventWriter) -> bytes:
-    """Send events, one write per engine step, and return the last ones for the caller to send; an error is one too."""
+    """Send events, one write per engine step; return the last ones, or an error's, for the caller to send."""
     context, waiting = generation.context, dict[int, RequestOutput]()
     data = writer.opening()
     try:
@@ -171,7 +171,7 @@ def _escape_line_ends(data: bytes) -> bytes:
     """Leave the events' own line feeds as the only line ends."""
     if data.isascii():
         return data
-    text = data.decode()  # in which a search is several times as fast as in bytes
+    text = data.decode()  # searching text is several times as fast as searching bytes
     return text.translate(_LINE_ENDS).encode() if "\x85" in text or "\u2028" in text or "\u2029" in text else data
 
 

@@ -1,4 +1,4 @@
-"""Details of single tokens in the formats of the APIs: log-probabilities, and what the network did."""
+"""Details of single tokens in the formats of the APIs: log-probabilities, and the network's dynamics."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOWEST_LOGPROB = -9999.0  # replaces minus infinity, which JSON lacks; OpenAI us
 class ShownLogprobs:
     """Writes one text's log-probabilities in the chat format.
 
-    An entry's bytes are what the text shows of its token, so that joined they are the text: none for a special token
-    that is left out, and for the hidden part of a stop string. An entry waits until its text is shown.
+    An entry's bytes are the part of its token that the text shows, so that joined they are the text: a special token
+    that is left out and the hidden part of a stop string have none. An entry waits until its text is shown.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
@@ -37,7 +37,7 @@ class ShownLogprobs:
         yield from self.finish()
 
     def add(self, positions: Sequence[TokenLogprobs], text: str) -> list[dict[str, Any]]:
-        """Return the entries that are complete after more tokens and more of the text that is shown of them."""
+        """Return the entries that are complete after more tokens and more of their shown text."""
         for position in positions:
             start, state = self._tokens_end, self._decoder.getstate()
             self._tokens_end += len(self._decoder.decode(self._bytes(position.token_id)))
@@ -115,7 +115,7 @@ class LegacyLogprobs:
         return self._object(self._waiting) if self._waiting else None
 
     def write_prompt(self, prompt: Sequence[int], positions: Iterable[TokenLogprobs], text: str) -> dict[str, Any]:
-        """Return the object for a whole prompt, whose first token has no log-probabilities; to be called first."""
+        """Return the object for a whole prompt, whose first token has no log-probabilities; call it first."""
         shown = self.write([TokenLogprobs(token_id=prompt[0], logprob=0.0, top=[]), *positions], text)
         shown["token_logprobs"][0] = shown["top_logprobs"][0] = None
         self._tokens_end += len(self._decode(b"", True))  # the prompt's unfinished character ends with it
@@ -154,7 +154,7 @@ def show_prompt_logprobs(
 def show_dynamics(
     token_ids: Sequence[int], dynamics: Sequence[TokenDynamics], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """Return what the network did for each generated token."""
+    """Return the network's dynamics for each generated token."""
     return [
         {"token_id": token_id, "token": tokenizer.token_text(token_id), **msgspec.structs.asdict(entry)}
         for token_id, entry in zip(token_ids, dynamics, strict=True)

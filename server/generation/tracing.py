@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 OPERATIONS = dict.fromkeys(("/v1/chat/completions", "/v1/responses", "/v1/messages"), "chat")
 OPERATIONS |= {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}
-"""The conventions' name for what each route does."""
+"""The conventions' name for each route's operation."""
 PROPAGATED = (b"traceparent", b"tracestate")
 LAST_SECONDS = 3.0  # time allowed at shutdown to send the last spans
 
@@ -49,7 +49,7 @@ class Tracing:
         self._failed = trace.Status(trace.StatusCode.ERROR)
 
     def record(self, context: RequestContext, seconds: float) -> None:
-        """Make the span of a request that has just ended after `seconds`."""
+        """Make the span of a request that has just ended and took `seconds`."""
         operation, scope, status = OPERATIONS.get(context.path), context.scope, context.status
         if operation is None or scope["method"] != "POST":
             return

@@ -26,9 +26,9 @@ from .tolerance import Tolerance, unknown_field
 LARGE_BODY_BYTES = 64 * 2**10
 MAX_CONTAINERS = 2**18  # objects and arrays in a body
 PARSED_BYTES = {b"{": 320, b"[": 72, b":": 64, b",": 40}
-"""At most so much memory is taken by an object, an array, a name and a value."""
-REQUEST_BYTES = 8 * 2**10  # of memory that a request takes in addition to what its body holds
-SMALL_BYTES = 16 * 2**10  # of memory that a request may take as part of its connection's
+"""The most memory that an object, an array, a name and a value take."""
+REQUEST_BYTES = 8 * 2**10  # of memory that a request takes in addition to its body's
+SMALL_BYTES = 16 * 2**10  # of memory that a request may take from its connection's share
 MAX_EXACT = 2**53  # up to here, every integer is exactly representable as a float
 MAX_WHOLE = 2**64  # a larger whole number with a point stays a float
 MAX_MESSAGE = 600
@@ -63,7 +63,7 @@ async def off_loop_if_large(
 async def read_body(request: Request, model: type[Body], tolerance: Tolerance) -> Body:
     """Read and check the body; raise `ApiError` (400, 408, 413, 415, 503) or `EngineBusyError`.
 
-    The context then holds the memory of what is parsed and, for a large body, more, which the caller releases.
+    The context then holds the parsed body's memory and, for a large body, more, which the caller releases.
     """
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", kind):
@@ -101,7 +101,7 @@ async def _read_bytes(request: Request, size: int) -> bytes:
 
 def parsed_bytes(data: bytes) -> int:
     """Return how many bytes of memory a request with this body takes at most once it is parsed."""
-    # One other character can make all of a text four times as wide, and then its UTF-8 is kept too.
+    # One character outside ASCII can make a whole text four times as wide, and then its UTF-8 is kept too.
     width = 2 if data.isascii() and b"\\u" not in data else 5
     return REQUEST_BYTES + width * len(data) + sum(size * data.count(mark) for mark, size in PARSED_BYTES.items())
 
@@ -154,7 +154,7 @@ def parse_body(data: bytes, model: type[Body], tolerance: Tolerance) -> Body:
 
 
 def _has_hints(fields: dict[str, Any], tolerance: Tolerance) -> bool:
-    """Note the hints of a body that have no effect, also those that its model knows; return whether it has hints."""
+    """Note which hints in a body have no effect, including those its model knows; return whether it has hints."""
     found = False
     for place, names, rule in tolerance.rules.hints:
         value: Any = fields
@@ -189,7 +189,7 @@ def _locate(steps: tuple[int | str, ...], kind: str, data: Any, shape: Shape) ->
 
 
 def _describe(error: ValidationError, data: dict[str, Any], shape: Shape) -> ApiError:
-    """Report the most deeply nested error of the first invalid field; for a union, what each member expects."""
+    """Report the most deeply nested error of the first invalid field; for a union, that of each member."""
     found = []
     for entry in error.errors(include_url=False, include_input=False):
         path, depth, value = _locate(entry["loc"], entry["type"], data, shape)

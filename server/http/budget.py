@@ -1,4 +1,4 @@
-"""The memory that this process holds for clients: how much there may be, for what, and what gives way."""
+"""The memory that this process holds for clients: its limit, its uses, and what gives way."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...engine.host import total_host_bytes
 from .errors import ApiError, unavailable
 
 MAX_BODY_BYTES = 8 * 2**20
-BODY_FACTOR = 4  # bytes of memory for each byte of a body while it is read and parsed
+BODY_FACTOR = 4  # bytes of memory for each byte of a body being read and parsed
 BODIES_BYTES = 4 * MAX_BODY_BYTES * BODY_FACTOR
 MAX_DEFAULT_BYTES = 2 * 2**30
 WAIT_SECONDS = 5.0
 Kind = Literal["connections", "bodies", "requests", "tokenizing", "answers", "responses"]
-"""What memory is held for: unfinished headers, bodies that are read and parsed, requests that are answered, texts that
-are tokenised, answers that are not sent, stored responses."""
+"""What memory is held for: open connections and unfinished headers, bodies being read and parsed, requests being
+answered, texts being tokenised, answers not yet sent, stored responses."""
 
 
 def memory_full() -> ApiError:
@@ -35,27 +35,28 @@ def default_limit() -> int:
 
 
 class MemoryBudget:
-    """Counts bytes that are held for clients by kind, by owner (an API key) and in sum. Not thread-safe.
+    """Counts the bytes held for clients, by kind, by owner (an API key) and in total. Not thread-safe.
 
-    What grows with what clients send is charged before it is allocated, and released with it. What ends with a request
-    is charged to its context, which releases it at the latest when the request ends:
+    Memory whose size depends on what clients send is charged before it is allocated, and released when it is freed.
+    Memory that lives no longer than a request is charged to the request's context, which releases it at the latest
+    when the request ends:
 
-        with context.hold("tokenizing", 10 * len(text)):  # raises `ApiError` 503 or 429 if it does not fit
+        with context.hold("tokenizing", 10 * len(text)):  # raises `ApiError` 503 or `EngineBusyError` if too much
             ids = await off_loop(encode, text)
 
-    What outlives requests has a hold of its own, which changes its size:
+    Memory that outlives requests has a hold of its own, which changes its size:
 
         kept = budget.hold("responses", 0, owner)
         kept.resize(kept.size + len(data))  # raises, and changes nothing, if it does not fit
         kept.release()
 
-    When the sum is used up, `give_way` frees memory of other clients, as long as it can.
+    When the total is used up, `give_way` frees memory of other clients, as long as it can.
     """
 
     def __init__(
         self, limit: int, *, owner_limit: int | None = None, bodies: int = BODIES_BYTES, upload_seconds: float = 30.0
     ) -> None:
-        """`owner_limit` bounds the bytes of one key, and `bodies` those of large bodies that are read at a time."""
+        """`owner_limit` bounds the bytes of one key, and `bodies` those of large bodies being read at a time."""
         self.limit = limit
         self.upload_seconds = upload_seconds
         self.exceeded_at = -math.inf
@@ -63,7 +64,7 @@ class MemoryBudget:
         self.released = 0
         """Bytes released since the C library last returned free memory to the system."""
         self.by_kind: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
-        self.by_owner: Counter[str] = Counter()  # without those that hold nothing
+        self.by_owner: Counter[str] = Counter()  # only owners that hold something
         self.give_way: Callable[[], bool] = lambda: False
         """Closes one connection, whose holds are released at once; False if none can be closed."""
         self._owner_limit = limit if owner_limit is None else owner_limit
@@ -101,7 +102,7 @@ class MemoryBudget:
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether what was recorded without a check is more than fits."""
+        """Whether memory recorded without a check has exceeded the limit."""
         return self.used > self.limit
 
     def free_up(self, size: int, owner: str = "") -> None:
@@ -160,7 +161,8 @@ class Hold:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether a body must make way for others: it is uploading for too long while others had to wait."""
+        """Whether a body must make way for others: it has been uploading for too long while others had to
+        wait."""
         return self._budget.exceeded_at > self._since < time.monotonic() - self._budget.upload_seconds
 
     def __enter__(self) -> Hold:

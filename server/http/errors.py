@@ -1,4 +1,8 @@
-"""The one place where failures become HTTP errors, in OpenAI's format or in Anthropic's."""
+"""The one place where failures become HTTP errors, in OpenAI's format or in Anthropic's.
+
+429s are decided elsewhere: the queue in `AsyncEngine.check_room`, a key's limits in `Account.enter` and `check_prompt`,
+memory in `MemoryBudget.reserve` and `free_up`, grammars in `GrammarChecks`, files and batches in `BatchStore`.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,11 @@ from ...engine.errors import EngineBusyError, EngineDeadError, RequestError, lac
 
 logger = logging.getLogger("pyllm.server")
 
-PIECE_BYTES = 2**16  # of a response that is encoded while it is sent
+PIECE_BYTES = 2**16  # of a response that is encoded while being sent
 
 
 class Items:
-    """An array in JSON whose items are made one by one while it is encoded, once."""
+    """An array in JSON whose items are made one by one during encoding, once."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self.items = items
@@ -128,7 +132,7 @@ def unavailable(message: str, code: str) -> ApiError:
 
 
 def shorten(text: str) -> str:
-    """Cut the client's input to what a message may repeat."""
+    """Cut the client's input to the length that a message may repeat."""
     return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
 
 

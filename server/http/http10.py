@@ -16,7 +16,7 @@ async def answer_without_chunks(
 
     async def send_unchunked(message: Message) -> None:
         nonlocal is_delimited
-        while cycle.flow.write_paused and not cycle.disconnected:  # now, so that the length is still right below
+        while cycle.flow.write_paused and not cycle.disconnected:  # wait now, so that the length is still right below
             await cycle.flow.drain()
         if message["type"] == "http.response.start":
             is_delimited = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))

@@ -1,11 +1,11 @@
-"""API keys: which are valid, what their clients may use, and what they have used.
+"""API keys: which are valid, and the limits and use of their clients.
 
-A line of the file of `--api-key-file` is a key, or `sha256:` and the digest of one, and then perhaps settings:
+A line of the file of `--api-key-file` is a key, or `sha256:` and the digest of one, optionally followed by settings:
 
     sk-4f9c2b81                # a comment
     sha256:9f86d081...15b0f00a08 name=team-a requests_per_minute=60 tokens_per_minute=100000 max_parallel_requests=8
 
-Lines with one name are keys of one client, so that a key can be changed for another.
+Lines with the same name are keys of the same client, so that a key can be replaced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one client may use; None: as much as there is."""
+    """What one client may use; None means unlimited."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts and answers together
@@ -47,17 +47,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class KeyLine:
-    """A key by its SHA-256 digest, and whose it is."""
+    """A key, by its SHA-256 digest, with its client's name and limits."""
 
     digest: bytes
-    key: bytes | None = None  # None where only the digest is known
+    key: bytes | None = None  # None if only the digest is known
     name: str = ""
     limits: Limits = Limits()
 
 
 @dataclass(slots=True)
 class Allowance:
-    """A limit per minute, which may be used up at once; what was used comes back steadily."""
+    """A limit per minute, which may be used up at once and then refills steadily."""
 
     limit: int
     used: float = 0.0  # of the limit; may exceed it
@@ -81,23 +81,23 @@ class Allowance:
 
 @dataclass(eq=False, slots=True)
 class Account:
-    """One client: its limits, and what it uses and has used."""
+    """One client: its limits, and its current and past use."""
 
     label: str  # in metrics
-    owner: str  # names the client in what is kept for it, without revealing a key
+    owner: str  # names the client in stored data, without revealing a key
     limits: Limits = Limits()
     requests: Allowance | None = None
     tokens: Allowance | None = None
-    num_parallel: int = 0  # requests that are being answered
+    num_parallel: int = 0  # requests being answered
     num_running: int = 0  # sequences that have started
-    num_waiting: int = 0  # sequences that have not
+    num_waiting: int = 0  # sequences that have not started
     num_requests: int = 0
     num_refused: int = 0  # requests with the status 429
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
 
     def limit(self, limits: Limits) -> None:
-        """Set the limits, keeping what is used of those that stay the same."""
+        """Set the limits; unchanged limits keep what has been used of them."""
         old, self.limits = self.limits, limits
         if limits.requests_per_minute != old.requests_per_minute:
             self.requests = Allowance(limits.requests_per_minute) if limits.requests_per_minute else None
@@ -105,7 +105,7 @@ class Account:
             self.tokens = Allowance(limits.tokens_per_minute) if limits.tokens_per_minute else None
 
     def enter(self, *, background: bool) -> None:
-        """Count a request, which `leave` ends; raise `ApiError` 429 at a limit, which lines of batches do not have."""
+        """Count a request, which `leave` ends; raise `ApiError` 429 at a limit; lines of batches have none."""
         if not background:
             most = self.limits.max_parallel_requests
             if most is not None and self.num_parallel >= most:
@@ -124,7 +124,7 @@ class Account:
         self.num_parallel -= 1
 
     def check_prompt(self, count: int) -> None:
-        """Raise `ApiError` if a prompt's tokens are more than fit the limit now (429) or ever (400)."""
+        """Raise `ApiError` if a prompt has more tokens than the limit allows now (429) or ever (400)."""
         if self.tokens is None:
             return
         if count > self.tokens.limit:
@@ -139,7 +139,7 @@ class Account:
             self.tokens.used += count
 
     def follow(self, prompt_tokens: int, generation_tokens: int, *, starts: bool) -> None:
-        """Count what a sequence has read and generated, perhaps for the first time."""
+        """Count tokens that a sequence has read and generated; `starts` if they are its first."""
         self.num_waiting -= starts
         self.num_running += starts
         self.num_prompt_tokens += prompt_tokens
@@ -163,7 +163,7 @@ class Account:
 
 
 class KeyRing:
-    """The valid keys: those of `--api-key`, and those of a file, which is read again when it has changed."""
+    """The valid keys: those of `--api-key`, and those of a file, which is read again after a change."""
 
     def __init__(self, keys: Sequence[str], path: str | None, secret: bytes) -> None:
         """`secret` goes into the names of owners; raises `ConfigError` for a file that cannot be used."""
@@ -182,7 +182,7 @@ class KeyRing:
         self._use(self._lines)
 
     def find(self, given: Sequence[bytes], batch_owner: str | None = None) -> Account | None:
-        """Return the client that has one of the keys, or that owns the batch whose line this is."""
+        """Return the client that has one of the keys, or that owns the batch to which this line belongs."""
         if self._path is not None and time.monotonic() - self._looked >= POLL_SECONDS:
             self._looked = time.monotonic()
             self._read_again(self._path)
@@ -200,7 +200,7 @@ class KeyRing:
         except ConfigError as error:
             if str(error) != self._problem:
                 self._problem = str(error)
-                logger.error("%s The keys that it had before stay valid.", error)
+                logger.error("%s The keys read before stay valid.", error)
             return
         self._problem = ""
         if lines != self._lines:
@@ -268,7 +268,7 @@ def parse(text: str) -> Iterator[KeyLine]:
         except ValueError as error:
             raise ConfigError(f", line {number}: {error}.") from None
         if line.digest in seen:
-            raise ConfigError(f", line {number}: this key is there twice.")
+            raise ConfigError(f", line {number}: this key appears twice.")
         if line.name and limits.setdefault(line.name, line.limits) != line.limits:
             raise ConfigError(f", line {number}: the keys of {line.name} must have the same limits.")
         seen.add(line.digest)
@@ -292,7 +292,7 @@ def _parse_line(words: list[str]) -> KeyLine:
             hint = nearest(name, known).rstrip(".") if equals and len(name) < 30 else ""
             raise ValueError(f"a key may be followed by {', '.join(known)}, each with = and a value{hint}")
         if name in settings:
-            raise ValueError(f"{name} is there twice")
+            raise ValueError(f"{name} appears twice")
         settings[name] = value
     name = settings.pop("name", "")
     if ("name" in [text.partition("=")[0] for text in words]) and not NAME.fullmatch(name):
@@ -307,5 +307,5 @@ def _parse_line(words: list[str]) -> KeyLine:
     if (found := DIGEST.fullmatch("sha256:" + word[7:])) is None:
         raise ValueError("sha256: must be followed by 64 hexadecimal digits")
     if not name:
-        raise ValueError("a digest needs a name, which owns what is kept for its client")
+        raise ValueError("a digest needs a name, which owns the data stored for its client")
     return KeyLine(bytes.fromhex(found[1]), None, name, Limits(**numbers))

@@ -40,7 +40,7 @@ STARTS_PER_ROUND = 4  # requests; each takes a few milliseconds
 
 
 class GenerationProgress(Protocol):
-    """What the connection and the log read of a request's generation."""
+    """The interface of a generation that the connection and the log use."""
 
     @property
     def unread(self) -> int: ...  # tokens that a slow client has not taken yet
@@ -62,16 +62,16 @@ class RequestContext:
     status: int = 0  # of the response; 0 before its head is sent
     complete: bool = False  # the whole response is sent
     owner: str = ""  # names the API key without revealing it
-    account: Account | None = None  # of that key
+    account: Account | None = None  # the client with this key
     is_counted: bool = False  # the account's limits apply
-    is_admitted: bool = False  # and were not reached
+    is_admitted: bool = False  # they apply and were not reached
     cache_owner: str = ""  # cached prompts are shared within this owner only; "" shares with everyone
-    client: str = ""  # whose requests take turns with those of other clients
+    client: str = ""  # the client's name in turn-taking between clients
     background: bool = False  # a line of a batch, which gives way to all other requests
     model: str | None = None  # as the body names it
     ignored: Mapping[str, None] = field(default_factory=dict)  # places in the body of hints that have no effect
     generation: GenerationProgress | None = None
-    holds: list[Hold] = field(default_factory=list)  # of memory, released at the end of the request
+    holds: list[Hold] = field(default_factory=list)  # memory, released at the end of the request
     body_hold: Hold | None = None
 
     @classmethod
@@ -125,7 +125,7 @@ class RequestContext:
             self.is_admitted = True
 
     def leave_account(self) -> None:
-        """End what `admit` began."""
+        """Stop counting the request that `admit` counted."""
         if self.account is not None:
             self.account.num_refused += self.status == 429
             if self.is_admitted:
@@ -138,13 +138,13 @@ class RequestContext:
         return hold
 
     async def reserve(self, size: int) -> None:
-        """Reserve memory for a large body, once per request; raise `EngineBusyError` if too little is freed in time."""
+        """Reserve memory for a large body, once per request; raise `EngineBusyError` if too little is free in time."""
         if self.body_hold is None:
             self.body_hold = await self.budget.reserve(size, self.owner)
             self.holds.append(self.body_hold)
 
     def release_body(self) -> None:
-        """Release what `reserve` holds; safe to call more than once."""
+        """Release the memory that `reserve` holds; safe to call more than once."""
         if self.body_hold is not None:
             self.body_hold.release()
 
@@ -155,7 +155,7 @@ class RequestContext:
 
 
 def _list_names(names: Iterable[str]) -> str:
-    """Return names for a header, as many as fit; what could break a list or a header is percent-encoded."""
+    """Return names for a header, as many as fit; characters that could break a list or a header are percent-encoded."""
     shown = ", ".join(quote(name[:MAX_NAME], safe="[]") for name in islice(names, MAX_HEADER))
     if len(shown) <= MAX_HEADER:
         return shown
@@ -169,7 +169,7 @@ def error_response(error: ApiError, context: RequestContext | None = None) -> Js
 
 
 class ServiceState(Protocol):
-    """What the middleware needs of `Service`."""
+    """The interface of `Service` that the middleware uses."""
 
     config: ServerConfig
     budget: MemoryBudget
@@ -190,7 +190,7 @@ class Turnstile:
         self._is_turning = False
 
     async def enter(self) -> None:
-        """Wait behind the requests that came before."""
+        """Wait behind earlier requests."""
         self._turn()
         if self._room and not self._waiting:
             self._room -= 1
@@ -281,7 +281,7 @@ class RequestMiddleware:
             context.generation = None  # they refer to each other, and a large one would wait for the garbage collector
 
     def _identify(self, context: RequestContext, headers: Headers, *, is_public: bool) -> None:
-        """Note whose request it is; raise `ApiError` 401 if it needs a key and has none."""
+        """Note the request's client; raise `ApiError` 401 if it needs a key and has none."""
         keys, fair = self._service.keys, self._service.config.fair_scheduling
         if keys.guards and not is_public:
             context.account = _account_of(headers, context.scope.get(BATCH_OWNER), keys)
@@ -304,7 +304,7 @@ def _account_of(headers: Headers, batch_owner: str | None, keys: KeyRing) -> Acc
 
 
 def _network_of(scope: Scope) -> str:
-    """Name the client by its address, of IPv6 the half that a host cannot choose itself; "" for a Unix socket."""
+    """Name the client by its address (of IPv6, the half that a host cannot choose itself); "" for a Unix socket."""
     host = scope["client"][0].partition("%")[0] if scope.get("client") else ""
     if ":" not in host:
         return host

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from .budget import MAX_BODY_BYTES, Hold
-from .connection_limits import ConnectionMonitor, ProgressTimer
+from .connection_monitor import ConnectionMonitor, ProgressTimer
 from .errors import ApiError, encode_json, unavailable
 from .http10 import answer_without_chunks
 from .middleware import ANTHROPIC_ROUTES
@@ -23,15 +23,15 @@ MAX_HEADER_BYTES = 32 * 2**10  # of a request's head, or between two parts of a 
 MAX_HEADERS = 100  # trailers included
 MAX_LINE_BYTES = 8 * 2**10  # of the line with the method and the path
 HEADER_OVERHEAD = 160  # bytes of memory that a header takes in addition to its text
-PIECE_BYTES = 16 * 2**10  # how much is read at a time, so how much of a body may wait before a key is checked
-MAX_DROPPED = MAX_BODY_BYTES  # of a body after its answer: with less, a client reads the answer and may stay connected
-LINGER_SECONDS = 2.0  # for which more is read and dropped after an error response that ends the connection
+PIECE_BYTES = 16 * 2**10  # the most read at a time, and so the most of a body that waits before a key is checked
+MAX_DROPPED = MAX_BODY_BYTES  # of a body after its answer; below this, a client reads the answer and may stay connected
+LINGER_SECONDS = 2.0  # of reading and dropping after an error response that ends the connection
 PROTOCOLS = (b"HTTP/1.1", b"HTTP/1.0")
 HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 
 
 class _Transport:
-    """Counts what is written, and discards what is written after a disconnect, where uvloop's transport would raise."""
+    """Counts written bytes, and discards writes after a disconnect, where uvloop's transport would raise."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._real = transport
@@ -52,7 +52,7 @@ class _Transport:
             self._real.close()
 
     def end(self) -> None:
-        """Close after `LINGER_SECONDS`: closing before the client has sent all would discard what it has not read."""
+        """Close after `LINGER_SECONDS`: closing while the client sends would discard the unread part of the answer."""
         self.ended = True
         if self._real.can_write_eof():
             self._real.write_eof()
@@ -92,7 +92,7 @@ class _Flow(FlowControl):
 class HttpProtocol(SupervisedProtocol):
     """One connection, on which one request is answered at a time.
 
-    What follows a request that is not answered yet waits unparsed, so that a client cannot pile up requests. The base
+    Data after an unanswered request waits unparsed, so that a client cannot pile up requests. The base
     class is private to uvicorn, so pyproject.toml pins the minor version that the tests ran against.
     """
 
@@ -107,12 +107,12 @@ class HttpProtocol(SupervisedProtocol):
         self._line = b""  # of the method and the path, until it is complete; then None
         self._line_complete = False
         self._unparsed = b""
-        self._tail = b""  # of what is parsed, to find the end of a head in two pieces
+        self._tail = b""  # of the parsed data, to find the end of a head that is split in two
         self._head_bytes = self._num_headers = 0  # of an incomplete head
         self._framing = 0  # bytes since the last byte of a chunked body
         self._body_left = 0  # of a body with a length
         self._dropped = 0  # bytes of a body since it was answered
-        self._problem: ApiError | None = None  # with the request that is being parsed
+        self._problem: ApiError | None = None  # with the request being parsed
         self._received = 0  # bytes
         self._num_requests = 0
         self._timer = ProgressTimer()
@@ -131,7 +131,7 @@ class HttpProtocol(SupervisedProtocol):
             self._monitor.idle[self] = now
 
     def data_received(self, data: bytes) -> None:
-        """Parse what arrived, up to the end of a request."""
+        """Parse the data that arrived, up to the end of a request."""
         self._unset_keepalive_if_required()
         self._received += len(data)
         if not self._wire.ended:
@@ -142,7 +142,7 @@ class HttpProtocol(SupervisedProtocol):
             self._dropped = dropped
 
     def _parse_requests(self, data: bytes) -> None:
-        """Parse up to the end of a request that is to be answered first; the rest waits."""
+        """Parse up to the end of a request, which is answered first; the rest waits."""
         start = 0
         while start < len(data) and not self._is_ending:
             if self._phase == "idle" and self.cycle is not None:
@@ -155,7 +155,7 @@ class HttpProtocol(SupervisedProtocol):
         self.flow.held = bool(self._unparsed)
         uploading = self._phase == "body" and not self.cycle.response_complete
         if self._unparsed or (uploading and self.cycle.body):
-            self.flow.pause_reading()  # until the application asks for more
+            self.flow.pause_reading()  # until the application reads more
         self._charge()
 
     @property
@@ -188,10 +188,10 @@ class HttpProtocol(SupervisedProtocol):
             self._refuse(self._problem)
         elif self._dropped > MAX_DROPPED:
             self.transport.close()
-            self._monitor.closed["the client kept sending a body that was answered"] += 1
+            self._monitor.closed["the client kept sending a body after its answer"] += 1
 
     def _check_line(self, data: bytes) -> ApiError | None:
-        """Add to the request's first line, and return what is wrong with it."""
+        """Add to the request's first line, and return its error, if any."""
         if self._line_complete:
             return None
         line, newline, _ = (self._line + data).lstrip(b"\r\n").partition(b"\n")
@@ -215,7 +215,7 @@ class HttpProtocol(SupervisedProtocol):
                     self._ignore_upgrade()
         except (HttpParserError, HttpParserUpgrade):
             if self._problem is None:
-                self.url = b""  # what is not HTTP belongs to no route
+                self.url = b""  # data that is not HTTP belongs to no route
                 self.logger.warning("Invalid HTTP request received.")
                 self._problem = _invalid("Invalid HTTP request received")
 
@@ -291,7 +291,7 @@ class HttpProtocol(SupervisedProtocol):
             self.flow.resume_reading()
 
     def _forget_answered(self) -> None:
-        """Release the request's headers if it is received and answered."""
+        """Release the request's headers once it is received and answered."""
         if self._phase == "idle" and self.cycle is not None and self.cycle.response_complete:
             self.cycle = self.scope = None  # type: ignore[assignment]  # as before the first request
             self.headers, self.url = [], b""
@@ -304,7 +304,7 @@ class HttpProtocol(SupervisedProtocol):
         self._disconnect()
 
     def _disconnect(self) -> None:
-        """Stop the request that is being answered from writing, and release the connection's memory."""
+        """Stop the request being answered from writing, and release the connection's memory."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -333,7 +333,7 @@ class HttpProtocol(SupervisedProtocol):
         self.flow.resume_reading()
 
     def _charge(self) -> None:
-        """Count the memory of what has arrived of a request, until its application has it."""
+        """Count the memory of the part of a request that has arrived, until its application has it."""
         size = len(self._unparsed)
         if self._phase == "head":
             size += self._head_bytes + HEADER_OVERHEAD * self._num_headers
@@ -356,7 +356,7 @@ def _invalid(problem: str) -> ApiError:
 
 
 def _check_headers(headers: list[tuple[bytes, bytes]], version: str) -> ApiError | None:
-    """Return what is wrong with headers that decide where a request goes and where its body ends (RFC 9112)."""
+    """Return the error in headers that decide where a request goes and where its body ends (RFC 9112)."""
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (version == "1.1" and not hosts):
         return _invalid(f"The request must have one Host header, but has {len(hosts)}")

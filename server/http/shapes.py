@@ -1,4 +1,4 @@
-"""What JSON a wire model takes, member by member, for code that follows a body along its model."""
+"""The JSON that a wire model accepts, member by member, for code that follows a body along its model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Shape:
     """What a value may be: an object of one of the models, or a list of `items`; neither for all other JSON."""
 
     models: tuple[type[BaseModel], ...] = ()
-    tag: str | None = None  # the member that tells which of the models an object is
+    tag: str | None = None  # the member whose value decides which of the models describes an object
     items: Shape | None = None
 
     def narrow(self, value: dict[str, Any]) -> Shape:
-        """Return the shape of the model that the object says it is; all models if it does not say."""
+        """Return the shape of the model that the object's tag names; of all models if it has no known tag."""
         kind = value.get(self.tag) if self.tag is not None else None
         return self._kinds.get(kind, self) if isinstance(kind, str) else self
 

@@ -1,4 +1,4 @@
-"""What a connection waits for, how fast its client is, and how it gives way: for `ConnectionMonitor`."""
+"""A connection as `ConnectionMonitor` needs it: its wait, its client's speed, and how it gives way."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Literal, Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .budget import Hold, memory_full
-from .connection_limits import ConnectionMonitor, ProgressTimer, Wait
+from .connection_monitor import ConnectionMonitor, ProgressTimer, Wait
 from .errors import ApiError
 from .middleware import CONTEXT, RequestContext
 
-MIN_BEHIND_SECONDS = 1.0  # before this, nothing is known of how fast a client reads
+MIN_BEHIND_SECONDS = 1.0  # before this, a client's reading speed is not known
 MAX_UNREAD = 65536  # how many tokens a client may lag behind its stream; tokens with log-probabilities count more
-UNREAD_BYTES = 200  # of memory that each of them takes
+UNREAD_BYTES = 200  # of memory for each unread token
 
 
 class Wire(Protocol):
-    """What has become of a connection's responses."""
+    """The state of a connection's responses."""
 
     written: int  # bytes
     ended: bool  # an error response has ended the connection, and the rest of the request is dropped
@@ -35,13 +35,13 @@ class SupervisedProtocol(HttpToolsProtocol):
     _monitor: ConnectionMonitor
     _timer: ProgressTimer
     _phase: Literal["idle", "head", "body"]
-    """What is being received: nothing, or the head or the body of a request, which is `cycle` until it is received and
-    answered."""
+    """What is being received: nothing, or the head or the body of a request. `cycle` is that request until it is
+    received and answered."""
     _received: int  # bytes
     _num_requests: int
-    _hold: Hold | None = None  # of memory for what is received
+    _hold: Hold | None = None  # memory for received data
     _unsent: Hold | None = None
-    _behind = (0.0, 0)  # since when the client has been behind, and what it had read then
+    _behind = (0.0, 0)  # since when the client has been behind, and how much it had read then
 
     def pause_writing(self) -> None:
         """Stop writing until the client has read more."""
@@ -60,7 +60,7 @@ class SupervisedProtocol(HttpToolsProtocol):
         raise NotImplementedError
 
     def _disconnect(self) -> None:
-        """Stop the request that is being answered from writing, and release the connection's memory."""
+        """Stop the request being answered from writing, and release the connection's memory."""
         raise NotImplementedError
 
     @property
@@ -70,12 +70,12 @@ class SupervisedProtocol(HttpToolsProtocol):
     def _taken(self) -> int:
         """Return how many bytes of responses the client's system has received."""
         queued = array.array("i", [0])
-        with contextlib.suppress(OSError):  # a system without it counts what it has buffered as received
+        with contextlib.suppress(OSError):  # a system without this call counts buffered bytes as received
             fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
         return self._wire.written - self.transport.get_write_buffer_size() - queued[0]
 
     def _awaited(self) -> Wait | None:
-        """Return what the connection is waiting for the client to do, or None if it is not waiting for the client."""
+        """Return the `Wait` for the client, or None if the connection is not waiting for it."""
         if self.flow.write_paused or (self._is_ending and self.transport.get_write_buffer_size()):
             return Wait("write", None, self._taken())
         if self._is_ending:
@@ -90,7 +90,7 @@ class SupervisedProtocol(HttpToolsProtocol):
         return None
 
     def check(self, now: float) -> str | None:
-        """Close the connection if its client is gone, too slow or too far behind; return the reason."""
+        """Close the connection if its client has left, is too slow or too far behind; return the reason."""
         if self.flow.read_paused and self._is_hung_up():
             self.transport.abort()
             return "the client hung up"
@@ -123,13 +123,13 @@ class SupervisedProtocol(HttpToolsProtocol):
         return True
 
     def pace(self) -> float | None:
-        """Return the bytes a second that the client has read since it is behind; None if that is too short to tell."""
+        """Return the bytes a second that the client has read since it fell behind; None if that is too recent."""
         since, taken = self._behind
         seconds = self.loop.time() - since
         return (self._taken() - taken) / seconds if seconds >= MIN_BEHIND_SECONDS else None
 
     def give_way(self) -> None:
-        """Close the connection, with an error response if no other has begun, and release its memory."""
+        """Close the connection, with an error response if no response has begun, and release its memory."""
         if (context := self._context()) is not None:
             context.release()
         if self.flow.write_paused:

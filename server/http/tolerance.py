@@ -1,4 +1,4 @@
-"""Fields that no wire model has: which are dropped, in silence or by name, and which are refused."""
+"""Fields that no wire model has: which are dropped, silently or with a notice, and which are refused."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Rule:
     """What happens to a field, or to some items of a list, that the server cannot act on."""
 
     kind: Kind
-    nothing: tuple[Any, ...] = ()  # values that ask for nothing: accepted in silence, as null is
-    items: tuple[str, ...] = ()  # of a list: patterns of the strings, or of the objects' types, that are meant
-    needs_others: bool = False  # the rule is for lists that have other items too
-    variables: Callable[[Any], dict[str, Any]] | None = None  # what a hint sets, if the chat template reads it
+    nothing: tuple[Any, ...] = ()  # values without effect: accepted silently, as null is
+    items: tuple[str, ...] = ()  # patterns for the list's strings, or its objects' types, to which the rule applies
+    needs_others: bool = False  # the rule applies only to lists that have other items too
+    variables: Callable[[Any], dict[str, Any]] | None = None  # the template variables that a hint sets
     advice: str = ""  # ends the message of a refusal
 
     def asks_for_nothing(self, value: Any) -> bool:
@@ -30,7 +30,7 @@ class Rule:
         return any(value == nothing and type(value) is type(nothing) for nothing in self.nothing)
 
     def matches(self, item: Any) -> bool:
-        """Whether the rule is about this item of a list."""
+        """Whether the rule applies to this item of a list."""
         name = item.get("type") if isinstance(item, dict) else item
         return isinstance(name, str) and any(fnmatchcase(name, pattern) for pattern in self.items)
 
@@ -47,24 +47,26 @@ class Rules:
 
 @dataclass(slots=True)
 class Tolerance:
-    """Drops from one body what the rules allow to drop."""
+    """Drops from one body the fields that the rules allow it to drop."""
 
     rules: Rules
     ignore_unknown: bool = False  # unknown fields are dropped too
     variables: frozenset[str] = frozenset()  # those that the chat template reads
-    settings: dict[str, Any] = field(default_factory=dict)  # what hints set of them
-    numbers: dict[str, list[int]] = field(default_factory=dict)  # of the items that are left in a list, by its path
+    settings: dict[str, Any] = field(default_factory=dict)  # the template variables that hints set
+    numbers: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # the original numbers of the items left in a list, by its path
     ignored: dict[str, None] = field(default_factory=dict)  # the places of dropped hints, in order
 
     def relax_body(self, fields: dict[str, Any], shape: Shape) -> dict[str, Any]:
-        """Return a body without what asks for nothing; raise `ApiError` 400 for a field that is refused."""
+        """Return a body without fields that have no effect; raise `ApiError` 400 for a field that is refused."""
         kept: dict[str, Any] = self._relax(fields, shape, "", "")
         if self.settings:
             kept["chat_template_kwargs"] = self.settings | (kept.get("chat_template_kwargs") or {})
         return kept
 
     def renumber(self, error: ApiError) -> ApiError:
-        """Return an error about what is left of the body with the numbers that items have in the whole body."""
+        """Return an error about the remaining body, with items numbered as in the whole body."""
         for path, numbers in self.numbers.items():
             item = re.compile(rf"\b{re.escape(path)}\[(\d{{1,9}})\]")
 
@@ -84,7 +86,7 @@ class Tolerance:
     def _relax(self, value: Any, shape: Shape | None, path: str, place: str) -> Any:
         """Return a value that is at `path`, or at `place` with `[]` for the numbers of items.
 
-        Without a shape only the rules know what is in it.
+        Without a shape, only the rules apply to its members.
         """
         if isinstance(value, list):
             return self._relax_list(value, shape and (shape.items or ANYTHING), path, f"{place}[]")

@@ -98,7 +98,9 @@ def test_an_unknown_variable_is_one_warning_and_a_service_none(checkpoint: Path)
     done = run(*words, setting="PYLLM_PROT=1")
     assert done.returncode == 0
     (line,) = done.stderr.splitlines()
-    assert line.endswith("PYLLM_PROT, which is no variable of PyLLM and has no effect; did you mean PYLLM_PROMPT?")
+    assert line.endswith(
+        "PyLLM has no environment variable PYLLM_PROT, so it has no effect; did you mean PYLLM_PROMPT?"
+    )
     assert run(*words, setting="PYLLM_PORT=tcp://10.96.12.3:8000").stderr == ""
 
 

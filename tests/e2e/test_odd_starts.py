@@ -72,7 +72,7 @@ FILES: list[tuple[str, Make, str]] = [
     (WEIGHTS, tensors({"a": tensor(shape=(2**62, 2**62))}), "truncated or not a safetensors file"),
     (WEIGHTS, tensors({"a": tensor("F99")}), "truncated or not a safetensors file"),
     (WEIGHTS, tensors(b"[" * 100_000), "truncated or not a safetensors file"),
-    (INDEX, index({"a": "../model.safetensors"}), "which is no name of a .safetensors file"),
+    (INDEX, index({"a": "../model.safetensors"}), "which is not the name of a .safetensors file"),
     (INDEX, index({f"layers.{n}.x": f"m-{n}.safetensors" for n in range(100_000)}), "lacks m-"),
 ]
 
@@ -181,7 +181,7 @@ def test_a_nonsensical_variable_is_one_sentence(name: str, value: str, words: st
         (("--host", "no.such.host.invalid"), "Cannot listen on no.such.host.invalid:"),
         (("--host", "a" * 300), "Cannot listen on aaaa"),
         (("--host", "fe80::1%nope"), "Cannot listen on fe80::1%nope:"),
-        (("--ssl-keyfile", "/dev/zero", "--ssl-certfile", "/dev/zero"), "--ssl-keyfile /dev/zero is no file"),
+        (("--ssl-keyfile", "/dev/zero", "--ssl-certfile", "/dev/zero"), "--ssl-keyfile /dev/zero is not a file"),
         (("--uds", "/nowhere/socket"), "Cannot listen on the socket /nowhere/socket (no such file or directory)"),
         (("--kv-cache-memory-bytes", "900TB"), "--kv-cache-memory-bytes asks for"),
         (("--chat-template", "/dev/zero"), "/dev/zero is a device, pipe or socket"),

@@ -68,11 +68,11 @@ def test_a_second_server_is_refused_and_a_dead_one_replaced(checkpoint: Path, fo
 
 
 ODD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "file": (Path.touch, "no socket"),
-    "folder": (Path.mkdir, "no socket"),
-    "FIFO": (os.mkfifo, "no socket"),
-    "link": (lambda path: path.symlink_to(path.with_name("elsewhere")), "no socket"),
-    "link to a socket": (lambda path: path.symlink_to(bound(path.with_name("other"))), "no socket"),
+    "file": (Path.touch, "not a socket"),
+    "folder": (Path.mkdir, "not a socket"),
+    "FIFO": (os.mkfifo, "not a socket"),
+    "link": (lambda path: path.symlink_to(path.with_name("elsewhere")), "not a socket"),
+    "link to a socket": (lambda path: path.symlink_to(bound(path.with_name("other"))), "not a socket"),
     "datagrams": (lambda path: bound(path, socket.SOCK_DGRAM, close=False), "wrong type"),
 }  # fmt: skip
 kept = []
@@ -109,8 +109,8 @@ def test_what_is_no_servers_socket_is_refused_and_stays(folder: Path, kind: str)
         ("/nowhere/socket", "no such file or directory"),
         ("/dev/null/socket", "not a directory"),
         ("/proc/socket", "Cannot listen on the socket /proc/socket"),
-        ("/tmp", "no socket"),
-        ("/tmp/", "no socket"),
+        ("/tmp", "not a socket"),
+        ("/tmp/", "not a socket"),
         ("@name", "is an abstract name"),
     ],
 )

@@ -197,9 +197,9 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("tokenizer.json", {"model": 5}, "cannot be read as a tokenizer"),
     ("model.safetensors.index.json", {"weight_map": []}, "is not an index with a weight_map"),
     ("model.safetensors.index.json", {"weight_map": {"a": 5}}, "lists 5, which is no name"),
-    ("model.safetensors.index.json", {"weight_map": {"a": "x" * 5000 + ".safetensors"}}, "which is no name"),
-    ("model.safetensors.index.json", {"weight_map": {"a": "../" + SHARD}}, "which is no name"),
-    ("model.safetensors.index.json", {"weight_map": {"a": "a\0.safetensors"}}, "which is no name"),
+    ("model.safetensors.index.json", {"weight_map": {"a": "x" * 5000 + ".safetensors"}}, "which is not the name"),
+    ("model.safetensors.index.json", {"weight_map": {"a": "../" + SHARD}}, "which is not the name"),
+    ("model.safetensors.index.json", {"weight_map": {"a": "a\0.safetensors"}}, "which is not the name"),
     ("model.safetensors.index.json", {"weight_map": {"a": "gone.safetensors"}}, "lacks gone.safetensors, which"),
 ]  # fmt: skip
 

@@ -145,12 +145,12 @@ def test_unusable_arguments_are_refused_in_one_sentence(arguments, sentence):
         ('generation_config: "a\\0b"', "is not UTF-8 text"),
         ("model: ''", "must not be empty"),
         ("", "is empty"),
-        ("port: 2024-99-99", "a value is no valid date or number, or does not fit its tag"),
-        ("port: !!int x", "a value is no valid date or number, or does not fit its tag"),
-        ("port: !!int ''", "a value is no valid date or number, or does not fit its tag"),
-        ("port: !!timestamp x", "a value is no valid date or number, or does not fit its tag"),
-        ("host: !!bool x", "a value is no valid date or number, or does not fit its tag"),
-        ("port: " + "1" * 5000, "a value is no valid date or number, or does not fit its tag"),
+        ("port: 2024-99-99", "a value is not a valid date or number, or does not fit its tag"),
+        ("port: !!int x", "a value is not a valid date or number, or does not fit its tag"),
+        ("port: !!int ''", "a value is not a valid date or number, or does not fit its tag"),
+        ("port: !!timestamp x", "a value is not a valid date or number, or does not fit its tag"),
+        ("host: !!bool x", "a value is not a valid date or number, or does not fit its tag"),
+        ("port: " + "1" * 5000, "a value is not a valid date or number, or does not fit its tag"),
         ("host: !!python/object:os.system x", "not valid YAML: could not determine a constructor"),
         ("host: \0", "not valid YAML"),
         ("host: " + "[" * 5_000, "is nested too deeply"),
@@ -236,9 +236,7 @@ def test_an_unknown_variable_is_named_with_the_nearest():
     known = {"PYLLM_PORT": "1", "PYLLM_NATIVE": "0", "PYLLM_TEMPERATURE": "1", "HOME": "/", "VLLM_PORT": "1"}
     assert unknown_variables(known, ServerConfig, [TerminalConfig]) == []
     (sentence,) = unknown_variables(known | {"PYLLM_PROT": "secret"}, ServerConfig, [GenerateConfig, TerminalConfig])
-    assert sentence == (
-        "The environment has PYLLM_PROT, which is no variable of PyLLM and has no effect; did you mean PYLLM_PORT?"
-    )
+    assert sentence == "PyLLM has no environment variable PYLLM_PROT, so it has no effect; did you mean PYLLM_PORT?"
 
 
 def test_environment_is_named_in_its_errors():
@@ -328,6 +326,14 @@ def test_an_unknown_flag_gets_the_right_hint_or_none(flag, says):
     with pytest.raises(ConfigError) as refused:
         load(ServerConfig, flag, "2")
     assert str(refused.value) == f"Unknown flag {flag.partition('=')[0].replace('_', '-')}{says}"
+
+
+def test_help_shows_defaults_as_a_user_would_write_them(capsys):
+    with pytest.raises(SystemExit):
+        load(ServerConfig, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("before exiting (default: 0)", "--batch-dir (default: 10GB)", "listen on (default: 127.0.0.1)"):
+        assert text in shown
 
 
 def test_help_and_version_are_quick_and_complete():

@@ -4,7 +4,7 @@
 
 #include "products.h"
 
-// What a step's tokens have in common in all layers: T tokens of S sequences.
+// The data about a step that all layers share: T tokens of S sequences.
 struct Step {
   const float *cos, *sin;                // [T, head_dim / 2]
   const int64_t* slots;                  // [T]

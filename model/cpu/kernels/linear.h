@@ -1,4 +1,4 @@
-// The product of a whole step: out = w times the step's rows, with RMSNorm first if asked for.
+// The product of a whole step: out = w times the step's rows, with RMSNorm first if there is a norm.
 #pragma once
 
 #include "products.h"

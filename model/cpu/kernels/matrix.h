@@ -1,4 +1,4 @@
-// Packed weights, and the rows of activations that they are multiplied with, in the same kind of numbers.
+// Packed weights, and the rows of activations to multiply with them, in the same kind of numbers.
 #pragma once
 
 #include "memory.h"

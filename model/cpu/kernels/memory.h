@@ -14,7 +14,7 @@ class Scratch {
   T* get(size_t count) {
     size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
-      bytes = std::max(bytes, 2 * size_);  // grow seldom: each time fragments the heap
+      bytes = std::max(bytes, 2 * size_);  // grow seldom, since growing fragments the heap
       std::free(data_);
       data_ = std::aligned_alloc(64, bytes);
       size_ = data_ ? bytes : 0;

@@ -30,7 +30,7 @@ inline Vec activate(Vec x, int activation) {
   return _mm512_load_ps(v);
 }
 
-// What gated_mlp multiplies the inner channels with: nothing.
+// The factors of the inner channels in gated_mlp: none.
 struct Unscaled {
   bool skips(int, int, int) const { return false; }
   Vec operator()(int, int, Vec v) const { return v; }
@@ -145,7 +145,7 @@ inline int64_t route(const Mlp& mlp, int64_t own, const float* mu) {
 
 extern "C" {
 
-// x[T, H] += the expert's MLP of rms_norm(x), and the shared expert's; sets experts[T] where there are several. See
+// x[T, H] += the expert's MLP of rms_norm(x), and the shared expert's; sets experts[T] if there are several. See
 // Backend.routed_mlp. `mu` may be null.
 void pyllm_mlp(const Mlp* args, int rows, float* x, const int64_t* ids, const float* mu, int64_t* experts) {
   std::lock_guard<std::mutex> lock(in_use);

@@ -25,7 +25,7 @@ MEMBERS = ("custom_id", "method", "url", "body")
 
 
 class LineError(ValueError):
-    """A line that is no request; the message says why."""
+    """A line that is not a request; the message says why."""
 
     def __init__(self, message: str, param: str | None = None, code: str = "invalid_line") -> None:
         super().__init__(message)
@@ -68,7 +68,7 @@ _failure = msgspec.json.Decoder(_Failure).decode
 
 
 def parse_line(data: bytes, url: str | None = None) -> Line:
-    """Parse a line, for the endpoint `url` if that is given; raise `LineError`."""
+    """Parse a line, for the endpoint `url` if given; raise `LineError`."""
     if len(data) > MAX_LINE_BYTES:
         raise LineError(f"The line is longer than {MAX_LINE_BYTES} bytes.")
     try:

@@ -37,7 +37,7 @@ RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 def add_batch_routes(app: FastAPI, find_store: Callable[[], BatchStore | None]) -> None:
-    """Add the routes; without a store they say how to get one."""
+    """Add the routes; without a store, their error says how to get one."""
 
     def store() -> BatchStore:
         if (found := find_store()) is None:
@@ -160,7 +160,7 @@ def _add_batch_routes(app: FastAPI, store: Callable[[], BatchStore]) -> None:
 
 
 def _check_range(text: str | None, size: int) -> None:
-    """Raise `ApiError` 416 if a `Range` header is anything but one part of a file of this size."""
+    """Raise `ApiError` 416 for a `Range` header that is not one part of a file of this size."""
     if text is None:
         return
     found = RANGE.fullmatch(text)
@@ -173,7 +173,7 @@ def _check_range(text: str | None, size: int) -> None:
 
 @contextlib.contextmanager
 def _storing() -> Iterator[None]:
-    """Raise `ApiError` 507 where the disk takes no more."""
+    """Raise `ApiError` 507 if the disk is full or fails."""
     try:
         yield
     except OSError as error:

@@ -6,8 +6,8 @@
     batches/ID.output, .errors rows of an unfinished batch, as they come; files once it has ended
     *.tmp                      being written
 
-A record is replaced as a whole, in a thread that does one thing after the other. Rows are appended: the last one may be
-torn by a crash, and is then cut off. All ids of a kind sort by the time at which they were made.
+A record is replaced as a whole, in a thread that does one task at a time. Rows are appended: the last one may be
+torn by a crash, and is then cut off. All ids of a kind sort by time of creation.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class BatchRecord(msgspec.Struct, kw_only=True):
     expires_at: int
     metadata: dict[str, str] | None = None
     keep_seconds: int = KEEP  # for its output
-    crashes: int = 0  # how often the server ended without warning while it ran
+    crashes: int = 0  # how often the server ended without warning while the batch ran
     moments: dict[str, int] = {}  # Unix times such as `completed_at`
     ends_as: Status = "completed"  # once it is finalized
     errors: list[dict[str, Any]] = []
@@ -119,10 +119,10 @@ def new_id(prefix: str) -> str:
 
 
 class BatchStore:
-    """Files and batches by id, oldest first; what another owner has does not exist for an owner.
+    """Files and batches by id, oldest first; an owner does not see those of others.
 
-    With several owners, one may have at most as much of each bounded thing as is left for the others: the first to ask
-    gets up to half.
+    With several owners, each may have at most as many files, batches and bytes as are left for the others: the first
+    to ask gets up to half.
     """
 
     def __init__(self, folder: Path, max_bytes: int, *, shared: bool = False) -> None:
@@ -132,8 +132,8 @@ class BatchStore:
         self.shared = shared  # there are several owners
         self.files: dict[str, FileRecord] = {}
         self.batches: dict[str, BatchRecord] = {}
-        self.owned: Counter[str] = Counter()  # bytes of each owner's files and rows, and of the uploads that arrive
-        self.uploads: list[str] = []  # the owners of those that arrive
+        self.owned: Counter[str] = Counter()  # bytes of each owner's files, rows and arriving uploads
+        self.uploads: list[str] = []  # the owners of arriving uploads
         self.accepting: set[str] = set()  # batches that are not on the disk yet, so not accepted
         self._disk = start_pool(1, "write-batches")
         try:
@@ -188,7 +188,7 @@ class BatchStore:
         if size > self.room(owner):
             left = self.max_bytes - self.used
             message = f"This API key's files have {self.owned[owner]} bytes, and {left} are left for all keys"
-            message += f": with {size} more, it would have more than is left. Delete some first."
+            message += f": {size} more would be over its share. Delete some first."
             raise ApiError(400, message, param="file", code="storage_full")
         if not self._may_add(owner, owners, MAX_FILES):
             message = "This API key has as many files as are left for all others: delete some first."
@@ -200,7 +200,7 @@ class BatchStore:
         return (free - self.owned[owner]) // 2 if self.shared else free
 
     def _may_add(self, owner: str, owners: Iterable[str], most: int) -> bool:
-        """Whether an owner may have one more of the things that belong to `owners`: at most as many as are left."""
+        """Whether an owner may have one more of the things of `owners`: at most as many as are left for the others."""
         counts = Counter(owners)
         left = most - counts.total()
         return counts[owner] < left if self.shared else left > 0
@@ -316,7 +316,7 @@ class BatchStore:
         await self.save(batch)
 
     async def purge(self) -> None:
-        """Delete the files and the batches whose time has come."""
+        """Delete the files and the batches that have expired."""
         now = time.time()
         for record in [record for record in self.files.values() if record.expires_at < now]:
             if record.id in self.files and self._reader_of(record) is None:
@@ -340,7 +340,7 @@ class BatchStore:
         self.used += await self._in_order(_replace, path, encode_json(record))
 
     async def _in_order(self, work: Callable[..., int], *args: Any) -> int:
-        """Work on the disk, which may take long, after all that was to be done there before."""
+        """Do slow work on the disk, after all earlier work there."""
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
 
 

@@ -1,4 +1,4 @@
-"""What clients send and read about files and batches, in OpenAI's shapes."""
+"""The wire models of files and batches, in OpenAI's shapes."""
 
 from __future__ import annotations
 

@@ -25,13 +25,13 @@ logger = logging.getLogger("pyllm.server")
 POLL_SECONDS = 0.1
 PURGE_SECONDS = 3600.0
 MAX_CRASHES = 3
-MAX_ERRORS = 100  # of a file that is no batch, in the batch's record
-TURN_SECONDS = 600.0  # for which a batch runs while one of another key waits
+MAX_ERRORS = 100  # of an invalid file, in the batch's record
+TURN_SECONDS = 600.0  # that a batch may run while another key's waits
 EXPIRED = LineError("This request was not executed before the completion window expired.", code="batch_expired")
 
 
 class _Usage(msgspec.Struct, frozen=True):
-    """The usage of either API; `msgspec` ignores the rest."""
+    """The token counts of either API; `msgspec` ignores other fields."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -84,7 +84,7 @@ class BatchWorker:
         self._turns: dict[str, int] = {}  # by owner, the number of its last turn
 
     async def run(self) -> None:
-        """Run until cancelled; what is unfinished then is continued by the next run."""
+        """Run until cancelled; the next run continues unfinished batches."""
         purged = 0.0
         while True:
             if time.monotonic() - purged >= PURGE_SECONDS:
@@ -121,7 +121,7 @@ class BatchWorker:
                 batch.errors = errors
                 batch.enter("failed")
                 await self._store.save(batch)
-                logger.info("Batch %s failed: its file has lines that are no requests", batch.id)
+                logger.info("Batch %s failed: its file has lines that are not requests", batch.id)
                 return
             if batch.status == "validating":  # not cancelled meanwhile
                 batch.enter("in_progress")
@@ -130,7 +130,7 @@ class BatchWorker:
         if batch.status != "finalizing":
             if batch.crashes >= MAX_CRASHES:
                 await self._fail(
-                    batch, "server_died", f"The server died {batch.crashes} times while it ran this batch."
+                    batch, "server_died", f"The server died {batch.crashes} times while running this batch."
                 )
                 return
             batch.crashes += 1
@@ -150,7 +150,7 @@ class BatchWorker:
         logger.info("Batch %s %s: %d answered, %d failed of %d lines", batch.id, batch.status, *counts)
 
     async def _fail(self, batch: BatchRecord, code: str, message: str) -> None:
-        """End a batch with the rows that it has."""
+        """End a batch with the rows written so far."""
         batch.errors = [{"code": code, "message": message, "line": None, "param": None}]
         batch.ends_as = "failed"
         try:
@@ -193,7 +193,7 @@ class BatchWorker:
             return is_done or batch.ends_as != "completed"
 
     async def _wait(self, run: _Run, count: int) -> None:
-        """Wait until fewer than `count` lines run, or the batch is over; raises what a line has raised."""
+        """Wait until fewer than `count` lines run, or the batch is over; raises the error of a line."""
         while len(run.tasks) >= count and not self._is_over(run.batch):
             done, run.tasks = await asyncio.wait(run.tasks, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -201,7 +201,7 @@ class BatchWorker:
 
     @staticmethod
     def _is_over(batch: BatchRecord) -> bool:
-        """Whether a batch is cancelled or has expired, which is noted in `ends_as`."""
+        """Whether a batch is cancelled or has expired; note which in `ends_as`."""
         if batch.status == "cancelling":
             batch.ends_as = "cancelled"
         elif time.time() > batch.expires_at:
@@ -258,7 +258,7 @@ def _count(batch: BatchRecord, status: int, usage: _Usage | None) -> None:
 
 
 def _validate(path: Path, batch: BatchRecord) -> list[dict[str, Any]]:
-    """Count the lines of an input file, and return what is wrong with the first bad ones."""
+    """Count the lines of an input file, and return the errors of the first bad ones."""
     errors: list[dict[str, Any]] = []
     seen: set[bytes] = set()
     total = 0
@@ -285,5 +285,5 @@ def _validate(path: Path, batch: BatchRecord) -> list[dict[str, Any]]:
 
 
 def _digest(custom_id: str) -> bytes:
-    """Return what takes the place of an id of up to 512 characters in a set of all of a batch's ids."""
+    """Return a digest of an id of up to 512 characters, so that a set of all ids of a batch stays small."""
     return hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -151,12 +151,12 @@ def ending(body: wire.MessagesRequest, choice: Choice, reason: str, has_calls: b
 
 
 def _signature(thinking: str) -> str:
-    """Return what clients must find on a block of thinking: a digest of it, which nothing here reads again."""
+    """Return the signature that clients require on a block of thinking: a digest that the server never reads."""
     return blake2b(thinking.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def _block(part: str | ToolCall | Thought) -> dict[str, Any]:
-    """Return a block of the answer; the input of an unfinished call is what has arrived, as in Anthropic's client."""
+    """Return a block of the answer; an unfinished call's input is the part so far, as in Anthropic's client."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if isinstance(part, Thought):

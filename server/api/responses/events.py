@@ -1,4 +1,4 @@
-"""Writes a response while it is generated: its output items, and the events of its stream."""
+"""Writes a response while it is being generated: its output items, and the events of its stream."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class ResponseWriter(EventWriter):
         self._turn = turn
         self._thoughts = CONTENT
         self._sequence = 0
-        self._item: Item | None = None  # the one that is being written
+        self._item: Item | None = None  # the one being written
         self._pieces: list[str] = []
         self._has_calls = False
-        self._logprobs: list[dict[str, Any]] = []  # of the text that is being written: those of tokens that it shows
+        self._logprobs: list[dict[str, Any]] = []  # of the tokens that the text being written shows
         self._tokens = ShownLogprobs(tokenizer, turn.params.skip_special_tokens)
 
     def opening(self) -> bytes:
@@ -72,7 +72,7 @@ class ResponseWriter(EventWriter):
         data = b""
         for section, text in output.sections or [("content", output.text)]:
             if section != "content":
-                self._tokens.add([], text)  # log-probabilities are of the answer
+                self._tokens.add([], text)  # the response's log-probabilities cover only the answer
             data += self._write(self._turn.read_section(self._reader, section, text))
         return data
 
@@ -141,7 +141,7 @@ class ResponseWriter(EventWriter):
         return self._delta(text, [entry for entry in entries if entry["bytes"]])
 
     def _write_last_logprobs(self) -> bytes:
-        """Add the tokens that the text shows in part, and those of a last character that is unfinished."""
+        """Add the tokens that the text shows in part, and those of an unfinished last character."""
         if self._has_calls or self._item is None:
             return b""
         is_unfinished = self._tokens.is_inside_character
@@ -194,7 +194,7 @@ class ResponseWriter(EventWriter):
             data += self._event(f"{self._thoughts.part}.done", **place, part=part)
         else:
             item["arguments"] = text
-            # Clients run a call that is completed, whatever became of the response.
+            # Clients run a completed call, even if the response is incomplete.
             item["status"] = "incomplete" if decode_json(text) is None else "completed"
             data = self._event("function_call_arguments.done", **place, arguments=text)
         self._item, self._pieces, self._logprobs = None, [], []

@@ -57,7 +57,7 @@ async def create_response(
 
 
 def read_reasoning(body: wire.ResponseRequest, model: ServedModel) -> dict[str, str | None]:
-    """Return how a request asks for reasoning, as the response repeats it; raises `RequestError`."""
+    """Return a request's reasoning options, as the response repeats them; raises `RequestError`."""
     options = (body.chat_template_kwargs or {}) if model.reasons else {"reasoning_effort": "none"}
     effort, summary = options.get("reasoning_effort"), options.get("reasoning_summary")
     if summary not in wire.SUMMARIES:
@@ -136,7 +136,7 @@ def read_items(body: wire.ResponseRequest, sources: Sources) -> list[wire.Item]:
 
 
 def _without_reasoning(items: list[wire.Item]) -> list[wire.Item]:
-    """Return output items without those that the model does not read again."""
+    """Return the output items that the model reads again."""
     return [item for item in items if item["type"] != "reasoning"]
 
 

@@ -61,7 +61,7 @@ class StoredResponse:
     """One response and everything that the model read for it, in immutable bytes."""
 
     owner: str
-    client: str  # in whose share it is
+    client: str  # the client whose share holds it
     item_ids: tuple[str, ...]  # of the output
     sizes: tuple[int, int, int]  # bytes of each of the `Parts`
     data: bytes  # all parts, compressed if they are small
@@ -82,7 +82,7 @@ def _without_logprobs(item: Item) -> Item:
 
 @dataclass(slots=True)
 class _Share:
-    """What one client has stored."""
+    """The responses that one client has stored."""
 
     hold: Hold
     ids: OrderedDict[str, None] = field(default_factory=OrderedDict)  # the least recently used first

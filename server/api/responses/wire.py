@@ -135,7 +135,7 @@ class TextOptions(StrictModel):
 
 
 class ReasoningOptions(StrictModel):
-    """How the answer is reasoned."""
+    """The reasoning before the answer: how much, and whether as a summary."""
 
     effort: str | None = Field(description="As requested; none if the model does not reason.")
     summary: Summary | None = Field(description="As requested; the summary has all of the reasoning.")

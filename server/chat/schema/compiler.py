@@ -2,8 +2,8 @@
 
 Each set of parts of the schema that a value must satisfy becomes a rule, so recursive schemas become recursive rules.
 Rules that no text can match are removed, with the alternatives that need them. Where JSON Schema allows more than a
-grammar can say, the grammar allows less: members come in the order of the schema, an object that lists its members and
-does not mention others has no others, and strings with a pattern have no escapes.
+grammar can express, the grammar allows less: members come in the order of the schema, an object that lists its members
+and does not mention others has no others, and strings with a pattern have no escapes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Compiler:
         return "\n".join(lines)
 
     def _prune(self) -> None:
-        """Remove what no text can match."""
+        """Remove rules and alternatives that no text can match."""
         users: dict[int, list[int]] = {}  # of each rule
         for number, rule in enumerate(self._rules):
             for needed in {needed for one in rule.alternatives for needed in _needed(one)}:
@@ -220,7 +220,7 @@ class Compiler:
         return self._terminal(f"/(?:{'|'.join(listed)})/")
 
     def texts(self, parts: Parts) -> list[str]:
-        """Return Lark for what a string's text must match, apart from its length."""
+        """Return Lark for a string's text, apart from its length."""
         found = []
         for part in parts:
             for keyword, sign in (("pattern", ""), ("!pattern", "~")):
@@ -301,9 +301,9 @@ class Compiler:
         return [[self._open_list, self._chain([(number, False) for number in one], None, low, high), self._close_list]]
 
     def _chain(self, items: Sequence[tuple[Symbol, bool]], rest: Symbol | None, low: int, high: int | None) -> int:
-        """Return a rule for items in this order with commas between them; each has whether it must come.
+        """Return a rule for items in this order with commas between them; each with whether it is required.
 
-        `rest` may follow them any number of times; None: nothing may. From `low` to `high` must come in all.
+        `rest` may follow them any number of times; None: nothing may. There are from `low` to `high` items in all.
         """
         low = 0 if low <= sum(must for _, must in items) else low
         high = None if rest is None and high is not None and high >= len(items) else high

@@ -1,4 +1,4 @@
-"""The keywords of JSON Schema that mean something, and the shape of their values."""
+"""The keywords of JSON Schema that have an effect, and the shape of their values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENFORCED = {
     *SUBSCHEMAS, *SUBSCHEMA_LISTS, *SUBSCHEMA_MAPS, *COUNTS, *NUMBERS, *TEXTS, *FLAGS, "items", "const", "enum", "type",
     "required", "dependentRequired", "dependencies",
 }  # fmt: skip
-# Those of all drafts that constrain a value and cannot be enforced.
+# Keywords, of any draft, that constrain a value and cannot be enforced.
 REFUSED = {
     "contains", "minContains", "maxContains", "unevaluatedItems", "$dynamicRef", "$recursiveRef", "extends", "disallow",
     "divisibleBy", "formatMinimum", "formatMaximum", "formatExclusiveMinimum", "formatExclusiveMaximum",
@@ -46,16 +46,16 @@ def brief(name: str) -> str:
 
 
 def is_enforced(keyword: str, value: Any) -> bool:
-    """Whether a keyword with this value says something about the values that are valid."""
+    """Whether a keyword with this value constrains the valid values."""
     return keyword in ENFORCED and (value is not None or keyword == "const")
 
 
 def check_keywords(schema: Any, path: str, checked: set[int]) -> Iterator[tuple[tuple[Any, str], str]]:
     """Yield the schemas with an id or an anchor of their own, as ((schema, path), name).
 
-    Any other keyword is an annotation, as JSON Schema has it, unless it looks like a misspelled one; null says nothing.
+    Any other keyword is an annotation, as JSON Schema has it, unless it looks like a misspelling; null has no effect.
     Raises `ValueError` with the place of a keyword that cannot be enforced, or of a value that its keyword cannot have.
-    `checked` collects the `id` of each schema, which is then passed over.
+    `checked` collects the `id` of each schema, which is then skipped.
     """
     pending: list[tuple[Any, str]] = [(schema, path)]
     while pending:
@@ -87,7 +87,7 @@ def check_keywords(schema: Any, path: str, checked: set[int]) -> Iterator[tuple[
 
 @lru_cache(1000)
 def _refusal(keyword: str) -> str:
-    """Return why a keyword that is not enforced cannot be passed over, "" if it can."""
+    """Return why a keyword that is not enforced cannot be ignored, "" if it can."""
     if keyword in REFUSED or keyword.startswith("!"):  # as derived schemas have them
         return f"has the unsupported keyword {shorten(keyword)!r}"
     near = [] if keyword in ENFORCED or len(keyword) > MAX_KEYWORD else get_close_matches(keyword, ENFORCED, 1, 0.87)
@@ -95,7 +95,7 @@ def _refusal(keyword: str) -> str:
 
 
 def _problem(keyword: str, value: Any) -> str:
-    """Return what is wrong with the value of a keyword, "" for nothing."""
+    """Return the problem with a keyword's value, "" for none."""
     shown = shorten(repr(value))
     if keyword in SUBSCHEMA_LISTS and not (isinstance(value, list) and (value or keyword == "prefixItems")):
         return f"must be a list of schemas, but is {shown}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from .keywords import ALL_TYPES, is_enforced
 
-# What a value of the keyword's type must satisfy instead.
+# The opposite keyword, for values of the keyword's type.
 FLIPPED = {"minimum": "exclusiveMaximum", "maximum": "exclusiveMinimum", "exclusiveMinimum": "maximum"}
 FLIPPED |= {"exclusiveMaximum": "minimum"}
 COUNTS = {"Length": "string", "Items": "array", "Properties": "object"}
@@ -15,7 +15,7 @@ MAX_DEPTH = 20
 
 
 class UnsupportedNegationError(Exception):
-    """A schema has no opposite that can be written; the message says what it has."""
+    """A schema has no opposite that can be written; the message names the obstacle."""
 
 
 def negate(schema: Any, resolve: Callable[[str], Any], depth: int = 0) -> Any:

@@ -1,6 +1,6 @@
 """Regular expressions for the JSON texts of numbers within exact bounds.
 
-The digits of every number are bounded, so that a model without habits ends it. A bounded number is written without an
+The digits of every number are bounded, so that even an untrained model ends it. A bounded number is written without an
 exponent, except where an open side leaves room for very small or very large ones.
 """
 
@@ -12,7 +12,7 @@ from fractions import Fraction
 DIGITS = 17  # after the point, beyond those of a bound; more than a double distinguishes
 INT64 = 2**63  # integers without a bound of their own stay within 64 bits
 FREE = rf"-?(?:0|[1-9][0-9]{{0,{DIGITS}}})(?:\.[0-9]{{1,{DIGITS}}})?(?:[eE][+-]?[0-9]{{1,2}})?"
-HUGE = 10**30  # what only has a bound beyond is written as if it had none on this side
+HUGE = 10**120  # a bound beyond this is written as no bound
 MAX_DIGITS = 400  # of a bound: more than any double has
 MAX_LITERALS = 2000
 
@@ -70,8 +70,8 @@ def number_regex(numbers: Range) -> str:
     if numbers.whole:
         return _integers(numbers)
     low, high = numbers.low, numbers.high
-    low = None if low is not None and low <= -(HUGE**4) else low
-    high = None if high is not None and high >= HUGE**4 else high
+    low = None if low is not None and low <= -HUGE else low
+    high = None if high is not None and high >= HUGE else high
     if low is None and high is None:
         return FREE
     parts = []

@@ -1,4 +1,4 @@
-"""The members of an object: which names it may have, and what is valid under each."""
+"""The members of an object: which names it may have, and the valid values of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from .reader import Part, Parts, Reader, UnsatisfiableError
 
-MAX_WORDS = 60  # names that a pattern is spelled out for
+MAX_WORDS = 60  # names up to which a pattern is written as a list
 OPENING = ("additionalProperties", "patternProperties", "propertyNames", "!open")
 
 
@@ -18,14 +18,12 @@ OPENING = ("additionalProperties", "patternProperties", "propertyNames", "!open"
 class Members:
     """The members that an object may have."""
 
-    named: list[tuple[str, Parts, bool]]  # name, what its value must satisfy, whether it must be there
-    others: list[
-        tuple[list[str], Parts]
-    ]  # Lark for what a name must match, none of the above; what its value must satisfy
+    named: list[tuple[str, Parts, bool]]  # name, the parts for its value, whether it is required
+    others: list[tuple[list[str], Parts]]  # Lark for a name that is none of the above; the parts for its value
 
 
 def members_of(reader: Reader, parts: Parts, texts: Callable[[Parts], list[str]], low: int) -> Members:
-    """Return the members of an object that has at least `low`; `texts` returns Lark for what a string must match."""
+    """Return the members of an object that has at least `low`; `texts` returns Lark for a string's text."""
     patterns = _patterns(parts)
     required = dict.fromkeys(name for part in parts for name in part.get("required") or ())
     listed = dict.fromkeys([*(name for part in parts for name in part.get("properties") or ()), *required])
@@ -61,7 +59,7 @@ def members_of(reader: Reader, parts: Parts, texts: Callable[[Parts], list[str]]
 
 
 def is_closed(parts: Parts) -> bool:
-    """Whether there are no members but those that are listed."""
+    """Whether only the listed members are allowed."""
     if any(part.get("unevaluatedProperties") is False for part in parts):
         return not any(part.get(keyword) is not None for part in parts for keyword in OPENING[:2])
     lists = any(part.get("properties") is not None for part in parts)
@@ -71,7 +69,7 @@ def is_closed(parts: Parts) -> bool:
 def _names(
     reader: Reader, parts: Parts, texts: Callable[[Parts], list[str]]
 ) -> tuple[list[str] | None, dict[str, str], tuple[int, int | None]]:
-    """Return what propertyNames demands: the names if they are known, Lark by pattern, and the length."""
+    """Return the demands of propertyNames: the names if they are known, Lark by pattern, and the length."""
     rules = tuple(part.at("propertyNames") for part in parts if part.get("propertyNames") is not None)
     if not rules:
         return None, {}, (0, None)
@@ -105,7 +103,7 @@ def _words(reader: Reader, parts: Parts, patterns: dict[str, str]) -> list[str] 
 
 
 def _other(part: Part, pattern: str | None) -> Part | None:
-    """Return what a part says of the members that match just this pattern, or none."""
+    """Return a part's schema for the members that match only this pattern, or no pattern."""
     if pattern is not None and pattern in (part.get("patternProperties") or {}):
         return part.at("patternProperties", pattern)
     return part.at("additionalProperties") if part.get("additionalProperties") is not None else None

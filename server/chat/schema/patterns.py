@@ -2,7 +2,7 @@
 
 A pattern may match anywhere in a text, and look ahead. A terminal matches whole texts and has no look-around, but
 intersection and complement instead. `\\d`, `\\w` and `\\s` match ASCII, and their negations leave out all of Unicode's,
-so that every reading of the pattern accepts what a terminal matches.
+so that every reading of the pattern accepts each text that a terminal matches.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Pattern:
         return Node(match["look"] or "group", branches=branches)
 
     def _escape(self, in_class: bool = False) -> Node:
-        """Read what follows a backslash."""
+        """Read the escape after a backslash."""
         match = ESCAPED.match(self._text, self._position)
         if match is None:
             raise ValueError("it ends inside an escape sequence")
@@ -251,7 +251,7 @@ def _words(nodes: list[Node], limit: int) -> list[str] | None:
 
 
 def _bounds(repeat: str) -> tuple[int, int | None]:
-    """Return how often a quantifier lets something come, None: without a limit."""
+    """Return a quantifier's least and greatest count; None: no limit."""
     if repeat in ("", "?"):
         return (0, 1) if repeat else (1, 1)
     low, _, high = repeat.strip("{}").partition(",")

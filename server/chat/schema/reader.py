@@ -1,4 +1,4 @@
-"""Reads a JSON Schema: where its parts are, what they refer to, and what several that hold at once demand together.
+"""Reads a JSON Schema: finds its parts, resolves references, and combines parts that must hold at once.
 
 A value is described by parts of the schema that must all hold. `expand` resolves their references and combinations, so
 that only keywords for single types are left, or an alternative to decide first.
@@ -22,7 +22,7 @@ from .numbers import Range
 from .patterns import Pattern
 
 MAX_STEPS = 30_000  # parts to look at, for all rules together
-PARTS_A_STEP = 4  # when they are only asked for one member
+PARTS_A_STEP = 4  # if only one member of them is needed
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -31,7 +31,7 @@ class Part:
     """A part of the schema, without the keywords that have been dealt with."""
 
     schema: Any = field(compare=False)  # an object or a bool
-    path: str  # where it is, such as `properties.id`, which no other part has; what is derived from a keyword has a ~
+    path: str  # its unique place, such as `properties.id`; a part derived from a keyword has a ~
     used: frozenset[str] = frozenset()
 
     def get(self, keyword: str) -> Any:
@@ -70,7 +70,7 @@ class UnsatisfiableError(Exception):
 
 
 class Reader:
-    """A schema that may be enforced; `field` is what errors call it."""
+    """A schema to enforce; `field` is its name in errors."""
 
     def __init__(self, schema: dict[str, Any], param: str | None) -> None:
         self._param = param
@@ -143,7 +143,7 @@ class Reader:
         return rest, None
 
     def _unfold(self, part: Part) -> list[Part] | None:
-        """Return the parts that together say what `part` says, None if it is not made of others."""
+        """Return the parts that `part` is made of, None if it is not made of others."""
         if part.get("nullable") is True:
             return None  # a choice: null needs nothing else
         if (target := part.get("$ref")) is not None:
@@ -213,7 +213,7 @@ class Reader:
             target = Part(None, "")
         if not isinstance(target.schema, (dict, bool)):
             raise self.error(part.at("$ref", schema=True).path, f"refers to {shorten(reference)!r}, which is not in it")
-        self._check(target)  # it may be where no keyword expects a schema
+        self._check(target)  # unchecked so far, if it is where no keyword expects a schema
         return target
 
     def types(self, parts: Parts) -> list[str]:
@@ -245,7 +245,7 @@ class Reader:
         return None if found is None else list(found.values())
 
     def range(self, parts: Parts) -> tuple[Range, list[tuple[Fraction, str]]]:
-        """Return the range of a number, and what it must be a multiple of, with its path."""
+        """Return the range of a number, and the number it must be a multiple of, with its path."""
         found, steps = Range(), []
         for part in parts:
             kind = part.get("type")
@@ -270,12 +270,12 @@ class Reader:
         return max(lows, default=0), min(highs, default=None)
 
     def member(self, parts: Parts, name: str, matching: Iterable[str] = ()) -> Parts:
-        """Return what the parts say of the member `name`, which matches these of their patterns."""
+        """Return the parts for the member `name`, which matches these of their patterns."""
         self.count(len(parts) // PARTS_A_STEP)
         return tuple(found for part in parts for found in _member(part, name, matching))
 
     def item(self, parts: Parts, index: int | None) -> Parts:
-        """Return what the parts say of an array's item; None: of those behind all that are listed."""
+        """Return the parts for an array's item; None: for the items after all listed ones."""
         self.count(len(parts) // PARTS_A_STEP)
         return tuple(found for part in parts if (found := _item(part, index)) is not None)
 
@@ -323,10 +323,10 @@ def _as_schema(need: Any) -> Any:
 
 
 def identity(value: Any) -> Any:
-    """Return what two scalars have in common if JSON Schema calls them equal."""
+    """Return a key that two scalars share if JSON Schema calls them equal."""
     return (isinstance(value, bool), value) if isinstance(value, (bool, int, float)) else (type(value).__name__, value)
 
 
 def exact(number: float) -> Fraction:
-    """Return the number that its JSON text says; a float is its shortest decimal."""
+    """Return the number as its JSON text has it; a float is its shortest decimal."""
     return Fraction(number) if isinstance(number, int) else Fraction(repr(number))

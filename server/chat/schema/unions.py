@@ -1,8 +1,8 @@
-"""Alternatives that exclude each other: `oneOf` as a grammar, in which any alternative may be written.
+"""Alternatives that exclude each other: `oneOf` as a grammar.
 
-An option may be written only if no other option accepts the same value. Most are distinguished by a member with a const
-or an enum. Where a member tells them apart that may be left out, it must be there; where one option demands a member
-that another does not mention, the other has no such member.
+A value may be written only if exactly one option accepts it. Most options are distinguished by a member with a const or
+an enum. If that member is optional, the grammar requires it; if one option requires a member that another does not
+mention, the grammar forbids it in the other.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def _is_possible(reader: Reader, parts: Parts) -> bool:
 
 
 class _Separator:
-    """Finds out what distinguishes two sets of values."""
+    """Finds a distinction between two sets of values."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._steps = 0
 
     def apart(self, one: Parts, other: Parts, depth: int = 0) -> Limits | None:
-        """Return what `one` must satisfy too so that none of its values satisfies `other`; None if that is unknown."""
+        """Return further limits on `one` so that none of its values satisfies `other`; None if none are known."""
         self._steps += 1
         if depth > MAX_DEPTH or self._steps > MAX_STEPS:
             return None
@@ -151,7 +151,7 @@ def _listed(parts: Parts) -> list[str]:
 
 
 def _member(reader: Reader, parts: Parts, name: str) -> Parts:
-    """Return what is known of a member; a part with patterns may say more of it."""
+    """Return the known limits of a member; a part with patterns may have more."""
     certain = [
         part for part in parts if part.get("patternProperties") is None or name in (part.get("properties") or ())
     ]

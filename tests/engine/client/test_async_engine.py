@@ -331,7 +331,7 @@ async def test_the_size_of_unfinished_requests_is_bounded(tiny_checkpoint, monke
     engine = await start(tiny_checkpoint)
     try:
         streams = [engine.submit(f"list-{n}", [5], listed, client="a") for n in range(4)]
-        with pytest.raises(EngineBusyError, match="too large"):
+        with pytest.raises(EngineBusyError, match="too much memory"):
             engine.submit("more", [5], listed, client="a")
         streams.append(engine.submit("other", [5], listed, client="b"))  # its share is free
         streams.pop(0).abort()

@@ -148,12 +148,12 @@ def test_a_folder_named_like_a_hub_id_is_the_folder(tmp_path: Path, monkeypatch:
 
 
 NEEDED = "pass the folder that holds config.json, *.safetensors and tokenizer.json."
-GGUF = "in llama.cpp's format, which PyLLM does not read: pass the folder of the model that it was made from, with "
+GGUF = "in llama.cpp's format, which PyLLM does not read: pass the folder of the model from which it was made, with "
 WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     # what is in the folder, what is passed, and what is said of it
     "nothing": ((), ".", f"is not a checkpoint, since it has no config.json: {NEEDED}"),
     "source code": (("model/config.py",), ".", f"is not a checkpoint, since it has no config.json: {NEEDED}"),
-    "README": (("README.md",), "README.md", f"is no model: {NEEDED}"),
+    "README": (("README.md",), "README.md", f"is not a model: {NEEDED}"),
     "no config": (("model.safetensors",), ".", "has no config.json: copy it there from the checkpoint's source."),
     "weights without config": (("x.safetensors",), "x.safetensors", "has no config.json: copy it there"),
     "config": (("config.json",), "config.json", "is one file of a checkpoint: pass its folder, "),

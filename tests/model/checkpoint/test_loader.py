@@ -148,7 +148,9 @@ def test_other_lines_of_the_family_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict() | {"mlp_type": "i64_routed"}))
     assert "mlp_type 'i64_routed' belongs to another line" in refusal(tmp_path)
     write(tmp_path, {"transformer.wte.weight": torch.ones(V, H)})
-    assert "no known era of Complexity-Deep, with tensors such as transformer.wte.weight" in refusal(tmp_path)
+    assert "is not a Complexity-Deep checkpoint of any known era (its tensors: transformer.wte.weight" in refusal(
+        tmp_path
+    )
 
 
 def test_a_wrong_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:

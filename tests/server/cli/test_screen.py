@@ -12,8 +12,8 @@ from prompt_toolkit.history import InMemoryHistory
 from rich.console import Console
 from rich.live import Live
 
+from pyllm.server.cli.chat_commands import printable
 from pyllm.server.cli.screen import MAX_ENTRY_BYTES, MAX_HISTORY_BYTES, Answer, history_path, open_history
-from pyllm.server.cli.talk import printable
 
 
 def test_the_history_stays_small_and_private(tmp_path: Path) -> None:

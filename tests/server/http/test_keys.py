@@ -81,7 +81,7 @@ def test_an_unnamed_key_has_one_owner_wherever_it_is_given(tmp_path):
     [
         ("", "has no keys"),
         ("# none\n\n", "has no keys"),
-        ("sk-1\nsk-1", "line 2: this key is there twice"),
+        ("sk-1\nsk-1", "line 2: this key appears twice"),
         ("sk-1 sk-2", "line 1: a key may be followed by name, requests_per_minute"),
         ("\nsk-1 limit=sk-2", "line 2: a key may be followed by"),
         ("sk-1 request_per_minute=5", "did you mean requests_per_minute?"),
@@ -94,11 +94,11 @@ def test_an_unnamed_key_has_one_owner_wherever_it_is_given(tmp_path):
         ("sk-1 name=", "name must be 1 to 64"),
         ("sk-1 name=a/b", "name must be 1 to 64"),
         ("sk-1 name=" + "n" * 65, "name must be 1 to 64"),
-        ("sk-1 name=a name=b", "name is there twice"),
+        ("sk-1 name=a name=b", "name appears twice"),
         ("sk-1 name=a tokens_per_minute=5\nsk-2 name=a", "line 2: the keys of a must have the same limits"),
         ("sha256:sk-1", "sha256: must be followed by 64 hexadecimal digits"),
         (f"sha256:{DIGEST}", "a digest needs a name"),
-        (f"sha256:{DIGEST} name=a\nsecret-two", "line 2: this key is there twice"),
+        (f"sha256:{DIGEST} name=a\nsecret-two", "line 2: this key appears twice"),
         ("sk-1\n" * 1 + "".join(f"sk-{n}\n" for n in range(2, 1100)), "more than 1024 keys"),
         ("sk-1 #" + "x" * 2**20, "more than 1048576 bytes"),
         (b"sk-\xff1", "is not UTF-8 text"),
@@ -154,7 +154,7 @@ def test_a_change_holds_without_a_restart(tmp_path, caplog, clock):
             assert keys.find([b"old"]) is None
         (record,) = caplog.records
         assert record.getMessage().startswith(f"--api-key-file {path}")
-        assert record.getMessage().endswith("The keys that it had before stay valid.")
+        assert record.getMessage().endswith("The keys read before stay valid.")
     replaced = tmp_path / "replaced"
     write(replaced, "newest")
     replaced.rename(path)

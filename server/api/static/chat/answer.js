@@ -1,4 +1,4 @@
-// One answer: the prompt that is sent, what is left out of it, and the stream that becomes a message.
+// One answer: the prompt, the turns left out of it, and the stream that becomes a message.
 
 import { countTokens, ServerError, stream } from "./api.js";
 import { counters, plural } from "./dom.js";
@@ -66,7 +66,7 @@ async function fit(messages, body, limit, force, signal) {
   return { messages: from(low), missing: starts[low] };
 }
 
-/** An answer that is being made; `onChange(message)` is called for each piece of it, `onEnd(message, error)` once. */
+/** An answer being streamed; `onChange(message)` is called for each piece of it, `onEnd(message, error)` once. */
 export class Run {
   constructor(conversation, model, { onChange, onEnd }) {
     this.conversation = conversation;
@@ -158,7 +158,7 @@ function note(message, text) {
   if (message) message.note = text;
 }
 
-/** Add a piece of an answer; whether it had anything to show. */
+/** Add a piece of an answer; return whether it had anything to show. */
 function addDelta(message, { delta = {}, dynamics }) {
   if (dynamics) message.dynamics?.push(...dynamics);
   const reasoning = delta.reasoning_content ?? delta.reasoning;

@@ -2,7 +2,7 @@
 
 import { apiKey } from "./store.js";
 
-/** What the server answered instead of what was asked; `code` is its error code. */
+/** An error that the server returned; `code` is its error code. */
 export class ServerError extends Error {
   constructor(message, status = 0, code = "") {
     super(message);

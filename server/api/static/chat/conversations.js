@@ -11,9 +11,9 @@ const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte
 
 export class Conversation {
   constructor(record) {
-    this.record = record;  // {id, title, created, updated, leaf}: what the list needs
+    this.record = record;  // {id, title, created, updated, leaf}, for the list
     this.messages = null;  // by id, once they are loaded
-    this.run = null;  // the answer that is being streamed
+    this.run = null;  // the answer being streamed
   }
 
   get id() { return this.record.id; }
@@ -61,7 +61,7 @@ export class Conversation {
     return message;
   }
 
-  /** Take one message out; what followed it stays, below the message before. Returns a function that undoes it. */
+  /** Remove one message; its followers move below the message before it. Returns a function that undoes this. */
   remove(message) {
     const below = this.children(message.id);
     const leaf = this.record.leaf;
@@ -150,7 +150,7 @@ export class Library {
     return JSON.stringify({ format: FORMAT, version: 1, conversations: out }, null, 1);
   }
 
-  /** Add exported conversations, as new ones; returns how many. Throws an error that says what is wrong with the text. */
+  /** Add exported conversations, as new ones; returns how many. Throws an error that describes the problem in the text. */
   async import(text) {
     let parsed;
     try {

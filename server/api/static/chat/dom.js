@@ -15,7 +15,7 @@ export function make(tag, attributes = {}, ...children) {
 
 export const button = (text, onclick, attributes = {}) => make("button", { type: "button", onclick, ...attributes }, text);
 
-/** What drawing costs, for tests and for the curious: compare it between two chunks. */
+/** The cost of drawing, for tests and for the curious: compare it between two chunks. */
 export const counters = { frames: 0, chunks: 0, charactersParsed: 0, nodesTouched: 0 };
 window.pyllmCounters = counters;
 

@@ -1,4 +1,4 @@
-// What the network did for each token: experts by layer as a heat map, the norms of mu and velocity as curves.
+// The network's dynamics for each token: experts by layer as a heat map, the norms of mu and velocity as curves.
 
 import { button, download, make } from "./dom.js";
 

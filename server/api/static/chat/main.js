@@ -11,7 +11,7 @@ import { apiKey, isKeyRemembered, onChangeElsewhere, openStore, setApiKey } from
 import { Thread } from "./thread.js";
 
 const library = new Library();
-let current = null;  // the conversation that is shown; null: the one that the next message begins
+let current = null;  // the shown conversation; null: a new one, which the next message begins
 let models = [];
 
 const model = () => models.find(({ id }) => id === $("model").value);

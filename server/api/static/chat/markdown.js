@@ -165,7 +165,7 @@ function loadKatex() {
   return katex;
 }
 
-/** Draw formulas; until the library is there, and where it finds an error, their source is shown. */
+/** Draw formulas; until the library has loaded, or if it finds an error, their source is shown. */
 function draw(formulas) {
   if (!katex) loadKatex();
   if (katex instanceof Promise) {

@@ -1,4 +1,4 @@
-// The settings dialog: one table of fields, their checks, and the part of a request's body that they make.
+// The settings dialog: one table of fields, their checks, and their part of a request's body.
 
 import { $, make, button } from "./dom.js";
 import { loadSettings, saveSettings } from "./store.js";
@@ -73,7 +73,7 @@ export function parseJson(text, label) {
   }
 }
 
-/** The part of a request's body that the settings make; throws an error that names a field that is wrong. */
+/** The settings' part of a request's body; throws an error that names a wrong field. */
 export function requestFields() {
   const body = {};
   for (const group of [SAMPLING, LENGTH, WORDS]) {

@@ -1,4 +1,4 @@
-// What the browser keeps: conversations and their messages in IndexedDB, settings and the key in localStorage.
+// The data in the browser: conversations and their messages in IndexedDB, settings and the key in localStorage.
 
 // Several servers may share an origin, each under a path of its own.
 const BASE = new URL(".", document.baseURI).pathname;

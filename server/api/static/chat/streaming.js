@@ -37,14 +37,14 @@ export class StreamingMarkdown {
     this.root = root;
     this.part = null;  // of the root, for the next blocks
     this.env = {};  // link definitions of all blocks so far
-    this.tail = "";  // the text that is not settled
+    this.tail = "";  // the text that is not settled yet
     this.held = "";
-    this.open = [];  // the nodes that show it
+    this.open = [];  // the nodes that show that text
     this.code = null;  // the open fenced block
     this.joined = null;  // the table or paragraph whose next part the tail is
     this.needsWhole = false;  // parts were drawn in a way that only the whole text shows right
     this.parsedLength = 0;  // of a tail that cannot be split
-    this.raw = null;  // shows what came after that, unparsed
+    this.raw = null;  // shows the text after that length, unparsed
     this.rawLength = 0;
   }
 
@@ -54,7 +54,7 @@ export class StreamingMarkdown {
     this.tail += all.slice(0, all.length - this.held.length).replace(/\r\n?/g, "\n");
   }
 
-  /** Show all that was appended; to be called once a frame. */
+  /** Show all appended text; call it once a frame. */
   draw() {
     for (;;) {
       if (this.code && !this.#drawCode()) return;
@@ -85,7 +85,7 @@ export class StreamingMarkdown {
     this.open = fragment ? this.#place(fragment) : [];
   }
 
-  /** Add a fragment at the end; its first block continues the joined one. Returns the nodes that were added. */
+  /** Add a fragment at the end; its first block continues the joined one. Returns the added nodes. */
   #place(fragment) {
     const added = [];
     if (this.joined) {
@@ -112,14 +112,14 @@ export class StreamingMarkdown {
     this.part.append(node);
   }
 
-  /** Parse the tail, settle what is finished and show the rest; true if there is more to do. */
+  /** Parse the tail, settle its finished blocks and show the rest; true if there is more to do. */
   #drawBlocks() {
     if (this.parsedLength && this.tail.length < 1.5 * this.parsedLength) {
       this.#showRaw();
       return false;
     }
     const source = this.#header() + this.tail;
-    const env = { references: { ...this.env.references } };  // a link definition that is still open must not stay
+    const env = { references: { ...this.env.references } };  // an unfinished link definition must not stay
     const tokens = parse(source, env);
     const hasDefinitions = Object.keys(env.references).length > 0;
     if (hasDefinitions) this.needsWhole = true;  // a use above its definition was drawn as text
@@ -128,7 +128,7 @@ export class StreamingMarkdown {
       this.#replaceOpen(null);
       return false;
     }
-    const complete = source.split("\n").length - 1;  // lines; what the next one begins may still change
+    const complete = source.split("\n").length - 1;  // lines; a block that begins in the next one may still change
     const keep = Math.max(0, blocks.at(-1).first < complete ? blocks.length - 1 : blocks.length - 2);
     this.#replaceOpen(null);
     if (keep > 0) {
@@ -190,7 +190,7 @@ export class StreamingMarkdown {
     this.parsedLength = 0;
   }
 
-  /** A long block of a kind that is not split: what came since it was parsed is shown as it is. */
+  /** A long block of a kind that is not split: text since its parsing is shown unparsed. */
   #showRaw() {
     if (!this.raw?.parentNode) {
       this.raw = document.createElement("span");
@@ -215,7 +215,7 @@ export class StreamingMarkdown {
     this.tail = this.tail.slice(line.length + 1);
   }
 
-  /** Add what came to the open code; true if its end came. */
+  /** Add new text to the open code; true if the code has ended. */
   #drawCode() {
     const { code } = this;
     code.partial?.remove();

@@ -102,7 +102,7 @@ class MessageView {
     return details;
   }
 
-  /** The line below a message: what was noted, figures, and what can be done with it. */
+  /** The line below a message: notes, figures and actions. */
   drawFoot() {
     const { message, thread } = this;
     if (message.partial || this.isEditing) return;
@@ -130,7 +130,7 @@ class MessageView {
       buttons);
   }
 
-  /** Which of the versions of its place this message is, and how many there are. */
+  /** The number of this message among the versions in its place, and how many there are. */
   #place() {
     const all = this.thread.siblings.get(this.message.parent) ?? [];
     return [all.indexOf(this.message), all.length];
@@ -179,7 +179,7 @@ export class Thread {
   constructor(actions) {
     this.actions = actions;
     this.conversation = null;
-    this.views = new Map();  // of the messages that are shown, by id
+    this.views = new Map();  // of the shown messages, by id
     this.last = null;
     this.follows = true;  // the end of the answer is kept in sight
     $("scroller").addEventListener("scroll", () => {
@@ -245,7 +245,7 @@ export class Thread {
     else this.show(conversation);
   }
 
-  /** Draw the answer to a call's message and all feet again: what is last, and what was answered, has changed. */
+  /** Draw the answer to a call's message and all feet again: the last message and the answered calls have changed. */
   refresh(conversation, message) {
     this.show(conversation);
     const view = this.views.get(message?.id);

@@ -8,7 +8,7 @@ export const EXAMPLE = {
   parameters: '{\n  "type": "object",\n  "properties": {"city": {"type": "string"}},\n  "required": ["city"]\n}',
 };
 
-/** The tools as the API wants them; throws an error that names the tool that is wrong. */
+/** The tools in the API's shape; throws an error that names a wrong tool. */
 export function enabledTools(tools) {
   return tools.filter((tool) => !tool.disabled).map(({ name, description, parameters }) => {
     const called = { name };

@@ -1,4 +1,7 @@
-"""A conversation in the terminal: its messages and options, the commands that change them, and its file."""
+"""A conversation in the terminal: its messages and options, the slash commands that change them, and its file.
+
+Questions are read in `terminal.py` (plain lines) and `screen.py` (a line editor).
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ class Talk:
 
     options: Options
     system: str = ""
-    messages: list[Message] = field(default_factory=list)  # of user and assistant, in turn
+    messages: list[Message] = field(default_factory=list)  # alternating user and assistant messages
     pending: str = ""  # a question that has no answer yet
     is_cut: bool = False  # whether the oldest messages have been left out
 
     @property
     def asked(self) -> list[Message]:
-        """What the model is sent."""
+        """The messages to send to the model."""
         first = [Message("system", self.system)] if self.system else []
         return [*first, *self.messages, Message("user", self.pending)]
 
@@ -53,7 +56,7 @@ class Talk:
         self.pending = ""
 
     def save(self, path: Path) -> None:
-        """Write a file that `load` reads, and whose `messages` an API takes; raises `TalkError`."""
+        """Write a file that `load` reads, and whose `messages` an API accepts; raises `TalkError`."""
         if path.exists():
             try:
                 _read(path)
@@ -73,7 +76,7 @@ class Talk:
             raise TalkError(f"{path} cannot be written: {error.strerror}.") from None
 
     def load(self, path: Path) -> None:
-        """Replace the messages by those of a file; raises `TalkError`."""
+        """Replace the messages with those of a file; raises `TalkError`."""
         messages = _read(path)
         self.system = messages.pop(0).text or "" if messages and messages[0].role == "system" else ""
         self.messages, self.pending = messages, ""
@@ -94,12 +97,15 @@ def _read(path: Path) -> list[Message]:
         message.role == "system" for message in messages[1:]
     )
     if not alternate or not all(isinstance(message.text, str) for message in messages):
-        raise TalkError(f'{path} is not a saved chat: it must hold {{"messages": […]}} of user and assistant in turn.')
+        raise TalkError(
+            f'{path} is not a saved chat: it must hold {{"messages": […]}} with alternating user and assistant '
+            "messages."
+        )
     return messages
 
 
 def read_schema(text: str | None) -> dict[str, Any] | None:
-    """Return the schema of `--json-schema`, which is JSON or the name of a file with it; raises `ConfigError`."""
+    """Return the schema of `--json-schema`, which is JSON or the name of a JSON file; raises `ConfigError`."""
     if text is None:
         return None
     where = "--json-schema"
@@ -121,12 +127,12 @@ def read_schema(text: str | None) -> dict[str, Any] | None:
 
 
 def printable(text: str) -> str:
-    """Return a model's text for a terminal, whose control characters could do anything."""
+    """Return a model's text with control characters replaced, since a terminal would obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def options_of(config: TerminalConfig) -> Options:
-    """Return what the flags say of answers; raises `ConfigError`."""
+    """Return the answer options that the flags set; raises `ConfigError`."""
     sampling = {name: value for name in SAMPLING if (value := getattr(config, name)) is not None}
     return Options(sampling, config.max_tokens, config.stop, read_schema(config.json_schema))
 
@@ -139,7 +145,7 @@ class Commands:
         self.is_done = False  # whether the user has left
 
     def run(self, line: str) -> bool:
-        """Carry out `line`; return whether the talk's question is to be asked now."""
+        """Carry out `line`; return whether the pending question should be asked now."""
         name, _, rest = line.partition(" ")
         names = {f"/{name}": name for name in HELP}
         if name in ("/exit", "/bye"):
@@ -229,4 +235,4 @@ def _path(name: str, command: str) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise TalkError(f"{name:.200} is no file's name: {error}") from None
+        raise TalkError(f"{name:.200} is not a valid file name: {error}") from None

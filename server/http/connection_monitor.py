@@ -1,7 +1,4 @@
-"""Limits on HTTP connections: how many, and how slow their clients may be. Knows neither sockets nor HTTP.
-
-A full request queue is answered with a 429 by `AsyncEngine.check_room`.
-"""
+"""Limits on HTTP connections: how many, and how slow their clients may be. Knows neither sockets nor HTTP."""
 
 from __future__ import annotations
 
@@ -28,12 +25,13 @@ MIN_PROGRESS = 4096  # a slow client that sends or takes at least this many byte
 MIN_IDLE_SECONDS = 0.5
 """A connection idle for less than this is not evicted: if it is new, its first request may be on its way."""
 MAX_EVICTION_TRIES = 16
-CONNECTION_BYTES = 24 * 2**10  # of memory that an open connection takes with a small request
+CONNECTION_BYTES = 24 * 2**10  # the memory of an open connection with a small request
 TRIM_BYTES = 16 * 2**20
-"""Released memory, much of it kept by the allocators, after which it is returned."""
+"""Once this much memory has been released, which the allocators mostly keep, it is returned to the system."""
 IDLE_TRIM_BYTES = 2**20
-"""The same where next to nothing has been released since the last sweep, so that returning it disturbs no requests."""
-IDLE_BYTES = 64 * 2**10
+"""The threshold while almost nothing has been released since the last sweep: returning memory then disturbs no
+requests."""
+IDLE_BYTES = 64 * 2**10  # almost nothing
 SPARE_FILES = 128  # open files of this process that are not connections
 
 
@@ -48,7 +46,7 @@ class ConnectionLimits:
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> ConnectionLimits:
-        """Read the flags, and raise this process's limit of open files to what they need, as far as permitted."""
+        """Read the flags, and raise this process's limit of open files to fit, as far as permitted."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed, most = config.max_connections + SPARE_FILES, config.max_connections
         if soft != resource.RLIM_INFINITY and soft < needed:
@@ -68,10 +66,10 @@ class ConnectionLimits:
 
 
 class Wait(NamedTuple):
-    """What a connection is waiting for its client to do."""
+    """A connection's wait for its client."""
 
     phase: Literal["header", "body", "write"]
-    mark: object  # a different object once the client has done it
+    mark: object  # a different object for the next wait
     progress: int = 0  # bytes so far, where the client may take longer as long as it makes progress
 
 
@@ -99,13 +97,13 @@ class ProgressTimer:
 
 
 class Connection(Protocol):
-    """What the monitor needs of a connection."""
+    """The interface of a connection that the monitor uses."""
 
     def check(self, now: float) -> str | None: ...  # closes it if its client is too slow, and returns the reason
 
     def close_idle(self) -> bool: ...  # closes it unless something is left to send
 
-    def pace(self) -> float | None: ...  # bytes a second that its client reads, if that is known
+    def pace(self) -> float | None: ...  # bytes a second that its client reads, None if not known
 
     def give_way(self) -> None: ...  # closes it and releases its memory
 
@@ -117,15 +115,15 @@ class ConnectionMonitor:
         self.limits = limits
         self.budget = budget
         budget.give_way = self.give_way
-        self._hold = Hold(budget, "connections")  # of what every connection takes
+        self._hold = Hold(budget, "connections")  # for `CONNECTION_BYTES` of every open connection
         self.idle: dict[Connection, float] = {}
         """Connections between two requests or before the first, and since when; the longest idle comes first."""
         self.incomplete: dict[Connection, None] = {}
-        """Connections on which a request has begun that is not complete enough to check its key; the newest is last."""
+        """Connections whose request has not arrived far enough to check its key; newest last."""
         self.behind: dict[Connection, None] = {}
-        """Connections whose client has not read all that was sent."""
+        """Connections whose client has not read everything sent so far."""
         self.closed: Counter[str] = Counter()
-        self._released = 0  # at the last sweep
+        self._released = 0  # the budget's count at the last sweep
 
     def watch(self, connections: Collection[Connection]) -> None:
         """Sweep from now on, as long as the event loop runs."""
@@ -136,7 +134,7 @@ class ConnectionMonitor:
             loop.run_in_executor(None, _return_memory)
 
     def has_memory_to_return(self) -> bool:
-        """Whether so much was released that it is worth returning now; to be asked once a sweep."""
+        """Whether so much was released that it is worth returning now; call it once per sweep."""
         released, before = self.budget.released, self._released
         enough = IDLE_TRIM_BYTES if released - before < IDLE_BYTES else TRIM_BYTES
         if released >= enough:

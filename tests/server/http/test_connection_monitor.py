@@ -9,7 +9,7 @@ import pytest
 
 from pyllm.server.flags import ServerConfig
 from pyllm.server.http.budget import Hold, MemoryBudget
-from pyllm.server.http.connection_limits import (
+from pyllm.server.http.connection_monitor import (
     IDLE_TRIM_BYTES,
     MAX_EVICTION_TRIES,
     MIN_IDLE_SECONDS,
