@@ -152,6 +152,10 @@ class ConnectionMonitor:
             logger.info("Closed %d connection(s): %s", count, reason)
         self.closed.clear()
 
+    def release(self, remaining: int) -> None:
+        """Release what closed connections took; `sweep` charges those that were opened since."""
+        self._hold.record(min(self._hold.size, CONNECTION_BYTES * remaining))
+
     def give_way(self) -> bool:
         """Close a connection to free memory: the newest with an incomplete request, else the one that reads slowest."""
         if self.incomplete:

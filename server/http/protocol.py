@@ -301,6 +301,7 @@ class HttpProtocol(SupervisedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._monitor.idle.pop(self, None)
         super().connection_lost(exc)
+        self._monitor.release(len(self.connections))
         self._disconnect()
 
     def _disconnect(self) -> None:

@@ -9,12 +9,16 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 from support.hostile import parse_replies
 from support.serving import PATIENCE, ServerProcess, posted, wait_for
+
+from pyllm.model.tokenizer import Tokenizer
+from pyllm.server.flags import DEMO_FOLDER
 
 KIB, MIB = 2**10, 2**20
 GET = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
@@ -148,8 +152,10 @@ def test_half_open_connection_holds_little_memory(keyed: ServerProcess, data: by
         assert memory(keyed) - before < count * MOST_PER_CONNECTION
 
 
-def held(server: ServerProcess) -> float:
-    return sum(value for (name, _), value in server.metrics().items() if name == "api_memory_bytes")
+def held(server: ServerProcess, kind: str = r"\w+") -> float:
+    """The bytes that the server counts for its clients."""
+    text = httpx.get(f"{server.url}/metrics").text
+    return sum(map(float, re.findall(rf'api_memory_bytes{{[^}}]*kind="{kind}"[^}}]*}} (\S+)', text)))
 
 
 def test_newest_half_open_connections_give_way(keyed: ServerProcess) -> None:
@@ -169,6 +175,41 @@ def test_newest_half_open_connections_give_way(keyed: ServerProcess) -> None:
         answered = select.select(connections, [], [], 0)[0]
         assert set(answered).isdisjoint(connections[:300])
         assert b" 503 " in answered[0].recv(1000)
+
+
+def test_slowest_reader_gives_way(keyed: ServerProcess) -> None:
+    """Two answers take 17 MB of 24 until they are read, and a third request needs 11: one is cut, one is whole."""
+    wait_for(lambda: held(keyed) < MIB, "the memory of earlier connections to be released")
+    tokenizer, count = Tokenizer.from_folder(DEMO_FOLDER), 140_000
+    longest = max(range(tokenizer.vocab_size), key=lambda id_: len(tokenizer.token_bytes(id_)))
+    body = json.dumps({"tokens": [longest] * count}).encode()
+    head = b"POST /detokenize HTTP/1.1\r\nhost: x\r\nx-api-key: secret\r\nconnection: close\r\n"
+    head += b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with connect(keyed, receive_bytes=4096) as slowest, connect(keyed, receive_bytes=128 * KIB) as slow:
+        slowest.sendall(head + body)
+        wait_for(lambda: held(keyed, "answers"), "an answer that is not read")
+        time.sleep(1.2)  # until the server knows how fast this client reads
+        slow.sendall(head + body)
+        taken = 0
+
+        def third_is_answered() -> bool:
+            nonlocal taken
+            until = taken + 300 * KIB  # more than both systems keep, so this client is faster from the first look
+            while taken < until and (piece := slow.recv(until - taken)):
+                taken += len(piece)
+            answer = httpx.post(
+                f"{keyed.url}/detokenize", content=body, timeout=PATIENCE,
+                headers={"x-api-key": "secret", "content-type": "application/json"},
+            )  # fmt: skip
+            assert answer.status_code == 200 or answer.json()["error"]["code"] == "memory_full"
+            return answer.status_code == 200
+
+        wait_for(third_is_answered, "the slowest reader to give way")
+        whole, cut = (b"".join(iter(partial(read, reader), b"")) for reader in (slow, slowest))
+    assert whole.endswith(b"0\r\n\r\n")
+    assert taken + len(whole) > count * len(tokenizer.token_bytes(longest)) > len(cut)
+    assert not cut.endswith(b"0\r\n\r\n")
+    wait_for(lambda: "its client was the slowest reader" in keyed.log, "the line in the log")
 
 
 def test_requests_behind_a_running_one_wait_unparsed(server: ServerProcess) -> None:

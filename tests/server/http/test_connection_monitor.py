@@ -10,6 +10,7 @@ import pytest
 from pyllm.server.flags import ServerConfig
 from pyllm.server.http.budget import Hold, MemoryBudget
 from pyllm.server.http.connection_monitor import (
+    CONNECTION_BYTES,
     IDLE_TRIM_BYTES,
     MAX_EVICTION_TRIES,
     MIN_IDLE_SECONDS,
@@ -219,3 +220,15 @@ def test_released_memory_is_returned_when_much_or_idle(released: list[int], retu
         monitor.budget.count("bodies", "", -size)
         seen.append(monitor.has_memory_to_return())
     assert seen == returned
+
+
+def test_closed_connections_free_their_memory_at_once():
+    budget = MemoryBudget(2**30)
+    monitor = ConnectionMonitor(LIMITS, budget)
+    monitor.sweep([FakeConnection() for _ in range(100)], 0.0)
+    monitor.release(90)
+    assert budget.used == 90 * CONNECTION_BYTES
+    monitor.release(95)  # five were opened meanwhile
+    assert budget.used == 90 * CONNECTION_BYTES
+    monitor.sweep([], 1.0)
+    assert budget.used == 0
