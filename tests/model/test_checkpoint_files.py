@@ -196,7 +196,7 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("tokenizer.json", {"added_tokens": [{"id": 2**31}]}, "cannot be read as a tokenizer"),
     ("tokenizer.json", {"model": 5}, "cannot be read as a tokenizer"),
     ("model.safetensors.index.json", {"weight_map": []}, "is not an index with a weight_map"),
-    ("model.safetensors.index.json", {"weight_map": {"a": 5}}, "lists 5, which is no name"),
+    ("model.safetensors.index.json", {"weight_map": {"a": 5}}, "lists 5, which is not the name"),
     ("model.safetensors.index.json", {"weight_map": {"a": "x" * 5000 + ".safetensors"}}, "which is not the name"),
     ("model.safetensors.index.json", {"weight_map": {"a": "../" + SHARD}}, "which is not the name"),
     ("model.safetensors.index.json", {"weight_map": {"a": "a\0.safetensors"}}, "which is not the name"),
