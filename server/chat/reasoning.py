@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from dataclasses import replace
 from typing import Literal
 
 import msgspec
@@ -17,7 +18,7 @@ from ...engine.messages import Marks, Section
 from ...model.tokenizer import Tokenizer
 from ..flags import ConfigError
 from ..http.errors import shorten
-from .conversation import Conversation
+from .conversation import Conversation, Message
 from .marked_calls import MarkedCallReader
 from .parts import Part, Thought, TurnReader
 from .template import SECTION_MARKS, TokenIds
@@ -29,6 +30,9 @@ SWITCHES = frozenset({"enable_thinking", "include_reasoning", "reasoning_effort"
 hint that decides the first, and whether a response returns it as a summary."""
 TOKENS = (*SECTION_MARKS[0], "<|tool_call_start|>", "<|tool_call_end|>")
 TAGS = SECTION_MARKS[1]
+_REASONING = [
+    re.compile(rf"\s*{re.escape(start)}.*?(?:{re.escape(end)}\s*|\Z)", re.DOTALL) for start, end, *_ in SECTION_MARKS
+]
 TAIL = 24  # tokens at the end of a prompt in which a tag is looked for
 
 
@@ -83,6 +87,28 @@ def locate(marks: Marks, prompt: TokenIds, conversation: Conversation, tokenizer
             more = bool(text[found + len(start) :].strip())
             return msgspec.structs.replace(marks, starts_in=section, continues=more)
     return marks
+
+
+def without_reasoning(conversation: Conversation) -> list[Message]:
+    """Return the messages; earlier answers lose the reasoning that a client has left at the beginning of their text."""
+    last = conversation.messages[-1] if conversation.continue_final_message else None
+    return [
+        replace(message, text=_final_part(message.text) or None)
+        if message.role == "assistant" and message.text and message is not last
+        else message
+        for message in conversation.messages
+    ]
+
+
+def _final_part(text: str) -> str:
+    for pattern, (_, _, final, end) in zip(_REASONING, SECTION_MARKS, strict=True):
+        at = 0
+        while found := pattern.match(text, at):
+            at = found.end()
+        if at:
+            rest = text[at:]
+            return rest[len(final) :].rstrip().removesuffix(end).strip() if rest.startswith(final) else rest
+    return text
 
 
 def switch_ids(marks: Marks, is_on: bool, tokenizer: Tokenizer) -> list[int]:

@@ -19,7 +19,7 @@ from ..http.body import is_large, off_loop, off_loop_if_large
 from ..http.errors import encode_json, shorten
 from .conversation import Conversation, Message, Sampling, ToolCall, ToolChoice
 from .parts import CallPiece, Part, Thought, TurnReader
-from .reasoning import GrammarMarks, locate, read_section, switch_ids
+from .reasoning import GrammarMarks, locate, read_section, switch_ids, without_reasoning
 from .served_model import LARGE_TEXT, TOKENIZING_FACTOR, ServedModel
 from .template import (
     MAX_DEPTH,
@@ -249,6 +249,9 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
     await off_loop_if_large(_check_template_options, conversation, template, model)
     context = model.engine.info.config.max_model_len
     field, any_length = conversation.messages_field, conversation.keep_tokens is not None
+    written = conversation.messages
+    if model.marks is not None and model.reasons:
+        written = await off_loop_if_large(without_reasoning, conversation)
     options: dict[str, Any] = {
         "tools": tools.tools if tools else None,
         "add_generation_prompt": conversation.add_generation_prompt,
@@ -268,9 +271,9 @@ async def _render(conversation: Conversation, model: ServedModel, tools: ToolOpt
 
     try:
         if conversation.keep_messages is None:
-            return await render(conversation.messages)
+            return await render(written)
         room = prompt_room(context, conversation.max_tokens)
-        return await render_newest(conversation.messages, conversation.keep_messages, room, render)
+        return await render_newest(written, conversation.keep_messages, room, render)
     except ChatTemplateError as error:
         error.param = field
         raise

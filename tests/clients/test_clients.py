@@ -50,6 +50,7 @@ CLIENTS = [
     Client("litellm", "litellm_sdk.py", "python", "litellm"),
     Client("litellm", "litellm_proxy.py", "python", "litellm"),
     Client("pydantic-ai-slim", "pydantic_ai_models.py", "python", "agents"),
+    Client("pydantic-ai-slim", "pydantic_ai_reasoning.py", "python", "agents", server="reasoner"),
     Client("openai-agents", "openai_agents.py", "python", "agents"),
     Client("huggingface_hub", "huggingface.py", "python", "agents"),
     Client("anthropic", "claude_agent.py", "python", "agents"),

@@ -268,10 +268,11 @@ def test_earlier_reasoning_is_left_out_of_the_prompt(reasoner: Reasoner) -> None
     item = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "secret"}]}
     answers = reasoner.run(
         reasoner.chat(before), reasoner.chat([before[0], before[1] | thoughts, before[2]]),
+        reasoner.chat([before[0], before[1] | {"content": f"<think>\nsecret\n</think>\n{SUM.answer}"}, before[2]]),
         reasoner.respond(before), reasoner.respond([before[0], item, *before[1:]]),
         reasoner.message(before), reasoner.message([before[0], {"role": "assistant", "content": content}, before[2]]),
     )  # fmt: skip
-    assert answers == [said(RED)] * 6
+    assert answers == [said(RED)] * 7
     assert len({counts(answer)[0] for answer in answers}) == 1
 
 

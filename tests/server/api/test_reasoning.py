@@ -239,6 +239,35 @@ def test_earlier_reasoning_is_left_out_of_the_prompt(harness, form) -> None:
     assert "secret" not in prompt_of(harness)
 
 
+@each_form
+@pytest.mark.parametrize("written", ["<think>\nsecret\n</think>\n<final>\n{}\n</final>", "<think>secret</think>{}",
+                                     " <think>secret</think><think>secret</think>\n{}",
+                                     "<|think_start|>secret<|think_end|><|final_start|>{}<|final_end|>"])  # fmt: skip
+def test_reasoning_in_the_text_of_earlier_answers_is_left_out(harness, form, written: str) -> None:
+    """Some clients send it back as they would show it."""
+    form(harness)
+    again = {"role": "user", "content": "<think>mine</think>"}
+    for text in ("Yes. <think>", ""):
+        answer = {"role": "assistant", "content": written.format(text)}
+        bodies = {"/v1/chat/completions": {"messages": [USER, answer, again]},
+                  "/v1/responses": {"input": [USER, answer, again]},
+                  "/v1/messages": {"model": "alias", "max_tokens": 9, "messages": [USER, answer, again]}}  # fmt: skip
+        harness.chat(messages=[USER, answer | {"content": text}, again])
+        plain = prompt_of(harness)
+        assert "<think>mine</think>" in plain
+        for path, body in bodies.items():
+            assert harness.post(path, body).status_code == 200
+            assert prompt_of(harness) == plain
+    cut = {"role": "assistant", "content": written.partition("</")[0].partition("<|think_end")[0]}
+    harness.chat(messages=[USER, cut, again])
+    assert "secret" not in prompt_of(harness)
+    harness.chat(messages=[USER, cut], continue_final_message=True)
+    assert prompt_of(harness).endswith(cut["content"].lstrip())
+    harness.service.model = dataclasses.replace(harness.service.model, marks=None)
+    harness.chat(messages=[USER, {"role": "assistant", "content": written}, USER])
+    assert "secret" in prompt_of(harness)
+
+
 def test_marked_calls_become_tool_calls(harness) -> None:
     with_marks(harness, reply=CALLS)
     message, _ = chat(harness, tools=[TOOL])
