@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
 PLANTED = {
     "floors: server > engine > model": ("model/parameters.py", "from ..engine import messages"),
-    "rooms of server": ("server/generation/generation.py", "from ..chat import turn"),
-    "rooms of engine": ("engine/step/scheduler.py", "from ..runner import model_runner"),
-    "rooms of model": ("model/network.py", "from .cpu import backend"),
+    "packages of server": ("server/generation/generation.py", "from ..chat import turn"),
+    "packages of engine": ("engine/step/scheduler.py", "from ..runner import model_runner"),
+    "packages of model": ("model/network.py", "from .cpu import backend"),
     "endpoints are independent": ("server/api/completions.py", "from . import tokenize"),
     "no torch in server and engine client": ("engine/client/watchdog.py", "import torch"),
     "no circles": ("server/http/budget.py", "from . import middleware"),
