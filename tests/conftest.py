@@ -16,8 +16,8 @@ gc.disable()  # until all is imported: the garbage collector would scan it again
 
 # Before they are imported:
 SUPPORT = (
-    "async_engines", "batches", "chat_page", "crowds", "grammars", "hash_engine", "hostile", "paged_runner",
-    "reasoning_client", "responses_client", "scheduler_bench", "serving", "soak", "warm",
+    "async_engines", "batches", "chat_page", "closeness", "crowds", "grammars", "hash_engine", "hostile",
+    "paged_runner", "reasoning_client", "responses_client", "scheduler_bench", "serving", "soak", "warm",
 )  # fmt: skip
 pytest.register_assert_rewrite(*(f"support.{name}" for name in SUPPORT))
 

@@ -9,9 +9,6 @@ from support.request_path import modules_of_a_chat
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
 OFF_THE_WAY = {
-    "server/http/connection_monitor.py",  # on a timer, and with it the next two
-    "server/http/budget.py",
-    "server/http/slow_clients.py",
     "engine/client/watchdog.py",  # on a timer
     "engine/host.py",  # when nothing is to be done
     "server/lifetime.py",  # in threads that write the log

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import HASH, TINY, TR_HASH, random_model
+from support.closeness import Closeness
 
 from pyllm.model import Architecture, AttentionMetadata, DeepConfig, DeepForCausalLM
 from pyllm.model.checkpoint.loader import save_checkpoint
@@ -197,18 +198,14 @@ def test_published_hash_line_stays_within_the_error_budget(int8, budget, share):
 
     if not golden_folders("golden-tr-hash"):
         pytest.skip("the published fixtures are not next to this checkout")
-    divergence, agree = [], []
+    closeness = Closeness()
     for folder in golden_folders("golden-tr-hash"):
         expected = load_file(folder / "golden.safetensors")
         model = DeepForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         model.ops = NativeBackend(model, int8=int8)
         ids = expected["input_ids"]
-        ours = run(model, [ids], [[(0, len(ids))]])[0].log_softmax(-1)
-        true = expected["logits"].log_softmax(-1)
-        divergence.append((true.exp() * (true - ours)).sum(-1))
-        agree.append(true.argmax(-1) == ours.argmax(-1))
-    assert torch.cat(divergence).mean() <= budget
-    assert torch.cat(agree).float().mean() >= share
+        closeness.add(expected["logits"], run(model, [ids], [[(0, len(ids))]])[0])
+    closeness.check(budget, share)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
