@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Closeness:
-    """Collects rows of logits [T, V] of several texts, beside the expected ones."""
+    """Collects rows of logits [T, V] of several texts, next to the expected ones."""
 
     def __init__(self) -> None:
         self._divergence: list[Tensor] = []

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 SECONDS = 0.02
-BESIDE = {"ConnectionMonitor.watch", "ConnectionMonitor.release"}
+OUTSIDE = {"ConnectionMonitor.watch", "ConnectionMonitor.release"}
 """What runs each second, or when a connection has closed: neither is part of a request, nor what these call."""
 seen: set[str] = set()
 is_on = False
@@ -26,7 +26,7 @@ def note(frame: FrameType, event: str, _: Any) -> None:
     code = frame.f_code
     if is_on and event == "call" and code.co_name != "<module>" and code.co_filename not in seen:
         caller: FrameType | None = frame
-        while caller is not None and caller.f_code.co_qualname not in BESIDE:
+        while caller is not None and caller.f_code.co_qualname not in OUTSIDE:
             caller = caller.f_back
         if caller is None:
             seen.add(code.co_filename)
