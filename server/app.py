@@ -39,6 +39,7 @@ from .api.pages import PAGE_PATHS, add_base_route, add_page_routes, methods_of
 from .api.responses.route import create_response
 from .api.responses.store import add_store_routes
 from .api.responses.wire import ResponseEvent, ResponseObject, ResponseRequest
+from .api.server_info import add_info_routes
 from .api.tokenize import (
     DetokenizeAnswer,
     DetokenizeRequest,
@@ -64,6 +65,7 @@ def create_app(service: Service) -> FastAPI:
     _add_state_routes(app, service)
     add_model_routes(app, service.ready_model)
     add_tokenizer_route(app, service.ready_model)
+    add_info_routes(app, service.ready_model)
     add_batch_routes(app, lambda: service.batches)
     add_page_routes(app)
     add_store_routes(app, service.responses)
@@ -136,6 +138,7 @@ def _error_schemas(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 
 def _add_state_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/ping", name="ping", description="The same as `/health`, under the name that Amazon SageMaker asks for.")
     @app.get("/health")
     async def health() -> Response:
         """Whether the engine is running or loading."""
@@ -148,6 +151,11 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         """Whether the server accepts requests now."""
         service.ready_model()
         return JsonResponse({"status": "ready"})
+
+    @app.get("/is_sleeping")
+    async def is_sleeping() -> Response:
+        """Whether the model is unloaded for a while, as vLLM can do; always false."""
+        return JsonResponse({"is_sleeping": False})
 
     @app.get("/version")
     async def version() -> Response:

@@ -105,7 +105,7 @@ class ServerConfig(ModelFlags):
     reasoning_parser: str = setting(
         "auto", "marks of the model's reasoning: tokens, tags or none; auto chooses from the checkpoint"
     )
-    metrics_vllm_names: bool = setting(False, "export metrics under vLLM's names too, for its dashboards")
+    metrics_vllm_names: bool = setting(False, "export metrics under vLLM's names too, for its dashboards and routers")
     log_format: Literal["text", "json"] = setting("text", "json writes one object per line")
     sse_keep_alive_interval: float = setting(
         15.0, "seconds between comments that keep a silent stream open; 0 sends none", low=0, high=3600

@@ -61,7 +61,7 @@ class Restarts:
                 reason = f"The engine failed to start: {str(error).rstrip('.')}."
                 continue
             self._ready_since = time.monotonic()
-            model.metrics.follow(functools.partial(getattr, engine, "stats"))
+            model.metrics.follow(functools.partial(getattr, engine, "stats"), engine.info.config)
             service.model = revived = dataclasses.replace(model, engine=engine)
             service.restarting = ""
             logger.info("The engine is serving again.")

@@ -47,7 +47,10 @@ GROUPS = (
         "Files and batches", "Many requests in one file, answered while the server has room.",
         ("/v1/files", "/v1/batches"),
     ),
-    Group("Server", "Whether the server is alive, and its metrics.", ("/health", "/ready", "/version", "/metrics")),
+    Group(
+        "Server", "Whether the server is alive, what it can take, and its metrics.",
+        ("/health", "/ready", "/ping", "/is_sleeping", "/version", "/server_info", "/get_model_info", "/metrics"),
+    ),
 )  # fmt: skip
 BATCHES_OFF = "**Off on this server**: start it with `--batch-dir FOLDER`."
 

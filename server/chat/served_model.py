@@ -114,7 +114,7 @@ async def load(flags: ModelFlags, process: EngineProcess, *, names: tuple[str, .
     if not names:
         names = model_names(flags.model)
         patterns += (escape(flags.model),) if flags.model else ()  # a path is not listed
-    metrics = Metrics(names[0], lambda: engine.stats, vllm_names=server.metrics_vllm_names)
+    metrics = Metrics(names[0], lambda: engine.stats, engine.info.config, vllm_names=server.metrics_vllm_names)
     engine.step_listener = metrics.on_step
     return ServedModel(
         names=names,

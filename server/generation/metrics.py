@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from ...engine.config import ResolvedConfig
 from ...engine.messages import EngineStats
 from ..http.budget import MemoryBudget
 from ..http.keys import Account
@@ -23,6 +24,13 @@ NOT_IN_VLLM = frozenset(
     PREFIX + name
     for name in ("engine_step_seconds", "engine_restarts", "expert_tokens", "expert_reroutes", "http_responses")
 ) | {PREFIX + "log_lines_dropped"}
+OLDER_NAMES = {
+    "kv_cache_usage_perc": "gpu_cache_usage_perc",
+    "prefix_cache_queries": "gpu_prefix_cache_queries",
+    "prefix_cache_hits": "gpu_prefix_cache_hits",
+    "inter_token_latency_seconds": "time_per_output_token_seconds",
+}
+"""vLLM's earlier names, which routers and dashboards still read."""
 ENGINE_COUNTS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "num_drafts", "num_draft_tokens")
 """Fields of `EngineStats` that count since the engine's start."""
 LABEL = "model_name"
@@ -54,14 +62,18 @@ HISTOGRAMS = (
 class Metrics(Counts, Collector):
     """The metrics of one served model.
 
-    `stats` returns the engine's latest state. Counts continue when a new engine replaces a dead one. With `vllm_names`,
-    the metrics that vLLM has are exposed a second time under its names and labels.
+    `stats` returns the engine's latest state, and `config` has its settings. Counts continue when a new engine replaces
+    a dead one. With `vllm_names`, the metrics that vLLM has are exposed a second time under its names and labels, the
+    older ones included.
     """
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool = False) -> None:
+    def __init__(
+        self, model_name: str, stats: Callable[[], EngineStats], config: ResolvedConfig | None = None, *,
+        vllm_names: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(model_name, {name: Histogram(buckets) for name, _, buckets in HISTOGRAMS})
         self._vllm_names = vllm_names
-        self._stats = stats
+        self._stats, self._config = stats, config
         self._previous = EngineStats()  # totals of the engines before this one
         self.log_lines_dropped: Callable[[], int] = lambda: 0
         self._num_restarts = 0
@@ -89,18 +101,9 @@ class Metrics(Counts, Collector):
             (counter, "pyllm:log_lines_dropped", "Log lines that could not be written.", self.log_lines_dropped()),
         ):
             yield self._family(kind, name, text, [((), value)])
-        rows: Rows = (((n,), count) for n, count in enumerate(accepted))
-        text = "Draft tokens accepted, by position in their draft."
-        yield self._family(counter, "pyllm:spec_decode_num_accepted_tokens_per_pos", text, rows, "position")
-        rows = (((status,), count) for status, count in sorted(self.responses_by_status.items()))
-        text = "Responses by HTTP status, except to probes; 499: the client left first."
-        yield self._family(counter, "pyllm:http_responses", text, rows, "status")
-        layers = enumerate(now.expert_tokens or ())
-        rows = (((layer, expert), count) for layer, counts in layers for expert, count in enumerate(counts))
-        yield self._family(counter, "pyllm:expert_tokens", "Tokens computed by each expert.", rows, "layer", "expert")
-        rows = (((layer,), count) for layer, count in enumerate(now.expert_reroutes or ()))
-        text = "Tokens that the mu router sent to an expert other than their id's own."
-        yield self._family(counter, "pyllm:expert_reroutes", text, rows, "layer")
+        yield from self._labelled(now)
+        if (config := self._config) is not None:
+            yield self._cache_config(config)
         for name, text, _ in HISTOGRAMS:
             histogram = self.histograms[name]
             bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
@@ -113,6 +116,33 @@ class Metrics(Counts, Collector):
             success.add_metric([self.model_name, reason], count, created=self._created)
         yield success
 
+    def _labelled(self, now: EngineStats) -> Iterator[Metric]:
+        """Yield the counts that have labels of their own."""
+        counter = CounterMetricFamily
+        rows: Rows = (((n,), count) for n, count in enumerate(now.num_accepted_tokens))
+        text = "Draft tokens accepted, by position in their draft."
+        yield self._family(counter, "pyllm:spec_decode_num_accepted_tokens_per_pos", text, rows, "position")
+        rows = (((status,), count) for status, count in sorted(self.responses_by_status.items()))
+        text = "Responses by HTTP status, except to probes; 499: the client left first."
+        yield self._family(counter, "pyllm:http_responses", text, rows, "status")
+        layers = enumerate(now.expert_tokens or ())
+        rows = (((layer, expert), count) for layer, counts in layers for expert, count in enumerate(counts))
+        yield self._family(counter, "pyllm:expert_tokens", "Tokens computed by each expert.", rows, "layer", "expert")
+        rows = (((layer,), count) for layer, count in enumerate(now.expert_reroutes or ()))
+        text = "Tokens that the mu router sent to an expert other than their id's own."
+        yield self._family(counter, "pyllm:expert_reroutes", text, rows, "layer")
+
+    def _cache_config(self, config: ResolvedConfig) -> Metric:
+        """Return the settings of the KV cache as labels, with vLLM's names."""
+        labels = {
+            "block_size": config.block_size, "num_gpu_blocks": config.num_kv_blocks,
+            "cache_dtype": config.kv_cache_dtype, "enable_prefix_caching": config.enable_prefix_caching,
+        }  # fmt: skip
+        text = "Settings of the KV cache; num_gpu_blocks counts its blocks on every device."
+        family = GaugeMetricFamily(PREFIX + "cache_config_info", text, labels=[LABEL, *labels])
+        family.add_metric([self.model_name, *map(str, labels.values())], 1)
+        return family
+
     def _family(self, kind: type[Family], name: str, text: str, rows: Rows, *labels: str) -> Metric:
         """Return a metric with one value for each combination of its labels."""
         family = kind(name, text, labels=[LABEL, *labels])
@@ -120,10 +150,17 @@ class Metrics(Counts, Collector):
             family.add_metric([self.model_name, *map(str, values)], value)
         return family
 
-    def follow(self, stats: Callable[[], EngineStats]) -> None:
+    def follow(self, stats: Callable[[], EngineStats], config: ResolvedConfig | None = None) -> None:
         """Continue with a new engine, whose own counts start at 0."""
         self._previous, self._stats, self.experts = self._totals(), stats, EngineStats()
+        self._config = config
         self._num_restarts += 1
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of the prompt tokens looked up in the prefix cache that were found there; 0 before the first."""
+        now = self._totals()
+        return now.prefix_cache_hits / max(now.prefix_cache_queries, 1)
 
     def _totals(self) -> EngineStats:
         """Return the engine's latest state, with the counts of all engines so far."""
@@ -202,11 +239,21 @@ class _VllmNames(Collector):
         for family in self._metrics.collect():
             if family.name in NOT_IN_VLLM:
                 continue
-            renamed = Metric(family.name.replace(PREFIX, VLLM_PREFIX, 1), family.documentation, family.type)
-            renamed.samples = [
-                sample._replace(
-                    name=sample.name.replace(PREFIX, VLLM_PREFIX, 1), labels=sample.labels | {"engine": "0"}
-                )
-                for sample in family.samples
-            ]
-            yield renamed
+            name = family.name.removeprefix(PREFIX)
+            yield self._renamed(family, name)
+            if name in OLDER_NAMES:
+                yield self._renamed(family, OLDER_NAMES[name])
+        text = "Share of the prompt tokens looked up in the prefix cache that were found there, 0 to 1."
+        rate = GaugeMetricFamily(PREFIX + "gpu_prefix_cache_hit_rate", text, labels=[LABEL])
+        rate.add_metric([self._metrics.model_name], self._metrics.hit_rate)
+        yield self._renamed(rate, "gpu_prefix_cache_hit_rate")
+
+    def _renamed(self, family: Metric, name: str) -> Metric:
+        renamed = Metric(VLLM_PREFIX + name, family.documentation, family.type)
+        renamed.samples = [
+            sample._replace(
+                name=renamed.name + sample.name.removeprefix(family.name), labels=sample.labels | {"engine": "0"}
+            )
+            for sample in family.samples
+        ]
+        return renamed

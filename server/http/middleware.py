@@ -27,7 +27,7 @@ from .keys import Account, KeyRing
 
 logger = logging.getLogger("pyllm.server")
 
-PROBES = frozenset({"/health", "/ready", "/metrics"})
+PROBES = frozenset({"/health", "/ready", "/ping", "/is_sleeping", "/metrics"})
 """Routes that monitoring polls: logged at debug level, not counted, and open without a key."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")  # anything else could forge fields in the log line
 ANTHROPIC_ROUTES = "/v1/messages"  # this route and those below it speak Anthropic's API

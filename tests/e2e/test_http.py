@@ -20,7 +20,12 @@ GETS = {
     "/v1/models/team/alias": "application/json",
     "/health": "application/json",
     "/ready": "application/json",
+    "/ping": "application/json",
+    "/is_sleeping": "application/json",
     "/version": "application/json",
+    "/server_info": "application/json",
+    "/get_model_info": "application/json",
+    "/health_generate": "application/json",
     "/tokenizer_info": "application/json",
     "/metrics": "text/plain",
     "/openapi.json": "application/json",
@@ -28,7 +33,7 @@ GETS = {
     "/": "text/html",
 }
 """Each route that shows something, with its content type."""
-OPEN = ["/health", "/ready", "/metrics"]
+OPEN = ["/health", "/ready", "/ping", "/is_sleeping", "/metrics"]
 """What is shown without a key: no orchestrator has one."""
 VOLATILE = {"id", "created", "created_at", "completed_at", "usage"}
 

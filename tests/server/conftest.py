@@ -207,7 +207,7 @@ class Harness:
     def __init__(self, **flags: Any) -> None:
         self.tokenizer = byte_tokenizer()
         self.engine = ScriptedEngine(self.tokenizer)
-        self.metrics = Metrics("org/tiny", lambda: self.engine.stats)
+        self.metrics = Metrics("org/tiny", lambda: self.engine.stats, self.engine.info.config)
         self.model = ServedModel(
             names=("org/tiny", "alias"),
             tokenizer=self.tokenizer,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pyllm.engine.client.output_processor import RequestTimes
 from pyllm.engine.messages import EngineStats, StepOutputs
 from pyllm.server.generation.metrics import Metrics
+
+OLDER = {
+    "gpu_cache_usage_perc": "kv_cache_usage_perc", "gpu_prefix_cache_hits": "prefix_cache_hits",
+    "gpu_prefix_cache_queries": "prefix_cache_queries", "time_per_output_token": "inter_token_latency",
+}  # fmt: skip
+"""vLLM's earlier names as routers read them, each with the present one."""
 
 
 def samples(metrics):
@@ -82,8 +90,10 @@ def test_vllms_names_are_exposed_too_if_requested(also):
     if not also:
         assert not theirs
         return
+    older = {key for key in theirs if "vllm:gpu_" in key[0] or "time_per_output_token" in key[0]}
     assert {
-        (key[0].replace("vllm:", "pyllm:"), *(pair for pair in key[1:] if pair[0] != "engine")) for key in theirs
+        (key[0].replace("vllm:", "pyllm:"), *(pair for pair in key[1:] if pair[0] != "engine"))
+        for key in theirs - older
     } == {key for key in ours if not key[0].startswith(("pyllm:expert", "pyllm:engine_", "pyllm:log_"))}
     engine = ("engine", "0")
     assert found["vllm:generation_tokens_total", engine] == 3
@@ -91,3 +101,32 @@ def test_vllms_names_are_exposed_too_if_requested(also):
     text = metrics.exposition().decode()
     assert 'vllm:num_requests_running{engine="0",model_name="pyllm:m"} 0.0' in text
     assert 'vllm:request_prompt_tokens_bucket{engine="0",le="10.0",model_name="pyllm:m"} 1.0' in text
+
+
+def test_routers_find_vllms_older_names(harness):
+    metrics = Metrics("m", lambda: harness.engine.stats, vllm_names=True)
+    found = samples(metrics)
+    assert found["vllm:gpu_prefix_cache_hit_rate", ("engine", "0")] == 0.4
+    assert samples(Metrics("m", EngineStats, vllm_names=True))["vllm:gpu_prefix_cache_hit_rate", ("engine", "0")] == 0
+    for older, present in OLDER.items():
+        names = {key for key in found if key[0].startswith(f"vllm:{older}")} - {("vllm:gpu_prefix_cache_hit_rate",)}
+        assert names
+        for name, *labels in names:
+            assert found[name, *labels] == found[name.replace(older, present), *labels]
+    text = metrics.exposition().decode()
+    assert 'vllm:gpu_cache_usage_perc{engine="0",model_name="m"} 0.25' in text
+    assert 'vllm:gpu_prefix_cache_queries_total{engine="0",model_name="m"} 50.0' in text
+
+
+def test_routers_find_the_size_of_the_cache(make_harness):
+    labels = (
+        ("block_size", "16"), ("cache_dtype", "auto"), ("enable_prefix_caching", "True"), ("num_gpu_blocks", "100"),
+    )  # fmt: skip
+    harness = make_harness()
+    assert samples(harness.metrics)["pyllm:cache_config_info", *labels] == 1
+    config = harness.engine.info.config
+    metrics = Metrics("m", EngineStats, config, vllm_names=True)
+    theirs = sorted((*labels, ("engine", "0")))
+    assert samples(metrics)["vllm:cache_config_info", *theirs] == 1
+    metrics.follow(EngineStats, dataclasses.replace(config, num_kv_blocks=7))  # a new engine may have less memory
+    assert ("num_gpu_blocks", "7") in next(key for key in samples(metrics) if key[0] == "vllm:cache_config_info")

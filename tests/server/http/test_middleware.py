@@ -34,10 +34,10 @@ def test_one_request_id_used_twice_makes_two_requests(harness):
 def test_keys_guard_every_route_but_the_public_ones(make_harness):
     harness = make_harness(api_key=("first", "clé"))
     pages = ("/", "/docs", "/docs/swagger-ui.css", "/openapi.json")  # no data, and browsers bring no header
-    for path in ("/health", "/ready", "/metrics", *pages):
+    for path in ("/health", "/ready", "/ping", "/is_sleeping", "/metrics", *pages):
         assert harness.get(path).status_code == 200
     tricks = ("http://test//health", "http://test//docs", "/health/../v1/models", "/healthx", "/docs/x", "/docs/")
-    guarded = ("/v1/models", "/version", "/nowhere", *tricks)
+    guarded = ("/v1/models", "/version", "/server_info", "/get_model_info", "/health_generate", "/nowhere", *tricks)
     for path in guarded:
         response = harness.get(path)
         assert response.status_code == 401
