@@ -11,9 +11,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 TORCH_INDEX ?=
 NVIDIA := /proc/driver/nvidia/version
 PYTEST := $(BIN)/python -m pytest
-TESTS = $(PYTEST) $(or $(ARGS),--numprocesses 3 --dist loadfile --no-loadscope-reorder)
+# The linters of manifests and images that some tests run are programs of the environment.
+TESTS = PATH="$(abspath $(BIN)):$$PATH" $(PYTEST) $(or $(ARGS),--numprocesses 3 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: serve test test-real test-clients test-optimized lint bench clean lock vendor audit
+.PHONY: serve test test-real test-clients test-optimized lint bench clean dist publish lock vendor audit
 
 ## serve: serve the bundled demo model (or MODEL=folder-or-hub-id) on port 8000
 serve: .venv/installed
@@ -29,7 +30,7 @@ test-clients: .venv/installed-dev
 
 ## test-real: run the tests with real programs, fail where one is missing, and print a table of them
 test-real: .venv/installed-dev
-	$(PYTEST) -m "needs and not slow" --require-components $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
+	PATH="$(abspath $(BIN)):$$PATH" $(PYTEST) -m "needs and not slow" --require-components $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 ## test-optimized: run the tests under `python -O`: the product must not depend on asserts
 test-optimized: .venv/installed-dev
@@ -54,6 +55,10 @@ dist: $(TOOLS)/installed
 	PATH="$(abspath $(TOOLS))/bin:$$PATH" $(TOOLS)/bin/auditwheel repair --wheel-dir dist dist/built/*.whl
 	mv dist/built/*.tar.gz dist
 	rm -r dist/built
+
+## publish: upload what `make dist` has built to the package index
+publish: $(TOOLS)/installed
+	$(TOOLS)/bin/uv publish $(ARGS) dist/*
 
 ## lock: write requirements*.lock again, from pyproject.toml and the versions of constraints.txt
 lock: $(TOOLS)/installed
