@@ -19,7 +19,7 @@ from pyllm.server.flags import BenchConfig, CheckConfig, GenerateConfig, ServerC
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "docker/monitoring/*.md")
+    for pattern in ("*.md", "docs/*.md", "docker/*/*.md")
     for path in ROOT.glob(pattern)
 )
 COMMAND_FLAGS = (ServerConfig, GenerateConfig, CheckConfig, BenchConfig)

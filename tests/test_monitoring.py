@@ -14,72 +14,17 @@ import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from support.promql import names_and_labels
 from support.serving import PATIENCE, ServerProcess, wait_for
 
 MONITORING = Path(__file__).resolve().parents[1] / "docker" / "monitoring"
 DASHBOARDS = sorted(MONITORING.glob("grafana/dashboards/*.json"))
+FLEET = MONITORING.parents[1] / "docs" / "fleet.md"
 RULES = yaml.safe_load((MONITORING / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
 
-TOKEN = re.compile(
-    r"""(?P<space>\s+|\#[^\n]*)
-      | (?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
-      | (?P<duration>\$__(?:rate_)?(?:interval|range)\b|(?:\d+(?:ms|[smhdwy]))+)
-      | (?P<number>0x[0-9a-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
-      | (?P<name>[A-Za-z_:][\w:]*)
-      | (?P<sign>=~|!~|!=|==|>=|<=|[-+*/%^<>=(){}\[\],:@])""",
-    re.VERBOSE,
-)
-GROUPING = {"by", "without", "on", "ignoring", "group_left", "group_right"}
-WORDS = GROUPING | {"and", "or", "unless", "bool", "offset", "inf", "nan"}
-FUNCTIONS = {
-    "avg", "count", "max", "min", "sum", "rate", "increase", "deriv", "histogram_quantile", "min_over_time",
-    "avg_over_time", "vector",
-}  # fmt: skip
-"""Those that are used; one that is misspelt is none of them."""
 OF_PROMETHEUS = {"up": frozenset({"job", "instance"})}
 """What Prometheus itself knows of each server that it asks."""
 TARGET_LABELS = OF_PROMETHEUS["up"]
-
-
-def names_and_labels(expression: str) -> Iterator[tuple[str, frozenset[str]]]:
-    """Each metric of an expression with the labels of its selector; then "" with all labels grouped or joined by.
-
-    `AssertionError` for what is no PromQL.
-    """
-    tokens, position = [], 0
-    while position < len(expression):
-        found = TOKEN.match(expression, position)
-        assert found, f"{expression[position:]!r} is no PromQL"
-        if found.lastgroup != "space":
-            tokens.append((found.lastgroup, found[0]))
-        position = found.end()
-    assert Counter(text for _, text in tokens if text in "([{") == Counter(
-        {")": "(", "]": "[", "}": "{"}[text] for _, text in tokens if text in ")]}"
-    ), expression
-    grouped: set[str] = set()
-    at = 0
-    while at < len(tokens):
-        kind, text = tokens[at]
-        following = tokens[at + 1][1] if at + 1 < len(tokens) else ""
-        at += 1
-        if kind != "name":
-            continue
-        if text.lower() in GROUPING:
-            assert following == "(", expression
-            end = tokens.index(("sign", ")"), at)
-            grouped |= {label for kind, label in tokens[at:end] if kind == "name"}
-            at = end
-        elif text.lower() in WORDS or text in FUNCTIONS:
-            continue
-        else:
-            assert following != "(", f"no function {text} in {expression}"
-            labels: set[str] = set()
-            if following == "{":
-                end = tokens.index(("sign", "}"), at)
-                labels = {label for kind, label in tokens[at:end] if kind == "name"}
-                at = end
-            yield text, frozenset(labels)
-    yield "", frozenset(grouped)
 
 
 def dashboard(path: Path) -> dict[str, Any]:
@@ -99,6 +44,9 @@ def expressions() -> dict[str, str]:
                 inside = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
                 assert inside, variable
                 found[f"{path.stem}: variable {variable['name']}"] = f"sum by ({inside[2]}) ({inside[1]})"
+    page = FLEET.read_text(encoding="utf-8").replace("\\|", "|")
+    for number, expression in enumerate(re.findall(r"`([^`\n]*pyllm:[^`\n]*)`|^(sum.*pyllm:.*)$", page, re.MULTILINE)):
+        found[f"docs/fleet.md {number}"] = "".join(expression)
     return found
 
 

@@ -22,7 +22,7 @@ class Component:
     """A program under the names that it may have, the other programs and the Python module that it needs."""
 
     names: tuple[str, ...]
-    version: str = "--version"  # the argument that prints it
+    version: str = "--version"  # the arguments that print it
     others: tuple[str, ...] = ()
     module: str = ""
 
@@ -36,15 +36,19 @@ class Component:
         path = self.find()
         if path is None:
             return "missing"
-        done = subprocess.run([path, self.version], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([path, *self.version.split()], capture_output=True, text=True, timeout=60, check=False)
         return (done.stdout + done.stderr).strip().split("\n")[0]
 
 
 COMPONENTS: Final = {
     "Chromium": Component(("chromium", "chromium-browser", "google-chrome"), module="playwright"),
     "Java": Component(("javac",), "-version", ("java",)),
+    "actionlint": Component(("actionlint",)),
     "fish": Component(("fish",)),
     "g++": Component(("g++",)),
+    "hadolint": Component(("hadolint",)),
+    "kubectl": Component(("kubectl",), "version --client"),
+    "kubernetes-validate": Component(("kubernetes-validate",), module="kubernetes_validate"),
     "node": Component(("node",)),
     "npm": Component(("npm",)),
     "openssl": Component(("openssl",), "version"),
