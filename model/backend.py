@@ -182,7 +182,7 @@ class Backend:
         return x, experts
 
     def route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
-        """The expert of each token: its id's own, unless the mu router scores another over BASE_EXPERT_SCORE above it.
+        """The expert of each token: its id's own, unless another's mu score is over BASE_EXPERT_SCORE higher.
 
         Returns int64 [T]. The CUDA backend does the same in `route_kernel`, and the CPU backend in `pyllm_mlp`.
         """

@@ -31,7 +31,7 @@ from pyllm.engine.errors import RequestError
 from pyllm.engine.grammar.checker import Vocabulary, compile_grammar, error_of
 from pyllm.engine.llm import LLM
 from pyllm.engine.messages import SamplingParams
-from pyllm.server.chat.structured import json_schema_grammar
+from pyllm.server.chat.structured_output import json_schema_grammar
 
 MAX_REFUSED = 0.03
 FORMATS = jsonschema.FormatChecker(("date", "ipv4", "ipv6", "email", "idn-email", "uuid", "json-pointer"))

@@ -223,7 +223,7 @@ class AsyncEngine:
         message = messages.resolve_request(message, self.info, self._seeds)
         num_bytes = message.num_bytes
         self._check_bytes(num_bytes, client)
-        stream = RequestStream(wire_id, wakeup or Wakeup(), self._forget, client, num_bytes)
+        stream = RequestStream(wire_id, wakeup or Wakeup(), self._abort, client, num_bytes)
         self._processor.add(wire_id, len(prompt_token_ids), message.params)
         self._streams[wire_id] = stream
         self._clients[client] += 1
@@ -263,7 +263,7 @@ class AsyncEngine:
             del self._clients[stream.client], self._held[stream.client]
         return True
 
-    def _forget(self, wire_id: str) -> None:
+    def _abort(self, wire_id: str) -> None:
         if self._pop_stream(wire_id):
             self._processor.abort(wire_id)
             if self.error is None:

@@ -340,13 +340,13 @@ class RequestStream:
     """
 
     def __init__(
-        self, wire_id: str, wakeup: Wakeup, forget: Callable[[str], None], client: str = "", num_bytes: int = 0
+        self, wire_id: str, wakeup: Wakeup, abort: Callable[[str], None], client: str = "", num_bytes: int = 0
     ) -> None:
         self.client = client
         self.num_bytes = num_bytes  # of the request
         self._wire_id = wire_id
         self._wakeup = wakeup
-        self._forget = forget  # called with the id when the reader aborts the request
+        self._abort = abort  # called with the id when the reader aborts the request
         self._outputs: list[RequestOutput] = []
         self._finished = False
         self._dead: str | None = None
@@ -382,7 +382,7 @@ class RequestStream:
         if not self._finished:
             self._finished = True
             self._wakeup.wake()
-            self._forget(self._wire_id)
+            self._abort(self._wire_id)
 
     def put(self, output: RequestOutput) -> None:
         """Keep an output until it is read."""

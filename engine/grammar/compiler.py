@@ -20,7 +20,7 @@ from ...model.tokenizer import Tokenizer
 from ..errors import RequestError
 from ..host import start_pool
 from .checker import GrammarChecker, Vocabulary, compile_grammar, error_of
-from .keys import KeyTokens, KeyTracker, tracker_for
+from .object_keys import KeyTokens, KeyTracker, tracker_for
 from .state import GrammarState
 
 COMPILERS = 2

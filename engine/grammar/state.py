@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checker import TOO_SLOW, error_of
-from .keys import KeyTracker
+from .object_keys import KeyTracker
 
 MASK_SECONDS = 2.0  # a slower mask ends its request; the parser's own limits normally stop it much earlier
 Bits = npt.NDArray[np.uint8]

@@ -28,7 +28,7 @@ class RequestStatus(enum.Enum):
     COMPILING = enum.auto()  # its grammar is being compiled; the scheduler does not know it yet
     WAITING = enum.auto()
     RUNNING = enum.auto()
-    PREEMPTED = enum.auto()  # waiting again without its blocks, to be computed from scratch
+    PREEMPTED = enum.auto()  # waiting again without its blocks; what has left the cache is recomputed
     FINISHED = enum.auto()
 
 

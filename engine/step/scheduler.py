@@ -15,9 +15,9 @@ some of them, within a budget of tokens. The rules, in this order:
   `max_num_prefill_tokens` (more in proportion to many decodes), so that new prompts do not slow down streams too much.
 - If all `max_num_seqs` sequences run, a client with fewer than its share of them is admitted all the same. The last
   request of a client with more than its share then pauses: it keeps its blocks, and continues where it was.
-- If blocks run out, the running request with the last claim to them is preempted and later computed from scratch: in
-  the last level, the one whose client holds the most blocks in older requests. So the request with the first claim
-  advances in every step.
+- If blocks run out, the running request with the last claim to them is preempted, and later recomputes what has left
+  the cache. That is, in the last level, the request of the client whose older requests hold the most blocks together.
+  So the request with the first claim advances in every step.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from ...engine.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from ..chat.structured import MAX_CHOICES
+from ..chat.structured_output import MAX_CHOICES
 from ..generation.generation import MAX_SEQUENCES
 from .types import (
     MAX_INT,

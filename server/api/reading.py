@@ -12,7 +12,7 @@ from ...engine.messages import SamplingParams
 from ..chat import conversation as neutral
 from ..chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Sampling
 from ..chat.served_model import ServedModel
-from ..chat.structured import choice_grammar, json_schema_grammar, lark_grammar, regex_grammar
+from ..chat.structured_output import choice_grammar, json_schema_grammar, lark_grammar, regex_grammar
 from ..generation.generation import Generation
 from ..http.middleware import RequestContext
 from . import fields

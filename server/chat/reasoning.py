@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from ...engine.grammar.keys import REASONING
+from ...engine.grammar.object_keys import REASONING
 from ...engine.messages import Marks, Section
 from ...model.tokenizer import Tokenizer
 from ..flags import ConfigError

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...engine.errors import RequestError
-from ...engine.grammar.keys import CALL_OPENING
+from ...engine.grammar.object_keys import CALL_OPENING
 from ..http.errors import shorten
 from .conversation import Conversation, Tool, ToolChoice
 from .marked_calls import MarkedCallReader
 from .parts import TurnReader
 from .reasoning import GrammarMarks
 from .schema.compiler import MAX_SIZE
-from .structured import choice_grammar, json_schema_grammar
+from .structured_output import choice_grammar, json_schema_grammar
 from .template import MAX_DEPTH, is_deeper
 from .tool_calls import CallReader, ToolCallFormat
 

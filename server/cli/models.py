@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ...engine.errors import EngineDeadError, RequestError
 from ..chat.conversation import AnswerFormat, Conversation, Message
 from ..chat.served_model import ServedModel
-from ..chat.structured import json_schema_grammar
+from ..chat.structured_output import json_schema_grammar
 from ..chat.turn import prepare_prompt, sampling_params
 from .load_client import Client, StatusError, Target
 

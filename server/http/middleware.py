@@ -64,7 +64,7 @@ class RequestContext:
     owner: str = ""  # names the API key without revealing it
     account: Account | None = None  # the client with this key
     is_counted: bool = False  # the account's limits apply
-    is_admitted: bool = False  # they apply and were not reached
+    is_admitted: bool = False  # the account has counted it
     cache_owner: str = ""  # cached prompts are shared within this owner only; "" shares with everyone
     client: str = ""  # the client's name in turn-taking between clients
     background: bool = False  # a line of a batch, which gives way to all other requests

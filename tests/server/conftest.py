@@ -128,7 +128,7 @@ class ScriptedEngine:
         self.extras.append((priority, cache_salt))
         self.clients.append(client)
         self.running.add(request_id)
-        stream = RequestStream(request_id, wakeup or Wakeup(), self._forget)
+        stream = RequestStream(request_id, wakeup or Wakeup(), self._abort)
         self._tasks.append(asyncio.get_running_loop().create_task(self._answer(stream, message)))
         return stream
 
@@ -195,7 +195,7 @@ class ScriptedEngine:
             for place, id_ in enumerate(message.prompt_token_ids[1:], 1)
         ]
 
-    def _forget(self, request_id: str) -> None:
+    def _abort(self, request_id: str) -> None:
         if request_id in self.running:
             self.running.discard(request_id)
             self.aborted.append(request_id)

@@ -15,7 +15,7 @@ from ....engine.errors import RequestError
 from ...chat.conversation import BETWEEN_PARTS, AnswerFormat, Conversation, Message, Tool, ToolCall, ToolChoice
 from ...chat.parts import Part, Thought
 from ...chat.served_model import ServedModel
-from ...chat.structured import json_schema_grammar
+from ...chat.structured_output import json_schema_grammar
 from ...chat.turn import Turn, prepare_prompt, prepare_turn, tokenizing_bytes
 from ...generation.generation import Choice, Generation
 from ...generation.streaming import EventStream, EventWriter

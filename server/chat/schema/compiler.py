@@ -16,7 +16,7 @@ from fractions import Fraction
 from math import gcd, lcm
 from typing import Any, NamedTuple
 
-from ....engine.grammar.keys import UNIQUE_KEYS
+from ....engine.grammar.object_keys import UNIQUE_KEYS
 from .formats import FORMATS
 from .numbers import INT64, MAX_LITERALS, Range, number_regex
 from .objects import members_of
@@ -55,7 +55,7 @@ class Rule:
     reason: str = ""  # why it has none
 
 
-class Compiler:
+class SchemaCompiler:
     """Writes the grammar of one schema."""
 
     def __init__(self, reader: Reader) -> None:

@@ -9,7 +9,7 @@ import pytest
 from support.grammars import accepts
 
 from pyllm.engine.errors import RequestError
-from pyllm.server.chat.structured import choice_grammar, lark_grammar, regex_grammar
+from pyllm.server.chat.structured_output import choice_grammar, lark_grammar, regex_grammar
 
 JSON = r"""
 # The grammar that llama.cpp ships, with all that it needs.

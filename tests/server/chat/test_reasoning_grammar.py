@@ -12,12 +12,12 @@ from support.checkpoints import byte_tokenizer
 from tokenizers import AddedToken
 
 from pyllm.engine.grammar.checker import Vocabulary, compile_grammar, try_grammar
-from pyllm.engine.grammar.keys import KeyTokens, tracker_for
+from pyllm.engine.grammar.object_keys import KeyTokens, tracker_for
 from pyllm.engine.messages import Marks
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.chat.conversation import Tool
 from pyllm.server.chat.reasoning import GrammarMarks, find_marks
-from pyllm.server.chat.structured import json_schema_grammar
+from pyllm.server.chat.structured_output import json_schema_grammar
 from pyllm.server.chat.tool_calls import FORMATS, ToolCallFormat
 from pyllm.server.chat.tool_choice import ToolOptions
 

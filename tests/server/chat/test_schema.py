@@ -13,7 +13,7 @@ from support.grammars import accepts
 
 from pyllm.engine.errors import RequestError
 from pyllm.server.chat.schema.patterns import Pattern
-from pyllm.server.chat.structured import json_schema_grammar
+from pyllm.server.chat.structured_output import json_schema_grammar
 
 BIG = 1180293847561029384
 

@@ -12,7 +12,7 @@ from support.grammars import check_grammar
 from pyllm.engine.errors import RequestError
 from pyllm.model.tokenizer import Tokenizer
 from pyllm.server.chat.conversation import Conversation, Message, Tool, ToolChoice
-from pyllm.server.chat.structured import json_schema_grammar, regex_grammar
+from pyllm.server.chat.structured_output import json_schema_grammar, regex_grammar
 from pyllm.server.chat.tool_calls import FORMATS
 from pyllm.server.chat.tool_choice import arguments_schema, read_tools
 from pyllm.server.flags import DEMO_FOLDER

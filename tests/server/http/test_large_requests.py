@@ -10,7 +10,7 @@ from pyllm.server.api import chat, completions
 from pyllm.server.api.messages import route as messages
 from pyllm.server.api.responses import route as responses
 from pyllm.server.api.responses import store as response_store
-from pyllm.server.chat import structured, tool_choice, turn
+from pyllm.server.chat import structured_output, tool_choice, turn
 from pyllm.server.chat.template import ChatTemplate, is_deeper
 from pyllm.server.http import body as bodies
 
@@ -73,11 +73,11 @@ def test_all_work_on_a_large_body_is_done_off_the_event_loop(harness, monkeypatc
 
 
 def test_a_short_schema_becomes_a_grammar_off_the_event_loop(harness, threads):
-    found = threads([(structured, "Compiler")])
+    found = threads([(structured_output, "SchemaCompiler")])
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}
     harness.post("/v1/chat/completions", {"model": "alias", "messages": HI, "response_format": form})
-    assert found["Compiler"]
-    assert threading.main_thread() not in found["Compiler"]
+    assert found["SchemaCompiler"]
+    assert threading.main_thread() not in found["SchemaCompiler"]
 
 
 def test_long_conversation_is_parsed_off_the_event_loop(harness, monkeypatch, threads):

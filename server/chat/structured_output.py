@@ -13,7 +13,7 @@ import llguidance
 
 from ...engine.errors import RequestError
 from . import gbnf
-from .schema.compiler import Compiler
+from .schema.compiler import SchemaCompiler
 from .schema.reader import Reader
 
 MAX_SCHEMA_BYTES = 256 << 10
@@ -29,7 +29,7 @@ def json_schema_grammar(schema: dict[str, Any], param: str | None = None) -> str
     Raises `RequestError` if it is too large, no value is valid, or a keyword cannot be enforced.
     """
     _check_size(schema, param)
-    return _wrap(Compiler(Reader(schema, param)).compile())
+    return _wrap(SchemaCompiler(Reader(schema, param)).compile())
 
 
 def regex_grammar(regex: str, param: str | None = None) -> str:

@@ -21,7 +21,7 @@ from pyllm.engine.client.async_engine import AsyncEngine
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import RequestError
 from pyllm.model.tokenizer import Tokenizer
-from pyllm.server.chat.structured import (
+from pyllm.server.chat.structured_output import (
     choice_grammar,
     json_schema_grammar,
     lark_grammar,

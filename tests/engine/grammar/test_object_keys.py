@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from pyllm.engine.grammar.keys import CALL_OPENING, UNIQUE_KEYS, KeyTokens, KeyTracker, tracker_for
+from pyllm.engine.grammar.object_keys import CALL_OPENING, UNIQUE_KEYS, KeyTokens, KeyTracker, tracker_for
 
 BYTES = [bytes((byte,)) for byte in range(256)]
 MORE = [b'a"', b'b":', b'","a":', b'{"a":1,"a":', b'":{"', b'": "', b'ab"']
