@@ -17,7 +17,7 @@ class RequestError(ValueError):
 
 
 class EngineBusyError(RuntimeError):
-    """The engine cannot accept more requests now."""
+    """There is no room for a request now, in the queue or in memory; clients get a 429."""
 
     def __init__(self, message: str, *, retry_after: int) -> None:
         super().__init__(message)

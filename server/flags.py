@@ -1,4 +1,4 @@
-"""Declares every flag of the command line; those of the engine are declared in `engine/config.py`.
+"""Declares the flags of the server and of each command, next to the engine's of `engine/config.py`.
 
 `arguments.py` reads their values. Nothing heavy is imported, so `--help` is quick.
 """
@@ -38,7 +38,8 @@ class ModelFlags(EngineSettings):
     revision: str | None = setting(None, "branch, tag or commit of a hub id (default: its main branch)")
     chat_template: str | None = setting(None, "file with a Jinja chat template to use instead of the checkpoint's")
     override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - it is a field
-        None, 'sampling defaults that override that file, such as {"temperature": 0.5}; null removes one'
+        None,
+        'sampling defaults that override those of --generation-config, such as {"temperature": 0.5}; null removes one',
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "minimum severity to log")
 
@@ -199,6 +200,9 @@ class BenchConfig(ModelFlags):
     input_len: int = setting(128, "tokens per prompt", low=1, high=10**6)
     output_len: int = setting(128, "tokens per answer", low=1, high=10**6)
     vocab_size: int | None = setting(
-        None, "prompts are random token ids from 100 to N - 1 (default: as many as the model has)", low=101, high=10**7
+        None,
+        "size of the vocabulary: prompts are random ids from 100 to N - 1 (default: the model's)",
+        low=101,
+        high=10**7,
     )
     json: bool = setting(False, "print one line of JSON instead of a table")

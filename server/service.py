@@ -67,7 +67,7 @@ class Service:
     def __post_init__(self) -> None:
         self.idle.set()
         limit = self.config.max_api_memory or default_limit()
-        # With a folder for batches, owners keep their names across restarts.
+        # It names the owners of stored data. A batch folder keeps it, so that they find their batches after a restart.
         secret = secrets.token_bytes(32) if self.batches is None else self.batches.secret
         self.keys = KeyRing(self.config.api_key, self.config.api_key_file, secret)
         owner_limit = limit // 2 if len(self.keys.accounts) > 1 else limit

@@ -158,8 +158,8 @@ class AsyncEngine:
     def check_room(self, count: int = 1, client: str = "") -> None:
         """Raise `EngineBusyError` if `count` more requests do not fit in the queue, `RequestError` if they never do.
 
-        If clients have names, a client with less than an equal share of all places is never refused because of
-        others' requests. So the queue may exceed its limit, but the more clients there are, the less each adds.
+        If clients have names, a client whose requests stay within its equal share of all places is accepted even if
+        the queue is full. So each client can exceed the queue's limit by its share only.
         """
         queue, batch = self.info.config.max_num_queued_reqs, self.info.config.max_num_seqs
         if count > queue + batch:

@@ -175,7 +175,10 @@ class _TextState:
     num_reasoning_tokens: int = 0
 
     def add_tokens(self, token_ids: Sequence[int], hidden: int) -> tuple[str, str | None, int]:
-        """Return the released text, a completed stop string, the tokens used; token `hidden` (from 1) adds no text."""
+        """Return the text to show, the stop string that ended it, and how many tokens were used.
+
+        The `hidden`-th token, counted from 1, adds no text; 0 for none.
+        """
         pieces, used, stop = [], 0, None
         for used, token_id in enumerate(token_ids, 1):
             self.num_output_tokens += 1

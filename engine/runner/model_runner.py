@@ -80,7 +80,7 @@ class ModelRunner:
     def execute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
         """Compute a step; return the sampled tokens of the sequences that sample, in order.
 
-        A sequence's own token is followed by the tokens drawn after each token of its draft, assuming a correct draft.
+        Each sequence gets its next token, then one after each token of its draft, drawn as if the draft were right.
         """
         if not any(s.request.needs_tokens or s.draft for s in sequences):
             return self.launch(sequences)()

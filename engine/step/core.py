@@ -288,7 +288,7 @@ class EngineCore:
         return request.output(draws)
 
     def _apply_executed(self, sequence: ScheduledSequence, draws: list[SampledToken]) -> TokenOutput | None:
-        """Count a sequence's tokens as computed and append those drawn: the first, and one for each accepted draft."""
+        """Count a sequence's tokens as computed and append those drawn: the first, and one per right draft token."""
         request, draft = sequence.request, sequence.draft
         if not sequence.samples:
             self.scheduler.kv_cache.advance(request, sequence.num_tokens)

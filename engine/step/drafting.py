@@ -19,7 +19,8 @@ class Drafter:
     """Proposes the next tokens of one sequence, and verifies them once they are drawn.
 
     The position after each n-gram's last occurrence is kept, so that the cost of a proposal does not depend on the
-    sequence's length. After drafts with no correct token it pauses, twice as long each time.
+    sequence's length. After a draft with no correct token it skips one proposal, after the next
+    such draft two, then four, up to `MAX_PAUSE`; a correct token resets this.
     """
 
     __slots__ = ("_indexed", "_next_of", "_pause", "_wait", "settings")

@@ -39,7 +39,7 @@ class Era(NamedTuple):
     marker: str  # a tensor name that no era below it in `ERAS` has
     layer: Mapping[str, Places]
     experts: Mapping[str, Places]
-    routes_by_modulo: bool = True  # a file without `token_to_expert` means id mod num_experts; if False, it is refused
+    routes_by_modulo: bool = True  # without `token_to_expert`, id mod num_experts; False: refuse such a file
     derived: tuple[str, ...] = ()  # tensors of a layer that follow from others, so that they are not read
 
 

@@ -13,9 +13,10 @@ from .tool_calls import decode_json
 
 
 class MarkedCallReader:
-    """Finds calls of known functions in the sections of a text; a call is complete once its end mark has arrived.
+    """Finds calls of known functions in the sections of a text, and reports them when their section ends.
 
-    A section that is not such JSON, or calls an unknown function, is content. A section that is cut off is dropped.
+    A section that is not such JSON, or calls an unknown function, is content. If the end of the text cuts it off, it is
+    dropped, unless only its end mark is missing.
     """
 
     def __init__(self, functions: Collection[str], finish_reason: str = "tool_calls", forced: bool = False) -> None:

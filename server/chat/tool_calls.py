@@ -31,7 +31,7 @@ class ToolCallFormat:
     opening: str = ""  # if empty, calls are bare JSON, and a turn either begins with a call or has none
     closing: str = ""
     separator: str = ""  # the grammar puts it between calls
-    # Token ids of opening and closing, if they are special tokens; the JSON between them is then a list.
+    # Token ids of opening and closing, if they are special tokens: then `marked_calls.py` reads what is between them.
     ids: tuple[int, int] | None = None
 
     def start(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The server's metrics, each named here and only here, with vLLM's name and buckets where vLLM has the same one."""
+"""The names of all metrics, with vLLM's name and buckets where vLLM has the same one."""
 
 from __future__ import annotations
 

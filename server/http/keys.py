@@ -105,7 +105,7 @@ class Account:
             self.tokens = Allowance(limits.tokens_per_minute) if limits.tokens_per_minute else None
 
     def enter(self, *, background: bool) -> None:
-        """Count a request, which `leave` ends; raise `ApiError` 429 at a limit; lines of batches have none."""
+        """Count a request until `leave`; raise `ApiError` 429 if a limit is reached. Batch lines have no limits."""
         if not background:
             most = self.limits.max_parallel_requests
             if most is not None and self.num_parallel >= most:
