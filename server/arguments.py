@@ -41,6 +41,7 @@ GROUPS = {
     "listening": "host port uds root_path ssl_keyfile ssl_certfile api_key api_key_file allowed_origins",
     "connections": "max_connections max_api_memory header_timeout body_timeout write_timeout sse_keep_alive_interval "
     "shutdown_timeout",
+    "replicas": "replicas max_replicas ray_address",
     "files and batches": "batch_dir batch_dir_size batch_concurrency",
     "logs and metrics": "log_level log_format metrics_vllm_names otlp_traces_endpoint",
 }
@@ -49,7 +50,8 @@ GROUPS = {
 # What to do instead of flags of other servers and programs that people try.
 FOREIGN = {
     "PyLLM computes on one device, so leave it out.":
-        "tensor-parallel-size pipeline-parallel-size data-parallel-size tp tp-size",
+        "tensor-parallel-size pipeline-parallel-size tp tp-size",
+    "use --replicas.": "data-parallel-size dp dp-size num-replicas",
     "use --max-model-len.": "ctx-size context-length n-ctx max-length max-total-tokens",
     "use --host.": "bind listen hostname",
     "use --gpu-memory-utilization.": "mem-fraction-static cuda-memory-fraction",

@@ -136,6 +136,13 @@ class ServerConfig(ModelFlags):
         0, "how many times in a row to restart a dead engine before exiting", low=0, high=1000
     )
     shutdown_timeout: float = setting(30.0, "seconds for running requests to finish on SIGTERM", low=0, high=DAY)
+    replicas: int | None = setting(
+        None, "number of servers behind one address, run by Ray Serve, each with its own GPU or cores", low=1, high=1024
+    )
+    max_replicas: int | None = setting(
+        None, "number of replicas up to which busy ones are joined by more", low=1, high=1024
+    )
+    ray_address: str | None = setting(None, "Ray cluster to run the replicas on (default: a Ray on this machine)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ PLANTED = {
     "packages of model": ("model/network.py", "from .cpu import backend"),
     "endpoints are independent": ("server/api/completions.py", "from . import tokenize"),
     "no torch in server and engine client": ("engine/client/watchdog.py", "import torch"),
+    "ray in replicas only": ("server/http/budget.py", "import ray"),
     "no circles": ("server/http/budget.py", "from . import middleware"),
 }
 """For each contract, a file and an import that breaks it."""

@@ -190,11 +190,17 @@ def _check(config: ServerConfig) -> None:
         from ..listen import check_certificate
 
         check_certificate(config.ssl_keyfile, config.ssl_certfile)
+    if config.replicas is not None or config.max_replicas is not None or config.ray_address is not None:
+        from ..replicas.command import check_replicas
+
+        check_replicas(config)
     if config.isolate_cache_by_key and not (config.api_key or config.api_key_file):
         raise ConfigError("--isolate-cache-by-key needs keys to distinguish clients: add --api-key or --api-key-file.")
 
 
 def _start(entry: str, config: ModelFlags, lifetime: Lifetime) -> int:
+    if isinstance(config, ServerConfig) and config.replicas is not None:
+        return _call("..replicas.command:serve_replicas", config, None, lifetime)
     # The engine's libraries take a second to load, so its process starts now, while this one loads its own.
     process = None
     try:

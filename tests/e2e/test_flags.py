@@ -15,19 +15,6 @@ import pytest
 from support.serving import PATIENCE, ServerProcess, run_command
 
 
-@pytest.fixture(scope="module")
-def https_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A key and a certificate for 127.0.0.1."""
-    folder = tmp_path_factory.mktemp("pair")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return key, certificate
-
-
 def test_https_json_logs_own_defaults_and_vllms_metric_names(
     https_pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ class Component:
 COMPONENTS: Final = {
     "Chromium": Component(("chromium", "chromium-browser", "google-chrome"), module="playwright"),
     "Java": Component(("javac",), "-version", ("java",)),
+    "Ray": Component(("ray",), module="ray"),
     "actionlint": Component(("actionlint",)),
     "fish": Component(("fish",)),
     "g++": Component(("g++",)),
