@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.types import Receive, Scope, Send
-
 import ray
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+from starlette.types import Receive, Scope, Send
 
 from ...engine.config import MAX_NUM_SEQS, from_values
 from ..flags import ServerConfig
