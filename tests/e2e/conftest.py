@@ -140,4 +140,5 @@ def visit(browser: Browser, guarded: ServerProcess) -> Iterator[Visit]:
 @pytest.fixture
 def signed_in(visit: Visit) -> Visit:
     visit.open().use_key(KEY)
+    visit.wait_for_model()  # so that its requests are over
     return visit

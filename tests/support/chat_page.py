@@ -95,8 +95,11 @@ class Visit:
     def release(self) -> None:
         self.page.evaluate("window.holding = false")
 
-    def ask(self, text: str) -> None:
+    def wait_for_model(self) -> None:
         expect(self.page.get_by_label("Model", exact=True)).to_be_enabled()
+
+    def ask(self, text: str) -> None:
+        self.wait_for_model()
         self.page.get_by_role("textbox", name="Message").fill(text)
         self.page.keyboard.press("Enter")
 
