@@ -154,14 +154,18 @@ Environments = tuple[dict[str, str], list[dict[str, str]]]
 """What a user sets of the environment, and then the environments of the API process and of the engine."""
 
 
-@pytest.fixture(scope="module", params=[{}, {"OMP_WAIT_POLICY": "active", "PYTHONMALLOC": "pymalloc"}], ids=["", "set"])
+TUNABLES = "glibc.malloc.tcache_max=128"
+SET = {"OMP_WAIT_POLICY": "active", "PYTHONMALLOC": "pymalloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_max=256"}
+
+
+@pytest.fixture(scope="module", params=[{}, SET], ids=["", "set"])
 def environments(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Environments:
     if not Path("/proc/self/environ").exists():
         pytest.skip("a process's environment is read from Linux's /proc")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "MALLOC_ARENA_MAX", "PYTHONMALLOC"):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "MALLOC_ARENA_MAX", "PYTHONMALLOC", "GLIBC_TUNABLES"):
             patch.delenv(name, raising=False)
         for name, value in request.param.items():
             patch.setenv(name, value)
@@ -182,6 +186,8 @@ def test_only_the_api_process_has_the_system_allocator(environments: Environment
     chosen, found = environments
     mine = chosen.get("PYTHONMALLOC")
     assert [one.get("PYTHONMALLOC") for one in found] == ([mine, mine] if mine else ["malloc", None])
+    cache = chosen.get("GLIBC_TUNABLES")
+    assert [one.get("GLIBC_TUNABLES") for one in found] == ([cache, cache] if mine else [TUNABLES, None])
 
 
 def free_port() -> int:
