@@ -62,7 +62,7 @@ publish: $(TOOLS)/installed
 
 ## lock: write requirements*.lock again, from pyproject.toml and the versions of constraints.txt
 lock: $(TOOLS)/installed
-	$(TOOLS)/bin/uv pip compile pyproject.toml --extra otel --quiet --constraint constraints.txt --universal \
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra otel --extra redis --quiet --constraint constraints.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --output-file .venv/all.lock
 	rm -f requirements.lock requirements-torch.lock
 	awk 'BEGIN { head = "# Written by `make lock`: versions, and hashes of all their files; docs/operations.md says what it is for." } \

@@ -182,9 +182,9 @@ class Backend:
         return x, experts
 
     def route(self, layer: DeepLayer, input_ids: Tensor, mu: Tensor | None) -> Tensor | None:
-        """Choose each token's expert: its id's own, unless the mu score of another is over BASE_EXPERT_SCORE higher.
+        """The expert of each token: its id's own, unless another's mu score is over BASE_EXPERT_SCORE higher.
 
-        Returns int64 [T]. The same choice: `route` in `cpu/kernels/mlp.h`, `route_kernel` in `cuda/mlp.py`.
+        Returns int64 [T]. The CUDA backend does the same in `route_kernel`, and the CPU backend in `pyllm_mlp`.
         """
         if layer.token_to_expert is None:
             return None

@@ -24,6 +24,7 @@ PIPE_SECONDS = 5.0
 # What Kubernetes sets for a Service whose name begins with `pyllm`, and Docker for a linked container. Its PYLLM_PORT
 # is an address, which the flag's value never is.
 SERVICE_NAME = re.compile(r"PYLLM_(.*_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+PASSWORD = re.compile("[^/]*://[^/]*:[^/]*@")  # in a URL
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 
 EPILOG = (
@@ -42,6 +43,7 @@ GROUPS = {
     "connections": "max_connections max_api_memory header_timeout body_timeout write_timeout sse_keep_alive_interval "
     "shutdown_timeout",
     "replicas": "replicas max_replicas ray_address",
+    "stored responses": "response_store response_store_size response_ttl",
     "files and batches": "batch_dir batch_dir_size batch_concurrency",
     "logs and metrics": "log_level log_format metrics_vllm_names otlp_traces_endpoint",
 }
@@ -214,6 +216,9 @@ def load_config(
     found = vars(given)
     if found.keys() >= {"_model", "model"} and found["_model"] != found["model"]:
         raise ConfigError("The model is named twice, as MODEL and by --model.")
+    if PASSWORD.match(found.get("response_store", "")):
+        message = "--response-store has a password, which every user of this machine could read: give the URL by the"
+        raise ConfigError(f"{message} variable PYLLM_RESPONSE_STORE, or by --config and a file.")
     raw: dict[str, tuple[Any, str]] = {}
     for name, own in known.items():
         variable = ENVIRONMENT_PREFIX + name.upper()

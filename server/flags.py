@@ -132,6 +132,18 @@ class ServerConfig(ModelFlags):
     batch_concurrency: int | None = setting(
         None, "lines of batches running at a time (default: a quarter of --max-num-seqs)", low=1, high=4096
     )
+    response_store: str = setting(
+        "memory",
+        "where to keep the responses of /v1/responses: memory, or for several servers sqlite:///path/to/file or "
+        "redis://host:port/number (rediss:// with TLS)",
+        secret=True,
+    )
+    response_store_size: Bytes | None = setting(  # noqa: RUF009 - it is a field
+        None, "maximum size of kept responses (default: 64MiB in memory, else 1GB)", low=2**20
+    )
+    response_ttl: int = setting(
+        30 * 86400, "seconds until a kept response is deleted; 0 keeps it until its space is needed", low=0, high=10**9
+    )
     restart_engine: int = setting(
         0, "how many times in a row to restart a dead engine before exiting", low=0, high=1000
     )

@@ -29,6 +29,7 @@ from .flags import ServerConfig
 from .generation.tracing import Tracing
 from .http.body import POOL, POOL_THREADS
 from .http.connection_monitor import ConnectionLimits, ConnectionMonitor
+from .http.errors import ApiError
 from .http.protocol import HttpProtocol
 from .lifetime import Lifetime
 from .listen import listen_on_addresses, listen_on_file
@@ -39,6 +40,7 @@ logger = logging.getLogger("pyllm.server")
 
 THREADS = 8  # for slow work other than large requests: files, and waiting for the engine to exit
 KEEP_ALIVE_SECONDS = 60
+PURGE_SECONDS = 60.0  # between two looks for stored responses whose time is over
 LAST_ERRORS_SECONDS = 2.0  # to send errors to the requests still running when the server stops
 TLS_CLOSE_SECONDS = 1.0  # for the peer's TLS close_notify: many never send it, and stay connected until then
 SIGNAL_NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (which reloads nothing)"}
@@ -120,7 +122,13 @@ class _ServerProcess:
         """Run until the end; return the exit code."""
         loop = asyncio.get_running_loop()
         self._lifetime.on_stop = lambda number: loop.call_soon_threadsafe(self._on_signal, number)
+        store = self._service.responses
         try:
+            await _first_of(opening := asyncio.create_task(store.open()), self._stop.wait())
+            if not opening.done():
+                opening.cancel()
+                return 0
+            opening.result()
             # Resolving a name may take long.
             await _first_of(listening := asyncio.create_task(asyncio.to_thread(self._listen)), self._stop.wait())
             if not listening.done():
@@ -129,6 +137,7 @@ class _ServerProcess:
             return await self._run()
         finally:
             self._lifetime.on_stop = None
+            await _first_of(store.close(), seconds=LAST_ERRORS_SECONDS)
 
     async def _run(self) -> int:
         http = asyncio.create_task(self._http.serve(sockets=self.sockets))
@@ -172,6 +181,7 @@ class _ServerProcess:
         self._service.model = model = loading.result()
         if (output := self._lifetime.output) is not None:
             model.metrics.log_lines_dropped = lambda: output.num_dropped
+        model.metrics.store_is_available = lambda: self._service.responses.is_available
         gc.freeze()  # loaded objects stay, so the garbage collector need not scan them again and again
         self._announce(model)
         return model
@@ -212,11 +222,12 @@ class _ServerProcess:
         service = self._service
         supervision = asyncio.create_task(Restarts(self._config.restart_engine).supervise(service, model))
         worker = asyncio.create_task(self._run_batches(model))
+        purging = asyncio.create_task(self._purge_responses())
         await _first_of(supervision, http, self._stop.wait())
         restarting = service.restarting != ""  # the requests of the dead engine have failed already
-        supervision.cancel()
-        worker.cancel()
-        await asyncio.wait([supervision, worker])
+        for task in (supervision, worker, purging):
+            task.cancel()
+        await asyncio.wait([supervision, worker, purging])
         if not supervision.cancelled():
             supervision.result()
         engine = (service.model or model).engine
@@ -242,6 +253,13 @@ class _ServerProcess:
         if (batches := self._service.batches) is not None:
             concurrency = self._config.batch_concurrency or max(model.engine.info.config.max_num_seqs // 4, 1)
             await BatchWorker(batches, self._app, concurrency, lambda: self._service.alive).run()
+
+    async def _purge_responses(self) -> None:
+        """Delete stored responses in time, until cancelled."""
+        while True:
+            await asyncio.sleep(PURGE_SECONDS)
+            with contextlib.suppress(ApiError):  # the store is unavailable, which it has logged
+                await self._service.responses.purge()
 
 
 def _http_ended(http: asyncio.Task[None]) -> int:

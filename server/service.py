@@ -16,7 +16,8 @@ from starlette.responses import Response
 from ..engine.errors import RequestError
 from .api.batches.store import BatchStore
 from .api.fields import ErrorAnswer
-from .api.responses.store import MAX_STORE_BYTES, ResponseStore
+from .api.responses.choice import make_store
+from .api.responses.store import ResponseStore
 from .api.rules import RULES
 from .chat.served_model import ServedModel
 from .flags import ServerConfig
@@ -72,7 +73,7 @@ class Service:
         self.keys = KeyRing(self.config.api_key, self.config.api_key_file, secret)
         owner_limit = limit // 2 if len(self.keys.accounts) > 1 else limit
         self.budget = MemoryBudget(limit, owner_limit=owner_limit, upload_seconds=self.config.body_timeout)
-        self.responses = ResponseStore(self.budget, max_bytes=min(MAX_STORE_BYTES, limit // 8))
+        self.responses = make_store(self.config, self.budget)
 
     def enter(self) -> None:
         """Register a new request."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,15 @@ gc.disable()  # until all is imported: the garbage collector would scan it again
 # Before they are imported:
 SUPPORT = (
     "async_engines", "batches", "chat_page", "closeness", "crowds", "grammars", "hash_engine", "hostile",
-    "paged_runner", "reasoning_client", "responses_client", "scheduler_bench", "serving", "soak", "warm",
+    "paged_runner", "reasoning_client", "response_stores", "responses_client", "scheduler_bench", "serving", "soak",
+    "warm",
 )  # fmt: skip
 pytest.register_assert_rewrite(*(f"support.{name}" for name in SUPPORT))
 
 import torch  # noqa: E402
 from support import components  # noqa: E402
 from support.checkpoints import write_checkpoint  # noqa: E402
+from support.response_stores import STORES, Redis  # noqa: E402
 
 # What the processes that tests start have compiled is kept for the next ones, whatever the environment says.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -120,3 +123,35 @@ def settled() -> None:
 def _few_threads() -> None:
     # Tiny matrices: a second thread only adds noise on a small machine.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """One Redis for the whole run."""
+    with Redis(tmp_path_factory.mktemp("redis")) as one:
+        yield one
+
+
+@pytest.fixture(params=STORES)
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind, for `--response-store`."""
+    if request.param == "memory":
+        return "memory"
+    if request.param == "sqlite":
+        return f"sqlite://{tmp_path}/responses.db"
+    found: Redis = request.getfixturevalue("redis")
+    assert found.ask("FLUSHALL") == "+OK"
+    return found.url
+
+
+@pytest.fixture(scope="session")
+def https_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A key and a certificate for 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("pair")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return key, certificate

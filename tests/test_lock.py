@@ -20,8 +20,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ("requirements.lock", "requirements-torch.lock")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# The image's users name a trace collector and expect their spans there.
-DECLARED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["otel"]]
+# The image's users name a trace collector or a Redis, and expect their spans and stored responses there.
+EXTRAS = [text for name in ("otel", "redis") for text in PROJECT["optional-dependencies"][name]]
+DECLARED = [Requirement(text) for text in PROJECT["dependencies"] + EXTRAS]
 
 
 def locked(*files: str) -> dict[str, tuple[str, list[str]]]:

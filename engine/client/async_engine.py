@@ -159,7 +159,7 @@ class AsyncEngine:
         """Raise `EngineBusyError` if `count` more requests do not fit in the queue, `RequestError` if they never do.
 
         If clients have names, a client whose requests stay within its equal share of all places is accepted even if
-        the queue is full. So a client can overfill the queue by its own share at most.
+        the queue is full. So each client can exceed the queue's limit by its share only.
         """
         queue, batch = self.info.config.max_num_queued_reqs, self.info.config.max_num_seqs
         if count > queue + batch:

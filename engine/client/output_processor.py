@@ -69,7 +69,7 @@ class StopMatcher:
         for stop in dict.fromkeys(stops):
             self._starts.setdefault(stop[0], []).append(_StopString(stop))
         self._firsts = frozenset(self._starts)
-        # For each stop string whose beginning is at the end of the text: how many of its characters are there.
+        # Stop strings that the end of the text begins, and how many characters of each it has.
         self._matched: dict[_StopString, int] = {}
         self._holding: _StopString | None = None  # the stop string whose beginning is held back
         self._num_held = 0
@@ -137,7 +137,7 @@ class _StopString:
     def __init__(self, text: str) -> None:
         self.text = text
         self.borders = array("i", [-1])  # for each prefix length, the longest shorter prefix that is also a suffix
-        self.others = array("i", [-1])  # the longest such prefix with another next character; -1: none
+        self.others = array("i", [-1])  # the longest such prefix that another character follows; -1: none
 
     def advance(self, length: int, character: str) -> int:
         """Return how much of the string is matched after `character`, if `length` characters matched before it."""

@@ -26,7 +26,7 @@ async def wait_for_hang(pipe: Pipe, timeout: float) -> None:  # noqa: ASYNC109 -
     unread, does not count as a hang.
     """
     received, silent = pipe.num_received, 0
-    while silent < CHECKS - 1:  # one less: the last message may be an interval older than the check that saw it
+    while silent < CHECKS - 1:  # the last message may have arrived up to one interval before the check that counted it
         await asyncio.sleep(timeout / CHECKS)
         silent = silent + 1 if pipe.num_received == received else 0
         received = pipe.num_received

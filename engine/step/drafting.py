@@ -3,7 +3,7 @@
 If the last few tokens have occurred before, the tokens that followed then are a good guess of those that follow now:
 in code, quotations and tables. The network computes a whole draft in one step, a token is drawn after each of its
 tokens, and `Drafter.verify` counts the correct guesses before the first wrong one. A token's draw depends on its seed
-and position alone, so drafts change only how soon tokens are drawn, never which ones.
+and position alone, so drafts change when tokens are drawn, but never which tokens.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Era(NamedTuple):
     """A checkpoint format."""
 
     name: str
-    marker: str  # a tensor name that no later era in `ERAS` has
+    marker: str  # a tensor name that no era below it in `ERAS` has
     layer: Mapping[str, Places]
     experts: Mapping[str, Places]
     routes_by_modulo: bool = True  # without `token_to_expert`, id mod num_experts; False: refuse such a file

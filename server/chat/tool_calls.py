@@ -14,7 +14,7 @@ from typing import Any
 from .parts import CallPiece, Part
 
 SLICE = 4096  # characters read at a time
-MAX_MARKUP = 2048  # characters of a call before its arguments, or after them, which each piece has read again
+MAX_MARKUP = 2048  # characters of a call before its arguments, or after them; this text is read again as it grows
 MAX_TRIAL = 2**14  # parse at most this much of a call's JSON first; only if that is inconclusive, all of it
 JSON_SPACE, SPACES = " \t\n\r", re.compile(r"[ \t\n\r]*")
 STRING_MARK, BRACKET, BRACE = re.compile(r'["\\]'), re.compile(r'["{}\[\]]'), re.compile(r"\s*\}")
@@ -124,7 +124,7 @@ class CallReader:
         self._functions = functions
         self._reason = finish_reason
         self._held, self._at = "", 0  # text, and how much of it has been read
-        self._waiting: list[str] = []  # pieces of a call whose markup is too long, until its closing mark decides
+        self._waiting: list[str] = []  # the held text plus what followed, while only the closing mark can decide
         self._overlap = ""  # the end of `_waiting`, which may begin the closing mark
         self._closing: int | None = (
             None  # where the closing mark is in the held text, -1 for nowhere; None if not known

@@ -23,7 +23,7 @@ PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
 NOT_IN_VLLM = frozenset(
     PREFIX + name
     for name in ("engine_step_seconds", "engine_restarts", "expert_tokens", "expert_reroutes", "http_responses")
-) | {PREFIX + "log_lines_dropped"}
+) | {PREFIX + "log_lines_dropped", PREFIX + "response_store_up"}
 OLDER_NAMES = {
     "kv_cache_usage_perc": "gpu_cache_usage_perc",
     "prefix_cache_queries": "gpu_prefix_cache_queries",
@@ -76,6 +76,7 @@ class Metrics(Counts, Collector):
         self._stats, self._config = stats, config
         self._previous = EngineStats()  # totals of the engines before this one
         self.log_lines_dropped: Callable[[], int] = lambda: 0
+        self.store_is_available: Callable[[], bool] = lambda: True
         self._num_restarts = 0
         self._created = time.time()
 
@@ -99,6 +100,7 @@ class Metrics(Counts, Collector):
             (counter, "pyllm:generation_tokens", "Tokens generated.", self.num_generation_tokens),
             (counter, "pyllm:engine_restarts", "Engines that replaced a dead one.", self._num_restarts),
             (counter, "pyllm:log_lines_dropped", "Log lines that could not be written.", self.log_lines_dropped()),
+            (gauge, "pyllm:response_store_up", "Whether stored responses can be used.", self.store_is_available()),
         ):
             yield self._family(kind, name, text, [((), value)])
         yield from self._labelled(now)

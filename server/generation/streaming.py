@@ -55,6 +55,10 @@ class EventWriter(ABC):
     def failure(self, error: ApiError) -> bytes:
         """Return the events that replace the rest after an error."""
 
+    async def settle(self) -> bytes:
+        """Store what was written, after `closing` or `failure`, and return the last events; never raises."""
+        return b""
+
 
 class ChunkOptions(Protocol):
     """The fields of a request that decide the contents of its chunks."""
@@ -162,9 +166,10 @@ async def send_events(generation: Generation, writer: EventWriter) -> bytes:
                     waiting[index] = output
                 if output.finish_reason is not None:
                     data += writer.ending(index, output)
-        return _escape_line_ends(data + writer.closing())
+        data += writer.closing()
     except Exception as error:
-        return _escape_line_ends(data + writer.failure(to_api_error(error, context.request_id)))
+        data += writer.failure(to_api_error(error, context.request_id))
+    return _escape_line_ends(data + await writer.settle())
 
 
 def _escape_line_ends(data: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """The one place where failures become HTTP errors, in OpenAI's format or in Anthropic's.
 
 429s are decided elsewhere: the queue in `AsyncEngine.check_room` and `_check_bytes`, a key's limits in `Account.enter`
-and `check_prompt`, memory in `MemoryBudget` (503 if all is used up), grammars in `GrammarChecks`, files and batches in
+and `check_prompt`, memory in `MemoryBudget` (which also has a 503), grammars in `GrammarChecks`, files and batches in
 `BatchStore`.
 """
 

@@ -32,6 +32,7 @@ POLL_SECONDS = 1.0  # how often to look whether the file has changed
 MAX_BYTES, MAX_KEYS = 2**20, 1024
 MOST = 10**12
 TICK_NS = 2 * 10**9
+SHARED_SECRET = b"PyLLM"  # nothing that all servers could read would be a secret to the readers of the shared data
 DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 
@@ -85,6 +86,7 @@ class Account:
 
     label: str  # in metrics
     owner: str  # names the client in stored data, without revealing a key
+    shared_owner: str = ""  # the same in what several servers share
     limits: Limits = Limits()
     requests: Allowance | None = None
     tokens: Allowance | None = None
@@ -214,7 +216,8 @@ class KeyRing:
             named = b"\0" + line.name.encode() if line.name else line.key or line.digest
             owner = hashlib.blake2b(named, key=self._secret, digest_size=16).hexdigest()
             if owner not in self.accounts:
-                account = before.get(owner) or Account("", owner)
+                shared = hashlib.blake2b(named, key=SHARED_SECRET, digest_size=16).hexdigest()
+                account = before.get(owner) or Account("", owner, shared)
                 account.label = line.name or "key-" + owner[:8]
                 account.limit(line.limits)
                 self.accounts[owner] = account

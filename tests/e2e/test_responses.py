@@ -14,6 +14,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, Field, TypeAdapter
+from support.response_stores import STORES
 from support.serving import PATIENCE, ServerProcess
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_output_tokens": 80}
@@ -48,6 +49,26 @@ def model(demo: ServerProcess) -> str:
 @pytest.fixture(scope="module")
 def talk(demo: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.fixture(scope="module", params=STORES)
+def store(
+    request: pytest.FixtureRequest, demo: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """The demo with each kind of store for its responses."""
+    if request.param == "memory":
+        yield demo
+        return
+    folder = tmp_path_factory.mktemp("store")
+    url = f"sqlite://{folder}/responses.db" if request.param == "sqlite" else request.getfixturevalue("redis").url
+    with ServerProcess(folder / "log", "--response-store", url) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stored(store: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{store.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
         yield client
 
 
@@ -105,8 +126,8 @@ def test_the_clients_stream_helper_gathers_the_answer(talk: OpenAI, model: str) 
 
 
 @pytest.mark.anyio
-async def test_the_async_client_creates_streams_and_chains(demo: ServerProcess, model: str) -> None:
-    async with AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
+async def test_the_async_client_creates_streams_and_chains(store: ServerProcess, model: str) -> None:
+    async with AsyncOpenAI(base_url=f"{store.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
         whole, stream = await asyncio.gather(
             client.responses.create(model=model, input=SUM, **GREEDY),
             client.responses.create(model=model, input=SUM, stream=True, **GREEDY),
@@ -121,10 +142,10 @@ async def test_the_async_client_creates_streams_and_chains(demo: ServerProcess, 
     assert final.previous_response_id == whole.id
 
 
-def test_a_chain_remembers_what_was_said(talk: OpenAI, model: str) -> None:
-    first = talk.responses.create(model=model, input=SUM, instructions="Be brief.", **GREEDY)
-    second = talk.responses.create(model=model, input="Thanks!", previous_response_id=first.id, **GREEDY)
-    by_hand = talk.responses.create(
+def test_a_chain_remembers_what_was_said(stored: OpenAI, model: str) -> None:
+    first = stored.responses.create(model=model, input=SUM, instructions="Be brief.", **GREEDY)
+    second = stored.responses.create(model=model, input="Thanks!", previous_response_id=first.id, **GREEDY)
+    by_hand = stored.responses.create(
         model=model,
         input=[{"role": "user", "content": SUM}, *first.output, {"role": "user", "content": "Thanks!"}],  # type: ignore[list-item]
         **GREEDY,
@@ -133,22 +154,27 @@ def test_a_chain_remembers_what_was_said(talk: OpenAI, model: str) -> None:
     assert second.usage
     assert by_hand.usage
     assert second.usage.input_tokens == by_hand.usage.input_tokens
-    items = list(talk.responses.input_items.list(second.id, order="asc", limit=1))
+    items = list(stored.responses.input_items.list(second.id, order="asc", limit=1))
     assert [item.content[0].text for item in items] == [SUM, first.output_text, "Thanks!"]  # type: ignore[union-attr]
 
 
-def test_a_kept_response_is_retrieved_deleted_and_gone(talk: OpenAI, model: str) -> None:
-    answer = talk.responses.create(model=model, input=SUM, **GREEDY)
-    assert talk.responses.retrieve(answer.id).to_dict() == answer.to_dict()
+def test_a_kept_response_is_retrieved_deleted_and_gone(stored: OpenAI, model: str) -> None:
+    answer = stored.responses.create(model=model, input=SUM, **GREEDY)
+    assert stored.responses.retrieve(answer.id).to_dict() == answer.to_dict()
     with pytest.raises(openai.BadRequestError, match="background"):
-        talk.responses.cancel(answer.id)
-    talk.responses.delete(answer.id)
-    for act in (talk.responses.retrieve, talk.responses.delete, talk.responses.cancel, talk.responses.input_items.list):
+        stored.responses.cancel(answer.id)
+    stored.responses.delete(answer.id)
+    for act in (
+        stored.responses.retrieve,
+        stored.responses.delete,
+        stored.responses.cancel,
+        stored.responses.input_items.list,
+    ):
         with pytest.raises(openai.NotFoundError) as caught:
             act(answer.id)
         assert caught.value.code == "response_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        talk.responses.create(model=model, input="x", previous_response_id=answer.id)
+        stored.responses.create(model=model, input="x", previous_response_id=answer.id)
     assert (refused.value.param, refused.value.code) == ("previous_response_id", "previous_response_not_found")
 
 
@@ -177,18 +203,18 @@ def test_a_structured_output_of_choices_is_one_of_them(talk: OpenAI, model: str)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}], ids=["required", "named"])
-def test_required_call_fits_its_schema_and_takes_its_result(talk: OpenAI, model: str, choice: Any) -> None:
+def test_required_call_fits_its_schema_and_takes_its_result(stored: OpenAI, model: str, choice: Any) -> None:
     options: dict[str, Any] = {"model": model, "tools": [TOOL], "max_output_tokens": 200}
     options["parallel_tool_calls"] = False
     question = {"role": "user", "content": "How is the weather in Paris?"}
-    answer = talk.responses.create(input=[question], tool_choice=choice, extra_body={"seed": 5}, **options)
+    answer = stored.responses.create(input=[question], tool_choice=choice, extra_body={"seed": 5}, **options)
     (call,) = answer.output
     assert call.type == "function_call"
     assert (call.name, call.status, answer.status) == ("get_weather", "completed", "completed")
     assert list(json.loads(call.arguments)) == ["city"]
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny, 20 degrees."}
-    chained = talk.responses.create(input=[result], previous_response_id=answer.id, temperature=0, **options)
-    by_hand = talk.responses.create(input=[question, call, result], temperature=0, **options)
+    chained = stored.responses.create(input=[result], previous_response_id=answer.id, temperature=0, **options)
+    by_hand = stored.responses.create(input=[question, call, result], temperature=0, **options)
     assert chained.output_text == by_hand.output_text
     assert chained.usage
     assert answer.usage

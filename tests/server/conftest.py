@@ -226,7 +226,10 @@ class Harness:
         async def main() -> Any:
             transport = httpx.ASGITransport(app=self.app)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return await asyncio.wait_for(work(client), 20)
+                try:
+                    return await asyncio.wait_for(work(client), 20)
+                finally:
+                    await self.service.responses.close()  # connections belong to this loop
 
         return asyncio.run(main())
 

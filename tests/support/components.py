@@ -54,6 +54,7 @@ COMPONENTS: Final = {
     "npm": Component(("npm",)),
     "openssl": Component(("openssl",), "version"),
     "promtool": Component(("promtool",)),
+    "redis": Component(("redis-server", "valkey-server"), module="redis"),
     "setpriv": Component(("setpriv",), others=("prlimit",)),
     "tmux": Component(("tmux",), "-V"),
     "zsh": Component(("zsh",)),
@@ -61,7 +62,7 @@ COMPONENTS: Final = {
 """By the names that `pytest.mark.needs` takes."""
 FIXTURES: Final = {
     "axe": ("npm",), "browser": ("Chromium",), "https_pair": ("openssl",), "java_client": ("Java",),
-    "terminal_of": ("tmux",),
+    "redis": ("redis",), "terminal_of": ("tmux",),
 }  # fmt: skip
 """What a test needs because it uses a fixture."""
 _required = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
 from ....engine.client.output_processor import RequestOutput
@@ -18,7 +18,7 @@ from ...generation.token_details import ShownLogprobs
 from ...http.errors import ApiError, encode_json
 from .wire import Item
 
-Put = Callable[[dict[str, Any]], None]
+Put = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Thoughts(NamedTuple):
@@ -40,7 +40,7 @@ def new_id(kind: str) -> str:
 
 
 class ResponseWriter(EventWriter):
-    """Builds the output of `response`, identically however the text is chunked; calls `put` with it at the end.
+    """Builds the output of `response`, identically however the text is chunked; `settle` calls `put` with it.
 
     The methods return the events of a stream, which a whole response ignores.
     """
@@ -50,6 +50,7 @@ class ResponseWriter(EventWriter):
     ) -> None:
         self.response = response
         self.shows_tokens = generation.with_logprobs
+        self.error: ApiError | None = None  # why the response failed
         self._generation = generation
         self._put = put
         self._reader = turn.reader()
@@ -88,16 +89,31 @@ class ResponseWriter(EventWriter):
         data += self._close(status)
         if cut:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
-        return data + self._end(status)
+        self._end(status)
+        return data
 
     def failure(self, error: ApiError) -> bytes:
         """End the response with an error and the output so far."""
         data = self._close("incomplete")
+        self._fail(error)
+        return data
+
+    async def settle(self) -> bytes:
+        """Store the response, and return the event that ends the stream; what cannot be stored has failed."""
+        if self._put is not None:
+            try:
+                await self._put(self.response)
+            except ApiError as error:
+                self._fail(error)
+        return self._event(self.response["status"], response=self.response)
+
+    def _fail(self, error: ApiError) -> None:
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         self.response["error"] = {"code": code, "message": error.message}
-        return data + self._end("failed")
+        self.error = error
+        self._end("failed")
 
-    def _end(self, status: str) -> bytes:
+    def _end(self, status: str) -> None:
         usage = self._generation.usage()
         self.response["status"] = status
         self.response["completed_at"] = int(time.time()) if status == "completed" else None
@@ -108,9 +124,6 @@ class ResponseWriter(EventWriter):
             "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"],
         }
-        if self._put is not None:
-            self._put(self.response)
-        return self._event(status, response=self.response)
 
     def _write(self, parts: Iterable[Part]) -> bytes:
         data = b""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -24,7 +24,7 @@ from ..reading import read_format, read_sampling, start_generation
 from ..types import MAX_TOOLS
 from . import wire
 from .events import ResponseWriter, new_id
-from .store import ResponseStore, StoredResponse, decode_items
+from .store import Caller, Parts, ResponseStore, StoredResponse, decode_items
 
 UNDECIDED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))  # until the response ends
 # The fields that a response repeats from its request, and those that always have the same value.
@@ -36,24 +36,37 @@ async def create_response(
     context: RequestContext, body: wire.ResponseRequest, model: ServedModel, store: ResponseStore
 ) -> Response:
     """Answer input items in one response or as a stream; a refused request gets a plain error response."""
-    sources = find_sources(body, store, context.owner)
-    if sources.size >= LARGE_BODY_BYTES:
-        is_large.set(True)
-        await context.reserve(sources.size)
-    conversation, items = await off_loop_if_large(_read, body, sources, model)
+    caller = Caller.of(context)
+    if body.store is not False:
+        await store.check()
+    conversation, items = await _read_request(context, body, model, store, caller)
     turn = await prepare_turn(conversation, model)
     response = await off_loop_if_large(_describe, body, turn)
     response["reasoning"] = read_reasoning(body, model)
     generation = start_generation(context, body, model, [turn.prompt], turn.params, "input")
-    client = context.client or context.owner
-    put = None if body.store is False else partial(store.put, input_items=items, owner=context.owner, client=client)
+    put = None if body.store is False else partial(store.put, input_items=items, caller=caller)
     writer = ResponseWriter(response, turn, generation, model.tokenizer, put)
     if body.stream:
         return EventStream(generation, writer, model.flags.sse_keep_alive_interval)
     await generation.collect()
     writer.piece(0, generation.choices[0])
     writer.closing()
+    await writer.settle()
+    if writer.error is not None:
+        raise writer.error
     return JsonResponse(writer.response)
+
+
+async def _read_request(
+    context: RequestContext, body: wire.ResponseRequest, model: ServedModel, store: ResponseStore, caller: Caller
+) -> tuple[Conversation, bytes]:
+    """Return the conversation that a request asks for, and its items in JSON for the store."""
+    sources = await find_sources(body, store, caller)
+    if sources.size >= LARGE_BODY_BYTES:
+        is_large.set(True)
+        await context.reserve(sources.size)
+    found = await load_sources(body, sources, store)
+    return await off_loop_if_large(_read, body, found, model)
 
 
 def read_reasoning(body: wire.ResponseRequest, model: ServedModel) -> dict[str, str | None]:
@@ -75,33 +88,70 @@ class Sources:
     size: int  # bytes to read
 
 
-def find_sources(body: wire.ResponseRequest, store: ResponseStore, owner: str = "") -> Sources:
+@dataclass(frozen=True, slots=True)
+class LoadedSources:
+    """What those responses contain."""
+
+    previous: Parts | None = None
+    holders: dict[str, Parts] = field(default_factory=dict)
+
+
+async def find_sources(body: wire.ResponseRequest, store: ResponseStore, caller: Caller) -> Sources:
     """Find the stored responses; raise `ApiError` or `RequestError` if one is missing or they exceed MAX_BODY_BYTES."""
     if body.input is None and body.previous_response_id is None:
         raise ApiError(400, "Missing required parameter: input.", param="input", code="missing_required_parameter")
     previous, size = None, 0
     if body.previous_response_id is not None:
-        if (previous := store.find(body.previous_response_id, owner)) is None:
-            message = f"Previous response with id {shorten(body.previous_response_id)!r} not found."
-            raise ApiError(400, message, param="previous_response_id", code="previous_response_not_found")
+        if (previous := await store.find(body.previous_response_id, caller)) is None:
+            raise _lost_response(body.previous_response_id)
         size = sum(previous.sizes[1:])
         _check_size(size, "previous_response_id")
-    holders: dict[str, StoredResponse] = {}
+    references = _references(body)
+    holders = await store.find_holders(references.keys(), caller)
     counted: set[str] = set()
-    for position, item in enumerate(body.input if isinstance(body.input, list) else ()):
-        if not isinstance(item, wire.ItemReference):
-            continue
-        param = f"input[{position}].id"
-        if (holder := store.find_holder(item.id, owner)) is None:
-            raise RequestError(f"Item with id {shorten(item.id)!r} not found.", param=param, code="item_not_found")
-        if item.id in holders:
-            raise RequestError(f"{param} refers to the same item as an earlier reference.", param=param)
-        holders[item.id] = holder
-        if (first := holder.item_ids[0]) not in counted:  # each response is read once
-            counted.add(first)
+    for item_id, param in references.items():
+        if (holder := holders.get(item_id)) is None:
+            raise _lost_item(item_id, param)
+        if holder.id not in counted:  # each response is read once
+            counted.add(holder.id)
             size += holder.sizes[2]
             _check_size(size, param)
     return Sources(previous, holders, size)
+
+
+async def load_sources(body: wire.ResponseRequest, sources: Sources, store: ResponseStore) -> LoadedSources:
+    """Read the stored responses; raise `ApiError` or `RequestError` if one was deleted meanwhile."""
+    previous, loaded = None, dict[str, Parts]()
+    if sources.previous is not None and (previous := await store.read(sources.previous)) is None:
+        raise _lost_response(sources.previous.id)
+    for item_id, param in _references(body).items():
+        holder = sources.holders[item_id]
+        if holder.id not in loaded:
+            if (parts := await store.read(holder)) is None:
+                raise _lost_item(item_id, param)
+            loaded[holder.id] = parts
+    return LoadedSources(previous, {item_id: loaded[holder.id] for item_id, holder in sources.holders.items()})
+
+
+def _references(body: wire.ResponseRequest) -> dict[str, str]:
+    """Return the ids of the referenced items with the fields that have them; raise `RequestError` for one twice."""
+    found: dict[str, str] = {}
+    for position, item in enumerate(body.input if isinstance(body.input, list) else ()):
+        if isinstance(item, wire.ItemReference):
+            param = f"input[{position}].id"
+            if item.id in found:
+                raise RequestError(f"{param} refers to the same item as an earlier reference.", param=param)
+            found[item.id] = param
+    return found
+
+
+def _lost_response(response_id: str) -> ApiError:
+    message = f"Previous response with id {shorten(response_id)!r} not found."
+    return ApiError(400, message, param="previous_response_id", code="previous_response_not_found")
+
+
+def _lost_item(item_id: str, param: str) -> RequestError:
+    return RequestError(f"Item with id {shorten(item_id)!r} not found.", param=param, code="item_not_found")
 
 
 def _check_size(size: int, param: str) -> None:
@@ -109,18 +159,18 @@ def _check_size(size: int, param: str) -> None:
         raise RequestError(f"The earlier items have {size} bytes; the limit is {MAX_BODY_BYTES}.", param=param)
 
 
-def _read(body: wire.ResponseRequest, sources: Sources, model: ServedModel) -> tuple[Conversation, bytes]:
+def _read(body: wire.ResponseRequest, sources: LoadedSources, model: ServedModel) -> tuple[Conversation, bytes]:
     """Return the conversation that a request asks for, and its items in JSON for the store."""
     items = read_items(body, sources)
     encoded = b"" if body.store is False else b"[%s]" % b",".join(map(encode_json, items))
     return read_conversation(body, to_messages(items), model), encoded
 
 
-def read_items(body: wire.ResponseRequest, sources: Sources) -> list[wire.Item]:
+def read_items(body: wire.ResponseRequest, sources: LoadedSources) -> list[wire.Item]:
     """Return everything that the model reads except the instructions."""
     items: list[wire.Item] = []
     if sources.previous is not None:
-        _, input_, output = sources.previous.read()
+        _, input_, output = sources.previous
         items += decode_items(input_) + _without_reasoning(decode_items(output))
     if isinstance(body.input, str):
         return [*items, _complete(wire.InputMessage(role="user", content=body.input))]
@@ -128,7 +178,7 @@ def read_items(body: wire.ResponseRequest, sources: Sources) -> list[wire.Item]:
     for item in body.input or ():
         if isinstance(item, wire.ItemReference):
             if item.id not in decoded:
-                decoded |= {found["id"]: found for found in decode_items(sources.holders[item.id].read().output)}
+                decoded |= {found["id"]: found for found in decode_items(sources.holders[item.id].output)}
             items += _without_reasoning([decoded[item.id]])
         else:
             items.append(_complete(item))

@@ -1,12 +1,16 @@
-"""Stored responses: a conversation continues from one, and clients read and delete them."""
+"""Stored responses: what is kept of one, what a store does, and the routes that read and delete them."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
+import time
 import zlib
-from collections import OrderedDict
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 from fastapi import FastAPI
@@ -14,17 +18,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...http.body import LARGE_BODY_BYTES, is_large, off_loop_if_large
-from ...http.budget import Hold, MemoryBudget
-from ...http.errors import ApiError, JsonResponse, encode_json, shorten
+from ...http.errors import ApiError, JsonResponse, encode_json, shorten, unavailable
 from ...http.middleware import RequestContext
 from ..rules import RULES
 from .wire import DeletedResponse, InputItemList, Item, ResponseObject
 
-MAX_RESPONSES = 4096
-MAX_STORE_BYTES = 64 * 2**20
-RESPONSE_BYTES = 1024  # of memory for each stored response, in addition to its data
+logger = logging.getLogger("pyllm.server")
+
 MAX_PAGE = 100
-COMPRESS_UP_TO = 64 * 2**10  # bytes; compressing larger responses would block the event loop for too long
+OPERATION_SECONDS = 5.0  # after which a store that has not answered counts as unavailable
+RETRY_SECONDS = 1.0  # between two attempts to reach a store that is unavailable
+COMPRESS_UP_TO = 64 * 2**10  # bytes; compressing larger responses would take too long
 DICTIONARY = (
     b'[{"type":"message","role":"user","content":[{"type":"input_text","text":"'
     b'{"id":"resp_","object":"response","created_at":,"status":"completed","completed_at":null,"error":null,'
@@ -37,8 +41,11 @@ DICTIONARY = (
     b'{"type":"text"},"verbosity":"medium"},"top_logprobs":0,"metadata":{},"prompt_cache_key":null,'
     b'"service_tier":"default","background":false,"max_tool_calls":null,"reasoning":{"effort":"none","summary":null}}'
 )
-"""Preset zlib dictionary: text that most responses share."""
+"""Preset zlib dictionary: text that most responses share. It belongs to the format of stores: a change makes what they
+have unreadable, so it needs other numbers in `sqlite_store.VERSION` and `redis_store.PREFIX`."""
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 _decode = msgspec.json.Decoder().decode
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -56,23 +63,61 @@ class Parts(NamedTuple):
     output: memoryview  # the items that it wrote, without log-probabilities
 
 
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
-    """One response and everything that the model read for it, in immutable bytes."""
+class Caller(NamedTuple):
+    """Who stores or reads a response."""
 
+    owner: str = ""  # names the API key, and is the same in all servers that share a store; "" without keys
+    client: str = ""  # whose share of the store the response takes
+    account: str = ""  # names the key in this process's `MemoryBudget`
+
+    @classmethod
+    def of(cls, context: RequestContext) -> Caller:
+        """Return the caller of a request."""
+        owner = context.account.shared_owner if context.account else ""
+        return cls(owner, owner or context.client, context.owner)
+
+
+class StoredResponse(NamedTuple):
+    """One response in a store, with everything that the model read for it."""
+
+    id: str
     owner: str
-    client: str  # the client whose share holds it
-    item_ids: tuple[str, ...]  # of the output
     sizes: tuple[int, int, int]  # bytes of each of the `Parts`
+
+
+class Packed(NamedTuple):
+    """What a store keeps of a response, besides its owner and client."""
+
+    id: str
+    item_ids: tuple[str, ...]  # of the output
+    sizes: tuple[int, int, int]
     data: bytes  # all parts, compressed if they are small
 
-    def read(self) -> Parts:
-        """Return the parts."""
-        data, (response, input_, _) = self.data, self.sizes
-        if sum(self.sizes) <= COMPRESS_UP_TO:
-            data = zlib.decompressobj(zdict=DICTIONARY).decompress(data)
-        view, end = memoryview(data), response + input_
-        return Parts(view[:response], view[response:end], view[end:])
+
+def pack(response: dict[str, Any], input_items: bytes) -> Packed:
+    """Prepare a response, and its input items in JSON, for a store."""
+    encoded = encode_json(response)
+    output = encode_json([_without_logprobs(item) for item in response["output"]])
+    sizes = len(encoded), len(input_items), len(output)
+    data = encoded + input_items + output
+    if len(data) <= COMPRESS_UP_TO:
+        compressor = zlib.compressobj(1, zdict=DICTIONARY)
+        data = compressor.compress(data) + compressor.flush()
+    return Packed(response["id"], tuple(item["id"] for item in response["output"]), sizes, data)
+
+
+def unpack(data: bytes, sizes: tuple[int, int, int]) -> Parts:
+    """Return the parts of a packed response; raise `ValueError` if they are damaged."""
+    response, input_, _ = sizes
+    if sum(sizes) <= COMPRESS_UP_TO:
+        try:
+            data = zlib.decompressobj(zdict=DICTIONARY).decompress(data, COMPRESS_UP_TO)
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+    if len(data) != sum(sizes):
+        raise ValueError(f"{len(data)} bytes instead of {sum(sizes)}")
+    view, end = memoryview(data), response + input_
+    return Parts(view[:response], view[response:end], view[end:])
 
 
 def _without_logprobs(item: Item) -> Item:
@@ -80,136 +125,167 @@ def _without_logprobs(item: Item) -> Item:
     return item | {"content": parts} if parts and item.get("type") != "reasoning" else item
 
 
-@dataclass(slots=True)
-class _Share:
-    """The responses that one client has stored."""
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much a store keeps, and how long."""
 
-    hold: Hold
-    ids: OrderedDict[str, None] = field(default_factory=OrderedDict)  # the least recently used first
-    size: int = 0
-
-    def add(self, response_id: str, size: int) -> None:
-        """Count a response."""
-        self.ids[response_id] = None
-        self.size += size
-        self._record()
-
-    def remove(self, response_id: str, size: int) -> None:
-        """Forget a response."""
-        del self.ids[response_id]
-        self.size -= size
-        self._record()
-
-    def _record(self) -> None:
-        self.hold.record(self.size + RESPONSE_BYTES * len(self.ids))
+    max_responses: int
+    max_bytes: int  # of packed data
+    seconds: int = 0  # after which a response is deleted; 0 keeps it until its space is needed
 
 
-class ResponseStore:
-    """Stores responses in memory, up to a number and a total size.
+class ResponseStore(ABC):
+    """Stores responses, up to a number and a total size, and for some time.
 
     Beyond them, the client that has stored the most loses its own least recently used response, so a client that has
     stored less than an equal share loses none. Each response belongs to an owner; for all others it does not exist. It
     is stored with its whole conversation, so it does not need the responses before it.
+
+    A store that several servers share may be unavailable for a while. Then each method raises `ApiError` 503.
     """
 
-    def __init__(
-        self, budget: MemoryBudget, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_STORE_BYTES
-    ) -> None:
-        self._budget = budget
-        self._max_responses = max_responses
-        self._max_bytes = max_bytes
-        self._stored: dict[str, StoredResponse] = {}
-        self._shares: OrderedDict[str, _Share] = OrderedDict()  # by client, the least recently used first
-        self._holders: dict[str, str] = {}  # the response of each output item, by their ids
-        self.size = 0
+    failures: tuple[type[Exception], ...] = (OSError,)
+    """What its operations raise if it is unavailable."""
+    seconds: float | None = OPERATION_SECONDS
+    """How long an operation may take."""
 
-    def __len__(self) -> int:
-        return len(self._stored)
+    def __init__(self, name: str, bounds: Bounds) -> None:
+        """`name` is what logs call the store."""
+        self.name = name
+        self.bounds = bounds
+        self.is_available = True  # as the last operation found it
+        self._retry_at = 0.0
 
-    def put(self, response: dict[str, Any], input_items: bytes, owner: str = "", client: str = "") -> None:
-        """Store a response with its input items in JSON, in the client's share, unless it is too large for it."""
-        ids = tuple(item["id"] for item in response["output"])
-        output = encode_json([_without_logprobs(item) for item in response["output"]])
-        encoded = encode_json(response)
-        sizes = len(encoded), len(input_items), len(output)
-        data = encoded + input_items + output
-        if len(data) <= COMPRESS_UP_TO:
-            compressor = zlib.compressobj(1, zdict=DICTIONARY)
-            data = compressor.compress(data) + compressor.flush()
-        if len(data) > self._max_bytes:
-            return
-        if client not in self._shares:
-            self._shares[client] = _Share(self._budget.hold("responses", 0, owner))
-        self._shares[client].add(response["id"], len(data))
-        self._stored[response["id"]] = StoredResponse(owner, client, ids, sizes, data)
-        self._holders |= dict.fromkeys(ids, response["id"])
-        self.size += len(data)
-        self._use(response["id"])
-        while len(self._stored) > self._max_responses:
-            self._evict(max(self._shares.values(), key=lambda share: len(share.ids)))
-        while self.size > self._max_bytes or (self._budget.is_exceeded and self._stored):
-            self._evict(max(self._shares.values(), key=lambda share: share.size))
+    @abstractmethod
+    async def open(self) -> None:
+        """Prepare the store; raise `ConfigError` if it can never be used as configured."""
 
-    def _evict(self, share: _Share) -> None:
-        self.remove(next(iter(share.ids)))
+    @abstractmethod
+    async def close(self) -> None:
+        """Release connections and files; the next operation opens them again."""
 
-    def _use(self, response_id: str) -> None:
-        """Note that a response was used."""
-        client = self._stored[response_id].client
-        self._shares[client].ids.move_to_end(response_id)
-        self._shares.move_to_end(client)
+    async def put(self, response: dict[str, Any], input_items: bytes, caller: Caller) -> None:
+        """Store a response with its input items in JSON, unless it is larger than the whole store."""
+        packed = await off_loop_if_large(pack, response, input_items)
+        if len(packed.data) <= self.bounds.max_bytes:
+            await self._attempt(self._put, packed, caller)
 
-    def find(self, response_id: str, owner: str = "") -> StoredResponse | None:
-        """Return a response of this owner."""
-        stored = self._stored.get(response_id)
-        if stored is None or stored.owner != owner:
+    async def find(self, response_id: str, caller: Caller) -> StoredResponse | None:
+        """Return a response of the caller's."""
+        return await self._attempt(self._find, response_id, caller)
+
+    async def find_holders(self, item_ids: Collection[str], caller: Caller) -> dict[str, StoredResponse]:
+        """Return the caller's responses that have these output items, by the items' ids."""
+        return await self._attempt(self._find_holders, item_ids, caller) if item_ids else {}
+
+    async def read(self, stored: StoredResponse) -> Parts | None:
+        """Return the parts of a response that was found; None if it was deleted since."""
+        data = await self._attempt(self._read, stored)
+        try:
+            return None if data is None else unpack(data, stored.sizes)
+        except ValueError as error:
+            logger.error("The stored response %s is damaged (%s), so it counts as deleted.", stored.id, error)
             return None
-        self._use(response_id)
-        return stored
 
-    def find_holder(self, item_id: str, owner: str = "") -> StoredResponse | None:
-        """Return the response that has this output item."""
-        return self.find(self._holders.get(item_id, ""), owner)
+    async def remove(self, response_id: str, caller: Caller) -> bool:
+        """Delete a response of the caller's; return whether there was one."""
+        return await self._attempt(self._remove, response_id, caller)
 
-    def remove(self, response_id: str) -> None:
-        """Delete a stored response."""
-        stored = self._stored.pop(response_id)
-        self.size -= len(stored.data)
-        share = self._shares[stored.client]
-        share.remove(response_id, len(stored.data))
-        if not share.ids:
-            del self._shares[stored.client]
-        for item_id in stored.item_ids:
-            del self._holders[item_id]
+    async def purge(self) -> None:
+        """Delete the responses whose time is over."""
+        await self._attempt(self._purge)
+
+    async def count(self) -> tuple[int, int]:
+        """Return how many responses are stored, and how many bytes of packed data."""
+        return await self._attempt(self._count)
+
+    async def check(self) -> None:
+        """Raise `ApiError` 503 if the store was unavailable a moment ago, and still is."""
+        if not self.is_available:
+            await self._attempt(self._probe)
+
+    async def _attempt(
+        self, operation: Callable[Arguments, Awaitable[Result]], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Do an operation within a limited time; raise `ApiError` 503 if it fails.
+
+        While the store is unavailable, only one attempt a second is made.
+        """
+        if not self.is_available:
+            if (now := time.monotonic()) < self._retry_at:
+                raise self._unavailable()
+            self._retry_at = now + RETRY_SECONDS
+        try:
+            async with asyncio.timeout(self.seconds):
+                result = await operation(*args, **kwargs)
+        except self.failures as error:
+            self.note_failure(error)
+            raise self._unavailable() from None
+        if not self.is_available:
+            self.is_available = True
+            logger.info("The response store %s is available again.", self.name)
+        return result
+
+    def note_failure(self, error: Exception) -> None:
+        """Count the store as unavailable, and log why, once."""
+        if self.is_available:
+            self.is_available = False
+            reason = (str(error).splitlines() or [""])[0] or f"no answer within {self.seconds} s"
+            message = "The response store %s is unavailable (%s): requests that need it get a 503 until it is back."
+            logger.error(message, self.name, reason)
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+
+    @staticmethod
+    def _unavailable() -> ApiError:
+        message = "The store of responses is unavailable: retry later, or send store: false without earlier responses."
+        return unavailable(message, "response_store_unavailable")
+
+    @abstractmethod
+    async def _put(self, packed: Packed, caller: Caller) -> None: ...
+
+    @abstractmethod
+    async def _find(self, response_id: str, caller: Caller) -> StoredResponse | None: ...
+
+    @abstractmethod
+    async def _find_holders(self, item_ids: Collection[str], caller: Caller) -> dict[str, StoredResponse]: ...
+
+    @abstractmethod
+    async def _read(self, stored: StoredResponse) -> bytes | None: ...
+
+    @abstractmethod
+    async def _remove(self, response_id: str, caller: Caller) -> bool: ...
+
+    @abstractmethod
+    async def _purge(self) -> None: ...
+
+    @abstractmethod
+    async def _count(self) -> tuple[int, int]: ...
+
+    @abstractmethod
+    async def _probe(self) -> None: ...  # writes something
 
 
 def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
     """Add the routes that read and delete stored responses."""
     path = "/v1/responses/{response_id}"
 
-    def find(response_id: str, request: Request) -> StoredResponse:
-        if (stored := store.find(response_id, RequestContext.of(request.scope).owner)) is None:
-            message = f"Response with id {shorten(response_id)!r} not found."
-            raise ApiError(404, message, param="response_id", code="response_not_found")
-        return stored
-
     @app.get(path, response_model=ResponseObject)
     async def get_response(response_id: str, request: Request) -> Response:
         """A stored response."""
         _check_query(request, include_obfuscation=("false",), stream=("false",))
-        return Response(bytes(find(response_id, request).read().response), media_type="application/json")
+        return Response(bytes((await _read(store, response_id, request)).response), media_type="application/json")
 
     @app.delete(path, response_model=DeletedResponse)
     async def delete_response(response_id: str, request: Request) -> Response:
         """Delete a response."""
-        find(response_id, request)
-        store.remove(response_id)
+        if not await store.remove(response_id, Caller.of(RequestContext.of(request.scope))):
+            raise _missing(response_id)
         return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
     @app.post(f"{path}/cancel", response_model=ResponseObject)
     async def cancel_response(response_id: str, request: Request) -> Response:
         """Refuse: only background responses can be cancelled, and this server has none."""
-        find(response_id, request)
+        await _find(store, response_id, request)
         raise ApiError(400, "Only a background response can be cancelled.", param="response_id")
 
     query = {
@@ -229,10 +305,29 @@ def add_store_routes(app: FastAPI, store: ResponseStore) -> None:
         if not 1 <= limit <= MAX_PAGE:
             message = f"limit should be a whole number from 1 to {MAX_PAGE}, but got {shorten(text)!r}."
             raise ApiError(400, message, param="limit", code="invalid_value")
-        items = find(response_id, request).read().input
+        items = (await _read(store, response_id, request)).input
         is_large.set(len(items) >= LARGE_BODY_BYTES)
         newest_first = query.get("order") != "asc"
         return JsonResponse(await off_loop_if_large(_page, items, newest_first, query.get("after"), limit))
+
+
+def _missing(response_id: str) -> ApiError:
+    message = f"Response with id {shorten(response_id)!r} not found."
+    return ApiError(404, message, param="response_id", code="response_not_found")
+
+
+async def _find(store: ResponseStore, response_id: str, request: Request) -> StoredResponse:
+    if (stored := await store.find(response_id, Caller.of(RequestContext.of(request.scope)))) is None:
+        raise _missing(response_id)
+    return stored
+
+
+async def _read(store: ResponseStore, response_id: str, request: Request) -> Parts:
+    stored = await _find(store, response_id, request)
+    RequestContext.of(request.scope).hold("answers", sum(stored.sizes))
+    if (parts := await store.read(stored)) is None:
+        raise _missing(response_id)
+    return parts
 
 
 def _check_query(request: Request, **known: tuple[str, ...] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import SimpleNamespace
 
@@ -14,11 +15,18 @@ from pyllm.server.api.responses.events import ResponseWriter
 from pyllm.server.chat.tool_calls import FORMATS, CallReader
 from pyllm.server.chat.turn import Turn
 
+ONE_STORE = pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+"""For what never comes to a store."""
 REPLY_TOKENS = 15  # 14 bytes and the end
 USAGE = {
     "prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0},
     "completion_tokens_details": {"reasoning_tokens": 0},
 }  # fmt: skip
+
+
+@pytest.fixture
+def harness(make_harness, store_url):
+    return make_harness(response_store=store_url)
 
 
 @pytest.fixture
@@ -190,6 +198,7 @@ def test_sampling_fields_reach_the_engine(create, harness):
     assert harness.engine.extras == [(4, "s")]
 
 
+@ONE_STORE
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -268,6 +277,7 @@ def test_a_tool_choice_is_repeated_as_it_was_asked(create, harness, long_context
         assert [item["type"] for item in answer["output"]] == ["message"]
 
 
+@ONE_STORE
 @pytest.mark.parametrize("choice", ["none", "auto"])
 def test_a_tool_choice_without_tools_must_not_require_one(create, choice):
     assert create(tool_choice=choice)["tool_choice"] == choice
@@ -280,22 +290,28 @@ def test_a_tool_choice_without_tools_must_not_require_one(create, choice):
 def outputs(harness):
     def outputs(pieces):
         stored = []
+
+        async def put(response):
+            stored.append(response)
+
         reader = lambda: CallReader(FORMATS["hermes"], {"get_weather"})  # noqa: E731
         turn = Turn(prompt=[1], params=SamplingParams(logprobs=0), reader=reader)
         choice = SimpleNamespace(finish_reason="stop", stop_reason=None)
         generation = SimpleNamespace(with_logprobs=True, choices=[choice], usage=lambda: USAGE)
-        writer = ResponseWriter({"id": "resp_1", "output": []}, turn, generation, harness.tokenizer, stored.append)
+        writer = ResponseWriter({"id": "resp_1", "output": []}, turn, generation, harness.tokenizer, put)
         for piece in pieces:
             ids = harness.tokenizer.encode(piece)
             logprobs = [TokenLogprobs(token_id=id_, logprob=-1.0, top=[]) for id_ in ids]
             writer.piece(0, SimpleNamespace(text=piece, logprobs=logprobs, sections=[]))
         writer.closing()
+        asyncio.run(writer.settle())
         assert stored == [writer.response]
         return without_ids(writer.response["output"])
 
     return outputs
 
 
+@ONE_STORE
 @pytest.mark.parametrize(
     "text",
     [
@@ -312,6 +328,7 @@ def test_where_the_text_is_cut_makes_no_difference_to_the_items(outputs, text):
         assert outputs([text[start : start + size] for start in range(0, len(text), size)]) == whole
 
 
+@ONE_STORE
 def test_text_after_a_call_is_a_message_of_its_own(outputs):
     kinds = [item["type"] for item in outputs([f"{CALL} Done.{CALL}"])]
     assert kinds == ["function_call", "message", "function_call"]

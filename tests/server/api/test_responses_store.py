@@ -1,20 +1,23 @@
-"""Stored responses: conversations that continue from them, the lists of their items, and the store."""
+"""Stored responses: conversations that continue from them, and the lists of their items, in every kind of store."""
 
 from __future__ import annotations
 
-import json
-import random
-import string
-import tracemalloc
+import time
+from types import SimpleNamespace
 
 import pytest
 from openai.types.responses import ResponseItemList
-from support.responses_client import CALL, REPLY, WEATHER, creator, prompts
+from support.responses_client import CALL, REPLY, WEATHER, creator, prompts, types_of
+from support.serving import PATIENCE
 
 from pyllm.server.api.responses import route as responses
-from pyllm.server.api.responses.store import COMPRESS_UP_TO, ResponseStore, StoredResponse, decode_items
+from pyllm.server.api.responses.store import ResponseStore
 from pyllm.server.api.responses.wire import InputItemList
-from pyllm.server.http.budget import MemoryBudget
+
+
+@pytest.fixture
+def harness(make_harness, store_url):
+    return make_harness(response_store=store_url)
 
 
 @pytest.fixture
@@ -91,21 +94,20 @@ def test_items_may_be_referenced_by_their_id(create, harness):
 
 def test_items_of_a_response_are_read_once_and_without_logprobs(create, harness, long_context, monkeypatch):
     reads = []
-    read = StoredResponse.read
-    monkeypatch.setattr(StoredResponse, "read", lambda stored: reads.append(stored.item_ids) or read(stored))
+    read = ResponseStore.read
+    monkeypatch.setattr(ResponseStore, "read", lambda store, found: reads.append(found.id) or read(store, found))
     harness.engine.reply = f"Let me look. {CALL}"
     first = create(tools=[WEATHER], max_output_tokens=100, top_logprobs=2)
     assert first["output"][0]["content"][0]["logprobs"]
     references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
     result = {"type": "function_call_output", "call_id": first["output"][1]["call_id"], "output": "Rain"}
     second = create(input=[*references, result])
-    ids = tuple(item["id"] for item in first["output"])
-    assert reads == [ids]
+    assert reads == [first["id"]]
     listed = harness.get(f"/v1/responses/{second['id']}/input_items?order=asc").json()["data"]
     assert [item["type"] for item in listed] == ["message", "function_call", "function_call_output"]
     assert listed[0]["content"] == [first["output"][0]["content"][0] | {"logprobs": []}]
     create(input="And?", previous_response_id=first["id"])
-    assert reads.count(ids) == 2
+    assert reads.count(first["id"]) == 2
     assert harness.get(f"/v1/responses/{first['id']}").json() == first
 
 
@@ -144,6 +146,7 @@ def test_input_items_are_listed_newest_first_in_pages(create, harness):
     assert rest["first_id"] == rest["last_id"] == rest["data"][0]["id"]
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 @pytest.mark.parametrize(
     "query",
     ["limit=0", "limit=101", "limit=x", "limit=0020", f"limit={'0' * 5000}", "limit=\u0661", "order=up", "order=DESC",
@@ -174,91 +177,49 @@ def test_streaming_and_cancelling_a_stored_response_are_refused(create, harness)
     assert harness.post(f"{path}/cancel").status_code == 400
 
 
-def response(number, size=100):
-    text = "".join(random.Random(number).choices(string.ascii_letters + string.digits, k=size))
-    return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": text}]}
+@pytest.fixture
+def broken(harness, monkeypatch):
+    """A store that cannot be written or read once `break_down` is called, until `repair` is."""
+    store = harness.service.responses
+    works = {name: getattr(store, name) for name in ("_put", "_find", "_remove", "_probe")}
+
+    async def fail(*arguments):
+        raise OSError("the disk is gone")
+
+    def change(repaired):
+        for name, work in works.items():
+            monkeypatch.setattr(store, name, work if repaired else fail)
+
+    return SimpleNamespace(break_down=lambda: change(False), repair=lambda: change(True))
 
 
-@pytest.mark.parametrize("bounds", [{"max_responses": 40}, {"max_bytes": 9000}], ids=["number", "size"])
-def test_a_client_that_fills_the_store_loses_only_its_own(bounds):
-    store = ResponseStore(MemoryBudget(2**30), **bounds)
-    for number, client in enumerate("abc"):
-        store.put(response(number), b"[]", client, client)
-    for number in range(10, 200):
-        store.put(response(number), b"[]", "d", "d")
-    assert [bool(store.find(f"resp_{number}", client)) for number, client in enumerate("abc")] == [True] * 3
-    assert store.find("resp_199", "d")
-    assert store.find("resp_10", "d") is None
-    for number in range(200, 400):
-        store.put(response(number), b"[]", "e", "e")
-    kept = [sum(bool(store.find(f"resp_{number}", client)) for number in range(400)) for client in "de"]
-    assert max(kept) - min(kept) <= 1, "two that want everything get the same"
-    assert store.find("resp_0", "a")
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_an_answer_that_cannot_be_stored_fails(create, harness, broken):
+    """The end of an answer says whether it is stored; a request that finds the store down is refused at once."""
+    broken.break_down()
+    events = create(stream=True)
+    assert types_of(events)[-2:] == ["output_item.done", "failed"]
+    failed = events[-1]["response"]
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "server_error")
+    assert failed["output"][0]["content"][0]["text"] == REPLY
+    for fields in ({}, {"stream": True}, {"store": False, "previous_response_id": failed["id"]}):
+        response = harness.post("/v1/responses", {"input": "Hi"} | fields)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "response_store_unavailable"
+        assert int(response.headers["retry-after"]) > 0
+    assert len(harness.engine.requests) == 1, "the others were refused before they cost anything"
+    assert create(store=False)["status"] == "completed"
+    for answer in (harness.get("/v1/responses/x"), harness.run(lambda client: client.delete("/v1/responses/x"))):
+        assert answer.status_code == 503
 
 
-def test_stored_responses_count_as_memory_and_give_way_to_it():
-    budget = MemoryBudget(100_000)
-    store = ResponseStore(budget)
-    for number in range(200):
-        store.put(response(number), b"[]", "a", "a")
-    assert 50_000 < budget.by_kind["responses"] == budget.by_owner["a"] <= 100_000
-    count = len(store)
-    assert 0 < count < 200
-    with budget.hold("requests", 100_000 - budget.used):
-        store.put(response(200), b"[]", "a", "a")
-        assert 0 < len(store) <= count
-        assert budget.used <= 100_000
-    for number in range(201):
-        if store.find(f"resp_{number}", "a"):
-            store.remove(f"resp_{number}")
-    assert (len(store), store.size, budget.used) == (0, 0, 0)
-
-
-def test_the_store_evicts_the_least_recently_used_response():
-    store = ResponseStore(MemoryBudget(2**30), max_responses=3, max_bytes=2000)
-    for number in range(3):
-        store.put(response(number), b"[]")
-    assert store.find("resp_0")
-    store.put(response(3), b"[]")
-    assert [bool(store.find(f"resp_{number}")) for number in range(4)] == [True, False, True, True]
-    assert store.find_holder("msg_1") is None
-    assert decode_items(store.find_holder("msg_3").read().output) == response(3)["output"]
-    store.put(response(4, size=2200), b"[]")
-    assert (len(store), store.size <= 2000) == (2, True)
-    store.put(response(5, size=3000), b"[]")
-    assert store.find("resp_5") is None
-    for number in (3, 4):
-        store.remove(f"resp_{number}")
-    assert (len(store), store.size) == (0, 0)
-
-
-def test_a_stored_response_takes_less_memory_than_its_json(create):
-    body = create(input="How are you?")
-    size = len(json.dumps(body))
-    assert size > 1000
-    store, count = ResponseStore(MemoryBudget(2**30)), 400
-    tracemalloc.start()
-    try:
-        for number in range(count):
-            output = [body["output"][0] | {"id": f"msg_{number}"}]
-            store.put(body | {"id": f"resp_{number}", "output": output}, b'[{"role":"user","content":"How are you?"}]')
-        taken = tracemalloc.get_traced_memory()[0] / count
-    finally:
-        tracemalloc.stop()
-    assert len(store) == count
-    assert taken < 0.3 * size + 600, "what Python needs for names and objects takes a part too"
-    assert store.size / count < 0.3 * size
-    assert json.loads(bytes(store.find("resp_7").read().response))["output"][0]["id"] == "msg_7"
-
-
-@pytest.mark.parametrize("size", [10, COMPRESS_UP_TO])
-def test_a_stored_response_is_read_whole_compressed_or_not(size):
-    store, items = ResponseStore(MemoryBudget(2**30)), [{"id": "msg_1", "text": "ü" * size}]
-    store.put({"id": "resp_1", "output": items, "usage": None}, b'[{"content":"Hi"}]')
-    stored = store.find("resp_1")
-    response, input_, output = stored.read()
-    assert json.loads(bytes(response)) == {"id": "resp_1", "output": items, "usage": None}
-    assert decode_items(input_) == [{"content": "Hi"}]
-    assert decode_items(output) == items
-    assert stored.sizes == (len(response), len(input_), len(output))
-    assert len(input_) == len(b'[{"content":"Hi"}]')
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_whole_answer_that_cannot_be_stored_is_a_503(create, harness, broken):
+    broken.break_down()
+    assert create(503)["code"] == "response_store_unavailable"
+    broken.repair()
+    deadline = time.monotonic() + PATIENCE
+    while (answer := harness.post("/v1/responses", {"input": "Hi"})).status_code == 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert harness.get(f"/v1/responses/{answer.json()['id']}").json() == answer.json()

@@ -12,6 +12,11 @@ from pyllm.server.chat.template import ChatTemplate
 
 
 @pytest.fixture
+def harness(make_harness, store_url):
+    return make_harness(response_store=store_url)
+
+
+@pytest.fixture
 def create(harness):
     return creator(harness)
 
