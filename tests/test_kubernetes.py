@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def test_a_model_on_a_volume_passes_the_checks(tmp_path: Path) -> None:
     content = {name: [up + str(FOLDER / path)[1:] for path in paths] for name, paths in parts.items()}
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     assert failing(kustomize(tmp_path)) == []
+
+
+def test_the_example_of_the_page_passes_the_checks(tmp_path: Path) -> None:
+    page = (FOLDER.parents[1] / "docs" / "fleet.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n# kustomization.yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "pyllm").symlink_to(FOLDER.parents[1])
+    (tmp_path / "kustomization.yaml").write_text(example, encoding="utf-8")
+    found = kustomize(tmp_path)
+    assert failing(found, CHECKS.keys() - {"metrics"}) == []
+    assert "--max-num-seqs=128" in the(found, "Deployment")["spec"]["template"]["spec"]["containers"][0]["args"]
 
 
 def test_every_file_belongs_to_a_kustomization(documents: Documents) -> None:
