@@ -14,6 +14,8 @@ from support.manifests import CHECKS, FOLDER, Documents, change, everything, fai
 pytestmark = pytest.mark.needs("kubectl", "kubernetes-validate")
 POD = "spec template spec"
 SERVER = f"{POD} containers 0"
+HEAD, WORKERS = "spec rayClusterConfig headGroupSpec", "spec rayClusterConfig workerGroupSpecs 0"
+WORKER = f"{WORKERS} template spec containers 0"
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +123,49 @@ def test_every_file_belongs_to_a_kustomization(documents: Documents) -> None:
         ("metrics", "PrometheusAdapter", "rules custom 1 name as", "pyllm_kv_usage"),
         ("metrics", "PrometheusAdapter", "rules custom 1 metricsQuery", "max(pyllm:kv_cache_usage_perc)"),
         ("metrics", "Deployment", f"{SERVER} args 5", "--no-metrics-vllm-names"),
+        ("core_kinds", "RayService", f"{HEAD} template spec container", []),
+        ("core_kinds", "RayService", f"{WORKER} livenessProbe httpGet port", ...),
+        ("custom_kinds", "RayService", "apiVersion", "ray.io/v1alpha1"),
+        ("custom_kinds", "RayService", "spec upgradeStrategy type", "Rolling"),
+        ("custom_kinds", "RayService", f"{WORKERS} minReplicas", "2"),
+        ("custom_kinds", "RayService", f"{HEAD} rayStartParams num-cpus", 0),
+        ("hardening", "RayService", f"{HEAD} template spec automountServiceAccountToken", ...),
+        ("hardening", "RayService", f"{WORKER} securityContext readOnlyRootFilesystem", False),
+        ("files", "RayService", f"{WORKER} volumeMounts 1", ...),
+        ("image", "RayService", f"{WORKER} image", "pyllm:0.1.0-cuda"),
+        ("image", "RayService", f"{HEAD} template spec securityContext runAsUser", 1000),
+        ("ray", "RayService", "spec rayClusterDeletionDelaySeconds", 60),
+        ("ray", "RayService", "spec rayClusterConfig rayVersion", "2.46.0"),
+        ("ray", "RayService", f"{WORKERS} maxReplicas", 1),
+        ("ray", "RayService", f"{WORKERS} template spec terminationGracePeriodSeconds", 30),
+        ("ray", "RayService", f"{WORKER} resources limits nvidia.com/gpu", "2"),
+        ("ray", "RayService", f"{WORKER} readinessProbe httpGet path", "/ready"),
+        ("ray", "RayService", f"{WORKER} env 1 value", "pyllm.server.replicas.front:middleware"),
+        ("ray", "RayService", f"{WORKER} volumeMounts 3 mountPath", "/models"),
     ],
 )
 def test_a_planted_mistake_is_noticed(documents: Documents, check: str, kind: str, path: str, value: Any) -> None:
     changed = copy.deepcopy(documents)
     change(the(changed, kind), path, value)
     assert failing(changed, [check]) == [check]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("pyllm.server.replicas:app", "pyllm.server.replica:app"),
+        ("pyllm.server.replicas:app", "pyllm.server.replicas:build_app"),
+        ("shutdown_timeout: 600", "shutdown_timeouts: 600"),
+        ("shutdown_timeout: 600", "shutdown_timeout: 900"),
+        ("replicas: 2", "replicas: 4"),
+        ("model: /model", "model: /models"),
+        ("port: 8000", "port: 8080"),
+        ("host: 0.0.0.0", "host: 127.0.0.1"),
+    ],
+)
+def test_a_mistake_in_the_config_of_ray_serve_is_noticed(documents: Documents, old: str, new: str) -> None:
+    changed = copy.deepcopy(documents)
+    spec = the(changed, "RayService")["spec"]
+    assert old in spec["serveConfigV2"]
+    spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)
+    assert failing(changed, ["ray"]) == ["ray"]

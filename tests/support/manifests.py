@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,9 +14,11 @@ from typing import Any
 
 import jsonschema
 import yaml
+from packaging.requirements import Requirement
 from prometheus_client.parser import text_string_to_metric_families
 from support.promql import names_and_labels
 
+from pyllm.engine.config import from_values
 from pyllm.engine.messages import EngineStats
 from pyllm.server.app import create_app
 from pyllm.server.arguments import load_config, unknown_variables
@@ -27,7 +30,8 @@ from pyllm.server.service import Service
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "kubernetes"
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+VERSION = PROJECT["version"]
 KUBERNETES_VERSIONS = ("1.30", "1.37")
 """The oldest one that the manifests are for, and the newest one that kubernetes-validate knows."""
 CUSTOM_KINDS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("custom_kinds/*.json")}
@@ -51,7 +55,7 @@ def everything(folder: Path) -> Documents:
     content = {name: [os.path.relpath(FOLDER / path, folder) for path in paths] for name, paths in parts.items()}
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     values = yaml.safe_load((FOLDER / "components/autoscaling/prometheus-adapter.yaml").read_text(encoding="utf-8"))
-    return [*kustomize(folder), {"kind": ADAPTER, **values}]
+    return [*kustomize(folder), *kustomize(FOLDER / "rayservice"), {"kind": ADAPTER, **values}]
 
 
 def of_kind(documents: Documents, kind: str) -> Iterator[dict[str, Any]]:
@@ -77,6 +81,20 @@ def container(documents: Documents) -> dict[str, Any]:
     return dict(found)
 
 
+def ray_groups(documents: Documents) -> list[dict[str, Any]]:
+    """The head and the workers of each Ray cluster."""
+    clusters = [document["spec"]["rayClusterConfig"] for document in of_kind(documents, "RayService")]
+    return [group for cluster in clusters for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def all_pods(documents: Documents) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The specification of every pod, with its container."""
+    templates = [document["spec"]["template"] for document in of_kind(documents, "Deployment")]
+    for template in templates + [group["template"] for group in ray_groups(documents)]:
+        (found,) = template["spec"]["containers"]
+        yield template["spec"], found
+
+
 def server_config(documents: Documents) -> ServerConfig:
     """The flags of the server, from the image's entry point, the arguments and the variables."""
     entry = json.loads(re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)[-1])
@@ -91,7 +109,8 @@ def check_core_kinds(documents: Documents) -> None:
     """Each core object is valid, without unknown fields."""
     import kubernetes_validate
 
-    for document in documents:
+    head = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pyllm"}}
+    for document in [*documents, *(head | {"template": group["template"]} for group in ray_groups(documents))]:
         if document["kind"] not in (*CUSTOM_KINDS, ADAPTER):
             for version in KUBERNETES_VERSIONS:
                 try:
@@ -108,18 +127,18 @@ def check_custom_kinds(documents: Documents) -> None:
 
 
 def check_hardening(documents: Documents) -> None:
-    """The pod has no rights that it does not need."""
-    spec, own = pod(documents), container(documents)
-    assert spec["enableServiceLinks"] is False, "a Service called pyllm would set PYLLM_ variables"
-    assert spec["automountServiceAccountToken"] is False
-    assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & spec.keys()
-    assert spec["securityContext"]["runAsNonRoot"] is True
-    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert own["securityContext"] == {
-        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
-    }  # fmt: skip
-    assert own["resources"]["requests"]["memory"] == own["resources"]["limits"]["memory"]
-    assert own["resources"]["requests"]["cpu"]
+    """No pod has rights that it does not need."""
+    for spec, own in all_pods(documents):
+        assert spec["enableServiceLinks"] is False, "a Service called pyllm would set PYLLM_ variables"
+        assert spec["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & spec.keys()
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert own["securityContext"] == {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+        }  # fmt: skip
+        assert own["resources"]["requests"]["memory"] == own["resources"]["limits"]["memory"]
+        assert own["resources"]["requests"]["cpu"]
 
 
 def check_flags(documents: Documents) -> None:
@@ -134,26 +153,26 @@ def check_flags(documents: Documents) -> None:
 
 def check_files(documents: Documents) -> None:
     """What the server writes has a volume that the image's user may write; keys are for that user only."""
-    volumes = {volume["name"]: volume for volume in pod(documents)["volumes"]}
-    mounts = container(documents)["volumeMounts"]
-    assert sorted(mount["name"] for mount in mounts) == sorted(volumes)
-    writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
-    assert writable == {"/tmp", CACHE}
     assert f"install -d -o pyllm -g pyllm {CACHE}" in DOCKERFILE
-    for volume in volumes.values():
-        assert "secret" not in volume or volume["secret"]["defaultMode"] == 0o440
+    for spec, own in all_pods(documents):
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        assert sorted(mount["name"] for mount in own["volumeMounts"]) == sorted(volumes)
+        assert {mount["mountPath"] for mount in own["volumeMounts"] if not mount.get("readOnly")} == {"/tmp", CACHE}
+        for volume in volumes.values():
+            assert "secret" not in volume or volume["secret"]["defaultMode"] == 0o440
 
 
 def check_image(documents: Documents) -> None:
-    """The image is this version's, of a target that exists, and runs as its own user."""
-    name, _, tag = container(documents)["image"].partition(":")
-    version, _, target = tag.partition("-")
-    assert name.split("/")[-1] == "pyllm"
-    assert version == VERSION
-    assert re.search(rf"^FROM runtime AS {target}$", DOCKERFILE, re.MULTILINE)
+    """Images are this version's, of a target that exists, with Ray for Ray, and run as their own user."""
     assert set(re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE)) == {f"{USER}:{USER}"}
-    context = pod(documents)["securityContext"]
-    assert {context[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {USER}
+    for spec, own in all_pods(documents):
+        name, _, tag = own["image"].partition(":")
+        version, target, *extras = tag.split("-")
+        assert name.split("/")[-1] == "pyllm"
+        assert version == VERSION
+        assert re.search(rf"^FROM runtime AS {target}$", DOCKERFILE, re.MULTILINE)
+        assert extras == ["ray"] * own["name"].startswith("ray-")
+        assert {spec["securityContext"][name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {USER}
 
 
 def check_ports(documents: Documents) -> None:
@@ -243,11 +262,43 @@ def check_metrics(documents: Documents) -> None:
         assert server_config(documents).metrics_vllm_names, "endpoint pickers read vLLM's names"
 
 
+def check_ray(documents: Documents) -> None:
+    """Ray Serve gets an application that exists, flags that the server accepts, and time to drain."""
+    for document in of_kind(documents, "RayService"):
+        spec = document["spec"]
+        serve = yaml.safe_load(spec["serveConfigV2"])
+        (application,) = serve["applications"]
+        module, _, name = application["import_path"].partition(":")
+        assert importlib.util.find_spec(module)
+        assert re.search(rf"^def {name}\(", (ROOT / "server/replicas/app.py").read_text(encoding="utf-8"), re.MULTILINE)
+        config = from_values(ServerConfig, application["args"])
+        (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+        (worker,) = workers["template"]["spec"]["containers"]
+        mounts = {mount["mountPath"] for mount in worker["volumeMounts"] if mount.get("readOnly")}
+        assert {config.model, str(Path(config.api_key_file or "").parent)} == mounts
+        assert config.replicas == workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"]
+        assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        (port,) = worker["ports"]
+        assert serve["http_options"] == {"host": "0.0.0.0", "port": port["containerPort"]}
+        assert worker["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": port["name"]}
+        drain = config.shutdown_timeout + AFTER_DRAIN_SECONDS
+        assert spec["rayClusterDeletionDelaySeconds"] >= drain
+        assert workers["template"]["spec"]["terminationGracePeriodSeconds"] >= drain
+        (extra,) = (Requirement(text) for text in PROJECT["optional-dependencies"]["ray"])
+        assert spec["rayClusterConfig"]["rayVersion"] in extra.specifier
+        for group in ray_groups([document]):
+            variables = {item["name"]: item["value"] for item in group["template"]["spec"]["containers"][0]["env"]}
+            front, _, name = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+            path = ROOT / Path(*front.split(".")[1:]).with_suffix(".py")
+            assert re.search(rf"^def {name}\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
 CHECKS: dict[str, Callable[[Documents], None]] = {
     check.__name__.removeprefix("check_"): check
     for check in (
         check_core_kinds, check_custom_kinds, check_hardening, check_flags, check_files, check_image, check_ports,
-        check_paths, check_times, check_selectors, check_metrics,
+        check_paths, check_times, check_selectors, check_metrics, check_ray,
     )
 }  # fmt: skip
 
