@@ -92,6 +92,7 @@ def test_every_file_belongs_to_a_kustomization(documents: Documents) -> None:
         ("flags", "Deployment", f"{SERVER} env 0 name", "PYLLM_LOGFORMAT"),
         ("flags", "Deployment", f"{SERVER} env 0 value", "yaml"),
         ("flags", "Deployment", f"{SERVER} args 3", "--model=/model"),
+        ("flags", "Deployment", f"{SERVER} env 2 name", "PYLLM_RESPONSES_STORE"),
         ("files", "Deployment", f"{SERVER} volumeMounts 0", ...),
         ("files", "Deployment", f"{SERVER} volumeMounts 1 mountPath", "/root/.cache"),
         ("files", "Deployment", f"{POD} volumes 2 secret defaultMode", 0o444),

@@ -51,7 +51,7 @@ def kustomize(folder: Path) -> Documents:
 
 def everything(folder: Path) -> Documents:
     """The GPU's overlay with the components that it lacks, made in `folder`, and the adapter's values."""
-    parts = {"resources": ["overlays/gpu"], "components": ["components/gateway"]}
+    parts = {"resources": ["overlays/gpu"], "components": ["components/gateway", "components/shared-responses"]}
     content = {name: [os.path.relpath(FOLDER / path, folder) for path in paths] for name, paths in parts.items()}
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     values = yaml.safe_load((FOLDER / "components/autoscaling/prometheus-adapter.yaml").read_text(encoding="utf-8"))
@@ -100,8 +100,8 @@ def server_config(documents: Documents) -> ServerConfig:
     entry = json.loads(re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)[-1])
     assert entry[:2] == ["pyllm", "serve"]
     own = container(documents)
-    variables = {item["name"]: item.get("value", "") for item in own["env"]}
-    assert unknown_variables(variables, ServerConfig, ()) == []
+    assert unknown_variables({item["name"]: "" for item in own["env"]}, ServerConfig, ()) == []
+    variables = {item["name"]: item["value"] for item in own["env"] if "value" in item}
     return load_config(ServerConfig, entry[2:] + own["args"], variables, program="pyllm serve", description="")
 
 
