@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import resource
+import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
@@ -32,6 +34,8 @@ IDLE_TRIM_BYTES = 2**20
 """The threshold while almost nothing has been released since the last sweep: returning memory then disturbs no
 requests."""
 IDLE_BYTES = 64 * 2**10  # almost nothing
+RETURN_SHARE = 0.05
+"""Of the time, at most this is spent on returning memory: the collection of garbage before it holds up all threads."""
 SPARE_FILES = 128  # open files of this process that are not connections
 
 
@@ -124,23 +128,34 @@ class ConnectionMonitor:
         """Connections whose client has not read everything sent so far."""
         self.closed: Counter[str] = Counter()
         self._released = 0  # the budget's count at the last sweep
+        self._next_return = 0.0  # when memory may be returned again
 
     def watch(self, connections: Collection[Connection]) -> None:
         """Sweep from now on, as long as the event loop runs."""
         loop = asyncio.get_running_loop()
         loop.call_later(self.limits.sweep_interval, self.watch, connections)
         self.sweep(connections, loop.time())
-        if self.has_memory_to_return():
-            loop.run_in_executor(None, _return_memory)
+        if self.has_memory_to_return(time.monotonic()):
+            loop.run_in_executor(None, self.return_memory)
 
-    def has_memory_to_return(self) -> bool:
+    def has_memory_to_return(self, now: float) -> bool:
         """Whether so much was released that it is worth returning now; call it once per sweep."""
         released, before = self.budget.released, self._released
         enough = IDLE_TRIM_BYTES if released - before < IDLE_BYTES else TRIM_BYTES
-        if released >= enough:
+        is_time = released >= enough and now >= self._next_return
+        if is_time:
             self.budget.released = 0
         self._released = self.budget.released
-        return released >= enough
+        return is_time
+
+    def return_memory(self, release: Callable[[], None] | None = None) -> None:
+        """Return freed memory to the system, then pause in proportion to the time that it took; for any thread."""
+        begun, self._next_return = time.monotonic(), math.inf
+        try:
+            (release or _release_memory)()
+        finally:
+            ended = time.monotonic()
+            self._next_return = ended + (ended - begun) / RETURN_SHARE
 
     def sweep(self, connections: Collection[Connection], now: float) -> None:
         """Close the connections whose clients are too slow, and log how many were closed since the last sweep."""
@@ -185,6 +200,6 @@ class ConnectionMonitor:
         return False
 
 
-def _return_memory() -> None:
+def _release_memory() -> None:
     gc.collect()  # objects that refer to each other may be few, and still keep much
     return_free_memory(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import time
 
 import pytest
 
@@ -218,8 +219,18 @@ def test_released_memory_is_returned_when_much_or_idle(released: list[int], retu
     for size in released:
         monitor.budget.count("bodies", "", size)
         monitor.budget.count("bodies", "", -size)
-        seen.append(monitor.has_memory_to_return())
+        seen.append(monitor.has_memory_to_return(0.0))
     assert seen == returned
+
+
+def test_returning_memory_pauses_in_proportion_to_its_length():
+    monitor = ConnectionMonitor(LIMITS, MemoryBudget(2**30))
+    begun = time.monotonic()
+    monitor.return_memory(lambda: time.sleep(0.1))
+    monitor.budget.count("bodies", "", TRIM_BYTES)
+    monitor.budget.count("bodies", "", -TRIM_BYTES)
+    assert not monitor.has_memory_to_return(begun + 2)
+    assert monitor.has_memory_to_return(time.monotonic() + 1000)
 
 
 def test_closed_connections_free_their_memory_at_once():
