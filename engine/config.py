@@ -21,6 +21,11 @@ MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 NUMBERS = {"int": "a whole number", "float": "a number", "size": "a number of bytes, or one such as 2GiB,"}
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
+# An address of ZeroMQ, with a port, which is * for a free one, or with a file; and one of this machine to listen on.
+ZMQ_ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+\]|[\w.*-]+):(\*|[0-9]{1,5})|ipc://.{1,100}")
+ZMQ_OWN = re.compile(r"ipc://|tcp://(\*|0\.0\.0\.0|127\.[0-9.]+|localhost|\[::1?\]):")
+ZMQ_PRIVATE = re.compile(r"ipc://|tcp://(127\.[0-9.]+|localhost|\[::1\]):")
+
 Settings = TypeVar("Settings")
 Bytes = NewType("Bytes", int)  # may also be given with a unit, such as 512MB or 2GiB
 
@@ -72,7 +77,7 @@ class Setting:
     def convert(self, raw: Any, source: str) -> Any:
         """Convert text or a value from YAML, JSON or Python; raise a `ValueError` that names `source`."""
         if (raw is None and self.default is None and not self.guard) or (
-            self.kind == "json" and isinstance(raw, SpeculativeConfig)
+            self.kind == "json" and dataclasses.is_dataclass(raw)
         ):
             return raw
         if not all(_is_text(part) for part in (raw if isinstance(raw, list) else [raw])):
@@ -122,18 +127,19 @@ class Setting:
         if not isinstance(values, dict):
             example = self.text[self.text.find("{") : self.text.find("}") + 1]
             raise ValueError(f"{source} must be a JSON object such as {example}, but got {raw!r:.200}.")
-        return from_values(SpeculativeConfig, values, source) if self.type is SpeculativeConfig else values
+        return from_values(self.type, values, source) if dataclasses.is_dataclass(self.type) else values
 
 
 def settings_of(cls: Any) -> dict[str, Setting]:
     """Return the declared fields of a dataclass by name."""
-    kinds = {bool: "switch", int: "int", float: "float", Bytes: "size", SpeculativeConfig: "json"}
+    kinds = {bool: "switch", int: "int", float: "float", Bytes: "size"}
     found, hints = {}, get_type_hints(cls)
     for f in dataclasses.fields(cls):
         own = hints[f.name]
         if NoneType in get_args(own):  # X | None
             own = get_args(own)[0]
-        kind = kinds.get(own) or {tuple: "list", dict: "json"}.get(get_origin(own), "text")
+        other = "json" if dataclasses.is_dataclass(own) else "text"
+        kind = kinds.get(own) or {tuple: "list", dict: "json"}.get(get_origin(own), other)
         found[f.name] = Setting(f.name, own, kind, f.default, not f.repr, **f.metadata)
     return found
 
@@ -194,6 +200,42 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError("prompt_lookup_min must be no larger than prompt_lookup_max.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVEventsConfig:
+    """Where the events of the KV cache are published, with vLLM's names."""
+
+    enable_kv_cache_events: bool = setting(False, "publish the events")
+    publisher: Literal["zmq", "null"] = setting("zmq", "null publishes nothing")
+    endpoint: str = setting("tcp://127.0.0.1:5557", "ZeroMQ address of the events")
+    replay_endpoint: str | None = setting(None, "ZeroMQ address for requests of missed events (default: none)")
+    buffer_steps: int = setting(10_000, "steps kept for replay", low=0, high=10**6)
+    hwm: int = setting(100_000, "messages kept for a slow subscriber; further ones are dropped", low=1, high=10**7)
+    max_queue_size: int = setting(100_000, "steps waiting to be published; further ones are dropped", low=1, high=10**7)
+    topic: str = setting("", "first frame of each message, such as kv@POD@MODEL")
+    event_encoding: Literal["array", "map"] = setting("array", "how an event is written: as an array or as a map")
+
+    def __post_init__(self) -> None:
+        for name in ("endpoint", "replay_endpoint"):
+            value = getattr(self, name)
+            if value is not None and not ZMQ_ADDRESS.fullmatch(value):
+                raise ValueError(f"{name} must be tcp://HOST:PORT or ipc://PATH, but got {value!r:.200}.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is published."""
+        return self.enable_kv_cache_events and self.publisher == "zmq"
+
+    @property
+    def binds(self) -> bool:
+        """Whether subscribers connect to `endpoint`; if it names another host, this engine connects to it instead."""
+        return bool(ZMQ_OWN.match(self.endpoint))
+
+    @property
+    def exposed(self) -> list[str]:
+        """The addresses at which other machines can read the events."""
+        return [name for name in (self.endpoint, self.replay_endpoint) if name and not ZMQ_PRIVATE.match(name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +311,7 @@ class EngineConfig(EngineSettings):
         None, "launch each step before reading the previous one's results (None: on a GPU)"
     )
     quiet: bool = setting(False, "no progress bar while loading")
+    kv_events_config: KVEventsConfig | None = setting(None, "where to publish the events of the KV cache")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         for name, own in settings_of(EngineConfig).items():

@@ -178,6 +178,7 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     num_experts: int = 0  # 0 for a network without routed experts
     kernels: Kernels = "torch"
     graphs: GraphInfo | None = None
+    kv_event_endpoints: tuple[str, ...] = ()  # where its events are published, and missed ones can be requested
     chunk_multiple: int = 1  # chunks of a prompt that end at multiples of this leave its results unchanged, to the bit
 
     @property
@@ -262,6 +263,8 @@ class EngineStats(Message, frozen=True, kw_only=True):
     step_tokens: int = 0  # computed in the step, of prompts and outputs together
     num_drafts: int = 0  # drafts of next tokens that were verified
     num_draft_tokens: int = 0  # tokens in them
+    num_kv_event_batches: int = 0  # steps whose events of the KV cache were published, those dropped included
+    num_kv_event_batches_dropped: int = 0  # because too many waited to be published
     num_accepted_tokens: list[int] = []  # how many times the first, second, ... token was right; [] without speculation
     expert_tokens: list[list[int]] | None = None  # by [layer][expert]; None: as last reported, or no experts
     expert_reroutes: list[int] | None = (

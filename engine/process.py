@@ -43,6 +43,7 @@ from .messages import (
 
 if TYPE_CHECKING:  # large modules are imported where a failure becomes a sentence
     from .step.core import EngineCore
+    from .step.kv_events import KVEventPublisher
 
 _GRAMMAR_READY = Abort(request_ids=[])  # wakes the loop, and aborts nothing
 IDLE_SECONDS = 0.1  # an engine without work for this long is idle; shorter gaps are normal between a client's requests
@@ -155,6 +156,15 @@ def _handle(core: EngineCore, message: EngineRequest | Abort | CheckGrammar) -> 
     return None
 
 
+def _open_publisher(config: EngineConfig) -> KVEventPublisher | None:
+    """Listen for subscribers before the model is loaded, so that those of an engine that died have time to return."""
+    if config.kv_events_config is None or not config.kv_events_config.enabled:
+        return None
+    from .step.kv_events import KVEventPublisher
+
+    return KVEventPublisher(config.kv_events_config)
+
+
 def _end_with_api_process(sock: socket.socket) -> None:
     """End this process when the API process has closed its end, even in the middle of loading or of a long step."""
     poll = select.poll()
@@ -184,6 +194,7 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
                 # On a terminal there is a progress bar.
                 reports = LoadReports(lambda message: sock.sendall(encode_frame(message)))
                 config = msgspec.msgpack.decode(first, type=EngineConfig)
+                publisher = _open_publisher(config)
                 core = build_engine(config) if sys.stderr.isatty() else build_engine(config, reports)
                 inbox = receive(frames)
             except EngineStartError as error:
@@ -193,7 +204,11 @@ def main(prepare: Callable[[EngineCore], None] = lambda core: None) -> None:
                 sock.sendall(encode_frame(StartFailed(message=f"The engine cannot start ({reason_of(error)}).")))
                 return
             prepare(core)
-            sock.sendall(encode_frame(core.info))
+            info = core.info
+            if publisher is not None:
+                core.publish_kv_events(publisher)
+                info = msgspec.structs.replace(info, kv_event_endpoints=publisher.endpoints)
+            sock.sendall(encode_frame(info))
             try:
                 serve(core, sock, inbox)
             except (BrokenPipeError, ConnectionResetError):

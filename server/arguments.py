@@ -38,7 +38,7 @@ GROUPS = {
     "batching": "max_num_seqs max_num_batched_tokens max_num_prefill_tokens max_num_queued_reqs scheduling_policy "
     "fair_scheduling speculative_config deterministic enforce_eager engine_hang_timeout restart_engine",
     "KV cache": "kv_cache_memory_bytes gpu_memory_utilization num_kv_blocks kv_cache_dtype block_size "
-    "enable_prefix_caching isolate_cache_by_key",
+    "enable_prefix_caching isolate_cache_by_key kv_events_config",
     "listening": "host port uds root_path ssl_keyfile ssl_certfile api_key api_key_file allowed_origins",
     "connections": "max_connections max_api_memory header_timeout body_timeout write_timeout sse_keep_alive_interval "
     "shutdown_timeout",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..engine.config import MAX_LOGPROBS, Bytes, EngineConfig, EngineSettings, setting, settings_of
+from ..engine.config import MAX_LOGPROBS, Bytes, EngineConfig, EngineSettings, KVEventsConfig, setting, settings_of
 
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "demo"
 DEMO_NAME = "pyllm-demo"
@@ -125,6 +125,11 @@ class ServerConfig(ModelFlags):
     max_api_memory: Bytes | None = setting(  # noqa: RUF009 - it is a field
         None, "bytes the API process may hold for clients (default: a quarter of the memory, at most 2GiB)", low=2**24
     )
+    kv_events_config: KVEventsConfig | None = setting(  # noqa: RUF009 - it is a field
+        None,
+        "publish which blocks the KV cache stores and evicts, for routers, as in "
+        '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}; the events hold the tokens of every prompt',
+    )
     batch_dir: str | None = setting(None, "folder for files and batches, which are off without one")
     batch_dir_size: Bytes = setting(  # noqa: RUF009 - it is a field
         10 * 10**9, "maximum size of --batch-dir", low=10**6
@@ -155,6 +160,15 @@ class ServerConfig(ModelFlags):
         None, "number of replicas up to which busy ones are joined by more", low=1, high=1024
     )
     ray_address: str | None = setting(None, "Ray cluster to run the replicas on (default: a Ray on this machine)")
+
+    def __post_init__(self) -> None:
+        events = self.kv_events_config
+        if events is not None and events.enabled and not self.enable_prefix_caching:
+            raise ValueError("--kv-events-config needs the prefix cache: leave out --no-enable-prefix-caching.")
+
+    def engine_config(self, path: Path) -> EngineConfig:
+        """The engine's settings, for the checkpoint at `path`."""
+        return dataclasses.replace(ModelFlags.engine_config(self, path), kv_events_config=self.kv_events_config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

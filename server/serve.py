@@ -21,6 +21,7 @@ import uvloop
 from .. import __version__
 from ..engine.client.launch import EngineProcess
 from ..engine.host import start_pool, start_threads
+from ..engine.messages import EngineInfo
 from .api.batches.store import BatchStore
 from .api.batches.worker import BatchWorker
 from .app import create_app
@@ -207,6 +208,7 @@ class _ServerProcess:
                 f"of up to {max(graphs.mixed_sizes, default=0)} tokens, captured in {graphs.seconds:.1f} s with "
                 f"{graphs.bytes >> 20} MiB"
             )
+        self._announce_events(info)
         pages = ""
         if self._config.uds:
             url = f"the socket {self._config.uds}"
@@ -216,6 +218,21 @@ class _ServerProcess:
             base = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self._config.root_path}"
             pages, url = f": chat page {base}/, reference {base}/docs, API", f"{base}/v1"
         logger.info(f"Ready after {time.monotonic() - self._process.started:.1f} s{pages} on {url}")
+
+    def _announce_events(self, info: EngineInfo) -> None:
+        """Log where the events of the KV cache are published, and who can read them."""
+        if (events := self._config.kv_events_config) is None:
+            return
+        if not events.enabled:
+            logger.warning("--kv-events-config publishes nothing, since it does not set enable_kv_cache_events to true")
+            return
+        where, *replay = info.kv_event_endpoints
+        logger.info(f"The KV cache's events are published on {where}{''.join(f', with replay on {r}' for r in replay)}")
+        if exposed := events.exposed:
+            logger.warning(
+                f"Every program that can reach {' or '.join(exposed)} can read the tokens of all prompts there: the KV "
+                "cache's events are not encrypted and need no key"
+            )
 
     async def _serve_until_end(self, model: ServedModel, http: asyncio.Task[None]) -> int:
         """Wait for a signal or the engine's last death, drain the requests, and end the engine."""

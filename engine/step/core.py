@@ -20,6 +20,7 @@ from ..messages import (
     check_request,
 )
 from .drafting import Drafter
+from .kv_events import KVEventLog, KVEventPublisher
 from .request import PENDING_TOKEN, Request, RequestStatus, SampledToken, ScheduledSequence, failure_of
 from .retry import retry_by_halves
 from .runner import LaunchedStep, Runner, StepObserver
@@ -71,6 +72,7 @@ class EngineCore:
         self._experts_reported = 0.0
         self._num_drafts = self._num_draft_tokens = 0
         speculative = info.config.speculative_config
+        self._publisher: KVEventPublisher | None = None
         self._num_accepted = [0] * (speculative.num_speculative_tokens if speculative is not None else 0)
 
     @property
@@ -105,6 +107,15 @@ class EngineCore:
             self.grammars.submit(request, message.params.grammar, ignore_eos=message.params.ignore_eos)
         self._requests[request.request_id] = request
 
+    def publish_kv_events(self, publisher: KVEventPublisher) -> None:
+        """Publish from now on which blocks the KV cache stores and evicts."""
+        config = self.info.config
+        log = KVEventLog(config.block_size, "GPU" if config.device == "cuda" else "CPU")
+        self.scheduler.kv_cache.record(log)
+        publisher.follow(log)
+        publisher.start()
+        self._publisher = publisher
+
     def check_grammar(self, check: CheckGrammar) -> None:
         """Compile a grammar; a later step's outputs have the verdict."""
         self._uses_grammars = True
@@ -134,6 +145,8 @@ class EngineCore:
         if not self.scheduler.has_work:
             self.scheduler.restore_limits()
         self._check_released()
+        if self._publisher is not None:
+            self._publisher.publish()
         num_tokens = sum(sequence.num_tokens for sequence in planned)
         stats = self.stats(seconds=time.perf_counter() - started, tokens=num_tokens)
         verdicts, self._verdicts = self._verdicts, []
@@ -150,7 +163,10 @@ class EngineCore:
             if not self.has_work or now >= self._experts_reported + EXPERT_SECONDS:
                 self._experts_reported = now
                 experts, reroutes = self.observer.count()
+        events = self._publisher
         return EngineStats(
+            num_kv_event_batches=0 if events is None else events.num_published,
+            num_kv_event_batches_dropped=0 if events is None else events.num_dropped,
             num_running=running,
             num_waiting=len(self._requests) - running,
             kv_cache_usage=1.0 - pool.num_free / pool.num_blocks,

@@ -11,9 +11,14 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Callable
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from .request import Request
+
+if TYPE_CHECKING:
+    from .kv_events import KVEventLog
 
 HASH_BYTES = 16  # 128 bits of a cryptographic hash: two different prefixes never share one in practice
 ID_BYTES = array("i").itemsize
@@ -29,6 +34,7 @@ class BlockPool:
         self._evictable: OrderedDict[int, None] = OrderedDict()  # free and cached, the longest free first
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self.on_evicted: Callable[[bytes], None] | None = None  # called with the hash of an evicted block
 
     @property
     def num_free(self) -> int:
@@ -70,11 +76,18 @@ class BlockPool:
         """Whether any sequence holds the block."""
         return self._holders[block] > 0
 
-    def cache_block(self, block: int, block_hash: bytes) -> None:
-        """Register a held block under its hash, unless a block with the same content is registered."""
-        if block_hash not in self._block_of:
-            self._block_of[block_hash] = block
-            self._hash_of[block] = block_hash
+    @property
+    def cached(self) -> frozenset[bytes]:
+        """The hashes of all cached blocks."""
+        return frozenset(self._block_of)
+
+    def cache_block(self, block: int, block_hash: bytes) -> bool:
+        """Register a held block under its hash; return False if a block with the same content is registered."""
+        if block_hash in self._block_of:
+            return False
+        self._block_of[block_hash] = block
+        self._hash_of[block] = block_hash
+        return True
 
     def check_idle(self) -> None:
         """Raise `RuntimeError` unless each block is free exactly once, and the two hash tables agree."""
@@ -95,6 +108,8 @@ class BlockPool:
         if block_hash is not None:
             del self._block_of[block_hash]
             self._hash_of[block] = None
+            if self.on_evicted is not None:
+                self.on_evicted(block_hash)
         return block
 
 
@@ -105,6 +120,11 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size  # tokens per block
         self.enable_prefix_caching = enable_prefix_caching
+        self._events: KVEventLog | None = None
+
+    def record(self, events: KVEventLog) -> None:
+        """Note in `events` from now on which blocks are cached and evicted."""
+        self._events, self.pool.on_evicted = events, events.on_removed
 
     def find_prefix(self, request: Request) -> list[int]:
         """Return the cached blocks of the longest known prefix of a waiting request, without holding them.
@@ -157,7 +177,9 @@ class KVCacheManager:
         if full > request.num_registered_blocks and self.enable_prefix_caching:
             hashes = self._hashes(request, full)
             for index in range(request.num_registered_blocks, full):
-                self.pool.cache_block(request.block_ids[index], hashes[index])
+                is_new = self.pool.cache_block(request.block_ids[index], hashes[index])
+                if is_new and self._events is not None:
+                    self._events.on_stored(request, index)
             request.num_registered_blocks = full
 
     def free(self, request: Request) -> None:

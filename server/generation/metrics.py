@@ -22,8 +22,11 @@ from .generation import Counts, Histogram
 PREFIX, VLLM_PREFIX = "pyllm:", "vllm:"
 NOT_IN_VLLM = frozenset(
     PREFIX + name
-    for name in ("engine_step_seconds", "engine_restarts", "expert_tokens", "expert_reroutes", "http_responses")
-) | {PREFIX + "log_lines_dropped", PREFIX + "response_store_up"}
+    for name in (
+        "engine_step_seconds", "engine_restarts", "expert_tokens", "expert_reroutes", "http_responses",
+        "kv_event_batches", "kv_event_batches_dropped", "log_lines_dropped", "response_store_up",
+    )
+)  # fmt: skip
 OLDER_NAMES = {
     "kv_cache_usage_perc": "gpu_cache_usage_perc",
     "prefix_cache_queries": "gpu_prefix_cache_queries",
@@ -31,7 +34,10 @@ OLDER_NAMES = {
     "inter_token_latency_seconds": "time_per_output_token_seconds",
 }
 """vLLM's earlier names, which routers and dashboards still read."""
-ENGINE_COUNTS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "num_drafts", "num_draft_tokens")
+ENGINE_COUNTS = (
+    "num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "num_drafts", "num_draft_tokens",
+    "num_kv_event_batches", "num_kv_event_batches_dropped",
+)  # fmt: skip
 """Fields of `EngineStats` that count since the engine's start."""
 LABEL = "model_name"
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -86,6 +92,7 @@ class Metrics(Counts, Collector):
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         queries, hits = now.prefix_cache_queries, now.prefix_cache_hits
         drafts, accepted = now.num_draft_tokens, now.num_accepted_tokens
+        events, dropped = now.num_kv_event_batches, now.num_kv_event_batches_dropped
         for kind, name, text, value in (
             (gauge, "pyllm:num_requests_running", "Sequences in the running batch.", now.num_running),
             (gauge, "pyllm:num_requests_waiting", "Sequences in the queue.", now.num_waiting),
@@ -98,6 +105,8 @@ class Metrics(Counts, Collector):
             (counter, "pyllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", sum(accepted)),
             (counter, "pyllm:prompt_tokens", "Prompt tokens of requests that have started.", self.num_prompt_tokens),
             (counter, "pyllm:generation_tokens", "Tokens generated.", self.num_generation_tokens),
+            (counter, "pyllm:kv_event_batches", "Steps with events of the KV cache, if published.", events),
+            (counter, "pyllm:kv_event_batches_dropped", "Those whose events were dropped.", dropped),
             (counter, "pyllm:engine_restarts", "Engines that replaced a dead one.", self._num_restarts),
             (counter, "pyllm:log_lines_dropped", "Log lines that could not be written.", self.log_lines_dropped()),
             (gauge, "pyllm:response_store_up", "Whether stored responses can be used.", self.store_is_available()),

@@ -54,6 +54,7 @@ COMPONENTS: Final = {
     "npm": Component(("npm",)),
     "openssl": Component(("openssl",), "version"),
     "promtool": Component(("promtool",)),
+    "pyzmq": Component(("python3",), module="zmq"),
     "redis": Component(("redis-server", "valkey-server"), module="redis"),
     "setpriv": Component(("setpriv",), others=("prlimit",)),
     "tmux": Component(("tmux",), "-V"),

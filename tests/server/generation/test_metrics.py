@@ -95,8 +95,11 @@ def test_vllms_names_are_exposed_too_if_requested(also):
         (key[0].replace("vllm:", "pyllm:"), *(pair for pair in key[1:] if pair[0] != "engine"))
         for key in theirs - older
     } == {
-        key for key in ours if not key[0].startswith(("pyllm:expert", "pyllm:engine_", "pyllm:log_", "pyllm:response_"))
-    }
+        key for key in ours
+        if not key[0].startswith(
+            ("pyllm:expert", "pyllm:engine_", "pyllm:log_", "pyllm:kv_event", "pyllm:response_")
+        )
+    }  # fmt: skip
     engine = ("engine", "0")
     assert found["vllm:generation_tokens_total", engine] == 3
     assert found["vllm:request_success_total", engine, ("finished_reason", "stop")] == 1
