@@ -127,7 +127,9 @@ class Setting:
         if not isinstance(values, dict):
             example = self.text[self.text.find("{") : self.text.find("}") + 1]
             raise ValueError(f"{source} must be a JSON object such as {example}, but got {raw!r:.200}.")
-        return from_values(self.type, values, source) if dataclasses.is_dataclass(self.type) else values
+        if isinstance(self.type, type) and dataclasses.is_dataclass(self.type):
+            return from_values(self.type, values, source)
+        return values
 
 
 def settings_of(cls: Any) -> dict[str, Setting]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import zmq
 
 END = (-1).to_bytes(8, "big", signed=True)  # the number of the message after a replay
-MAX_REQUEST_BYTES = 256  # of a message from a subscriber; a longer one closes its connection
+MAX_REQUEST_BYTES = 1024  # of a message from a subscriber; a longer one closes its connection
 CLOSE_SECONDS = 1.0
 
 
@@ -86,7 +86,7 @@ class KVEventLog:
             if last.extra_keys is not None:
                 last.extra_keys.append(None)
             return
-        salt = [[request.cache_salt]] if request.cache_salt and not index else None
+        salt: list[list[str] | None] | None = [[request.cache_salt]] if request.cache_salt and not index else None
         self._events.append(BlockStored([block_hash], parent, tokens, size, None, self._medium, None, salt))
 
     def on_removed(self, block_hash: bytes) -> None:
@@ -219,7 +219,8 @@ class KVEventPublisher:
             while self._queue:
                 self._send(*self._queue.popleft())
             if self._replay is not None and self._replay in ready:
-                self._answer(self._replay)
+                with contextlib.suppress(zmq.ZMQError):  # the subscriber has left, or does not read
+                    self._answer(self._replay, zmq.NOBLOCK)
 
     def _send(self, number: int, moment: float, events: list[Event]) -> None:
         if number != self._next_sent:  # batches were dropped: what is kept is no longer the whole story
@@ -231,15 +232,12 @@ class KVEventPublisher:
         self._pub.send_multipart((self._topic, number.to_bytes(8, "big"), payload))
         self._kept.append((number, payload))
 
-    def _answer(self, replay: zmq.Socket[bytes]) -> None:
+    def _answer(self, replay: zmq.Socket[bytes], flags: int) -> None:
         """Send the kept batches from the requested number on; other messages are ignored."""
-        import zmq
-
-        peer, *delimiter, number = replay.recv_multipart(zmq.NOBLOCK)
+        peer, *delimiter, number = replay.recv_multipart(flags)
         if len(number) != 8 or delimiter not in ([], [b""]):
             return
         first = int.from_bytes(number, "big")
         found = [(self._topic, kept.to_bytes(8, "big"), payload) for kept, payload in self._kept if kept >= first]
-        with contextlib.suppress(zmq.ZMQError):  # the peer has left, or does not read
-            for frames in (*found, (b"", END, b"")):
-                replay.send_multipart((peer, *delimiter, *frames), zmq.NOBLOCK)
+        for frames in (*found, (b"", END, b"")):
+            replay.send_multipart((peer, *delimiter, *frames), flags)

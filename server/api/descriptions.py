@@ -4,7 +4,7 @@ from __future__ import annotations
 
 DESCRIPTIONS = {
     # Requests.
-    "model": "A name of the served model. Without one, or with `dummy`, it is the first of `GET /v1/models`.",
+    "model": "A name of the served model. Without one (or `dummy`, `unknown`) it is the first of `GET /v1/models`.",
     "messages": "The conversation so far, oldest first.",
     "prompt": "A text as for completions. Give this or `messages`.",
     "input": "A user's text, or items, oldest first. Optional with `previous_response_id`.",

@@ -32,7 +32,8 @@ from .tool_calls import FORMATS, ToolCallFormat, detect_format
 logger = logging.getLogger("pyllm.server")
 
 TOKENIZING_FACTOR = 10  # bytes of memory for each character of a text whose ids are all kept
-PLACEHOLDERS = ("", "dummy")  # of clients that have no model to name, such as Hugging Face's InferenceClient
+# Of clients that have no model to name: "dummy" is from Hugging Face's InferenceClient, "unknown" from sglang-router.
+PLACEHOLDERS = ("", "dummy", "unknown")
 WILDCARDS = frozenset("*?[")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LARGE_TEXT = 4000  # text of at least this many characters is tokenised off the event loop

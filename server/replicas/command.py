@@ -42,6 +42,8 @@ def check_replicas(config: ServerConfig) -> None:
         raise ConfigError("--uds is a socket of one server: with --replicas, use --host and --port.")
     if config.batch_dir is not None:
         raise ConfigError("--batch-dir belongs to one server: run one for batches, without --replicas.")
+    if config.kv_events_config is not None and config.kv_events_config.enabled:
+        raise ConfigError("--kv-events-config names a port, which only one replica can use: leave out --replicas.")
     if config.max_replicas is not None and config.max_replicas < config.replicas:
         raise ConfigError(f"--max-replicas {config.max_replicas} is less than --replicas {config.replicas}.")
     if config.ray_address and not config.port:

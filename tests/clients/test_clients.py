@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -64,7 +66,8 @@ CLIENTS = [
     Client("promptfoo", "promptfoo.py", "node", "promptfoo"),
     Client("@openai/codex", "codex.py", "node", "codex", server="rambler"),
 ]
-COMMANDS = {"lm_eval_tasks.py", "guidellm_run.py", "routers.py", "promptfoo.py", "codex.py"}
+KV_ROUTER = Client("vllm-router", "kv_router.py", "python", "vllm_router")
+COMMANDS = {"lm_eval_tasks.py", "guidellm_run.py", "routers.py", "kv_router.py", "promptfoo.py", "codex.py"}
 """Programs that start the client as a command, and run in the environment of the tests."""
 
 
@@ -104,15 +107,40 @@ def reasoner(folder: Path) -> Iterator[ServerProcess]:
 
 @pytest.mark.parametrize("client", CLIENTS, ids=str)
 def test_client(client: Client, request: pytest.FixtureRequest, report: Callable[..., None]) -> None:
-    environments = {"python": python_environment, "node": node_environment}
-    home = environments[client.language](client.group)
     server: ServerProcess = request.getfixturevalue(client.server)
-    variables = {
-        "PYLLM_URL": server.url, "CLIENT_FOLDER": str(home), "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        "PYTHONOPTIMIZE": "",  # the programs check with asserts
-    }  # fmt: skip
+    variables = {"PYLLM_URL": server.url}
     if client.replicas:
         variables["PYLLM_REPLICAS"] = f"{server.url} {request.getfixturevalue('replica').url}"
+    run(client, variables, report)
+    server.wait_until_idle()
+
+
+@pytest.mark.needs("pyzmq")
+def test_a_router_that_follows_the_caches(folder: Path, report: Callable[..., None]) -> None:
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(4)]
+    places = [f"tcp://127.0.0.1:{port}" for port in ports]
+    pairs = [places[:2], places[2:]]
+    with contextlib.ExitStack() as stack:
+        urls = []
+        for events, replay in pairs:
+            config = {
+                "enable_kv_cache_events": True, "endpoint": events, "replay_endpoint": replay, "event_encoding": "map"
+            }  # fmt: skip
+            log = folder / f"events-{len(urls)}.log"
+            urls.append(stack.enter_context(ServerProcess(log, "--kv-events-config", json.dumps(config))).url)
+        variables = {"PYLLM_REPLICAS": " ".join(urls), "PYLLM_EVENTS": " ".join(",".join(pair) for pair in pairs)}
+        run(KV_ROUTER, variables, report)
+
+
+def run(client: Client, variables: dict[str, str], report: Callable[..., None]) -> None:
+    """Run a client's program in its environment; none of its attempts may fail."""
+    environments = {"python": python_environment, "node": node_environment}
+    home = environments[client.language](client.group)
+    variables |= {
+        "CLIENT_FOLDER": str(home), "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "PYTHONOPTIMIZE": "",  # the programs check with asserts
+    }  # fmt: skip
     if client.program.endswith(".mjs"):
         interpreter = shutil.which("node") or "node"
     else:
@@ -128,4 +156,3 @@ def test_client(client: Client, request: pytest.FixtureRequest, report: Callable
     failed = [f"{line['tried']}: {line['error']}" for line in lines if line["error"]]
     assert not failed, "\n".join(failed)
     assert done.returncode == 0, done.stderr
-    server.wait_until_idle()

@@ -25,12 +25,12 @@ def named(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield process
 
 
-@pytest.mark.parametrize("name", [NAME, "pacific-prime", "claude-opus-4", None, "", "dummy"])
+@pytest.mark.parametrize("name", [NAME, "pacific-prime", "claude-opus-4", None, "", "dummy", "unknown"])
 def test_the_model_answers_to_each_of_its_names(named: ServerProcess, name: str | None) -> None:
     body = {"model": name, "prompt": "Hi", "max_tokens": 1}
     answer = httpx.post(f"{named.url}/v1/completions", json=body, timeout=PATIENCE)
     assert answer.status_code == 200, answer.text
-    assert answer.json()["model"] == (name if name not in (None, "", "dummy") else "pacific-prime")
+    assert answer.json()["model"] == (name if name not in (None, "", "dummy", "unknown") else "pacific-prime")
 
 
 @pytest.mark.parametrize("name", ["gpt-4o", "Claude-opus", "pacific", "Pacific-Prime", "dummy-2"])

@@ -24,8 +24,8 @@ ROUTED = ""
 
 
 @contextmanager
-def router() -> Iterator[str]:
-    """The address of a running router."""
+def router(*words: str) -> Iterator[str]:
+    """The address of a running router, which takes turns unless its `words` say otherwise."""
     with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
@@ -33,8 +33,8 @@ def router() -> Iterator[str]:
     program = next(path for path in (FOLDER / "bin" / n for n in ("vllm-router", "sglang-router")) if path.exists())
     launch = [] if program.name == "vllm-router" else ["launch"]
     command = [
-        str(program), *launch, "--worker-urls", *REPLICAS, "--policy", "round_robin", "--host", "127.0.0.1",
-        "--port", ports[0], "--prometheus-port", ports[1],
+        str(program), *launch, "--worker-urls", *REPLICAS, *(words or ("--policy", "round_robin")),
+        "--host", "127.0.0.1", "--port", ports[0], "--prometheus-port", ports[1],
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
@@ -68,9 +68,12 @@ def answered() -> list[int]:
     return counts
 
 
+def client() -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{ROUTED}/v1", api_key="none", max_retries=0, timeout=180)
+
+
 def ask(messages: list[Any], **fields: Any) -> Any:
-    client = openai.OpenAI(base_url=f"{ROUTED}/v1", api_key="none", max_retries=0, timeout=180)
-    return client.chat.completions.create(model=MODEL, messages=messages, temperature=0, **fields)
+    return client().chat.completions.create(model=MODEL, messages=messages, temperature=0, **fields)
 
 
 def try_chat() -> None:
@@ -104,10 +107,49 @@ def try_tools() -> None:
 
 
 def try_completions() -> None:
-    """completions: text, usage"""
-    client = openai.OpenAI(base_url=f"{ROUTED}/v1", api_key="none", max_retries=0, timeout=180)
-    answer = client.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=5)
+    """completions: text, stream, usage"""
+    fields: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 5, "temperature": 0}
+    answer = client().completions.create(**fields)
     assert answer.usage.completion_tokens == 5
+    assert (
+        "".join(c.choices[0].text for c in client().completions.create(**fields, stream=True)) == answer.choices[0].text
+    )
+
+
+def try_responses() -> None:
+    """responses: text, stream, a tool call"""
+    fields: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 60}
+    answer = client().responses.create(input="Hello!", **fields)
+    events = list(client().responses.create(input="Hello!", stream=True, **fields))
+    assert answer.output_text
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == answer.output_text
+    assert events[-1].response.usage.output_tokens == answer.usage.output_tokens
+    tool = {"type": "function", **TOOL["function"]}
+    called = client().responses.create(input=QUESTION, tools=[tool], tool_choice="required", **fields)
+    assert json.loads(one(called.output).arguments) == {"city": "Paris"}
+
+
+def try_embeddings() -> None:
+    """embeddings: the same from each replica"""
+    answers = [client().embeddings.create(model=MODEL, input=["red", "green"]) for _ in range(4)]
+    vectors = [[item.embedding for item in answer.data] for answer in answers]
+    assert len(vectors[0]) == 2
+    for others in vectors[1:]:  # plain torch may differ in the last bits, by what else is in a step
+        for one_, other in zip(vectors[0], others, strict=True):
+            assert sum(a * b for a, b in zip(one_, other, strict=True)) > 0.9999, "they have length 1"
+
+
+def try_nameless() -> None:
+    """a request that names no model"""
+    body = {"messages": GREETING, "max_tokens": 3}
+    answer = httpx.post(f"{ROUTED}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == MODEL
+
+
+def try_models() -> None:
+    """the router lists the model"""
+    assert MODEL in [model.id for model in client().models.list()]
 
 
 def try_refusal() -> None:

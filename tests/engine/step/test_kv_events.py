@@ -198,6 +198,31 @@ def test_batches_that_find_no_room_are_counted_and_leave_a_gap(connected: Any, c
 
 
 @pytest.mark.needs("pyzmq")
+def test_a_subscriber_that_does_not_read_delays_nothing(connected: Any, closing: Any) -> None:
+    import zmq
+
+    cache, log = recorded(500)
+    events = closing(publisher(hwm=1, buffer_steps=10))
+    sub, dealer = connected(zmq.SUB), connected(zmq.DEALER)
+    sub.rcvhwm, sub.rcvbuf = 1, 4096
+    sub.subscribe("kv@")
+    sub.connect(events.endpoints[0])
+    dealer.connect(events.endpoints[1])
+    events.follow(log)
+    events.start()
+    for number in range(3000):
+        cache.free(computed(cache, [1000 + number] * 400))
+        events.publish()
+    assert events.num_dropped == 0
+    assert numbers_of(replayed(dealer, 2995, 3000)) == list(range(2995, 3001))
+    received = []
+    while sub.poll(200):
+        received.append(int.from_bytes(sub.recv_multipart()[1], "big"))
+    assert received == sorted(set(received))
+    assert len(received) < 3000, "ZeroMQ has dropped what it had no room for"
+
+
+@pytest.mark.needs("pyzmq")
 def test_replay_begins_at_the_requested_number(connected: Any, closing: Any) -> None:
     import zmq
 

@@ -22,7 +22,8 @@ def test_models_are_listed_and_found_by_names_with_slashes(harness):
 def test_patterns_add_names_that_are_not_listed(harness):
     harness.service.model = dataclasses.replace(harness.model, patterns=("gpt-*",))
     assert harness.chat(model="gpt-4o").json()["model"] == "gpt-4o"
-    assert harness.chat(model="dummy").json()["model"] == harness.chat().json()["model"] == "org/tiny"
+    for name in ("dummy", "unknown"):
+        assert harness.chat(model=name).json()["model"] == harness.chat().json()["model"] == "org/tiny"
     assert [card["id"] for card in harness.get("/v1/models").json()["data"]] == ["org/tiny", "alias"]
     assert harness.get("/v1/models/gpt-4o").json()["id"] == "gpt-4o"
     assert harness.chat(model="GPT-4o").status_code == 404

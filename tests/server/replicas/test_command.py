@@ -23,6 +23,10 @@ def load(*words: str, environment: Mapping[str, str] | None = None) -> ServerCon
     [
         ("--replicas 2 --uds /tmp/x", "--uds is a socket of one server: with --replicas, use --host and --port."),
         ("--replicas 2 --batch-dir x", "--batch-dir belongs to one server: run one for batches, without --replicas."),
+        (
+            '--replicas 2 --kv-events-config {"enable_kv_cache_events":true}',
+            "--kv-events-config names a port, which only one replica can use: leave out --replicas.",
+        ),
         ("--replicas 3 --max-replicas 2", "--max-replicas 2 is less than --replicas 3."),
         ("--max-replicas 2", "--max-replicas is for replicas: add --replicas."),
         ("--ray-address x", "--ray-address is for replicas: add --replicas."),
