@@ -35,6 +35,8 @@ VERSION = PROJECT["version"]
 KUBERNETES_VERSIONS = ("1.30", "1.37")
 """The oldest one that the manifests are for, and the newest one that kubernetes-validate knows."""
 CUSTOM_KINDS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("custom_kinds/*.json")}
+COMPONENTS = ("gateway", "shared-responses", "kv-events")
+"""Those that no overlay has."""
 ADAPTER = "PrometheusAdapter"
 """The kind that the values for the Prometheus Adapter get here; they are no object of Kubernetes."""
 CACHE, USER = "/home/pyllm/.cache", 10001
@@ -51,7 +53,7 @@ def kustomize(folder: Path) -> Documents:
 
 def everything(folder: Path) -> Documents:
     """The GPU's overlay with the components that it lacks, made in `folder`, and the adapter's values."""
-    parts = {"resources": ["overlays/gpu"], "components": ["components/gateway", "components/shared-responses"]}
+    parts = {"resources": ["overlays/gpu"], "components": [f"components/{name}" for name in COMPONENTS]}
     content = {name: [os.path.relpath(FOLDER / path, folder) for path in paths] for name, paths in parts.items()}
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     values = yaml.safe_load((FOLDER / "components/autoscaling/prometheus-adapter.yaml").read_text(encoding="utf-8"))
@@ -179,7 +181,7 @@ def check_ports(documents: Documents) -> None:
     """Everything that names the server's port means the one on which it listens."""
     port = server_config(documents).port
     assert f"EXPOSE {ServerConfig().port}" in DOCKERFILE
-    (declared,) = container(documents)["ports"]
+    declared = next(item for item in container(documents)["ports"] if item["name"] == "http")
     assert declared["containerPort"] == port
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert container(documents)[probe]["httpGet"]["port"] == declared["name"]
@@ -262,6 +264,29 @@ def check_metrics(documents: Documents) -> None:
         assert server_config(documents).metrics_vllm_names, "endpoint pickers read vLLM's names"
 
 
+def check_events(documents: Documents) -> None:
+    """The events of the KV cache are published on the declared ports, which only the endpoint picker reaches."""
+    config = server_config(documents).kv_events_config
+    ports = {item["name"]: item["containerPort"] for item in container(documents)["ports"]}
+    policies = list(of_kind(documents, "NetworkPolicy"))
+    assert bool(config) == bool(policies)
+    if config is not None:
+        assert config.enabled
+        addresses = [f"tcp://*:{ports[name]}" for name in ("kv-events", "kv-replay")]
+        assert [config.endpoint, config.replay_endpoint] == addresses
+        assert config.topic.split("@")[:2] == ["kv", "$(POD_IP)"]
+        assert "POD_IP" in {item["name"] for item in container(documents)["env"]}
+        (policy,) = policies
+        labels = the(documents, "Deployment")["spec"]["template"]["metadata"]["labels"]
+        assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+        everyone, picker = policy["spec"]["ingress"]
+        assert everyone == {"ports": [{"port": "http"}]}
+        assert [item["port"] for item in picker["ports"]] == ["kv-events", "kv-replay"]
+        (source,) = picker["from"]
+        name = source["podSelector"]["matchLabels"]["app.kubernetes.io/name"]
+        assert {pool["spec"]["endpointPickerRef"]["name"] for pool in of_kind(documents, "InferencePool")} <= {name}
+
+
 def check_ray(documents: Documents) -> None:
     """Ray Serve gets an application that exists, flags that the server accepts, and time to drain."""
     for document in of_kind(documents, "RayService"):
@@ -298,7 +323,8 @@ CHECKS: dict[str, Callable[[Documents], None]] = {
     check.__name__.removeprefix("check_"): check
     for check in (
         check_core_kinds, check_custom_kinds, check_hardening, check_flags, check_files, check_image, check_ports,
-        check_paths, check_times, check_selectors, check_metrics, check_ray,
+        check_paths, check_times, check_selectors, check_metrics,
+        check_events, check_ray,
     )
 }  # fmt: skip
 
