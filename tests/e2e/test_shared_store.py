@@ -125,10 +125,10 @@ def test_a_store_that_is_down_is_a_503_and_heals(pair: Pair) -> None:
         assert create(one, store=False).status_code == 200
         assert httpx.get(f"{one.url}/health").status_code == httpx.get(f"{one.url}/ready").status_code == 200
         assert one.metrics().response_store_up == 0
-        end = create(two, stream=True).raise_for_status().text  # this one does not know yet
-        assert end.count("event: response.failed") == 1
-        assert "response.completed" not in end
-        assert "response.incomplete" not in end
+        end = create(two, stream=True)  # this one knows only if it has just looked for responses to delete
+        assert end.text.count("event: response.failed") == 1 or end.status_code == 503
+        assert "response.completed" not in end.text
+        assert "response.incomplete" not in end.text
     for server in pair.servers:
         wait_for(lambda server=server: create(server).status_code == 200, "the store to be used again")
         assert server.metrics().response_store_up == 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 from ...flags import ConfigError
@@ -24,7 +24,6 @@ from .store import Bounds, Caller, Packed, ResponseStore, StoredResponse
 PREFIX = "{pyllm}:1:"  # in a cluster, keys with the same text in braces are on the same node
 MAX_CONNECTIONS = 16
 NETWORK_SECONDS = 2.0  # to connect, and to wait for each answer
-MAX_IDS = 256  # in one script, which blocks Redis for other clients
 COMMON = """
 local P = KEYS[1]
 local time = redis.call('TIME')
@@ -180,14 +179,10 @@ class RedisStore(ResponseStore):
     async def _find(self, response_id: str, caller: Caller) -> StoredResponse | None:
         return _stored(await self._run("find", response_id, caller.owner), caller.owner)
 
-    async def _find_holders(self, item_ids: Collection[str], caller: Caller) -> dict[str, StoredResponse]:
-        ids, holders = list(item_ids), dict[str, StoredResponse]()
-        for start in range(0, len(ids), MAX_IDS):
-            some = ids[start : start + MAX_IDS]
-            for item_id, found in zip(some, await self._run("find_holders", caller.owner, *some), strict=True):
-                if (stored := _stored(found, caller.owner)) is not None:
-                    holders[item_id] = stored
-        return holders
+    async def _find_holders(self, item_ids: Sequence[str], caller: Caller) -> dict[str, StoredResponse]:
+        answer = await self._run("find_holders", caller.owner, *item_ids)
+        found = {item_id: _stored(one, caller.owner) for item_id, one in zip(item_ids, answer, strict=True)}
+        return {item_id: stored for item_id, stored in found.items() if stored is not None}
 
     async def _read(self, stored: StoredResponse) -> bytes | None:
         data: bytes | None = await self._run("read", stored.id, stored.owner)

@@ -1,7 +1,8 @@
 """Stored responses in SQLite: in this process's memory, or in a file that servers on one machine share.
 
 In memory, SQLite packs the rows into pages of its own. As objects of Python's, thousands of responses would lie
-scattered over the heap, and keep pages of it that are otherwise free.
+scattered over the heap, and keep pages of it that are otherwise free. An operation takes a fraction of a millisecond,
+so it is done on the event loop; with a file, a thread does it, since a disk may be slow.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -26,6 +27,7 @@ from .store import Bounds, Caller, Packed, ResponseStore, StoredResponse
 RESPONSE_BYTES = 1024  # of memory for each stored response, in addition to its data
 LOCK_SECONDS = 4.0  # to wait for other processes; less than `OPERATION_SECONDS`
 FOREVER = 2**62  # as a time
+SOME = 100  # responses to delete at a time
 APPLICATION_ID, VERSION = 0x50794C4D, 1  # of the file
 SCHEMA = f"""
 CREATE TABLE responses (
@@ -82,18 +84,16 @@ Result = TypeVar("Result")
 
 
 class SqliteStore(ResponseStore):
-    """Responses in one SQLite database, which one thread reads and writes, since a disk may be slow."""
+    """Responses in one SQLite database."""
 
     failures = (sqlite3.Error, OSError)
 
     def __init__(self, path: Path | None, bounds: Bounds, budget: MemoryBudget | None = None) -> None:
         """With a path, the database is a file; without one it is in memory, which counts against the budget."""
         super().__init__("in memory" if path is None else str(path), bounds)
-        if path is None:
-            self.seconds = None  # only the load of this process can delay it
         self._path = path
         self._budget = budget
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-responses")
+        self._thread = None if path is None else ThreadPoolExecutor(1, thread_name_prefix="store-responses")
         self._database: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None  # device and inode of the open file
         self._holds: dict[str, Hold] = {}  # memory, by client
@@ -102,6 +102,8 @@ class SqliteStore(ResponseStore):
 
     async def open(self) -> None:
         """Open or make the file; raise `ConfigError` if that is impossible."""
+        if self._thread is None:
+            return
         start_threads(self._thread, 1)
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._connect)
@@ -111,18 +113,19 @@ class SqliteStore(ResponseStore):
 
     async def close(self) -> None:
         """Close the file."""
-        if self._path is not None:
+        if self._thread is not None:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
 
     async def _put(self, packed: Packed, caller: Caller) -> None:
         await self._run(self._insert, packed, caller)
         while self._budget is not None and self._budget.is_exceeded and self._holds:
             await self._run(self._free, self._budget.used - self._budget.limit)
+            await asyncio.sleep(0)
 
     async def _find(self, response_id: str, caller: Caller) -> StoredResponse | None:
         return (await self._run(self._select, "id = ?", [response_id], caller.owner)).get(response_id)
 
-    async def _find_holders(self, item_ids: Collection[str], caller: Caller) -> dict[str, StoredResponse]:
+    async def _find_holders(self, item_ids: Sequence[str], caller: Caller) -> dict[str, StoredResponse]:
         condition = "number = (SELECT response FROM items WHERE id = ?)"
         return await self._run(self._select, condition, item_ids, caller.owner)
 
@@ -143,7 +146,10 @@ class SqliteStore(ResponseStore):
         return await self._run(remove)
 
     async def _purge(self) -> None:
-        await self._run(self._expire)
+        has_more = True
+        while has_more:
+            has_more = await self._run(self._expire)
+            await asyncio.sleep(0)
 
     async def _count(self) -> tuple[int, int]:
         return await self._run(_totals)
@@ -160,7 +166,7 @@ class SqliteStore(ResponseStore):
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Result:
-        """Work on the database in its thread."""
+        """Work on the database, in its thread if it has one."""
         loop = asyncio.get_running_loop()
 
         def run() -> Result:
@@ -172,21 +178,19 @@ class SqliteStore(ResponseStore):
                     self._disconnect()  # a new connection may do better
                 raise
             finally:
-                if self._changed and self._budget is not None:  # even if the caller has left meanwhile
-                    sizes = [(client, account, _memory(database, client)) for client, account in self._changed.items()]
-                    loop.call_soon_threadsafe(self._record, self._budget, sizes)
+                if self._budget is not None:
+                    self._charge(self._budget, database)
                 self._changed.clear()
 
-        return await loop.run_in_executor(self._thread, run)
+        return run() if self._thread is None else await loop.run_in_executor(self._thread, run)
 
-    def _record(self, budget: MemoryBudget, sizes: list[tuple[str, str, int]]) -> None:
-        """Charge clients and their accounts for the memory of their responses."""
-        for client, account, size in sizes:
+    def _charge(self, budget: MemoryBudget, database: sqlite3.Connection) -> None:
+        """Charge the accounts for the memory of responses."""
+        for client, account in self._changed.items():
+            size = _memory(database, client)
             self._holds.setdefault(client, Hold(budget, "responses", account)).record(size)
             if not size:
                 del self._holds[client]
-
-    # What follows runs in the thread.
 
     def _connect(self) -> sqlite3.Connection:
         """Return the connection to the database, which is opened if there is none."""
@@ -233,15 +237,19 @@ class SqliteStore(ResponseStore):
         self._delete(database, oldest, client)
 
     def _free(self, database: sqlite3.Connection, size: int) -> None:
-        """Evict responses that take at least `size` bytes of memory, or all."""
+        """Evict some responses, up to `size` bytes of memory."""
         with _transaction(database):
             before = after = _memory(database)
-            while after and before - after < size:
+            for _ in range(SOME):
+                if not after or before - after >= size:
+                    break
                 self._evict(database, "size")
                 after = _memory(database)
 
-    def _expire(self, database: sqlite3.Connection) -> None:
-        self._delete(database, "ends <= ?", int(time.time()))
+    def _expire(self, database: sqlite3.Connection) -> bool:
+        """Delete some responses whose time is over; return whether there were any."""
+        some = f"number IN (SELECT number FROM responses WHERE ends <= ? LIMIT {SOME})"
+        return self._delete(database, some, int(time.time()))
 
     def _delete(self, database: sqlite3.Connection, condition: str, *values: str | int) -> bool:
         """Delete responses; return whether there was one."""

@@ -8,7 +8,7 @@ import re
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -26,6 +26,7 @@ from .wire import DeletedResponse, InputItemList, Item, ResponseObject
 logger = logging.getLogger("pyllm.server")
 
 MAX_PAGE = 100
+MAX_IDS = 256  # to look up at once, since others wait for it
 OPERATION_SECONDS = 5.0  # after which a store that has not answered counts as unavailable
 RETRY_SECONDS = 1.0  # between two attempts to reach a store that is unavailable
 COMPRESS_UP_TO = 64 * 2**10  # bytes; compressing larger responses would take too long
@@ -146,8 +147,6 @@ class ResponseStore(ABC):
 
     failures: tuple[type[Exception], ...] = (OSError,)
     """What its operations raise if it is unavailable."""
-    seconds: float | None = OPERATION_SECONDS
-    """How long an operation may take."""
 
     def __init__(self, name: str, bounds: Bounds) -> None:
         """`name` is what logs call the store."""
@@ -176,7 +175,11 @@ class ResponseStore(ABC):
 
     async def find_holders(self, item_ids: Collection[str], caller: Caller) -> dict[str, StoredResponse]:
         """Return the caller's responses that have these output items, by the items' ids."""
-        return await self._attempt(self._find_holders, item_ids, caller) if item_ids else {}
+        ids, found = list(item_ids), dict[str, StoredResponse]()
+        for start in range(0, len(ids), MAX_IDS):
+            found |= await self._attempt(self._find_holders, ids[start : start + MAX_IDS], caller)
+            await asyncio.sleep(0)
+        return found
 
     async def read(self, stored: StoredResponse) -> Parts | None:
         """Return the parts of a response that was found; None if it was deleted since."""
@@ -216,7 +219,7 @@ class ResponseStore(ABC):
                 raise self._unavailable()
             self._retry_at = now + RETRY_SECONDS
         try:
-            async with asyncio.timeout(self.seconds):
+            async with asyncio.timeout(OPERATION_SECONDS):
                 result = await operation(*args, **kwargs)
         except self.failures as error:
             self.note_failure(error)
@@ -230,7 +233,7 @@ class ResponseStore(ABC):
         """Count the store as unavailable, and log why, once."""
         if self.is_available:
             self.is_available = False
-            reason = (str(error).splitlines() or [""])[0] or f"no answer within {self.seconds} s"
+            reason = (str(error).splitlines() or [""])[0] or f"no answer within {OPERATION_SECONDS:g} s"
             message = "The response store %s is unavailable (%s): requests that need it get a 503 until it is back."
             logger.error(message, self.name, reason)
         self._retry_at = time.monotonic() + RETRY_SECONDS
@@ -247,7 +250,7 @@ class ResponseStore(ABC):
     async def _find(self, response_id: str, caller: Caller) -> StoredResponse | None: ...
 
     @abstractmethod
-    async def _find_holders(self, item_ids: Collection[str], caller: Caller) -> dict[str, StoredResponse]: ...
+    async def _find_holders(self, item_ids: Sequence[str], caller: Caller) -> dict[str, StoredResponse]: ...
 
     @abstractmethod
     async def _read(self, stored: StoredResponse) -> bytes | None: ...
