@@ -9,9 +9,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Import ray only when the application is asked for."""
+    """Import ray only when the application is asked for; its module has another name, which would hide it."""
     if name == "app":
-        from .app import app
+        from .application import app
 
         return app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

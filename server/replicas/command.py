@@ -21,7 +21,13 @@ from ..listen import listen_on_addresses
 logger = logging.getLogger("pyllm.server")
 
 FRONT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pyllm.server.replicas.front:middlewares"}
-ENVIRONMENT = FRONT | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+FAST = {
+    "RAY_SERVE_PROXY_USE_GRPC": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}  # fmt: skip
+"""Passes answers by gRPC rather than as Ray's objects, and in one thread: 40 instead of 71 ms of processor time for an
+answer of 64 pieces."""
+ENVIRONMENT = FRONT | FAST | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 """What Ray's processes on this machine find in their environment, unless it is set already."""
 OBJECT_STORE_BYTES = 2**28  # for bodies on their way; the machine's memory is for models
 FAILURE = re.compile(r"ReplicaStartError: (.+)")
@@ -135,7 +141,7 @@ class _Fleet:
         from ray import serve
         from ray.serve.context import _get_global_client
 
-        from .app import APPLICATION, build
+        from .application import APPLICATION, build
 
         config = self._config
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -154,7 +160,7 @@ class _Fleet:
             proxy_location="EveryNode" if self._address else "HeadOnly",
             http_options={"host": host, "port": port} | files,
             logging_config={"log_level": "WARNING", "enable_access_log": False},
-            controller_options={"runtime_env": {"env_vars": FRONT}},
+            controller_options={"runtime_env": {"env_vars": FRONT | FAST}},
         )
         self._http = _get_global_client().http_config
         if files and not self._http.ssl_certfile:
@@ -203,7 +209,7 @@ class _Fleet:
         """Describe the replicas, as in `2 replicas running, 1 starting`."""
         from ray import serve
 
-        from .app import APPLICATION, DEPLOYMENT
+        from .application import APPLICATION, DEPLOYMENT
 
         states = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].replica_states
         counts = {str(getattr(state, "value", state)).lower(): count for state, count in states.items() if count}
@@ -214,7 +220,7 @@ class _Fleet:
     def _delete(self) -> None:
         from ray import serve
 
-        from .app import APPLICATION
+        from .application import APPLICATION
 
         serve.delete(APPLICATION)
 

@@ -35,6 +35,7 @@ SESSION = os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id").lowe
 """The header in which Serve's proxy looks for the name of a session."""
 SESSION_HEADERS = (SESSION, b"session_id", b"session-id")
 BODY_SECONDS = ServerConfig().body_timeout
+MIN_PROGRESS = 4 * 2**10  # of a body in that time
 LARGE_BODY_BYTES = 2**16  # from here, a body is read in a thread
 MAX_ATTEMPTS = 5
 RETRY_SECONDS = 0.2
@@ -106,9 +107,11 @@ def _routed(scope: Scope, route: Route) -> Scope:
 async def _read(receive: Receive, limit: asyncio.Timeout) -> bytes | None:
     """Read a body; None if the client has gone. Raises `ApiError` if it is too long, `TimeoutError` if it stalls."""
     parts: list[bytes] = []
-    size, more = 0, True
+    size, more, wanted = 0, True, 0
     while more:
-        limit.reschedule(asyncio.get_running_loop().time() + BODY_SECONDS)
+        if size >= wanted:
+            limit.reschedule(asyncio.get_running_loop().time() + BODY_SECONDS)
+            wanted = size + MIN_PROGRESS
         message = await receive()
         if message["type"] == "http.disconnect":
             return None

@@ -16,6 +16,8 @@ from .affinity import PREFIX
 
 READ_BYTES = 2**16
 REPLICA_HEADER, RETRY_HEADER = b"x-pyllm-replica", b"x-pyllm-retry"
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+JOIN_SECONDS = 0.02  # a piece costs Ray 1 ms of processor time, however short it is; slower streams do not notice
 HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"expect",
     b"content-length",
@@ -100,7 +102,7 @@ class Relay:
                 writer.transport.abort()
 
     async def _pass_on(self, reader: asyncio.StreamReader, head: Head, send: Send, request_id: bytes | None) -> None:
-        started = False
+        started = is_stream = False
         while not head.is_complete:
             data = await reader.read(READ_BYTES)
             if not data:
@@ -111,9 +113,11 @@ class Relay:
             chunk = head.take_body()
             if not started:
                 await send(self._start(head, chunk, request_id))
-                started = True
+                started, is_stream = True, (b"content-type", EVENT_STREAM) in head.headers
             if chunk or head.is_complete:
                 await send({"type": "http.response.body", "body": chunk, "more_body": not head.is_complete})
+                if is_stream and not head.is_complete:
+                    await asyncio.sleep(JOIN_SECONDS)  # what arrives meanwhile is one piece
 
     def _start(self, head: Head, body: bytes, request_id: bytes | None) -> Message:
         """Return the message with the answer's headers, without those that Serve's proxy writes itself."""

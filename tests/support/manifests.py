@@ -295,7 +295,8 @@ def check_ray(documents: Documents) -> None:
         (application,) = serve["applications"]
         module, _, name = application["import_path"].partition(":")
         assert importlib.util.find_spec(module)
-        assert re.search(rf"^def {name}\(", (ROOT / "server/replicas/app.py").read_text(encoding="utf-8"), re.MULTILINE)
+        source = (ROOT / "server/replicas/application.py").read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", source, re.MULTILINE)
         config = from_values(ServerConfig, application["args"])
         (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
         (worker,) = workers["template"]["spec"]["containers"]

@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 from support.serving import run_command
 
+from pyllm.engine.config import from_values
 from pyllm.server.arguments import load_config
 from pyllm.server.flags import ConfigError, ServerConfig
-from pyllm.server.replicas.command import check_replicas
+from pyllm.server.replicas.command import FAST, FRONT, check_replicas
+from pyllm.server.replicas.settings import replica_settings
+
+ROOT = Path(__file__).parents[3]
 
 
 def load(*words: str, environment: Mapping[str, str] | None = None) -> ServerConfig:
@@ -54,8 +59,6 @@ def test_without_ray_the_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_replica_gets_every_flag_but_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyllm.server.replicas.settings import replica_settings
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     words = "model --replicas 2 --host 0.0.0.0 --port 1 --api-key a --api-key b --max-num-seqs 3 --seed 0"
@@ -65,3 +68,12 @@ def test_a_replica_gets_every_flag_but_those_of_the_command(tmp_path: Path, monk
     assert settings.pop("speculative_config").items() >= speculation.items()
     assert settings == {"model": str(tmp_path / "model"), "api_key": ("a", "b"), "max_num_seqs": 3, "seed": 0}
     assert replica_settings(load("org/model"))["model"] == "org/model"
+
+
+def test_the_example_config_names_what_exists() -> None:
+    text = (ROOT / "docker" / "replicas.yaml").read_text(encoding="utf-8")
+    (application,) = yaml.safe_load(text)["applications"]
+    assert application["import_path"] == "pyllm.server.replicas:app"
+    assert from_values(ServerConfig, application["args"]).replicas == 4
+    for name, value in (FRONT | FAST).items():
+        assert f"{name}={value}" in text

@@ -125,6 +125,25 @@ def test_pieces_pass_as_they_arrive(tmp_path: Path) -> None:
     assert all(name != b"transfer-encoding" for name, _ in wire.headers)
 
 
+def test_fast_pieces_of_a_stream_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyllm.server.replicas.relay.JOIN_SECONDS", 0.5)
+    wire = Wire()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncontent-length: 10\r\n\r\n0"
+        )
+        await wire.wait_for(1)  # the first one passes at once
+        for number in range(1, 10):
+            writer.write(b"%d" % number)
+            await asyncio.sleep(0.001)
+
+    relayed(tmp_path, handler, scope(), wire)
+    assert wire.body == b"0123456789"
+    assert len(wire.sent) < 8
+
+
 def test_an_application_below_a_path_asks_without_it(tmp_path: Path) -> None:
     seen = []
 
