@@ -94,7 +94,7 @@ def test_every_file_belongs_to_a_kustomization(documents: Documents) -> None:
         ("flags", "Deployment", f"{SERVER} args 3", "--model=/model"),
         ("flags", "Deployment", f"{SERVER} env 2 name", "PYLLM_RESPONSES_STORE"),
         ("files", "Deployment", f"{SERVER} volumeMounts 0", ...),
-        ("files", "Deployment", f"{SERVER} volumeMounts 1 mountPath", "/root/.cache"),
+        ("files", "Deployment", f"{SERVER} volumeMounts 1 mountPath", "/home/other/.cache"),
         ("files", "Deployment", f"{POD} volumes 2 secret defaultMode", 0o444),
         ("image", "Deployment", f"{SERVER} image", "pyllm:latest"),
         ("image", "Deployment", f"{SERVER} image", "pyllm:0.1.0-gpu"),

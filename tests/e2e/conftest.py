@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,19 +80,6 @@ def reasoner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     log, folder = tmp_path_factory.mktemp("reasoner") / "log", FOLDER / request.param.name
     with ServerProcess(log, str(folder), "--dtype", "float32", "--served-model-name", "reasoner") as process:
         yield Reasoner(request.param, Tokenizer.from_folder(folder), process)
-
-
-@pytest.fixture(scope="module")
-def https_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A key and a certificate for 127.0.0.1."""
-    folder = tmp_path_factory.mktemp("pair")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return key, certificate
 
 
 KEY = "open sesame"
