@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from ..model.tokenizer import Tokenizer
 from .config import EngineConfig, ResolvedConfig, settings_of
 from .errors import EngineStartError
 from .grammar.compiler import GrammarCompiler
-from .host import check_threads
+from .host import check_threads, compute_cores
 from .memory import is_out_of_memory, num_kv_blocks
 from .messages import CheckGrammar, EngineInfo, EngineRequest, GraphInfo, Kernels, SamplingParams
 from .runner.model_runner import ModelRunner
@@ -112,7 +113,12 @@ def _build(config: EngineConfig, on_progress: Callable[[int, int], object]) -> E
 
 
 def _start_compute_threads(pools: int) -> None:
-    """Let OpenMP start its threads now; raise `RuntimeError` if the system allows fewer, since OpenMP would exit."""
+    """Let OpenMP start its threads now; raise `RuntimeError` if the system allows fewer, since OpenMP would exit.
+
+    Without `OMP_NUM_THREADS` there are at most as many as cores to compute on: torch counts those of the machine.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), compute_cores()))
     count = torch.get_num_threads()
     check_threads(pools * (count - 1))  # the compiled kernels have a pool of their own
     torch.empty(count << 16).fill_(0.0)  # large enough for every thread to have a part

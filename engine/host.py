@@ -1,4 +1,4 @@
-"""The memory and threads that this machine allows this process, and the return of freed memory.
+"""The memory, cores and threads that this machine allows this process, and the return of freed memory.
 
 Threads start before they are needed, so that a server without enough of them never reports that it is ready.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,25 @@ def _machine_bytes(root: Path, name: str) -> int:
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
     """Yield the limit and the use of each limited control group around this process (versions 1 and 2), in bytes."""
+    for folder, version in _group_folders(root, "memory"):
+        limit, usage, cached = (
+            ("limit_in_bytes", "usage_in_bytes", "total_") if version == 1 else ("max", "current", "")
+        )
+        try:
+            most = (folder / f"memory.{limit}").read_text(encoding="ascii").strip()
+            used = int((folder / f"memory.{usage}").read_text(encoding="ascii"))
+            stat = (folder / "memory.stat").read_text(encoding="ascii").split()
+        except OSError:
+            continue  # inside a container, its own group is the root
+        if most != "max":
+            counts = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+            # The kernel drops cached files, such as the checkpoint, when memory is needed.
+            used -= counts.get(f"{cached}active_file", 0) + counts.get(f"{cached}inactive_file", 0)
+            yield int(most), used
+
+
+def _group_folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield the folder of each control group around this process, from the inside out, and its version."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -82,24 +102,53 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
     for line in lines:
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            mounts, limit, usage, cached = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "max", "current", ""
-        elif "memory" in controllers.split(","):
-            mounts, limit, usage, cached = ["sys/fs/cgroup/memory"], "limit_in_bytes", "usage_in_bytes", "total_"
+            mounts, version = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], 2
+        elif controller in controllers.split(","):
+            mounts, version = [f"sys/fs/cgroup/{controller}", f"sys/fs/cgroup/{controllers}"], 1
         else:
             continue
         own = Path(path.lstrip("/"))
-        for folder in (root / mount / group for mount in mounts for group in (own, *own.parents)):
-            try:
-                most = (folder / f"memory.{limit}").read_text(encoding="ascii").strip()
-                used = int((folder / f"memory.{usage}").read_text(encoding="ascii"))
-                stat = (folder / "memory.stat").read_text(encoding="ascii").split()
-            except OSError:
-                continue  # inside a container, its own group is the root
-            if most != "max":
-                counts = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
-                # The kernel drops cached files, such as the checkpoint, when memory is needed.
-                used -= counts.get(f"{cached}active_file", 0) + counts.get(f"{cached}inactive_file", 0)
-                yield int(most), used
+        for mount in dict.fromkeys(mounts):
+            yield from ((root / mount / group, version) for group in (own, *own.parents))
+
+
+def compute_cores(root: Path = Path("/")) -> int:
+    """Return on how many cores this process can compute at once, within its affinity and its control groups' limits.
+
+    Two threads of one core count once, since they share its arithmetic units.
+    """
+    system = root / "sys/devices/system"
+    cores = {first_sibling(system, core) for core in allowed_cores()}
+    return max(1, min([len(cores), *_processor_limits(root)]))
+
+
+def _processor_limits(root: Path) -> Iterator[int]:
+    """Yield how many whole cores each limited control group's time is worth."""
+    for folder, version in _group_folders(root, "cpu"):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
+        with contextlib.suppress(OSError):
+            quota, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+            if quota not in ("max", "-1"):
+                yield int(quota) // int(period)
+
+
+def allowed_cores() -> set[int]:
+    """Return the numbers of the cores that this process may run on, as the system counts them."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def first_sibling(system: Path, core: int) -> int:
+    """Return the lowest number that the system, described in the folder `system`, has for the same physical core."""
+    try:
+        return min(numbers((system / f"cpu/cpu{core}/topology/thread_siblings_list").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        return core
+
+
+def numbers(text: str) -> set[int]:
+    """Return the numbers in a list such as `0-3,8`."""
+    ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in text.strip().split(",") if part]
+    return {number for found in ranges if found for number in range(int(found[1]), int(found[2] or found[1]) + 1)}
 
 
 def start_pool(count: int, name: str) -> ThreadPoolExecutor:

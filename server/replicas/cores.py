@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
+
+from ...engine.host import allowed_cores, first_sibling, numbers
 
 SYSTEM = Path("/sys/devices/system")
 
@@ -35,26 +36,13 @@ class Cores:
 
 def memory_nodes(system: Path = SYSTEM) -> dict[int, list[int]]:
     """Return the cores that this process may use on each memory node, siblings of a core next to each other."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    allowed = allowed_cores()
     nodes = {}
     for path in sorted(system.glob("node/node[0-9]*/cpulist"), key=lambda path: int(path.parent.name[4:])):
-        numbers = _numbers(path.read_text(encoding="ascii")) & allowed
-        if numbers:
-            nodes[int(path.parent.name[4:])] = sorted(numbers, key=lambda core: (_first_sibling(system, core), core))
+        found = numbers(path.read_text(encoding="ascii")) & allowed
+        if found:
+            nodes[int(path.parent.name[4:])] = sorted(found, key=lambda core: (first_sibling(system, core), core))
     return nodes or {0: sorted(allowed)}
-
-
-def _numbers(text: str) -> set[int]:
-    """Read a list such as 0-3,8."""
-    ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in text.strip().split(",") if part]
-    return {number for found in ranges if found for number in range(int(found[1]), int(found[2] or found[1]) + 1)}
-
-
-def _first_sibling(system: Path, core: int) -> int:
-    try:
-        return min(_numbers((system / f"cpu/cpu{core}/topology/thread_siblings_list").read_text(encoding="ascii")))
-    except (OSError, ValueError):
-        return core
 
 
 def claim_cores(count: int, *, system: Path = SYSTEM, folder: Path | None = None) -> Cores:

@@ -1,8 +1,11 @@
-"""How the KV cache is sized, and what is free for it."""
+"""How the KV cache is sized, what is free for it, and on how many cores it is computed."""
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from pyllm.engine import memory
 from pyllm.engine.config import EngineConfig
 from pyllm.engine.errors import EngineStartError
-from pyllm.engine.host import free_host_bytes, return_free_memory, total_host_bytes
+from pyllm.engine.host import compute_cores, free_host_bytes, return_free_memory, total_host_bytes
 from pyllm.engine.memory import num_kv_blocks
 
 CPU = torch.device("cpu")
@@ -85,6 +88,59 @@ def test_all_memory_is_the_machines_or_the_tightest_limit(root: Path) -> None:
     write(root, proc__self__cgroup="0::/pod\n")
     limit_v2(root, "pod", str(4 * GIB), 3 * GIB)
     assert total_host_bytes(root) == 4 * GIB
+
+
+@pytest.fixture
+def sixteen(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight cores with two threads each, all of them ours."""
+    for core in range(16):
+        folder = root / f"sys/devices/system/cpu/cpu{core}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{core % 8},{core % 8 + 8}\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    return root
+
+
+def test_two_threads_of_a_core_count_once(sixteen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compute_cores(sixteen) == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 9})
+    assert compute_cores(sixteen) == 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", 8), ("400000 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8)],
+)
+def test_processor_limits_of_a_container(sixteen: Path, limit: str, cores: int) -> None:
+    write(sixteen, proc__self__cgroup="0::/pod/container\n")
+    (sixteen / "sys/fs/cgroup/pod").mkdir(parents=True)
+    (sixteen / "sys/fs/cgroup/pod/cpu.max").write_text(f"{limit}\n")
+    assert compute_cores(sixteen) == cores
+
+
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
+def test_processor_limits_of_the_first_version(sixteen: Path, mount: str) -> None:
+    write(sixteen, proc__self__cgroup="4:cpu,cpuacct:/box\n")
+    folder = sixteen / "sys/fs/cgroup" / mount / "box"
+    folder.mkdir(parents=True)
+    for quota, cores in (("-1", 8), ("300000", 3)):
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+        assert compute_cores(sixteen) == cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to cores")
+@pytest.mark.parametrize(("variables", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_the_engine_computes_on_the_cores_it_may_use(variables: dict[str, str], threads: int) -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "import torch; torch.set_num_threads(2)\n"
+        "from pyllm import LLM; from pyllm.server.flags import DEMO_FOLDER\n"
+        "LLM(str(DEMO_FOLDER), quiet=True); print(torch.get_num_threads())\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | variables)
+    assert done.stdout == f"{threads}\n", done.stderr
 
 
 def test_the_default_leaves_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
