@@ -20,9 +20,10 @@ from pyllm.model.demo.template import ASSISTANT, BOS, CALL_TOKENS, EOS, PAD, SPE
 SEED = 20261130
 VOCAB = 2048
 CONTEXT = 2048
-TOKENS_PER_PASS = 1536
+TOKENS_PER_PASS = 1280
 """Of rows of about the same length, through the network at once: what a core's cache holds."""
-PASSES_PER_STEP = 3
+PASSES_PER_STEP = 4
+"""A multiple of the processes that share them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 Everything follows from the seed and the number of blocks: tokenizer, corpus, order and weights. How many blocks fit
 into `--minutes` is measured at the start and printed; `--blocks` repeats a training with the same number. It computes
-in FP32, which processors without BF16 instructions do fastest, and saves the weights in BF16.
+in FP32, which processors without BF16 instructions do fastest, and saves the weights in BF16. One process a core, each
+with some of a step's passes, is faster than one process with as many threads: these wait for each other at each of the
+many small products.
 """
 
 from __future__ import annotations
@@ -12,16 +14,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from pyllm.model import AttentionMetadata, DeepForCausalLM
 from pyllm.model.checkpoint.loader import save_checkpoint
-from pyllm.model.demo.data import CONTEXT, Data, Pass
+from pyllm.model.demo import parallel
+from pyllm.model.demo.data import CONTEXT, PASSES_PER_STEP, Data, Pass
 from pyllm.model.demo.muon import Muon
 from pyllm.model.demo.network import TrainingBackend, config, new_model
 from pyllm.model.demo.template import EOS, PAD, TEMPLATE
@@ -89,6 +94,7 @@ class Trainer:
         for number, passes in enumerate(steps):
             progress = begin + number / len(steps) / total
             self.step(passes, min(1.0, (self.steps + 1) / WARMUP, (1 - progress) / COOLDOWN))
+        self.average_losses()
         self.blocks += 1
         self.seconds += time.monotonic() - start
 
@@ -104,13 +110,14 @@ class Trainer:
     def step(self, passes: list[Pass], rate: float) -> None:
         """One update from a few passes of different lengths."""
         count = sum(int(one.learn.sum()) for one in passes)
-        for one in passes:
+        self.tokens += sum(len(one.ids) for one in passes)
+        for one in passes[parallel.rank() :: parallel.processes()]:
             self.backend.penalties.clear()
             losses, rows = self.losses_of(one)
             penalty = torch.stack(self.backend.penalties).mean()
             (losses.sum() / count + 0.01 * penalty / len(passes)).backward()
             self.note(one.kinds, losses.detach(), rows)
-            self.tokens += len(one.ids)
+        parallel.add_up([p.grad for p in self.model.parameters() if p.grad is not None])
         nn.utils.clip_grad_norm_(self.clipped, 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -135,6 +142,12 @@ class Trainer:
         for kind, loss in zip(kinds, (sums / counts.clamp(min=1)).tolist(), strict=True):
             self.losses[kind] = 0.98 * self.losses.get(kind, loss) + 0.02 * loss
 
+    def average_losses(self) -> None:
+        """Let all processes have the same losses, which decide what is drawn next."""
+        of_ranks = parallel.gather(self.losses)
+        found = {kind: [losses[kind] for losses in of_ranks if kind in losses] for kind in set().union(*of_ranks)}
+        self.losses = {kind: sum(losses) / len(losses) for kind, losses in found.items()}
+
     def report(self, total: int) -> str:
         """The progress line: blocks, speed, what is left, re-routed tokens, and the loss of each kind."""
         rerouted = 100 * sum(self.backend.rerouted) / max(1, len(self.backend.rerouted))
@@ -152,25 +165,30 @@ def train(trainer: Trainer, snapshot: Path, minutes: float, blocks: int | None) 
         saved = torch.load(snapshot)
         blocks = saved.pop("total")
         trainer.load(saved)
-        print(f"continuing after block {trainer.blocks}", flush=True)
-    begin = time.monotonic()
+        say(f"continuing after block {trainer.blocks}")
+    begin = written = time.monotonic()
     planned = blocks or UNPLANNED + 1
-    written = begin
     while trainer.blocks < planned:
         before = trainer.seconds
         trainer.block(planned if trainer.blocks >= UNPLANNED else 10_000)
         if blocks is None and trainer.blocks == UNPLANNED:  # the last of them is the measure
-            elapsed = time.monotonic() - begin
-            planned = blocks = UNPLANNED + max(1, int((60 * minutes * RESERVE - elapsed) / (trainer.seconds - before)))
-            print(f"{minutes:g} minutes are {blocks} blocks here: repeat with --blocks {blocks}", flush=True)
+            left = 60 * minutes * RESERVE - (time.monotonic() - begin)
+            (planned, *_) = parallel.gather(UNPLANNED + max(1, int(left / (trainer.seconds - before))))
+            say(f"{minutes:g} minutes are {planned} blocks here: repeat with --blocks {planned}")
         if trainer.blocks % 5 == 0 or trainer.blocks in (UNPLANNED, planned):
-            print(trainer.report(planned), flush=True)
-        if trainer.blocks >= UNPLANNED and time.monotonic() - written > SAVE_EVERY:
+            say(trainer.report(planned))
+        if parallel.rank() == 0 and trainer.blocks >= UNPLANNED and time.monotonic() - written > SAVE_EVERY:
             snapshot.parent.mkdir(parents=True, exist_ok=True)
             torch.save(trainer.state() | {"total": planned}, snapshot.with_suffix(".new"))
             snapshot.with_suffix(".new").replace(snapshot)
             written = time.monotonic()
     return planned
+
+
+def say(text: str) -> None:
+    """Print a line once, however many processes train."""
+    if parallel.rank() == 0:
+        print(text, flush=True)
 
 
 def write_settings(out: Path) -> None:
@@ -185,9 +203,9 @@ def write_settings(out: Path) -> None:
         (out / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_card(out: Path, trainer: Trainer, threads: int) -> None:
+def write_card(out: Path, trainer: Trainer) -> None:
     """The card, with what `benchmarks/demo/accuracy.py` measures on the weights just saved."""
-    command = [sys.executable, str(ACCURACY), str(out), "--failures", "3", "--threads", str(threads)]
+    command = [sys.executable, str(ACCURACY), str(out), "--failures", "3"]
     measured = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     table, _, failures = measured.partition("\nFailures:\n")
     shape = trainer.model.config
@@ -195,7 +213,8 @@ def write_card(out: Path, trainer: Trainer, threads: int) -> None:
         "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
         "megabytes": f"{(out / 'model.safetensors').stat().st_size / 1e6:.1f}", "blocks": str(trainer.blocks),
         "layers": str(shape.num_hidden_layers), "hidden": str(shape.hidden_size), "vocabulary": f"{shape.vocab_size:,}",
-        "tokens": f"{trainer.tokens / 1e6:.1f}", "minutes": f"{trainer.seconds / 60:.0f}", "threads": str(threads),
+        "tokens": f"{trainer.tokens / 1e6:.1f}", "minutes": f"{trainer.seconds / 60:.0f}",
+        "processes": str(parallel.processes()),
         "torch": torch.__version__.partition("+")[0], "table": table.strip(), "failures": failures.strip(),
     }  # fmt: skip
     card = (HERE / "card.md").read_text(encoding="utf-8")
@@ -205,34 +224,46 @@ def write_card(out: Path, trainer: Trainer, threads: int) -> None:
     print(table)
 
 
+def run(rank: int, args: argparse.Namespace, meeting: str) -> None:
+    """Train in one of the processes; the first writes the checkpoint, asks the held-back questions and cards it."""
+    if args.processes > 1:
+        parallel.join(rank, args.processes, meeting)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    data = Data(args.out / "tokenizer.json")
+    model = new_model(config(args.hidden, args.layers, args.width))
+    say(f"{sum(p.numel() for p in model.parameters())} parameters")
+    trainer = Trainer(data, model)
+    blocks = train(trainer, args.snapshot, args.minutes, args.blocks)
+    say(f"{blocks} blocks, {trainer.tokens} tokens in {trainer.seconds:.0f} s")
+    if rank == 0:
+        save_checkpoint(model, args.out, dtype=torch.bfloat16)
+        write_settings(args.out)
+        args.snapshot.unlink(missing_ok=True)
+        write_card(args.out, trainer)
+
+
 def main() -> None:
-    """Train, write the checkpoint, ask the held-back questions and write the card."""
+    """Make the tokenizer, then train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=85.0, help="time to train in, if --blocks is not given")
     parser.add_argument("--blocks", type=int, help="how much to train: the same number gives the same weights")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the checkpoint")
     where = "where to continue from if it exists; written every ten minutes, removed at the end"
     parser.add_argument("--snapshot", type=Path, default=Path("demo_snapshot/training.pt"), help=where)
-    parser.add_argument("--threads", type=int, default=2, help="the order of sums, and so the weights, depend on it")
+    cores = "of one thread each; the order of sums, and so the weights, depend on their number"
+    parser.add_argument("--processes", type=int, default=2, choices=range(1, PASSES_PER_STEP + 1), help=cores)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=768, help="of all experts of a layer together")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.use_deterministic_algorithms(True)
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.snapshot.exists():
         (args.out / "tokenizer.json").unlink(missing_ok=True)
-    data = Data(args.out / "tokenizer.json")
-    model = new_model(config(args.hidden, args.layers, args.width))
-    print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
-    trainer = Trainer(data, model)
-    blocks = train(trainer, args.snapshot, args.minutes, args.blocks)
-    save_checkpoint(model, args.out, dtype=torch.bfloat16)
-    write_settings(args.out)
-    args.snapshot.unlink(missing_ok=True)
-    print(f"{blocks} blocks, {trainer.tokens} tokens in {trainer.seconds:.0f} s", flush=True)
-    write_card(args.out, trainer, args.threads)
+    Data(args.out / "tokenizer.json")
+    with tempfile.TemporaryDirectory() as folder:
+        given = (args, f"{folder}/meeting")
+        spawn(run, given, args.processes) if args.processes > 1 else run(0, *given)
 
 
 if __name__ == "__main__":

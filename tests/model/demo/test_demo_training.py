@@ -8,10 +8,12 @@ from random import Random
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from pyllm.benchmarks.demo.checkers import is_right, read_questions
 from pyllm.model import AttentionMetadata, DeepForCausalLM
 from pyllm.model.backend import Backend
+from pyllm.model.demo import parallel
 from pyllm.model.demo.corpus import Corpus
 from pyllm.model.demo.data import Data
 from pyllm.model.demo.items import COUNTRIES, LANGUAGES, WORDS, is_held_out, pair_is_held_out
@@ -36,7 +38,7 @@ def chats(corpus: Corpus) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    return Data(DEMO / "tokenizer.json", rows_per_block=60)
+    return Data(DEMO / "tokenizer.json", rows_per_block=120)
 
 
 def words(text: str) -> list[str]:
@@ -145,15 +147,42 @@ def test_copying_is_taught_for_a_time_until_it_is_learned(data: Data) -> None:
     assert trainer.copies(0.1) < 0.1
 
 
+def small_trainer(data: Data) -> Trainer:
+    shape = config(hidden=64, layers=2, width=64)
+    return Trainer(data, new_model(type(shape)(**shape.to_dict() | {"vocab_size": 6000})))
+
+
+def weights(model: DeepForCausalLM) -> list[torch.Tensor]:
+    return list(model.state_dict().values())
+
+
+def train_together(rank: int, out: Path) -> None:
+    parallel.join(rank, 2, str(out / "meeting"))
+    torch.set_num_threads(1)
+    trainer = small_trainer(Data(DEMO / "tokenizer.json", rows_per_block=120))
+    for _ in range(2):
+        trainer.block(2)
+    torch.save(trainer.state(), out / f"{rank}.pt")
+
+
+def test_two_processes_train_as_one_does(data: Data, tmp_path: Path) -> None:
+    spawn(train_together, (tmp_path,), 2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.pop("seconds") != second.pop("seconds")
+    alone = small_trainer(data)
+    for _ in range(2):
+        alone.block(2)
+    assert alone.steps == first["steps"] > 1
+    assert alone.tokens == first["tokens"]
+    assert first["losses"] == second["losses"]
+    assert first["losses"].keys() == alone.losses.keys()
+    for name, expected in alone.model.state_dict().items():
+        torch.testing.assert_close(first["model"][name], second["model"][name], rtol=0, atol=0)
+        torch.testing.assert_close(first["model"][name], expected, rtol=0, atol=1e-4)
+
+
 def test_an_interrupted_training_ends_with_the_same_weights(data: Data, tmp_path: Path) -> None:
-    def trainer() -> Trainer:
-        shape = config(hidden=64, layers=2, width=64)
-        return Trainer(data, new_model(type(shape)(**shape.to_dict() | {"vocab_size": 6000})))
-
-    def weights(model: DeepForCausalLM) -> list[torch.Tensor]:
-        return list(model.state_dict().values())
-
-    whole, first, second = trainer(), trainer(), trainer()
+    whole, first, second = (small_trainer(data) for _ in range(3))
     whole.block(2)
     whole.block(2)
     first.block(2)
