@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.benchmarks.checkpoint import SHAPES, write_shape
+from pyllm.model.cpu.library import describe
 from pyllm.server.cli.bench import measure_load, own_server
 from pyllm.server.cli.load_client import Target
 
@@ -92,6 +93,7 @@ def report(benchmark: str, result: Mapping[str, Any], servers: float = 0.0) -> N
         "date": date.today().isoformat(),
         "machine": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
         "torch": version("torch"),
+        "cpu_kernels": describe(),
         "other_cpu_s": round(other, 1),
         "quiet": other <= QUIET_SHARE * wall * (os.cpu_count() or 1),
     }

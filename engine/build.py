@@ -16,6 +16,7 @@ from ..model.checkpoint.loader import Outline, load_checkpoint, outline_checkpoi
 from ..model.config import DeepConfig
 from ..model.cpu.backend import NativeBackend
 from ..model.cpu.backend import available as native_available
+from ..model.cpu.library import InstructionSetError
 from ..model.files import CheckpointError
 from ..model.fp8 import centre, has_fp8
 from ..model.network import DeepNetwork
@@ -73,12 +74,12 @@ def build_engine(
 def _build(config: EngineConfig, on_progress: Callable[[int, int], object]) -> EngineCore:
     device = _device(config)
     shape = DeepConfig.from_folder(config.model, config.generation_config)
-    native = device.type == "cpu" and native_available(shape)
+    native = _can_use_native(device, shape)
     check_settings(config, device, native)
     _check_context(config, shape)
     _start_compute_threads(2 if native else 1)
     model, report = load_checkpoint(
-        Path(config.model), network=DeepNetwork, config=shape, dtype=_dtype(config, device), device=device,
+        Path(config.model), network=DeepNetwork, config=shape, dtype=_dtype(config, device, native), device=device,
         load_format=config.load_format, seed=config.seed or 0, progress=not config.quiet,
         on_progress=on_progress,
     )  # fmt: skip
@@ -105,7 +106,8 @@ def _build(config: EngineConfig, on_progress: Callable[[int, int], object]) -> E
         load_seconds=report.seconds, vocab_size=model.config.vocab_size, eos_token_ids=model.config.eos_token_ids,
         hidden_size=model.config.hidden_size, num_layers=model.config.num_hidden_layers,
         num_experts=model.config.experts if model.config.use_token_routed_mlp else 0,
-        kernels=kernels, graphs=graphs, chunk_multiple=model.ops.prefill_multiple,
+        kernels=kernels, instruction_set=getattr(model.ops, "instruction_set", ""), graphs=graphs,
+        chunk_multiple=model.ops.prefill_multiple,
     )  # fmt: skip
     tokenizer = partial(Tokenizer.from_folder, config.model)
     compiler = GrammarCompiler[Request | CheckGrammar](tokenizer, info.vocab_size, info.eos_token_ids)
@@ -132,7 +134,8 @@ def outline_model(config: EngineConfig, shape: DeepConfig) -> tuple[Outline, tor
     device = _device(config)
     _check_context(config, shape)
     try:
-        return outline_checkpoint(Path(config.model), shape, _dtype(config, device)), device
+        dtype = _dtype(config, device, _can_use_native(device, shape))
+        return outline_checkpoint(Path(config.model), shape, dtype), device
     except CheckpointError as error:
         raise EngineStartError(str(error)) from None
 
@@ -245,11 +248,18 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """Choose the weights' number format: FP32 is faster on a CPU without BF16 instructions."""
+def _can_use_native(device: torch.device, shape: DeepConfig) -> bool:
+    try:
+        return device.type == "cpu" and native_available(shape)
+    except InstructionSetError as error:
+        raise EngineStartError(str(error)) from None
+
+
+def _dtype(config: EngineConfig, device: torch.device, native: bool) -> torch.dtype:
+    """Choose the weights' number format: in plain torch, FP32 is faster on a CPU without BF16 instructions."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
-    bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = native or device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if bf16 else torch.float32
 
 

@@ -177,6 +177,7 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     num_layers: int = 0
     num_experts: int = 0  # 0 for a network without routed experts
     kernels: Kernels = "torch"
+    instruction_set: str = ""  # of the compiled kernels
     graphs: GraphInfo | None = None
     kv_event_endpoints: tuple[str, ...] = ()  # where its events are published, and missed ones can be requested
     chunk_multiple: int = 1  # chunks of a prompt that end at multiples of this leave its results unchanged, to the bit

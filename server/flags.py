@@ -17,7 +17,7 @@ DEMO_FOLDER = Path(__file__).parent.parent / "model" / "demo"
 DEMO_NAME = "pyllm-demo"
 ENVIRONMENT_PREFIX = "PYLLM_"
 DAY = 86400.0  # seconds
-OTHER_VARIABLES = ("PYLLM_NATIVE",)  # see model/cpu/backend.py
+OTHER_VARIABLES = ("PYLLM_CPU_ISA", "PYLLM_NATIVE")  # see model/cpu/library.py
 
 
 class ConfigError(ValueError):

@@ -190,10 +190,11 @@ class _ServerProcess:
     def _announce(self, model: ServedModel) -> None:
         info, config = model.engine.info, model.engine.info.config
         source = f"read from {'/'.join(info.file_dtypes)} files" if info.file_dtypes else "randomly initialized"
+        kernels = KERNELS[info.kernels] + (f" for {info.instruction_set}" if info.instruction_set else "")
         dtype = config.dtype if config.quantization == "none" else f"{config.quantization} and {config.dtype}"
         logger.info(
             f"PyLLM {__version__} serves {', '.join(model.names)}: era {info.era}, {info.parameters:,} parameters, "
-            f"{source} in {info.load_seconds:.1f} s, computed in {dtype} on {config.device} by {KERNELS[info.kernels]}"
+            f"{source} in {info.load_seconds:.1f} s, computed in {dtype} on {config.device} by {kernels}"
             f"; {info.active_parameters:,} parameters are active for a token: {info.sizes}"
         )
         size, length = info.kv_capacity_tokens, config.max_model_len

@@ -18,6 +18,8 @@ import httpx
 import pytest
 from support.serving import PATIENCE, ServerProcess
 
+from pyllm.model.cpu.library import SETS, file_of, find_obstacle
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -109,13 +111,29 @@ def test_a_wheel_is_for_every_version_of_python_from_the_first(wheels: dict[str,
 
 @pytest.mark.needs("g++")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")
-def test_the_wheel_has_the_compiled_kernels(wheels: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SETS)
+def test_the_wheel_has_the_compiled_kernels(name: str, wheels: dict[str, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(wheels["tree"]) as file:
-        path = file.extract("pyllm/model/cpu/_kernels.abi3.so", tmp_path)
-    assert ctypes.CDLL(path).pyllm_layout() > 0
+        path = file.extract(f"pyllm/model/cpu/{file_of(name).name}", tmp_path)
+    assert find_obstacle(name).startswith("this processor") or ctypes.CDLL(path).pyllm_layout() > 0
     symbols = Path(path).read_bytes()
     assert b"PyModule" not in symbols  # nothing of one version of Python
     assert b"_Py_" not in symbols
+
+
+@pytest.mark.needs("g++")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")
+def test_a_library_has_no_instruction_of_a_larger_set(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """It would be an illegal one there, and only in the function that has it."""
+
+    def larger(name: str) -> list[str]:
+        with zipfile.ZipFile(wheels["tree"]) as file:
+            path = file.extract(f"pyllm/model/cpu/{file_of(name).name}", tmp_path)
+        code = subprocess.run(["objdump", "-d", path], capture_output=True, text=True, check=True).stdout
+        return re.findall(r"%zmm|%[xy]mm(?:1[6-9]|2\d|3[01])\b|%k[0-7]\b", code)
+
+    assert larger("avx2") == []
+    assert larger("avx512_bf16")
 
 
 def test_the_source_archive_makes_the_same_wheel(wheels: dict[str, Path]) -> None:
@@ -158,7 +176,7 @@ def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
     folders = {name.split("/")[1] for name in wheel if name.startswith("pyllm/") and name.count("/") > 1}
     assert folders == {"server", "engine", "model"}
     assert not [name for name in wheel if "/train" in name or "corpus" in name]
-    assert len([name for name in wheel if name.endswith(".so")]) <= 1  # the kernels, where they could be compiled
+    assert len([name for name in wheel if name.endswith(".so")]) <= len(SETS)  # those that could be compiled
 
 
 def test_the_source_archive_holds_all_that_the_wheel_is_made_of(archive: Path) -> None:
@@ -184,7 +202,7 @@ def test_make_dist_makes_a_wheel_that_package_indexes_take(tmp_path: Path) -> No
     assert re.fullmatch(r"pyllm_deep-[\d.]+-cp311-abi3-manylinux_2_\d\d_\w+\.whl", names[0])
     assert re.fullmatch(r"pyllm_deep-[\d.]+\.tar\.gz", names[1])
     with zipfile.ZipFile(copy / "dist" / names[0]) as file:
-        assert "pyllm/model/cpu/_kernels.abi3.so" in file.namelist()
+        assert {f"pyllm/model/cpu/{file_of(name).name}" for name in SETS} <= set(file.namelist())
 
 
 @pytest.mark.parametrize(

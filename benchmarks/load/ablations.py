@@ -20,7 +20,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "as shipped": ([], {}),
     "no prefix cache": (["--no-enable-prefix-caching"], {}),
     "no chunked prefill": (["--max-num-prefill-tokens", "2048"], {}),
-    "no native kernels": ([], {"PYLLM_NATIVE": "0"}),
+    "no native kernels": ([], {"PYLLM_CPU_ISA": "none"}),
     "int8": (["--quantization", "int8"], {}),
 }
 """Flags and environment of each row's server."""

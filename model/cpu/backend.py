@@ -1,7 +1,7 @@
 """The CPU's fast path: `Backend` on the compiled kernels of `kernels/`, over packed weights.
 
-The extension is compiled when the package is built. If it was not compiled, if the CPU lacks AVX-512 with BF16 and
-VNNI, or if `PYLLM_NATIVE=0` is set, `available` is false and plain torch computes instead.
+A library for each instruction set is compiled when the package is built, and `library.py` chooses one. If none can run
+here, or the environment says so, `available` is false and plain torch computes instead.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import operator
-import os
 from ctypes import addressof, c_float, c_int32, c_void_p, sizeof
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from ..backend import AttentionMetadata, Backend, Rope
 from ..config import DeepConfig
 from ..network import DeepNetwork
 from ..parameters import HIGHWAY_SHARE, DeepLayer, DynamicsLayer
-from .library import FILE, find_obstacle
+from .library import NONE, chosen_set, file_of
 from .packing import Attention, Dynamics, Matrix, Mlp, Packer, Step, pointer
 
 MAX_HEAD_DIM = 256
@@ -34,12 +33,12 @@ SIGNATURES = {
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if they were not built or this CPU cannot run them."""
-    if find_obstacle():
+def _library(name: str) -> ctypes.CDLL | None:
+    """The kernels compiled for an instruction set; None if they cannot be used."""
+    if name == NONE:
         return None
     try:
-        library = ctypes.CDLL(str(FILE))
+        library = ctypes.CDLL(str(file_of(name)))
         # In an editable install the compiled file may be older or newer than this one.
         if library.pyllm_layout() != sizeof(Matrix) + 1000 * sum(map(sizeof, (Step, Attention, Dynamics, Mlp))):
             return None
@@ -53,9 +52,9 @@ def _library() -> ctypes.CDLL | None:
 
 
 def available(config: DeepConfig) -> bool:
-    """Whether this machine and this network can use the compiled kernels."""
+    """Whether this machine and this network can use the compiled kernels; may raise `InstructionSetError`."""
     fits = config.head_dim <= MAX_HEAD_DIM and config.num_attention_heads <= MAX_GROUP * config.num_key_value_heads
-    return fits and os.environ.get("PYLLM_NATIVE") != "0" and _library() is not None
+    return _library(chosen_set()) is not None and fits
 
 
 class NativeBackend(Backend):
@@ -69,7 +68,8 @@ class NativeBackend(Backend):
     prefill_multiple = 1
 
     def __init__(self, model: DeepNetwork, *, int8: bool = False) -> None:
-        library = _library()
+        self.instruction_set = chosen_set()
+        library = _library(self.instruction_set)
         if library is None:
             raise RuntimeError("The CPU kernels were not built, or this CPU cannot run them.")
         self._lib = library

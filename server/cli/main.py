@@ -17,7 +17,7 @@ from ... import __version__
 from ...engine.client.launch import EngineProcess
 from ...engine.config import nearest
 from ...engine.errors import START_FAILURES, reason_of
-from ...model.cpu.library import find_obstacle
+from ...model.cpu.library import describe
 from ..arguments import load_config, unknown_variables
 from ..flags import (
     BenchConfig,
@@ -94,8 +94,7 @@ def _dispatch(words: list[str], lifetime: Lifetime) -> int:
 
 
 def _version() -> str:
-    kernels = find_obstacle() or "ready"
-    return f"pyllm {__version__}\ntorch {version('torch')}, Python {python_version()}\nCPU kernels: {kernels}"
+    return f"pyllm {__version__}\ntorch {version('torch')}, Python {python_version()}\nCPU kernels: {describe()}"
 
 
 def _help() -> str:

@@ -63,7 +63,11 @@ def test_version_is_printed_with_what_computes() -> None:
     first, second, third = run("--version").stdout.splitlines()
     assert first == f"pyllm {pyllm.__version__}"
     assert second == f"torch {version('torch')}, Python {platform.python_version()}"
-    assert re.fullmatch(r"CPU kernels: (ready|not compiled.*|this processor lacks avx512.*|only for Linux)", third)
+    assert re.fullmatch(
+        r"CPU kernels: (avx\w+|none, since (the kernels were not compiled|this processor lacks).*)", third
+    )
+    forced = run("--version", setting="PYLLM_CPU_ISA=none").stdout.splitlines()[-1]
+    assert forced.startswith("CPU kernels: none, since")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import httpx
 import pytest
 from support.serving import PATIENCE, ServerProcess, run_command
 
+from pyllm.model.cpu.library import SETS, find_obstacle, usable_sets
+
 
 def test_https_json_logs_own_defaults_and_vllms_metric_names(
     https_pair: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,6 +108,14 @@ def test_keys_that_cannot_serve_https_are_refused(https_pair: tuple[Path, Path],
 
 def test_determinism_is_refused_where_plain_torch_would_compute() -> None:
     assert "--deterministic needs the compiled CPU kernels" in refusal("--deterministic", PYLLM_NATIVE="0")
+
+
+def test_an_instruction_set_that_cannot_compute_is_refused() -> None:
+    sentence = refusal(PYLLM_CPU_ISA="sse9")
+    assert sentence.startswith("pyllm: PYLLM_CPU_ISA is sse9, but there is no such instruction set: set it to ")
+    assert sentence.endswith("none.")
+    for name in set(SETS).difference(usable_sets()):
+        assert f"PYLLM_CPU_ISA is {name}, but {find_obstacle(name)}: set it to " in refusal(PYLLM_CPU_ISA=name)
 
 
 def test_defaults_that_cannot_be_used_are_refused() -> None:

@@ -233,7 +233,7 @@ def test_variables_of_a_kubernetes_service_are_no_flags():
 
 
 def test_an_unknown_variable_is_named_with_the_nearest():
-    known = {"PYLLM_PORT": "1", "PYLLM_NATIVE": "0", "PYLLM_TEMPERATURE": "1", "HOME": "/", "VLLM_PORT": "1"}
+    known = {"PYLLM_PORT": "1", "PYLLM_CPU_ISA": "avx2", "PYLLM_TEMPERATURE": "1", "HOME": "/", "VLLM_PORT": "1"}
     assert unknown_variables(known, ServerConfig, [TerminalConfig]) == []
     (sentence,) = unknown_variables(known | {"PYLLM_PROT": "secret"}, ServerConfig, [GenerateConfig, TerminalConfig])
     assert sentence == "PyLLM has no environment variable PYLLM_PROT, so it has no effect; did you mean PYLLM_PORT?"

@@ -112,7 +112,10 @@ def test_the_log_tells_what_was_loaded(listener, harness, caplog, dtypes, source
         file_dtypes=dtypes,
         active_parameters=7_000_000,
         sizes="2 layers",
+        kernels="native",
+        instruction_set="avx2",
     )
     listener.run()
-    assert f"era TR-Hash native, 7,516,544 parameters, {source}, computed in float32 on cpu" in caplog.text
+    computed = "computed in float32 on cpu by compiled kernels for avx2"
+    assert f"era TR-Hash native, 7,516,544 parameters, {source}, {computed}" in caplog.text
     assert "; 7,000,000 parameters are active for a token: 2 layers" in caplog.text

@@ -29,29 +29,6 @@ constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_GROUP = 16;   // query heads per KV head
 constexpr int MAX_ROWS = QUERY_TILE * MAX_GROUP;
 
-// Transpose a 16 x 16 square of words in place.
-inline void transpose(__m512i r[16]) {
-  __m512i t[16];
-  UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  UNROLL for (int i = 0; i < 16; i += 4)
-    UNROLL for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-    }
-  UNROLL for (int i = 0; i < 16; i += 8)
-    UNROLL for (int j = 0; j < 4; ++j) {
-      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
-      t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
-    }
-  UNROLL for (int j = 0; j < 8; ++j) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
-  }
-}
-
 // One thread's working memory. A row is one query head of one query.
 struct alignas(64) AttentionScratch {
   uint32_t keys[MAX_HEAD_DIM * KEY_TILE];  // a tile of keys, word by word
@@ -64,29 +41,30 @@ struct alignas(64) AttentionScratch {
 
 std::vector<AttentionScratch*> attention_scratch;  // one a thread
 
-// sums[M][64] += weights[M][tokens] times values[tokens][64], where a row of sums and values has `width` numbers.
-template <int M>
+// sums[M][J * 16] += weights[M][tokens] times values[tokens][J * 16]; a row of sums and values has `width` numbers.
+template <int M, int J>
 inline void weigh_values(const float* weights, const float* values, int tokens, int width, float* sums) {
-  Vec acc[M][4];
+  Vec acc[M][J];
   UNROLL for (int m = 0; m < M; ++m)
-    UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = _mm512_load_ps(sums + m * width + j * LANES);
+    UNROLL for (int j = 0; j < J; ++j) acc[m][j] = load_line(sums + m * width + j * LANES);
   for (int t = 0; t < tokens; ++t) {
-    Vec v[4];
-    UNROLL for (int j = 0; j < 4; ++j) v[j] = _mm512_load_ps(values + t * width + j * LANES);
+    Vec v[J];
+    UNROLL for (int j = 0; j < J; ++j) v[j] = load_line(values + t * width + j * LANES);
     UNROLL for (int m = 0; m < M; ++m) {
       const Vec p = broadcast(weights[m * KEY_TILE + t]);
-      UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = _mm512_fmadd_ps(p, v[j], acc[m][j]);
+      UNROLL for (int j = 0; j < J; ++j) acc[m][j] = fmadd(p, v[j], acc[m][j]);
     }
   }
   UNROLL for (int m = 0; m < M; ++m)
-    UNROLL for (int j = 0; j < 4; ++j) _mm512_store_ps(sums + m * width + j * LANES, acc[m][j]);
+    UNROLL for (int j = 0; j < J; ++j) store_line(sums + m * width + j * LANES, acc[m][j]);
 }
 
 template <int M = 6>
 inline void weigh_rows(int rows, const float* weights, const float* values, int tokens, int width, float* sums) {
   if constexpr (M > 0) {
+    constexpr int J = value_panels(M);
     for (; rows >= M; rows -= M, weights += M * KEY_TILE, sums += M * width)
-      for (int d = 0; d < width; d += 4 * LANES) weigh_values<M>(weights, values + d, tokens, width, sums + d);
+      for (int d = 0; d < width; d += J * LANES) weigh_values<M, J>(weights, values + d, tokens, width, sums + d);
     if (rows) weigh_rows<M - 1>(rows, weights, values, tokens, width, sums);
   }
 }
@@ -105,28 +83,26 @@ inline uint64_t visible(int position, int first_key, int window) {
 inline void softmax_tile(AttentionScratch& s, int row, uint64_t seen, float scale, int width) {
   constexpr int PARTS = KEY_TILE / LANES;
   float* scores = s.scores + row * KEY_TILE;
-  Vec part[PARTS], peak = broadcast(-INFINITY), sum = _mm512_setzero_ps();
+  Vec part[PARTS], peak = broadcast(-INFINITY), sum = zero();
   UNROLL for (int i = 0; i < PARTS; ++i) {
-    const __mmask16 mask = static_cast<__mmask16>(seen >> (i * LANES));
-    part[i] = _mm512_mask_mul_ps(broadcast(-INFINITY), mask, _mm512_load_ps(scores + i * LANES), broadcast(scale));
-    peak = _mm512_max_ps(peak, part[i]);
+    const Mask mask = mask_of_bits(seen >> (i * LANES));
+    part[i] = multiply_where(mask, load_line(scores + i * LANES), broadcast(scale), broadcast(-INFINITY));
+    peak = max(peak, part[i]);
   }
-  const float before = s.largest[row], found = _mm512_reduce_max_ps(peak), largest = found > before ? found : before;
+  const float before = s.largest[row], found = reduce_max(peak), largest = found > before ? found : before;
   UNROLL for (int i = 0; i < PARTS; ++i) {
-    const __mmask16 mask = static_cast<__mmask16>(seen >> (i * LANES));
-    part[i] = _mm512_maskz_mov_ps(mask, exp(_mm512_sub_ps(part[i], broadcast(largest))));
-    sum = _mm512_add_ps(sum, part[i]);
-    _mm512_store_ps(scores + i * LANES, part[i]);
+    part[i] = keep(mask_of_bits(seen >> (i * LANES)), exp(part[i] - broadcast(largest)));
+    sum = sum + part[i];
+    store_line(scores + i * LANES, part[i]);
   }
   if (largest > before) {
-    const float factor = before == -INFINITY ? 0.0f : _mm512_cvtss_f32(exp(broadcast(before - largest)));
+    const float factor = before == -INFINITY ? 0.0f : first_of(exp(broadcast(before - largest)));
     s.largest[row] = largest;
     s.total[row] *= factor;
     for (int d = 0; d < width; d += LANES)
-      _mm512_store_ps(s.sums + row * width + d,
-                      _mm512_mul_ps(_mm512_load_ps(s.sums + row * width + d), broadcast(factor)));
+      store_line(s.sums + row * width + d, load_line(s.sums + row * width + d) * broadcast(factor));
   }
-  s.total[row] += _mm512_reduce_add_ps(sum);
+  s.total[row] += reduce_add(sum);
 }
 
 // A position in a sequence's keys (or values) of one head, which are one row after the other, page by page.
@@ -176,7 +152,7 @@ void attend(const Attention& a, const Step& step, const float* kqv, const void* 
   for (int row = 0; row < rows; ++row) {
     const float* q = kqv + static_cast<size_t>(first + row / group) * row_size +
                      (a.kv_heads + kv_head * group + row % group) * dim;
-    put_row(Rows{s.queries, nullptr, row_words}, row, q, dim, K);
+    put_row(Rows{s.queries, nullptr, row_words * input_words(K)}, row, q, dim, K);
     s.largest[row] = -INFINITY;
     s.total[row] = 0.0f;
     std::memset(s.sums + row * width, 0, width * sizeof(float));
@@ -197,22 +173,17 @@ void attend(const Attention& a, const Step& step, const float* kqv, const void* 
       for (int d = 0; d < dim; d += LANES) {
         const Vec v = K == BF16 ? load_bf16(reinterpret_cast<const uint16_t*>(value) + d, dim - d)
                                 : load(reinterpret_cast<const float*>(value) + d, dim - d);
-        _mm512_store_ps(s.values + t * width + d, v);
+        store_line(s.values + t * width + d, v);
       }
     }
     for (int half = 0; half < KEY_TILE; half += LANES)
       for (int word = 0; word < row_words; word += LANES) {
         prefetch_some();
-        __m512i square[LANES];
-        for (int t = 0; t < LANES; ++t)
-          square[t] = half + t < tokens
-                          ? _mm512_maskz_loadu_epi32(mask_of(row_words - word), key_rows[half + t] + word * 4)
-                          : _mm512_setzero_si512();
-        transpose(square);
-        for (int i = 0; i < LANES; ++i) _mm512_store_si512(s.keys + (word + i) * KEY_TILE + half, square[i]);
+        transpose_rows(key_rows + half, tokens - half, word * 4, row_words - word, s.keys + word * KEY_TILE + half,
+                       KEY_TILE);
       }
     prefetch_some();
-    multiply_rows<K, KEY_TILE / LANES>(rows, s.queries, row_words, s.keys, row_words, s.scores, false);
+    multiply_rows<K, KEY_TILE / LANES>(rows, s.queries, row_words * input_words(K), s.keys, row_words, s.scores, false);
     for (int row = 0; row < rows; ++row) {
       if (row < 3) prefetch_some();
       const uint64_t seen = visible(position + row / group, at, a.window);
@@ -226,7 +197,7 @@ void attend(const Attention& a, const Step& step, const float* kqv, const void* 
     float* to = out + (static_cast<size_t>(first + row / group) * a.heads + kv_head * group + row % group) * dim;
     const Vec factor = broadcast(1.0f / s.total[row]);
     for (int d = 0; d < dim; d += LANES)
-      store(to + d, _mm512_mul_ps(_mm512_load_ps(s.sums + row * width + d), factor), dim - d);
+      store(to + d, load_line(s.sums + row * width + d) * factor, dim - d);
   }
 }
 
@@ -238,8 +209,9 @@ inline void norm_and_rotate(float* x, const float* norm, float eps, const float*
     const int left = half - i;
     const Vec first = load(x + i, left), second = load(x + half + i, left);
     const Vec c = load(cos + i, left), d = load(sin + i, left);
-    store(x + i, _mm512_sub_ps(_mm512_mul_ps(first, c), _mm512_mul_ps(second, d)), left);
-    store(x + half + i, _mm512_add_ps(_mm512_mul_ps(second, c), _mm512_mul_ps(first, d)), left);
+    const Vec back = second * d, forth = first * d;  // apart, so that every compiler fuses the same products
+    store(x + i, first * c - back, left);
+    store(x + half + i, second * c + forth, left);
   }
 }
 

@@ -8,6 +8,14 @@ namespace {
 
 Scratch projected, attended_rows;
 
+// A row of keys or values in a page.
+inline void write_row(void* to, const float* from, int dim, int kind) {
+  for (int i = 0; i < dim; i += LANES) {
+    if (kind == F32) store(static_cast<float*>(to) + i, load(from + i, dim - i), dim - i);
+    else store_bf16(static_cast<uint16_t*>(to) + i, load(from + i, dim - i), dim - i);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -20,19 +28,18 @@ void pyllm_attention(const Attention* args, const Step* step, const float* x, co
   const int tokens = step->tokens, dim = a.head_dim, row_size = (a.kv_heads * 2 + a.heads) * dim, half = dim / 2;
   float* kqv = projected.get<float>(static_cast<size_t>(tokens) * row_size);
   linear(tokens, a.size, x, a.input_norm, a.eps, a.kqv->k > a.size ? mu_below : nullptr, *a.kqv, kqv);
-  const int stride = dim / (a.kind == BF16 ? 2 : 1);
+  const size_t row_bytes = static_cast<size_t>(dim) * 4 / per_word(a.kind);
   for_rows(tokens, [&](int token) {
     float* row = kqv + static_cast<size_t>(token) * row_size;
     const float *cos = step->cos + static_cast<size_t>(token) * half,
                 *sin = step->sin + static_cast<size_t>(token) * half;
-    const int64_t page = step->slots[token] / step->block_size * step->page_bytes;
+    const size_t page = step->slots[token] / step->block_size * step->page_bytes;
     const int offset = static_cast<int>(step->slots[token] % step->block_size);
-    const Rows key_rows{reinterpret_cast<uint32_t*>(static_cast<char*>(keys) + page), nullptr, stride};
-    const Rows value_rows{reinterpret_cast<uint32_t*>(static_cast<char*>(values) + page), nullptr, stride};
     for (int h = 0; h < a.kv_heads; ++h) {
       norm_and_rotate(row + h * dim, a.k_norm, a.head_eps, cos, sin, dim);
-      put_row(key_rows, h * step->block_size + offset, row + h * dim, dim, a.kind);
-      put_row(value_rows, h * step->block_size + offset, row + (a.kv_heads + a.heads + h) * dim, dim, a.kind);
+      const size_t at = page + (h * step->block_size + offset) * row_bytes;
+      write_row(static_cast<char*>(keys) + at, row + h * dim, dim, a.kind);
+      write_row(static_cast<char*>(values) + at, row + (a.kv_heads + a.heads + h) * dim, dim, a.kind);
     }
     for (int h = 0; h < a.heads; ++h)
       norm_and_rotate(row + (a.kv_heads + h) * dim, a.q_norm, a.head_eps, cos, sin, dim);

@@ -10,10 +10,6 @@ struct Dynamics {
   int32_t size, inner, contextual;
 };
 
-namespace {
-
-}  // namespace
-
 extern "C" {
 
 // Both residual additions included: changes x and velocity [T, H], sets mu; see Backend.dynamics. In the first layer
@@ -58,9 +54,9 @@ void pyllm_dynamics(const Dynamics* args, int rows, int first_layer, float* x, c
     float* product = products + static_cast<size_t>(row) * 2 * d.inner;
     for (int i = 0; i < d.inner; i += LANES) {
       const int left = d.inner - i;
-      Vec v = _mm512_add_ps(load(product + i, left), load(d.in_bias + i, left));
-      if (!first_layer) v = _mm512_add_ps(v, load(product + d.inner + i, left));
-      store(product + i, _mm512_mul_ps(v, sigmoid(v)), left);
+      Vec v = load(product + i, left) + load(d.in_bias + i, left);
+      if (!first_layer) v = v + load(product + d.inner + i, left);
+      store(product + i, v * sigmoid(v), left);
     }
     put_row(hidden, row, product, d.inner, d.out->kind);
   });
@@ -68,22 +64,19 @@ void pyllm_dynamics(const Dynamics* args, int rows, int first_layer, float* x, c
   matmul<3>(hidden, rows, *d.out, [&](int row, int group, const float* sums) {
     const int column = group * LANES, left = size - column;
     const size_t at = static_cast<size_t>(row) * size + column;
-    const Vec alpha = sigmoid(_mm512_add_ps(_mm512_load_ps(sums), load(d.out_bias + column, left)));
-    const Vec beta = _mm512_min_ps(
-        softplus(_mm512_add_ps(_mm512_load_ps(sums + LANES), load(d.out_bias + size + column, left))),
-        broadcast(d.max_beta));
-    const Vec gate = sigmoid(
-        _mm512_add_ps(_mm512_load_ps(sums + 2 * LANES), load(d.out_bias + 2 * size + column, left)));
+    const Vec alpha = sigmoid(load_line(sums) + load(d.out_bias + column, left));
+    const Vec beta = min(softplus(load_line(sums + LANES) + load(d.out_bias + size + column, left)),
+                         broadcast(d.max_beta));
+    const Vec gate = sigmoid(load_line(sums + 2 * LANES) + load(d.out_bias + 2 * size + column, left));
     const Vec attended = load(h + at, left);
     const Vec target = d.contextual ? load(mu + at, left) : load(d.base + column, left);
     if (!d.contextual) store(mu + at, target, left);
-    const Vec pull = _mm512_mul_ps(beta, _mm512_sub_ps(attended, target));
-    Vec speed = first_layer ? _mm512_sub_ps(_mm512_setzero_ps(), pull)
-                            : _mm512_sub_ps(_mm512_mul_ps(alpha, load(velocity + at, left)), pull);
-    speed = _mm512_min_ps(_mm512_max_ps(speed, broadcast(-d.max_velocity)), broadcast(d.max_velocity));
+    const Vec pull = beta * (attended - target);
+    Vec speed = first_layer ? zero() - pull : alpha * load(velocity + at, left) - pull;
+    speed = min(max(speed, broadcast(-d.max_velocity)), broadcast(d.max_velocity));
     store(velocity + at, speed, left);
-    const Vec moved = _mm512_add_ps(attended, _mm512_mul_ps(_mm512_mul_ps(broadcast(d.dt), gate), speed));
-    store(x + at, _mm512_add_ps(load(x + at, left), moved), left);
+    const Vec moved = attended + broadcast(d.dt) * gate * speed;
+    store(x + at, load(x + at, left) + moved, left);
   });
 }
 

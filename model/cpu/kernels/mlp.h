@@ -22,12 +22,12 @@ struct Mlp {
 namespace {
 
 inline Vec activate(Vec x, int activation) {
-  if (activation == 0) return _mm512_mul_ps(x, sigmoid(x));
-  if (activation == 2) return _mm512_max_ps(x, _mm512_setzero_ps());
+  if (activation == 0) return x * sigmoid(x);
+  if (activation == 2) return max(x, zero());
   alignas(64) float v[LANES];
-  _mm512_store_ps(v, x);
+  store_line(v, x);
   for (float& f : v) f = 0.5f * f * (1.0f + std::erf(f * 0.707106781f));
-  return _mm512_load_ps(v);
+  return load_line(v);
 }
 
 // The factors of the inner channels in gated_mlp: none.
@@ -52,25 +52,23 @@ struct HashScales {
   }
 
   Vec operator()(int row, int column, Vec v) const {  // 16 columns, of one expert
-    if (column < mlp.shared_columns) return _mm512_mul_ps(v, broadcast(mlp.output_scales[0]));
+    if (column < mlp.shared_columns) return v * broadcast(mlp.output_scales[0]);
     const int expert = (column - mlp.shared_columns) / mlp.expert_columns;
     const int channel = (column - mlp.shared_columns) % mlp.expert_columns;
-    v = _mm512_mul_ps(v, broadcast(factors[static_cast<size_t>(row) * mlp.num_experts + expert]));
+    v = v * broadcast(factors[static_cast<size_t>(row) * mlp.num_experts + expert]);
     if (!mlp.channel_scale || channel >= mlp.expert_width) return v;
     const uint32_t start = static_cast<uint32_t>(ids[row]) * 0x9E3779B1u + static_cast<uint32_t>(expert) * 0x85EBCA77u +
                            static_cast<uint32_t>(channel) * 0xC2B2AE3Du + 0xA511E9B3u +
                            static_cast<uint32_t>(mlp.layer) * 0x63D83595u;
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i h = _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(0xC2B2AE3Du))),
-                                 _mm512_set1_epi32(static_cast<int>(start)));
-    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
-    h = _mm512_mullo_epi32(h, _mm512_set1_epi32(0x7FEB352D));
-    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 15));
-    const __mmask16 plus = _mm512_test_epi32_mask(h, _mm512_set1_epi32(1));
+    const Words lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Words h = lanes * 0xC2B2AE3Du + start;
+    h ^= h >> 16;
+    h *= 0x7FEB352Du;
+    h ^= h >> 15;
     const Vec scale = load(mlp.channel_scale + static_cast<size_t>(expert) * mlp.expert_width + channel,
                            mlp.expert_width - channel);
     const Vec one = broadcast(1.0f);
-    return _mm512_mul_ps(v, _mm512_mask_blend_ps(plus, _mm512_sub_ps(one, scale), _mm512_add_ps(one, scale)));
+    return v * select(odd(h), one + scale, one - scale);
   }
 };
 
@@ -94,15 +92,15 @@ void gated_mlp(int size, float* all_x, const Rows& a, int rows, const int* start
     if (scales.skips(task.first, task.last, group * 32)) {
       for (int row = task.first; row < task.last; ++row)
         for (int column = group * 32; column < group * 32 + 32; column += LANES) {
-          if (products) store(products + static_cast<size_t>(row) * width + column, _mm512_setzero_ps());
-          else put(act, row, column, _mm512_setzero_ps(), LANES, down->kind);
+          if (products) store(products + static_cast<size_t>(row) * width + column, zero());
+          else put(act, row, column, zero(), LANES, down->kind);
         }
       return;
     }
     product<4>(a, task.first, task.last, gate_up[task.expert], group, [&](int row, const float* sums) {
       for (int p = 0, column = group * 32; p < 2 && column < width; ++p, column += LANES) {
-        const Vec gate = _mm512_load_ps(sums + p * LANES), up = _mm512_load_ps(sums + (p + 2) * LANES);
-        const Vec v = scales(row, column, _mm512_mul_ps(activate(gate, activation), up));
+        const Vec gate = load_line(sums + p * LANES), up = load_line(sums + (p + 2) * LANES);
+        const Vec v = scales(row, column, activate(gate, activation) * up);
         if (products) store(products + static_cast<size_t>(row) * width + column, v, width - column);
         else put(act, row, column, v, width - column, down->kind);
       }
@@ -117,7 +115,7 @@ void gated_mlp(int size, float* all_x, const Rows& a, int rows, const int* start
       float* x = all_x + static_cast<size_t>(tokens ? tokens[row] : row) * size;
       for (int p = 0, column = group * 64; p < 4 && column < size; ++p, column += LANES) {
         const int left = size - column;
-        store(x + column, _mm512_add_ps(load(x + column, left), _mm512_load_ps(sums + p * LANES)), left);
+        store(x + column, load(x + column, left) + load_line(sums + p * LANES), left);
       }
     });
   });
@@ -131,11 +129,11 @@ inline int64_t route(const Mlp& mlp, int64_t own, const float* mu) {
   float best = -INFINITY;
   int64_t chosen = 0;
   for (int e = 0; e < mlp.num_experts; ++e) {
-    Vec sum = _mm512_setzero_ps();
+    Vec sum = zero();
     for (int i = 0; i < mlp.size; i += LANES)
-      sum = _mm512_fmadd_ps(load(mu + i, mlp.size - i),
-                            load(mlp.router + static_cast<size_t>(e) * mlp.size + i, mlp.size - i), sum);
-    const float total = _mm512_reduce_add_ps(sum) + (own == e ? mlp.own_score : 0.0f);
+      sum = fmadd(load(mu + i, mlp.size - i),
+                  load(mlp.router + static_cast<size_t>(e) * mlp.size + i, mlp.size - i), sum);
+    const float total = reduce_add(sum) + (own == e ? mlp.own_score : 0.0f);
     if (total > best) best = total, chosen = e;
   }
   return chosen;

@@ -8,44 +8,7 @@
 
 namespace {
 
-constexpr int ROW_CHUNK = 96;     // rows whose sums fit in the first-level cache, a multiple of 6
-constexpr int DEPTH_CHUNK = 512;  // bytes of a row multiplied before the next rows are, so that weights stay cached
-
-template <Kind K> struct Element;
-template <> struct Element<F32> { using Sum = __m512; };
-template <> struct Element<BF16> { using Sum = __m512; };
-template <> struct Element<INT8> { using Sum = __m512i; };
-
-// out[M][P * 16] = (or, with MORE, +=) M rows of `a` times `depth` words of P panels.
-template <Kind K, int M, int P, bool MORE>
-inline void multiply(const uint32_t* a, int stride, const uint32_t* w, int depth, float* out) {
-  using Sum = typename Element<K>::Sum;
-  Sum sums[M][P];  // in registers: every loop over it is unrolled
-  UNROLL for (int m = 0; m < M; ++m)
-    UNROLL for (int p = 0; p < P; ++p) {
-      if constexpr (MORE) sums[m][p] = (Sum)_mm512_load_ps(out + (m * P + p) * LANES);
-      else sums[m][p] = Sum{};
-    }
-  for (int k = 0; k < depth; ++k, w += P * LANES) {
-    __m512i b[P];
-    UNROLL for (int p = 0; p < P; ++p) b[p] = _mm512_loadu_si512(w + p * LANES);
-    if constexpr (M <= 6 && P > 2) {  // few rows: the weights come from memory, a page at a time
-      UNROLL for (int p = 0; p < P; ++p)
-        _mm_prefetch(reinterpret_cast<const char*>(w + 2048 + p * LANES), _MM_HINT_T0);
-    }
-    UNROLL for (int m = 0; m < M; ++m) {
-      const __m512i x = _mm512_set1_epi32(static_cast<int>(a[m * stride + k]));
-      UNROLL for (int p = 0; p < P; ++p) {
-        if constexpr (K == F32) sums[m][p] = _mm512_fmadd_ps((__m512)x, (__m512)b[p], sums[m][p]);
-        else if constexpr (K == BF16) sums[m][p] = _mm512_dpbf16_ps(sums[m][p], (__m512bh)x, (__m512bh)b[p]);
-        // With the intrinsic, g++ moves these sums between registers and memory, at half the speed.
-        else __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[m][p]) : "v"(x), "v"(b[p]));
-      }
-    }
-  }
-  UNROLL for (int m = 0; m < M; ++m)
-    UNROLL for (int p = 0; p < P; ++p) _mm512_store_ps(out + (m * P + p) * LANES, (__m512)sums[m][p]);
-}
+constexpr int ROW_CHUNK = 96;  // rows whose sums fit in the first-level cache, a multiple of 6
 
 template <Kind K, int P, int M = 6>
 inline void multiply_rows(int rows, const uint32_t* a, int stride, const uint32_t* w, int depth, float* out,
@@ -63,16 +26,16 @@ inline void multiply_rows(int rows, const uint32_t* a, int stride, const uint32_
 template <Kind K, int P, class Done>
 inline void multiply_group(const Rows& a, int first, int last, const Matrix& w, int group, const Done& done) {
   alignas(64) float tile[ROW_CHUNK * P * LANES];
-  const int depth = words(w), step = DEPTH_CHUNK / 4;
+  const int depth = words(w), step = CHUNK_WORDS;
   const uint32_t* weights = static_cast<const uint32_t*>(w.data) + static_cast<size_t>(group) * depth * P * LANES;
   for (int row = first; row < last; row += ROW_CHUNK) {
     const int count = last - row < ROW_CHUNK ? last - row : ROW_CHUNK;
     const uint32_t* data = a.data + static_cast<size_t>(row) * a.stride;
-    if (count <= 6) {
+    if (count <= STREAMED_ROWS) {
       multiply_rows<K, P>(count, data, a.stride, weights, depth, tile, false);
     } else {
       for (int k = 0; k < depth; k += step)
-        multiply_rows<K, P>(count, data + k, a.stride, weights + static_cast<size_t>(k) * P * LANES,
+        multiply_rows<K, P>(count, data + k * input_words(K), a.stride, weights + static_cast<size_t>(k) * P * LANES,
                             depth - k < step ? depth - k : step, tile, k > 0);
     }
     for (int i = 0; i < count; ++i) {
@@ -82,10 +45,9 @@ inline void multiply_group(const Rows& a, int first, int last, const Matrix& w, 
         for (int p = 0; p < P; ++p) {
           const int left = w.n - column - p * LANES;
           if (left <= 0) break;
-          const __m512i total = _mm512_maskz_loadu_epi32(mask_of(left), w.totals + column + p * LANES);
-          const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + p * LANES), total);
-          const Vec scale = _mm512_mul_ps(load(w.scales + column + p * LANES, left), broadcast(a.scales[row + i]));
-          _mm512_store_ps(sums + p * LANES, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+          const Vec sum = int8_sums(sums + p * LANES, w.totals + column + p * LANES, left);
+          const Vec scale = load(w.scales + column + p * LANES, left) * broadcast(a.scales[row + i]);
+          store_line(sums + p * LANES, sum * scale);
         }
       }
       done(row + i, sums);
@@ -102,7 +64,7 @@ inline void product(const Rows& a, int first, int last, const Matrix& w, int gro
 
 inline void store_group(float* out, const Matrix& w, int group, int panels, const float* sums) {
   for (int p = 0, column = group * panels * LANES; p < panels && column < w.n; ++p, column += LANES)
-    store(out + column, _mm512_load_ps(sums + p * LANES), w.n - column);
+    store(out + column, load_line(sums + p * LANES), w.n - column);
 }
 
 // Multiply all rows with a whole matrix, in tasks by group, and by rows when there are many: done(row, group, sums).

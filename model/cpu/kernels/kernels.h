@@ -1,13 +1,16 @@
-// The CPU's fast path: the network's operations, fused, over packed weights, for AVX-512 with BF16 and VNNI.
+// The CPU's fast path: the network's operations, fused, over packed weights.
 //
 // A plain C interface that any compiler can build, called by `backend.py`. `model/backend.py` has each operation in
-// plain torch, and the tests compare the two.
+// plain torch, and the tests compare the two. These headers are compiled once for each instruction set, into a library
+// of its own, so that the linker cannot merge a function of one set with that of another.
 //
 // Every number of a result is summed in one fixed order: a token's bits depend neither on the other tokens of the
 // step, nor on where its prompt was cut, nor on the number of threads.
 //
 // The order of these headers is the order of definitions, and g++ inlines by it:
 // another order gives other machine code.
+
+#pragma once
 
 #include "attention.h"
 #include "dynamics.h"
@@ -22,9 +25,9 @@ void pyllm_highway(int rows, int size, int first, float share, const float* mu, 
     for (int i = 0; i < size; i += LANES) {
       const size_t at = static_cast<size_t>(row) * size + i;
       const int left = size - i;
-      const Vec v = load(mu + at, left), sum = first ? v : _mm512_add_ps(load(residual + at, left), v);
+      const Vec v = load(mu + at, left), sum = first ? v : load(residual + at, left) + v;
       store(residual + at, sum, left);
-      store(out + at, _mm512_add_ps(v, _mm512_mul_ps(broadcast(share), sum)), left);
+      store(out + at, v + broadcast(share) * sum, left);
     }
   });
 }
