@@ -50,20 +50,28 @@ SHAPES["tiny-32k"] = replace(SHAPES["tiny"], vocab_size=32000)
 SPECIAL = ["</s>", "<pad>", "<s>", "<unk>"]
 
 
-def write_shape(folder: Path, shape: str) -> None:
-    """Write config.json and a tokenizer in which every id is some text, so that every token makes a chunk."""
-    config = SHAPES[shape]
+def vocabulary(size: int) -> dict[str, int]:
+    """Ids by token: special tokens, every byte, and words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [f"Ġw{i}" for i in range(config.vocab_size - len(SPECIAL) - len(alphabet))]
-    vocab = {token: i for i, token in enumerate(SPECIAL + alphabet + words)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    words = [f"Ġw{i}" for i in range(size - len(SPECIAL) - len(alphabet))]
+    return {token: i for i, token in enumerate(SPECIAL + alphabet + words)}
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a tokenizer in which every id is some text, so that every token makes a chunk."""
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary(vocab_size), merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def write_shape(folder: Path, shape: str) -> None:
+    """Write config.json and the tokenizer."""
+    write_tokenizer(folder, SHAPES[shape].vocab_size)
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape].to_dict()))
 
 
 def write_weights(folder: Path) -> None:

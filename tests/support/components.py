@@ -47,6 +47,7 @@ COMPONENTS: Final = {
     "actionlint": Component(("actionlint",)),
     "fish": Component(("fish",)),
     "g++": Component(("g++",)),
+    "gguf": Component(("python3",), module="gguf"),
     "hadolint": Component(("hadolint",)),
     "kubectl": Component(("kubectl",), "version --client"),
     "kubernetes-validate": Component(("kubernetes-validate",), module="kubernetes_validate"),
