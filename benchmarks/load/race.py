@@ -25,6 +25,9 @@ Bits that our server does not have on this machine are left out. The flags of ll
     --load-mode none                        weights in plain memory, as ours, rather than mapped from the file
     --samplers top_k --top-k 1              the cheapest greedy choice: at temperature 0 its usual chain would still run
     --log-verbosity 1                       errors only, as little as ours logs
+    GOMP_SPINCOUNT (environment)            as ours: threads that spin longer take processor time from the client, and
+                                            llama.cpp was several times slower next to other programs. OMP_WAIT_POLICY
+                                            or --llama "env GOMP_SPINCOUNT=N PROGRAM" sets another
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ from typing import Any
 
 from pyllm.benchmarks.load.dense_twin import TWINS, write_gguf
 from pyllm.benchmarks.measure import PROC, family, family_seconds, load, peak_memory_mib, report, served
+from pyllm.engine.client.launch import THREAD_SETTINGS
 from pyllm.engine.host import compute_cores
 from pyllm.server.cli.load_client import Target
 from pyllm.server.flags import ConfigError
@@ -94,7 +98,9 @@ def llama_served(program: str, model: Path, *, slots: int, context: int) -> Iter
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = llama_flags(model, port, threads=compute_cores(), slots=slots, context=context)
-    with subprocess.Popen([*shlex.split(program), *flags], stdin=subprocess.DEVNULL, stdout=sys.stderr) as process:
+    settings = {} if "OMP_WAIT_POLICY" in os.environ else THREAD_SETTINGS
+    command = [*shlex.split(program), *flags]
+    with subprocess.Popen(command, env=settings | os.environ, stdin=subprocess.DEVNULL, stdout=sys.stderr) as process:
         try:
             while not _is_healthy(port):
                 if process.poll() is not None:
