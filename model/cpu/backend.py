@@ -21,7 +21,7 @@ from ..config import DeepConfig
 from ..network import DeepNetwork
 from ..parameters import HIGHWAY_SHARE, DeepLayer, DynamicsLayer
 from .library import NONE, chosen_set, file_of
-from .packing import Attention, Dynamics, Matrix, Mlp, Packer, Step, pointer
+from .packing import Attention, Dynamics, Matrix, Mlp, Packer, Step
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
@@ -121,7 +121,7 @@ class NativeBackend(Backend):
         keys = cache.data_ptr() + layer.index * cache.stride(0) * cache.element_size()
         values = keys + cache.stride(1) * cache.element_size()
         self._lib.pyllm_attention(
-            self._layers[layer.index].attention, addressof(self._step), x.data_ptr(), pointer(mu), keys, values,
+            self._layers[layer.index].attention, addressof(self._step), x.data_ptr(), _address(mu), keys, values,
             h.data_ptr(),
         )  # fmt: skip
         return h
@@ -148,7 +148,7 @@ class NativeBackend(Backend):
         lens = [torch.tensor(each, dtype=torch.int32) for each in (metadata.query_lens, metadata.seq_lens)]
         tensors = [*rope, metadata.slot_mapping, tables, *lens]
         self._step = Step(
-            *map(pointer, tensors), cache.stride(2) * cache.element_size(), len(metadata.slot_mapping),
+            *map(_address, tensors), cache.stride(2) * cache.element_size(), len(metadata.slot_mapping),
             len(metadata.seq_lens), tables.shape[1], cache.shape[3],
         )  # fmt: skip
         self._step_key, self._step_tensors = key, tensors  # alive as long as the kernels may read them
@@ -170,7 +170,7 @@ class NativeBackend(Backend):
         """As `Backend.routed_mlp`; changes `x` in place."""
         experts = None if layer.token_to_expert is None else torch.empty_like(input_ids)
         self._lib.pyllm_mlp(
-            self._layers[layer.index].mlp, len(x), x.data_ptr(), input_ids.data_ptr(), pointer(mu), pointer(experts)
+            self._layers[layer.index].mlp, len(x), x.data_ptr(), input_ids.data_ptr(), _address(mu), _address(experts)
         )
         return x, experts
 
@@ -182,3 +182,7 @@ class NativeBackend(Backend):
             len(mu), self._size, first, HIGHWAY_SHARE, mu.data_ptr(), total.data_ptr(), out.data_ptr()
         )
         return out, total
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
