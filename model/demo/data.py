@@ -74,10 +74,13 @@ class Data:
         return Row(sample.kind, ids, learn)
 
     def copying(self, rng: Random) -> Row:
-        """Random tokens, few of them different or many, then the same again once or twice: all is in the context."""
-        first, size = len(SPECIAL + CALL_TOKENS), rng.choice((12, 40, 400, VOCAB))
-        start = rng.randrange(first, VOCAB - min(size, VOCAB - first) + 1)
-        tokens = [rng.randrange(start, min(start + size, VOCAB)) for _ in range(rng.randint(4, 24))]
+        """Random tokens, mostly all different, then the same again once or twice: all is in the context."""
+        first = len(SPECIAL + CALL_TOKENS)
+        if rng.random() < 0.2:
+            start = rng.randrange(first, VOCAB - 12)
+            tokens = [rng.randrange(start, start + 12) for _ in range(rng.randint(4, 12))]
+        else:
+            tokens = rng.sample(range(first, VOCAB), rng.randint(4, 24))
         again = rng.choice((1, 2))
         learn = [False] * len(tokens) + [True] * (len(tokens) * again + 1)
         return Row("copying", tokens * (1 + again) + [EOS], learn)

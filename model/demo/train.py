@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,8 +37,8 @@ ACCURACY = HERE.parents[1] / "benchmarks" / "demo" / "accuracy.py"
 UNPLANNED = 2
 """Blocks that are trained before their number is known, and so the same whatever it will be."""
 WARMUP = 60  # steps
-COPYING, COPIED = (0.08, 0.22), 1.0
-"""The part of the training in which copying is taught, and the loss at which it is learned."""
+COPIES, FEWER = (0.3, 0.06), (0.1, 0.3)
+"""The share of copying exercises at first and later, and between which parts of the training it falls."""
 COOLDOWN = 0.5  # the share of the training over which the learning rate falls to nothing
 SAVE_EVERY = 600.0  # seconds
 RESERVE = 0.94
@@ -90,22 +91,12 @@ class Trainer:
         """Train on the next block of `total`."""
         start = time.monotonic()
         begin = self.blocks / total
-        steps = list(self.data.block(self.blocks, self.copies(begin)))
+        steps = list(self.data.block(self.blocks, copies(begin)))
         for number, passes in enumerate(steps):
             progress = begin + number / len(steps) / total
             self.step(passes, min(1.0, (self.steps + 1) / WARMUP, (1 - progress) / COOLDOWN))
-        self.average_losses()
         self.blocks += 1
         self.seconds += time.monotonic() - start
-
-    def copies(self, progress: float) -> float:
-        """The share of copying exercises: at a time, nearly all, until they are learned.
-
-        An earlier training could not copy a name from the question after 1,500 steps of ordinary questions; 120 steps
-        of copying alone taught it, and what came after was learned faster.
-        """
-        learned = self.losses.get("copying", COPIED + 1) < COPIED
-        return 0.9 if COPYING[0] <= progress < COPYING[1] and not learned else 0.05
 
     def step(self, passes: list[Pass], rate: float) -> None:
         """One update from a few passes of different lengths."""
@@ -142,12 +133,6 @@ class Trainer:
         for kind, loss in zip(kinds, (sums / counts.clamp(min=1)).tolist(), strict=True):
             self.losses[kind] = 0.98 * self.losses.get(kind, loss) + 0.02 * loss
 
-    def average_losses(self) -> None:
-        """Let all processes have the same losses, which decide what is drawn next."""
-        of_ranks = parallel.gather(self.losses)
-        found = {kind: [losses[kind] for losses in of_ranks if kind in losses] for kind in set().union(*of_ranks)}
-        self.losses = {kind: sum(losses) / len(losses) for kind, losses in found.items()}
-
     def report(self, total: int) -> str:
         """The progress line: blocks, speed, what is left, re-routed tokens, and the loss of each kind."""
         rerouted = 100 * sum(self.backend.rerouted) / max(1, len(self.backend.rerouted))
@@ -157,6 +142,12 @@ class Trainer:
         speed = self.tokens / self.seconds
         done = f"block {self.blocks}/{total} {speed:.0f} tokens/s {left:.0f} min left"
         return f"{done}, {rerouted:.1f} % re-routed: {losses}"
+
+
+def copies(progress: float) -> float:
+    """The share of copying exercises: many while everything else changes fast, so that copying is not forgotten."""
+    fallen = min(1.0, max(0.0, (progress - FEWER[0]) / (FEWER[1] - FEWER[0])))
+    return COPIES[0] + (COPIES[1] - COPIES[0]) * fallen
 
 
 def train(trainer: Trainer, snapshot: Path, minutes: float, blocks: int | None) -> int:
@@ -261,9 +252,10 @@ def main() -> None:
     if not args.snapshot.exists():
         (args.out / "tokenizer.json").unlink(missing_ok=True)
     Data(args.out / "tokenizer.json")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the other processes end with this one
     with tempfile.TemporaryDirectory() as folder:
         given = (args, f"{folder}/meeting")
-        spawn(run, given, args.processes) if args.processes > 1 else run(0, *given)
+        spawn(run, given, args.processes, daemon=True) if args.processes > 1 else run(0, *given)
 
 
 if __name__ == "__main__":
